@@ -1,0 +1,62 @@
+"""What the user asks for, from flags or keywords; out comes `PrivacyConfig`, frozen and checked."""
+
+import math
+from dataclasses import dataclass, field
+
+from hf_dp.errors import ConfigError
+
+MIN_DELTA = 1e-12  # below it the PLD accountant loses its footing (8.59 for a true 4.25 at 1e-14)
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """The privacy that a run must have. Nothing in it is a matter of speed, and nothing of speed is in it.
+
+    Exactly one of `target_epsilon` and `noise_multiplier` is given. Stands beside `TrainingArguments`, as in
+    `HfArgumentParser((TrainingArguments, PrivacyConfig))`.
+
+    Raises:
+        ConfigError: a value out of range, or both or neither of the two. Names everything wrong at once.
+    """
+
+    target_epsilon: float | None = field(
+        default=None, metadata={"help": "Calibrate the noise so that the planned run spends at most this epsilon."}
+    )
+    noise_multiplier: float | None = field(
+        default=None,
+        metadata={"help": "Or give sigma: noise standard deviation over clip_norm. 0 is for debugging: NOT PRIVATE."},
+    )
+    target_delta: float | None = field(
+        default=None, metadata={"help": "delta of (epsilon, delta); default 1 / N**1.1, rounded down to two digits."}
+    )
+    expected_batch_size: int = field(
+        default=256, metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B/N."}
+    )
+    clip_norm: float = field(default=1.0, metadata={"help": "C: no example moves the gradient sum by more than this."})
+    public_eval: bool = field(
+        default=False, metadata={"help": "Declare the evaluation data public, so that checkpoints may be chosen by it."}
+    )
+    debug_seed: int | None = field(
+        default=None, metadata={"help": "For tests only: fixed sampling and noise. Card and ledger say NOT PRIVATE."}
+    )
+
+    def __post_init__(self) -> None:
+        wrong = list(_problems(self))
+        if wrong:
+            raise ConfigError("PrivacyConfig: " + "; ".join(wrong) + ".")
+
+
+def _problems(c: PrivacyConfig):  # type: ignore[no-untyped-def]
+    if (c.target_epsilon is None) == (c.noise_multiplier is None):
+        given = "both" if c.target_epsilon is not None else "neither"
+        yield f"give exactly one of target_epsilon and noise_multiplier (got {given})"
+    if c.target_epsilon is not None and not (math.isfinite(c.target_epsilon) and c.target_epsilon > 0):
+        yield f"target_epsilon must be a finite number above 0 (got {c.target_epsilon})"
+    if c.noise_multiplier is not None and not (math.isfinite(c.noise_multiplier) and c.noise_multiplier >= 0):
+        yield f"noise_multiplier must be a finite number, 0 or more (got {c.noise_multiplier})"
+    if c.target_delta is not None and not MIN_DELTA <= c.target_delta < 1:
+        yield f"target_delta must be at least {MIN_DELTA} and below 1 (got {c.target_delta})"
+    if c.expected_batch_size < 1 or c.expected_batch_size != int(c.expected_batch_size):
+        yield f"expected_batch_size must be a whole number, 1 or more (got {c.expected_batch_size})"
+    if not (math.isfinite(c.clip_norm) and c.clip_norm > 0):
+        yield f"clip_norm must be a finite number above 0 (got {c.clip_norm})"

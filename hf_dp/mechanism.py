@@ -1,0 +1,79 @@
+"""What will be run: the numbers of the subsampled Gaussian mechanism, all of them public, none of them changeable."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+UNIT = "record"  # one row of the training set
+RELATION = "zero-out"  # neighbours: one record replaced by one that contributes nothing; N is public
+
+
+class Segment(NamedTuple):
+    """`num_steps` steps in a row of the Poisson-subsampled Gaussian mechanism with the same q and sigma."""
+
+    sample_rate: float
+    noise_multiplier: float
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """DP-SGD as it will run (Abadi et al. 2016, algorithm 1, with Poisson sampling).
+
+    Each of `num_steps` steps keeps every one of `num_examples` records with probability `sample_rate`, clips each kept
+    example's gradient to `clip_norm` in Euclidean norm, adds N(0, noise_std² I) to the sum, and divides by
+    `expected_batch_size`, a public constant.
+
+    Attributes:
+        num_examples: N, public under the zero-out relation.
+        expected_batch_size: B, over all processes; 1 <= B <= N.
+        num_steps: T, planned.
+        noise_multiplier: sigma. 0 means no noise: epsilon is infinite.
+        clip_norm: C.
+        delta: of (epsilon, delta).
+        target_epsilon: what sigma was calibrated to, or None where sigma was given.
+        debug: the randomness came from a fixed seed; nothing about the run is private.
+    """
+
+    num_examples: int
+    expected_batch_size: int
+    num_steps: int
+    noise_multiplier: float
+    clip_norm: float
+    delta: float
+    target_epsilon: float | None = None
+    unit: str = UNIT
+    relation: str = RELATION
+    debug: bool = False
+
+    @property
+    def sample_rate(self) -> float:
+        """Q = B / N, the probability with which a record enters a step."""
+        return self.expected_batch_size / self.num_examples
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the clipped *sum*: sigma x C."""
+        return self.noise_multiplier * self.clip_norm
+
+    @property
+    def is_private(self) -> bool:
+        """Whether any guarantee can be stated at all."""
+        return self.noise_multiplier > 0 and not self.debug
+
+    @property
+    def planned(self) -> Segment:
+        """The whole plan as one run-length segment."""
+        return Segment(self.sample_rate, self.noise_multiplier, self.num_steps)
+
+
+def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:
+    """round(N / B), at least 1: the logical batches that count as one pass over the data."""
+    return max(1, round(num_examples / expected_batch_size))
+
+
+def default_delta(num_examples: int) -> float:
+    """1 / N**1.1, rounded *down* to two significant digits, so that it stays below 1 / N."""
+    exact = 1.0 / max(2, num_examples) ** 1.1
+    unit = 10.0 ** (math.floor(math.log10(exact)) - 1)
+    return float(f"{math.floor(exact / unit) * unit:.1e}")
