@@ -1,0 +1,137 @@
+"""A model's outputs and labels -> one loss an example, [B], each a function of that example alone.
+
+By default an example's loss is the *mean over its own target tokens*: no example sees another's length. Legend: B examples,
+T positions, V vocabulary or classes. Labels of -100 are no targets; an example without targets has loss 0 and gradient 0.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_dp.errors import ConfigError
+
+IGNORED = -100
+CHUNK_ELEMENTS = 1 << 24  # logits held in float32 at once (64 MiB)
+ExampleLoss: TypeAlias = Callable[[Any, Tensor], Tensor]
+
+
+class TokenCrossEntropy(torch.autograd.Function):
+    """Cross entropy of each row of logits [N, V] with labels [N], in float32, a bounded number of rows at a time.
+
+    The gradient comes back in the logits' dtype; logits of a large vocabulary never exist in float32 at once. With smoothing s
+    the target puts (1 - s) on the label and s / V on every class (Szegedy et al. 2016, section 7).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """Losses [N], float32 (float64 for float64 logits)."""
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        losses, log_z = torch.empty(2, len(labels), dtype=wide, device=logits.device)
+        for rows in _row_chunks(logits):
+            chunk = logits[rows].to(wide)
+            log_z[rows] = chunk.logsumexp(-1)
+            picked = chunk.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
+            aim = (1 - smoothing) * picked + smoothing * chunk.mean(-1) if smoothing else picked
+            losses[rows] = log_z[rows] - aim
+        ctx.save_for_backward(logits, labels, log_z)
+        ctx.smoothing = smoothing
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """(softmax - target) times the incoming gradient, [N, V]."""
+        logits, labels, log_z = ctx.saved_tensors
+        (grad_losses,) = grads
+        result = torch.empty_like(logits)
+        for rows in _row_chunks(logits):
+            chunk = torch.exp(logits[rows].to(log_z.dtype) - log_z[rows].unsqueeze(1))
+            if ctx.smoothing:
+                chunk -= ctx.smoothing / logits.shape[1]
+            chunk.scatter_add_(1, labels[rows].unsqueeze(1), chunk.new_full((len(chunk), 1), ctx.smoothing - 1.0))
+            result[rows] = (chunk * grad_losses[rows].unsqueeze(1)).to(result.dtype)
+        return result, None, None
+
+
+def token_mean(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[B, T, V], [B, T] -> mean cross entropy over each example's own targets, [B]."""
+    targets = labels != IGNORED
+    losses = TokenCrossEntropy.apply(logits[targets], labels[targets], smoothing)
+    example = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)[targets]
+    sums = torch.zeros(len(labels), dtype=losses.dtype, device=losses.device).index_add(0, example, losses)
+    return sums / targets.sum(1).clamp_min(1)
+
+
+def causal_lm(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Position t predicts label t + 1. Logits of virtual tokens in front (prompt tuning) count as positions without label."""
+    logits: Tensor = outputs.logits
+    labels = labels.to(logits.device)
+    if logits.shape[1] > labels.shape[1]:
+        labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return token_mean(logits, shifted, smoothing)
+
+
+def aligned_tokens(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Position t predicts label t: masked LM, token classification, and sequence to sequence."""
+    return token_mean(outputs.logits, labels.to(outputs.logits.device), smoothing)
+
+
+def classification(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[B, V], labels [B] -> cross entropy, [B]."""
+    return token_mean(outputs.logits.unsqueeze(1), labels.to(outputs.logits.device).view(-1, 1), smoothing)
+
+
+def regression(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[B, k] or [B, 1], targets [B, k] or [B] -> mean squared error over the example's k outputs, [B]."""
+    logits = outputs.logits.flatten(1)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return (wide - labels.to(wide).view_as(wide)).square().mean(1)
+
+
+def multi_label(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[B, k], targets in {0, 1} [B, k] -> mean binary cross entropy over the example's k labels, [B]."""
+    logits = outputs.logits
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.binary_cross_entropy_with_logits(wide, labels.to(wide), reduction="none").mean(1)
+
+
+LOSSES: dict[str, ExampleLoss] = {
+    "ForCausalLM": causal_lm,
+    "ForConditionalGeneration": aligned_tokens,
+    "ForMaskedLM": aligned_tokens,
+    "ForTokenClassification": aligned_tokens,
+    "ForSequenceClassification": classification,
+    "ForImageClassification": classification,
+    "regression": regression,
+    "multi_label_classification": multi_label,
+}
+
+
+def loss_kind(class_name: str, problem_type: str | None, num_labels: int | None) -> str:
+    """The key in `LOSSES` for a model class such as `GPT2LMHeadModel`, as transformers itself decides.
+
+    Raises:
+        ConfigError: no per-example loss is known for the class.
+    """
+    if class_name.endswith(("ForSequenceClassification", "ForImageClassification")):
+        if problem_type in ("regression", "multi_label_classification"):
+            return problem_type
+        single_output = problem_type is None and num_labels == 1
+        return "regression" if single_output else "ForSequenceClassification"
+    for ending in ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification"):
+        if class_name.endswith(ending):
+            return ending
+    if class_name.endswith("LMHeadModel"):
+        return "ForCausalLM"
+    raise ConfigError(
+        f"no per-example loss is known for {class_name}; pass compute_loss_func(outputs, labels) that returns one loss an "
+        "example, shape [batch], each a function of that example alone"
+    )
+
+
+def _row_chunks(logits: Tensor) -> list[slice]:
+    step = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
+    return [slice(i, i + step) for i in range(0, len(logits), step)]

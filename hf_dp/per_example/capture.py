@@ -1,0 +1,181 @@
+"""Borrows a model's trainable parameters for one pass over a micro-batch, gathers each example's gradient, gives them back.
+
+`Capture` is one pass: parameters become proxies (several examples) or plain leaves of their own (one example, where autograd's
+gradient *is* the example's, whatever the layer), forward and backward run, factors are recorded. `clipped_gradient_sum` is what
+everybody else calls. The model is left as it was found, also after an exception, and `p.grad` is never written.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.clipping import clip_factors
+from hf_dp.errors import CaptureError, UnsupportedParameterError
+from hf_dp.per_example import factors as fx
+from hf_dp.per_example.cost import materialise_is_cheaper
+from hf_dp.per_example.factors import Dense, Factor, Outer
+from hf_dp.per_example.proxy import ParameterProxy
+
+REMEDY = "freeze it, or set per_device_train_batch_size=1 (and no token budget): one example at a time is exact for any layer"
+
+
+class Capture:
+    """What one pass over `batch_size` examples records: parameter name -> factors of its per-example gradients.
+
+    Attributes:
+        anchor: a leaf without values through which taps make their outputs require a gradient.
+        refusals: (parameter, operation) pairs without an exact rule. Collected rather than raised where `collecting`.
+    """
+
+    def __init__(self, batch_size: int, *, collecting: bool = False) -> None:
+        self.batch_size = batch_size
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.recorded: dict[str, list[Factor]] = {}
+        self.refusals: dict[tuple[str, str], None] = {}
+        self._collecting = collecting
+        self._watched: list[ParameterProxy] = []
+
+    def watch(self, proxy: ParameterProxy) -> None:
+        """Remembers a leaf to which autograd itself must never deliver a gradient."""
+        self._watched.append(proxy)
+
+    def record(self, parameter: str, factor: Factor) -> None:
+        """One use of `parameter`, from a tap's backward. Materialised at once where `cost` says so."""
+        if isinstance(factor, Outer):
+            _, positions, d = factor.inputs.shape
+            if materialise_is_cheaper(positions, d, factor.grads.shape[-1]):
+                factor = Dense(fx.materialise(factor))
+        self.recorded.setdefault(parameter, []).append(factor)
+
+    def refuse(self, parameter: str, operation: str, compute: Callable[[], Any]) -> Any:
+        """An operation without a rule: an error, or noted and computed without this parameter's gradient."""
+        self.refusals[parameter, operation] = None
+        if self._collecting:
+            return compute()
+        raise UnsupportedParameterError(refusal_message(self.refusals))
+
+    def verify_nothing_hidden(self) -> None:
+        """Raises where autograd delivered a gradient past the taps."""
+        hidden = sorted({p.parameter for p in self._watched if p.grad is not None})
+        if hidden:
+            raise CaptureError(
+                f"a gradient reached {', '.join(hidden)} past the per-example rules, as from a fused kernel or somebody's own "
+                f"autograd function; switch that off, or {REMEDY}"
+            )
+
+
+def refusal_message(refusals: dict[tuple[str, str], None]) -> str:
+    """All parameters without an exact rule, with the operation that uses each, and what to do."""
+    uses = "; ".join(f"{parameter} (used by {operation})" for parameter, operation in refusals)
+    return f"no exact per-example rule for: {uses}. For each: {REMEDY}."
+
+
+@contextmanager
+def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Puts `stand_in(name, parameter)` where the model keeps each trainable parameter, tied ones once; then restores."""
+    stand_ins: dict[int, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
+    places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if id(parameter) not in stand_ins:
+                name = f"{prefix}.{key}" if prefix else key
+                stand_ins[id(parameter)] = by_name[name] = stand_in(name, parameter)
+            places.append((module, key, parameter))
+    try:
+        for module, key, parameter in places:
+            module._parameters[key] = stand_ins[id(parameter)]  # type: ignore[assignment]
+        yield by_name
+    finally:
+        for module, key, parameter in places:
+            module._parameters[key] = parameter
+
+
+def per_example_factors(
+    model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, *, capture: Capture | None = None
+) -> tuple[dict[str, list[Factor]], Tensor]:
+    """One forward and backward: parameter name -> factors of per-example gradients, and the losses [B], detached.
+
+    Args:
+        model: its parameters with `requires_grad` are differentiated.
+        example_losses: runs the forward pass and returns one loss an example, [B].
+        batch_size: B.
+        capture: the record to fill; of batch size B.
+
+    Raises:
+        UnsupportedParameterError: a parameter is used in an operation without a rule.
+        CaptureError: a gradient went past the rules, or the losses are not [B].
+    """
+    if batch_size == 1 and capture is None:
+        return _single_example(model, example_losses)
+    capture = capture or Capture(batch_size)
+    with borrowed(model, lambda name, p: ParameterProxy.of(p, name, capture)), torch.enable_grad():
+        losses = _checked(example_losses(), batch_size)
+        _backward(losses)
+    capture.verify_nothing_hidden()
+    return {name: fx.merge(uses) for name, uses in capture.recorded.items()}, losses.detach()
+
+
+def _single_example(model: nn.Module, example_losses: Callable[[], Tensor]) -> tuple[dict[str, list[Factor]], Tensor]:
+    """With one example, autograd's gradient is the example's: any layer, any operation."""
+    with borrowed(model, lambda name, p: p.detach().requires_grad_()) as leaves, torch.enable_grad():
+        losses = _checked(example_losses(), 1)
+        _backward(losses)
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {name: [Dense(grad.to_dense().unsqueeze(0))] for name, grad in found.items()}, losses.detach()
+
+
+def _backward(losses: Tensor) -> None:
+    if losses.requires_grad:
+        losses.sum().backward()
+
+
+def _checked(losses: Tensor, batch_size: int) -> Tensor:
+    if losses.shape != (batch_size,):
+        raise CaptureError(
+            f"expected one loss for each of {batch_size} examples, shape [{batch_size}]; got shape {list(losses.shape)}"
+        )
+    return losses
+
+
+def squared_norms(factors: dict[str, list[Factor]], batch_size: int, like: Tensor) -> Tensor:
+    """|g_b|^2 over all parameters together, [B], in float32 or better. Without any factor: zeros."""
+    if not factors:
+        return fx.exact(like.new_zeros(batch_size))
+    return torch.stack([fx.squared_norms(uses) for uses in factors.values()]).sum(0)
+
+
+def clipped_gradient_sum(
+    model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, clip_norm: float, into: dict[str, Tensor]
+) -> Tensor:
+    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`, and returns the norms |g_b|, [B], which are secret.
+
+    g_b is the gradient of example b's loss with respect to all trainable parameters together (flat clipping). An example
+    whose gradient is not finite adds exactly nothing. B = 0 does nothing.
+
+    Args:
+        model: the model, unwrapped (no DDP around it).
+        example_losses: runs the forward pass and returns one loss an example, [B].
+        batch_size: B.
+        clip_norm: C, above 0.
+        into: parameter name -> accumulator of the parameter's shape, contiguous, float32 or better.
+
+    Raises:
+        UnsupportedParameterError, CaptureError: as `per_example_factors`.
+    """
+    if batch_size == 0:
+        return torch.zeros(0)
+    factors, losses = per_example_factors(model, example_losses, batch_size)
+    norms = squared_norms(factors, batch_size, losses).sqrt()
+    weights = clip_factors(norms, clip_norm)
+    finite = torch.isfinite(norms)
+    if not bool(finite.all()):
+        factors = {name: fx.without_examples(uses, finite) for name, uses in factors.items()}
+    for name, uses in factors.items():
+        fx.add_weighted_sum(uses, weights, into[name])
+    return norms

@@ -1,0 +1,26 @@
+"""The one cost model: sizes of a linear use -> keep its per-example gradients, or keep it factored.
+
+For one example of a linear map d -> r used at T positions (multiply-adds; a number moved through memory counts as `MOVE` of them):
+
+    materialise and keep   T d r          + MOVE * 3 d r    (write, read for the norm, read for the sum);  holds d r numbers
+    keep factored          T d r (sum)    + MOVE * T (d + r)  + norm;                                      holds T (d + r) numbers
+        norm by Gram       T^2 (d + r)    + MOVE * 2 T^2
+        norm by product    T d r          + MOVE * 2 d r    (formed a few examples at a time and dropped)
+
+LoRA: r is small, so d r is far under T (d + r): materialise. Wide layers in full fine-tuning: d r is far over, and the [B, r, d] that
+would have to be held until every layer's norm is known is a copy of the layer for each example: keep factored.
+`scripts/bench_cost` checks the choice against measured times.
+"""
+
+MOVE = 16.0  # multiply-adds in the time of one float32 moved; CPU cores and GPUs lie between 8 and 60
+HOLD = 4.0  # materialised gradients may hold at most this many times the numbers of the factored form
+
+
+def materialise_is_cheaper(positions: int, d: int, r: int) -> bool:
+    """Whether to form [r, d] for each example at once and keep it, given T, d, r."""
+    kept, factored = d * r, positions * (d + r)
+    if kept > HOLD * factored:
+        return False
+    by_gram = positions * factored + MOVE * 2 * positions * positions
+    by_product = positions * d * r + MOVE * 2 * d * r
+    return MOVE * 3 * kept <= MOVE * factored + min(by_gram, by_product)

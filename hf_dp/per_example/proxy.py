@@ -1,0 +1,135 @@
+"""A stand-in for a trainable parameter during one pass: each operation that uses it has an exact rule, or is an error.
+
+While a pass is captured, `capture` puts a `ParameterProxy` where the model keeps the parameter. Whatever the layer's class, every
+function of PyTorch that meets the proxy arrives in `__torch_function__`, so that no use goes unseen:
+
+    asking (shape, dtype, ...)      answered
+    under no_grad                   computed plainly (the first forward of reentrant checkpointing, generation)
+    with the examples' data         `rules`: a tap computes the result and, in backward, hands over each example's gradient
+    with constants alone            the parameter's own side: casts, transposes, scalings, fixed positions of a table. The result is
+                                    a proxy again, which knows how to pull a gradient back to the parameter
+    anything else                   an error that names the parameter and the operation
+
+A proxy is a leaf that requires a gradient: if autograd itself ever delivers one to it, a use was hidden inside somebody's own
+autograd function, and the pass ends with an error.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hf_dp.per_example.factors import Dense, Factor, Outer, materialise
+
+Pullback: TypeAlias = Callable[[Factor], Factor]
+
+ASKING = frozenset(
+    "size dim numel stride storage_offset is_floating_point is_complex element_size is_contiguous __len__ __hash__ __repr__ "
+    "__format__ data_ptr get_device is_same_size nelement ndimension is_inference is_signed untyped_storage detach "
+    "result_type is_tensor".split()
+)
+_REFLECTED = {"rmul": "mul", "radd": "add", "imul": "mul", "iadd": "add", "isub": "sub", "itruediv": "truediv"}
+
+
+class ParameterProxy(torch.Tensor):
+    """The parameter's values under the parameter's name, watched. Built by `ParameterProxy.of` alone.
+
+    Attributes:
+        parameter: the name of the parameter, as in `model.named_parameters()`.
+        capture: the `Capture` in progress (typed Any, because that module imports this one).
+        plain_values: the same memory as an ordinary tensor without gradient.
+        pullback: takes a factor of this tensor's gradient to one of the parameter's; None for the parameter itself.
+    """
+
+    parameter: str
+    capture: Any
+    plain_values: Tensor
+    pullback: Pullback | None
+
+    @staticmethod
+    def of(values: Tensor, parameter: str, capture: Any, pullback: Pullback | None = None) -> "ParameterProxy":
+        """A watched leaf that shares the memory of `values`."""
+        plain = values.detach()
+        proxy = torch.Tensor._make_subclass(ParameterProxy, plain, True)
+        proxy.parameter, proxy.capture, proxy.plain_values, proxy.pullback = parameter, capture, plain, pullback
+        capture.watch(proxy)
+        return proxy
+
+    def sink(self, factor: Factor) -> None:
+        """Receives the factor of one use, in backward."""
+        self.capture.record(self.parameter, factor if self.pullback is None else self.pullback(factor))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Every PyTorch function that has a proxy among its arguments."""
+        from hf_dp.per_example.rules import apply_rule  # rules make proxies: resolved when called
+
+        kwargs = kwargs or {}
+        name = operation_name(func)
+        if name in ASKING or not torch.is_grad_enabled():
+            return func(*plain(args), **plain(kwargs))
+        return apply_rule(name, func, tuple(args), kwargs)
+
+
+def operation_name(func: Callable[..., Any]) -> str:
+    """'mul' for torch.mul, Tensor.__rmul__ and Tensor.mul_ alike; '__len__' for any attribute that only asks."""
+    name = func.__name__
+    if name == "__get__":
+        attribute = str(func.__self__.__name__)  # type: ignore[attr-defined]
+        return attribute if attribute in ("T", "mT") else "__len__"
+    if name in ASKING:
+        return name
+    bare = name.strip("_")
+    return _REFLECTED.get(bare, bare)
+
+
+def plain(value: Any) -> Any:
+    """The same arguments with the values in place of proxies."""
+    if isinstance(value, ParameterProxy):
+        return value.plain_values
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain(v) for v in value)
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+def derive(
+    proxy: ParameterProxy, function: Callable[[Tensor], Tensor], pullback: Pullback | None = None
+) -> ParameterProxy:
+    """`function(parameter)`, all else constant, as a proxy.
+
+    `pullback` is the adjoint of `function` on factors where a factored form survives it; without one, gradients are
+    materialised and come back through `function`'s own vector-Jacobian product, example by example (vmap).
+    """
+    adjoint = pullback or (lambda factor: _vector_jacobian(function, proxy.plain_values, materialise(factor)))
+    earlier = proxy.pullback
+    composed = adjoint if earlier is None else (lambda factor: earlier(adjoint(factor)))
+    with torch.no_grad():
+        result = function(proxy.plain_values)
+    return ParameterProxy.of(result, proxy.parameter, proxy.capture, composed)
+
+
+def unchanged(factor: Factor) -> Factor:
+    """The pullback of a cast, and of a reshaping that only renames the rows of a matrix."""
+    return factor
+
+
+def transposed(factor: Factor) -> Factor:
+    """The pullback of a matrix transposition: (g^T x)^T = x^T g."""
+    if isinstance(factor, Outer):
+        return Outer(factor.grads, factor.inputs)
+    return Dense(materialise(factor).transpose(1, 2))
+
+
+def _vector_jacobian(function: Callable[[Tensor], Tensor], values: Tensor, gradient: Tensor) -> Factor:
+    """[B, *output] -> [B, *parameter]: the adjoint of `function` at `values`, for each example."""
+    vjp = torch.func.vjp(lambda v: function(v).to(gradient.dtype), values.to(gradient.dtype))[1]
+    return Dense(torch.func.vmap(lambda g: vjp(g)[0])(gradient))

@@ -1,0 +1,160 @@
+"""Autograd functions that compute as the plain operation does and, in backward, hand over the factor of each example's gradient.
+
+Each takes its parameters *detached* and an `anchor`, a leaf without values that makes the output require a gradient even where the
+input does not: so backward runs, no gradient reaches the parameter itself, and no hook of DDP or FSDP fires. `sink` receives
+one `Factor` each time backward is executed: once a use, also under both kinds of checkpointing.
+
+Legend: B examples, T positions, d inputs, r outputs. Anything between the leading B and the last dimension counts as positions.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_dp.errors import CaptureError
+from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
+
+Sink: TypeAlias = Callable[[Factor], None]
+
+
+def by_example(x: Tensor, batch: int) -> Tensor:
+    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k].
+
+    Raises:
+        CaptureError: the leading dimension is not the micro-batch's.
+    """
+    if x.shape[0] == batch or (x.dim() == 2 and x.shape[0] % batch == 0):
+        return x.reshape(batch, -1, x.shape[-1])
+    raise CaptureError(
+        f"a gradient of shape {tuple(x.shape)} has no leading dimension of the {batch} examples in the micro-batch; "
+        "set per_device_train_batch_size=1, which is exact for any layout"
+    )
+
+
+class LinearTap(torch.autograd.Function):
+    """y = x W^T + b. Gradients per example: W: g^T x (Outer); b: the sum of g over positions (Dense)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, batch: int, *sinks: Sink | None
+    ) -> Tensor:
+        """`sinks`: of the weight and of the bias, None where that one is frozen."""
+        ctx.batch, (ctx.weight_sink, ctx.bias_sink) = batch, sinks
+        ctx.save_for_backward(x if ctx.weight_sink else None, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over the factors and returns the input's gradient."""
+        (g,) = grads
+        x, weight = ctx.saved_tensors
+        g_by_example = by_example(g, ctx.batch)
+        if ctx.weight_sink:
+            ctx.weight_sink(Outer(by_example(x, ctx.batch), g_by_example))
+        if ctx.bias_sink:
+            ctx.bias_sink(Dense(g_by_example.sum(1, dtype=_wide(g))))
+        return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None, None
+
+
+class EmbeddingTap(torch.autograd.Function):
+    """y = table[index]. Gradient per example: the rows of g, added up by index (Rows); the padding row gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, anchor: Tensor, table: Tensor, padding: int | None, sink: Sink) -> Tensor:
+        """`padding`: the row whose gradient torch.nn.Embedding drops, or None."""
+        ctx.padding, ctx.sink, ctx.num_rows = padding, sink, table.shape[0]
+        ctx.save_for_backward(index)
+        return F.embedding(index, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        """Hands over the rows."""
+        (g,) = grads
+        (index,) = ctx.saved_tensors
+        if ctx.padding is not None:
+            g = g.masked_fill((index == ctx.padding).unsqueeze(-1), 0.0)
+        batch = index.shape[0]
+        ctx.sink(Rows(index.reshape(batch, -1), g.reshape(batch, -1, g.shape[-1]), ctx.num_rows))
+        return None, None, None, None, None
+
+
+class MultiplyTap(torch.autograd.Function):
+    """y = x * w with w broadcast over examples. Gradient per example: g * x, summed where w was broadcast (Dense)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, sink: Sink) -> Tensor:
+        """`x` leads with the examples; `w` is what multiplies it."""
+        ctx.sink, ctx.shape = sink, w.shape
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over sum(g * x) and returns g * w."""
+        (g,) = grads
+        x, w = ctx.saved_tensors
+        ctx.sink(Dense(sum_to_shape(g * x, ctx.shape)))
+        return ((g * w).sum_to_size(x.shape) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class AddTap(torch.autograd.Function):
+    """y = x + scale * w with w broadcast over examples (also from nothing: x = 0). Gradient per example: scale * g (Dense)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, scale: float, sink: Sink) -> Tensor:
+        """`x` leads with the examples, or the result does."""
+        ctx.sink, ctx.shape, ctx.x_shape, ctx.scale = sink, w.shape, x.shape, scale
+        return x + scale * w if scale != 1 else x + w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over the sum of g and returns g."""
+        (g,) = grads
+        ctx.sink(Dense(sum_to_shape(g, ctx.shape) * ctx.scale))
+        return (g.sum_to_size(ctx.x_shape) if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class LayerNormTap(torch.autograd.Function):
+    """LayerNorm over the last dimension, y = w * n(x) + b. Per example: w: sum of g * n(x); b: sum of g (Dense)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *sinks: Sink | None
+    ) -> Tensor:
+        """`sinks`: of weight and bias, None where frozen."""
+        out, mean, rstd = torch.native_layer_norm(x, list(weight.shape), weight, bias, eps)
+        ctx.weight_sink, ctx.bias_sink = sinks
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, mean, rstd, weight, *([bias] if bias is not None else []))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over both sums and returns the input's gradient."""
+        (g,) = grads
+        x, mean, rstd, weight, *rest = ctx.saved_tensors
+        if ctx.weight_sink:
+            ctx.weight_sink(Dense(sum_to_shape(g * ((x - mean) * rstd), weight.shape)))
+        if ctx.bias_sink:
+            ctx.bias_sink(Dense(sum_to_shape(g, weight.shape)))
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx, _, _ = torch.ops.aten.native_layer_norm_backward(
+                g, x, list(weight.shape), mean, rstd, weight, rest[0] if rest else None, [True, False, False]
+            )
+        return gx, None, None, None, None, None, None
+
+
+def sum_to_shape(g: Tensor, shape: torch.Size) -> Tensor:
+    """[B, ...] -> [B, *shape]: sums over the positions along which a tensor of `shape` was broadcast, in float32 or better."""
+    padded = (1,) * (g.dim() - len(shape)) + tuple(shape)
+    axes = [i for i in range(1, g.dim()) if padded[i] == 1 and g.shape[i] != 1]
+    summed = g.sum(axes, dtype=_wide(g)) if axes else g.to(_wide(g))
+    return summed.reshape(g.shape[0], *shape)
+
+
+def _wide(g: Tensor) -> torch.dtype:
+    return torch.float64 if g.dtype == torch.float64 else torch.float32
