@@ -27,6 +27,7 @@ class Capture:
 
     Attributes:
         anchor: a leaf without values through which taps make their outputs require a gradient.
+        operations: parameter name -> the operations that used it, in order.
         refusals: (parameter, operation) pairs without an exact rule. Collected rather than raised where `collecting`.
     """
 
@@ -34,6 +35,7 @@ class Capture:
         self.batch_size = batch_size
         self.anchor = torch.zeros((), requires_grad=True)
         self.recorded: dict[str, list[Factor]] = {}
+        self.operations: dict[str, dict[str, None]] = {}
         self.refusals: dict[tuple[str, str], None] = {}
         self._collecting = collecting
         self._watched: list[ParameterProxy] = []
@@ -41,6 +43,10 @@ class Capture:
     def watch(self, proxy: ParameterProxy) -> None:
         """Remembers a leaf to which autograd itself must never deliver a gradient."""
         self._watched.append(proxy)
+
+    def used(self, parameter: str, operation: str) -> None:
+        """Notes that an operation with a rule uses `parameter`."""
+        self.operations.setdefault(parameter, {})[operation] = None
 
     def record(self, parameter: str, factor: Factor) -> None:
         """One use of `parameter`, from a tap's backward. Materialised at once where `cost` says so."""

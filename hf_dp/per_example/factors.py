@@ -73,7 +73,11 @@ def merge(factors: Sequence[Factor]) -> list[Factor]:
     rows = [f for f in factors if isinstance(f, Rows)]
     merged: list[Factor] = []
     if dense:
-        merged.append(dense[0] if len(dense) == 1 else Dense(torch.stack([f.gradient for f in dense]).sum(0)))
+        merged.append(
+            dense[0]
+            if len(dense) == 1
+            else Dense(torch.stack([f.gradient.flatten(1) for f in dense]).sum(0).view_as(dense[0].gradient))
+        )
     if outer:
         one = len(outer) == 1
         merged.append(
@@ -128,7 +132,8 @@ def _add_outer(factor: Outer, weights: Tensor, into: Tensor) -> None:
     step = max(1, CHUNK_ELEMENTS // max(1, positions * (width + factor.grads.shape[-1])))
     for rows in _chunks(batch, step):
         scaled = exact(factor.grads[rows]) * weights[rows].view(-1, 1, 1)
-        into.addmm_(scaled.flatten(0, 1).t().to(into.dtype), exact(factor.inputs[rows]).flatten(0, 1).to(into.dtype))
+        matrix = into.view(factor.grads.shape[-1], width)  # a convolution's kernel has more dimensions
+        matrix.addmm_(scaled.flatten(0, 1).t().to(into.dtype), exact(factor.inputs[rows]).flatten(0, 1).to(into.dtype))
 
 
 def _squared_norm(factor: Factor) -> Tensor:
@@ -182,7 +187,8 @@ def _inner(a: Factor, b: Factor) -> Tensor:
         a, b = b, a
     if isinstance(b, Outer):
         if isinstance(a, Dense):  # sum_t g_t^T D x_t
-            mapped = torch.bmm(exact(b.inputs), exact(a.gradient).transpose(1, 2))
+            matrices = exact(a.gradient).reshape(len(a.gradient), b.grads.shape[-1], b.inputs.shape[-1])
+            mapped = torch.bmm(exact(b.inputs), matrices.transpose(1, 2))
             return (mapped * exact(b.grads)).sum((1, 2))
         assert isinstance(a, Rows)
         return _rows_outer_inner(a, b)

@@ -15,6 +15,7 @@ autograd function, and the pass ends with an error.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from hf_dp.per_example.factors import Dense, Factor, Outer, materialise
 
 Pullback: TypeAlias = Callable[[Factor], Factor]
+Origins: TypeAlias = "Sequence[tuple[ParameterProxy, Pullback]]"
 
 ASKING = frozenset(
     "size dim numel stride storage_offset is_floating_point is_complex element_size is_contiguous __len__ __hash__ __repr__ "
@@ -39,26 +41,32 @@ class ParameterProxy(torch.Tensor):
         parameter: the name of the parameter, as in `model.named_parameters()`.
         capture: the `Capture` in progress (typed Any, because that module imports this one).
         plain_values: the same memory as an ordinary tensor without gradient.
-        pullback: takes a factor of this tensor's gradient to one of the parameter's; None for the parameter itself.
+        origins: what this was computed from, each with the pullback of a factor of this gradient to one of that; empty for
+            the parameter itself.
     """
 
     parameter: str
     capture: Any
     plain_values: Tensor
-    pullback: Pullback | None
+    origins: Origins
 
     @staticmethod
-    def of(values: Tensor, parameter: str, capture: Any, pullback: Pullback | None = None) -> "ParameterProxy":
+    def of(values: Tensor, parameter: str, capture: Any, origins: "Origins" = ()) -> "ParameterProxy":
         """A watched leaf that shares the memory of `values`."""
         plain = values.detach()
         proxy = torch.Tensor._make_subclass(ParameterProxy, plain, True)
-        proxy.parameter, proxy.capture, proxy.plain_values, proxy.pullback = parameter, capture, plain, pullback
+        proxy.parameter, proxy.capture, proxy.plain_values, proxy.origins = parameter, capture, plain, origins
         capture.watch(proxy)
         return proxy
 
-    def sink(self, factor: Factor) -> None:
-        """Receives the factor of one use, in backward."""
-        self.capture.record(self.parameter, factor if self.pullback is None else self.pullback(factor))
+    def sink(self, factor: Factor | None) -> None:
+        """Receives the factor of one use, in backward; None where the examples do not lead the gradient."""
+        if factor is None:
+            self.capture.refuse(self.parameter, "an operation on values that every example shares", lambda: None)
+        elif not self.origins:
+            self.capture.record(self.parameter, factor)
+        for origin, pullback in self.origins:
+            origin.sink(None if factor is None else pullback(factor))
 
     @classmethod
     def __torch_function__(
@@ -101,20 +109,22 @@ def plain(value: Any) -> Any:
     return value
 
 
-def derive(
-    proxy: ParameterProxy, function: Callable[[Tensor], Tensor], pullback: Pullback | None = None
-) -> ParameterProxy:
-    """`function(parameter)`, all else constant, as a proxy.
-
-    `pullback` is the adjoint of `function` on factors where a factored form survives it; without one, gradients are
-    materialised and come back through `function`'s own vector-Jacobian product, example by example (vmap).
-    """
-    adjoint = pullback or (lambda factor: _vector_jacobian(function, proxy.plain_values, materialise(factor)))
-    earlier = proxy.pullback
-    composed = adjoint if earlier is None else (lambda factor: earlier(adjoint(factor)))
+def derive(proxy: ParameterProxy, function: Callable[[Tensor], Tensor], pullback: Pullback) -> ParameterProxy:
+    """`function(parameter)`, all else constant, as a proxy; `pullback` is its adjoint on factors."""
     with torch.no_grad():
         result = function(proxy.plain_values)
-    return ParameterProxy.of(result, proxy.parameter, proxy.capture, composed)
+    return ParameterProxy.of(result, proxy.parameter, proxy.capture, [(proxy, pullback)])
+
+
+def derive_any(proxies: Sequence[ParameterProxy], function: Callable[..., Tensor]) -> ParameterProxy:
+    """`function(*parameters)`, all else constant and nothing random in it, as a proxy.
+
+    Gradients are materialised and come back through `function`'s own vector-Jacobian product, example by example (vmap).
+    """
+    with torch.no_grad():
+        result = function(*[p.plain_values for p in proxies])
+    origins = [(p, partial(_vector_jacobian, function, proxies, i)) for i, p in enumerate(proxies)]
+    return ParameterProxy.of(result, proxies[0].parameter, proxies[0].capture, origins)
 
 
 def unchanged(factor: Factor) -> Factor:
@@ -129,7 +139,15 @@ def transposed(factor: Factor) -> Factor:
     return Dense(materialise(factor).transpose(1, 2))
 
 
-def _vector_jacobian(function: Callable[[Tensor], Tensor], values: Tensor, gradient: Tensor) -> Factor:
-    """[B, *output] -> [B, *parameter]: the adjoint of `function` at `values`, for each example."""
-    vjp = torch.func.vjp(lambda v: function(v).to(gradient.dtype), values.to(gradient.dtype))[1]
+def _vector_jacobian(
+    function: Callable[..., Tensor], proxies: Sequence[ParameterProxy], which: int, factor: Factor
+) -> Factor:
+    """[B, *output] -> [B, *parameter]: the adjoint of `function` in its argument number `which`, for each example."""
+    gradient = materialise(factor)
+    values = [p.plain_values.to(gradient.dtype) for p in proxies]
+
+    def of_one(value: Tensor) -> Tensor:
+        return function(*values[:which], value, *values[which + 1 :]).to(gradient.dtype)
+
+    vjp = torch.func.vjp(of_one, values[which])[1]
     return Dense(torch.func.vmap(lambda g: vjp(g)[0])(gradient))

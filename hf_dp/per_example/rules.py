@@ -5,6 +5,7 @@ operation has no data in it, which leaves it to the parameter's own side. What i
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -12,36 +13,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
-from hf_dp.per_example.proxy import ParameterProxy, derive, plain, transposed, unchanged
+from hf_dp.per_example.proxy import ParameterProxy, derive, derive_any, plain, transposed, unchanged
 from hf_dp.per_example.taps import AddTap, EmbeddingTap, LayerNormTap, LinearTap, MultiplyTap, Sink
 
 Operand: TypeAlias = Tensor | float | int
 
 
 def apply_rule(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation on proxies: through the rule of that name, on the parameter's side, or refused."""
-    proxies = [v for v in (*args, *kwargs.values()) if isinstance(v, ParameterProxy)]
+    """The result of an operation on proxies: through the rule of that name, on the parameters' side, or refused."""
+    proxies = _proxies((args, kwargs))
+    owner = proxies[0]
     rule = RULES.get(name)
     if rule is not None:
         result = rule(*args, **kwargs)
         if result is not None:
+            for proxy in proxies:
+                owner.capture.used(proxy.parameter, name)
             return result
-    if name in PARAMETER_SIDE and len(proxies) == 1:
-        return _on_the_parameters_side(name, func, args, kwargs)
-    others = plain(args), plain(kwargs)
-    owner = _any_proxy((args, kwargs))
-    return owner.capture.refuse(owner.parameter, name, lambda: func(*others[0], **others[1]))
+    if name in PARAMETER_SIDE and not _carries_a_gradient((args, kwargs)):
+        return _on_the_parameters_side(proxies, func, args, kwargs)
+    return owner.capture.refuse(owner.parameter, name, lambda: func(*plain(args), **plain(kwargs)))
 
 
-def _any_proxy(value: Any) -> ParameterProxy:
-    """The first proxy anywhere in (nested) arguments."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, ParameterProxy):
-            return item
-        stack.extend(item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else ())
-    raise AssertionError("an operation without a proxy was dispatched as if it had one")
+def _proxies(value: Any) -> list[ParameterProxy]:
+    """All proxies in (nested) arguments, each once, in order."""
+    if isinstance(value, ParameterProxy):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    found = {id(p): p for item in items for p in _proxies(item)}
+    return list(found.values())
+
+
+def _carries_a_gradient(value: Any) -> bool:
+    """Whether a tensor among (nested) arguments is computed from trained values: then it is not a constant."""
+    if isinstance(value, Tensor):
+        return value.requires_grad and not isinstance(value, ParameterProxy)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return any(_carries_a_gradient(item) for item in items)
 
 
 def _sink(value: Any) -> Sink | None:
@@ -62,10 +70,10 @@ def _cast(dtype: torch.dtype, *operands: Any) -> tuple[Any, ...]:
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     """y = x W^T + b, in any layout that leads with the examples."""
-    if isinstance(input, ParameterProxy):
-        return None
+    if isinstance(input, ParameterProxy) or (input.dim() > 2 and input.shape[0] == 1):
+        return None  # one input for all examples: the result is on the parameters' side too
     x, w, b = _autocast(input, weight, bias)
-    capture = _any_proxy((weight, bias)).capture
+    capture = _proxies((weight, bias))[0].capture
     result: Tensor = LinearTap.apply(x, capture.anchor, plain(w), plain(b), capture.batch_size, _sink(w), _sink(b))
     return result
 
@@ -109,7 +117,7 @@ def _embedding(
         padding = None if padding_idx is None else padding_idx % weight.shape[0]
         result: Tensor = EmbeddingTap.apply(input, capture.anchor, weight.plain_values, padding, weight.sink)
         return result
-    return derive(weight, lambda table: F.embedding(input, table, padding_idx))
+    return derive_any([weight], lambda table: F.embedding(input, table, padding_idx))
 
 
 def _layer_norm(
@@ -121,8 +129,10 @@ def _layer_norm(
     x, w, b = input, weight, bias
     if torch.is_autocast_enabled(x.device.type):
         x, w, b = _cast(torch.float32, x, w, b)
-    anchor = _any_proxy((weight, bias)).capture.anchor
-    result: Tensor = LayerNormTap.apply(x, anchor, plain(w), plain(b), eps, _sink(w), _sink(b))
+    capture = _proxies((weight, bias))[0].capture
+    result: Tensor = LayerNormTap.apply(
+        x, capture.anchor, plain(w), plain(b), eps, capture.batch_size, _sink(w), _sink(b)
+    )
     return result
 
 
@@ -138,7 +148,7 @@ def _multiply(input: Any, other: Any) -> Tensor | None:
     data, w = (other, input) if isinstance(input, ParameterProxy) else (input, other)
     if not _meets_data(data, w):
         return None
-    result: Tensor = MultiplyTap.apply(data, w.capture.anchor, w.plain_values, w.sink)
+    result: Tensor = MultiplyTap.apply(data, w.capture.anchor, w.plain_values, w.capture.batch_size, w.sink)
     return result
 
 
@@ -146,7 +156,7 @@ def _divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Tens
     """x / w as x * (1/w)."""
     if rounding_mode is not None or isinstance(input, ParameterProxy) or not _meets_data(input, other):
         return None
-    return _multiply(input, derive(other, torch.reciprocal))
+    return _multiply(input, derive_any([other], torch.reciprocal))
 
 
 def _add(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
@@ -165,12 +175,12 @@ def _sub(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
 
 
 def _shift(data: Tensor, w: ParameterProxy, scale: float) -> Tensor:
-    result: Tensor = AddTap.apply(data, w.capture.anchor, w.plain_values, scale, w.sink)
+    result: Tensor = AddTap.apply(data, w.capture.anchor, w.plain_values, scale, w.capture.batch_size, w.sink)
     return result
 
 
 def _expand(input: Any, *sizes: Any) -> Tensor | None:
-    """One vector for all examples, repeated for each: class tokens, prompts. x.expand(B, ...) and x.repeat(B, 1, ...)."""
+    """One value for all examples, repeated for each: class tokens, prompts. x.expand(B, ...) and x.repeat(B, 1, ...)."""
     if not isinstance(input, ParameterProxy):
         return None
     shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
@@ -181,6 +191,25 @@ def _expand(input: Any, *sizes: Any) -> Tensor | None:
     trailing = (1,) * (input.dim() - (len(shape) == input.dim()))
     result = _shift(input.plain_values.new_zeros(batch, *trailing), input, 1.0)
     return result if _same_positions(shape[1:], result.shape[1:]) else None
+
+
+def _repeat(input: Any, *sizes: Any) -> Tensor | None:
+    """As `_expand`; and w [h, ...] repeated to [B*h, ...], example by example, as attention with B*h heads wants it."""
+    expanded = _expand(input, *sizes)
+    if expanded is not None or not isinstance(input, ParameterProxy):
+        return expanded
+    shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
+    if shape != (input.capture.batch_size, *(1,) * (input.dim() - 1)):
+        return None
+    return _shift(input.plain_values.new_zeros(shape[0], *(1,) * input.dim()), input, 1.0).flatten(0, 1)
+
+
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+    """One mask for a value that all examples share."""
+    if not isinstance(input, ParameterProxy):
+        return None
+    mask = F.dropout(torch.ones_like(input.plain_values), p, training)
+    return derive_any([input], lambda values: values * mask)
 
 
 def _same_positions(asked: tuple[int, ...], shape: torch.Size) -> bool:
@@ -240,11 +269,28 @@ def _float(input: Any) -> Tensor | None:
 
 
 def _meets_data(data: Any, w: Any) -> bool:
-    """Whether an elementwise operand carries examples: it makes the result lead with B, or itself needs a gradient."""
+    """Whether an elementwise operand carries the examples: it is larger than `w` and leads with B, or with B*T for [B*T, k]."""
     if not isinstance(w, ParameterProxy) or not isinstance(data, Tensor) or isinstance(data, ParameterProxy):
         return False
-    shape = torch.broadcast_shapes(data.shape, w.shape)
-    return shape != w.shape and shape[0] == w.capture.batch_size and data.shape == shape
+    shape, batch = torch.broadcast_shapes(data.shape, w.shape), w.capture.batch_size
+    flattened = len(shape) == 2 and w.dim() == 1 and shape[0] % batch == 0
+    return shape != w.shape and data.shape == shape and (shape[0] == batch or flattened)
+
+
+def _for_each_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Masking, joining, attending: a parameter's [1, ...] becomes [B, ...], and the operation is left as it is."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(widen(v) for v in value)
+        if not isinstance(value, ParameterProxy) or value.dim() == 0 or value.shape[0] != 1:
+            return value
+        return _expand(value, value.capture.batch_size, *value.shape[1:])
+
+    wide = [widen(v) for v in args], {k: widen(v) for k, v in kwargs.items()}
+    stack = [*wide[0], *wide[1].values()]
+    flat = [u for v in stack for u in (v if isinstance(v, (tuple, list)) else [v])]
+    return None if any(isinstance(v, ParameterProxy) for v in flat) else func(*wide[0], **wide[1])
 
 
 def _refuse(proxy: ParameterProxy, what: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -252,22 +298,24 @@ def _refuse(proxy: ParameterProxy, what: str, compute: Callable[[], Tensor]) -> 
     return result
 
 
-def _on_the_parameters_side(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation between the parameter and constants: a proxy again."""
-    proxy = _any_proxy((args, kwargs))
+def _on_the_parameters_side(
+    proxies: list[ParameterProxy], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ParameterProxy:
+    """An operation among parameters and constants: a proxy again."""
+    if len(proxies) == 1 and func in (torch.t, Tensor.t):
+        return derive(proxies[0], torch.t, transposed)
 
-    def function(values: Tensor) -> Any:
+    def function(*values: Tensor) -> Any:
+        known = {id(p): v for p, v in zip(proxies, values, strict=True)}
+
         def put(v: Any) -> Any:
-            return values if v is proxy else v
+            if isinstance(v, (tuple, list)):
+                return type(v)(put(u) for u in v)
+            return known.get(id(v), v)
 
-        return func(*[put(a) for a in args], **{k: put(v) for k, v in kwargs.items()})
+        return func(*put(args), **{k: put(v) for k, v in kwargs.items()})
 
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not proxy]
-    if any(t.requires_grad for t in tensors):
-        return _refuse(
-            proxy, f"{name} with data that has no leading dimension of examples", lambda: function(proxy.plain_values)
-        )
-    return derive(proxy, function, transposed if name in ("t", "T", "mT") and proxy.dim() == 2 else None)
+    return derive_any(proxies, function)
 
 
 RULES: dict[str, Callable[..., Tensor | None]] = {
@@ -285,13 +333,22 @@ RULES: dict[str, Callable[..., Tensor | None]] = {
     "add": _add,
     "sub": _sub,
     "expand": _expand,
-    "repeat": _expand,
+    "repeat": _repeat,
+    "dropout": _dropout,
     "index_copy": _index_copy,
     "to": _cast_rule,
     "type_as": _cast_rule,
     "float": _float,
 }
+FOR_EACH_EXAMPLE: dict[str, Callable[..., Any]] = {
+    "where": torch.where,
+    "masked_fill": Tensor.masked_fill,
+    "cat": torch.cat,
+    "scaled_dot_product_attention": F.scaled_dot_product_attention,
+}
+RULES.update({name: partial(_for_each_example, func) for name, func in FOR_EACH_EXAMPLE.items()})
 PARAMETER_SIDE = frozenset(
     "clone contiguous t T mT transpose permute view reshape flatten unflatten unsqueeze squeeze movedim swapaxes "
-    "expand getitem select narrow index_select neg mul multiply add sub rsub truediv div rdiv".split()
+    "expand getitem select narrow index_select neg mul multiply add sub rsub truediv div rdiv "
+    "linear matmul embedding layer_norm tanh relu gelu silu sigmoid".split()
 )

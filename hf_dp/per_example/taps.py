@@ -2,7 +2,8 @@
 
 Each takes its parameters *detached* and an `anchor`, a leaf without values that makes the output require a gradient even where the
 input does not: so backward runs, no gradient reaches the parameter itself, and no hook of DDP or FSDP fires. `sink` receives
-one `Factor` each time backward is executed: once a use, also under both kinds of checkpointing.
+one `Factor` each time backward is executed (once a use, also under both kinds of checkpointing), or None where the examples
+do not lead the gradient's shape.
 
 Legend: B examples, T positions, d inputs, r outputs. Anything between the leading B and the last dimension counts as positions.
 """
@@ -14,24 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dp.errors import CaptureError
 from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
 
-Sink: TypeAlias = Callable[[Factor], None]
+Sink: TypeAlias = Callable[[Factor | None], None]
 
 
-def by_example(x: Tensor, batch: int) -> Tensor:
-    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k].
-
-    Raises:
-        CaptureError: the leading dimension is not the micro-batch's.
-    """
+def by_example(x: Tensor, batch: int) -> Tensor | None:
+    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k]; None where the examples do not lead."""
     if x.shape[0] == batch or (x.dim() == 2 and x.shape[0] % batch == 0):
         return x.reshape(batch, -1, x.shape[-1])
-    raise CaptureError(
-        f"a gradient of shape {tuple(x.shape)} has no leading dimension of the {batch} examples in the micro-batch; "
-        "set per_device_train_batch_size=1, which is exact for any layout"
-    )
+    return None
 
 
 class LinearTap(torch.autograd.Function):
@@ -53,9 +46,11 @@ class LinearTap(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         g_by_example = by_example(g, ctx.batch)
         if ctx.weight_sink:
-            ctx.weight_sink(Outer(by_example(x, ctx.batch), g_by_example))
+            x_by_example = by_example(x, ctx.batch)
+            unknown = x_by_example is None or g_by_example is None
+            ctx.weight_sink(None if unknown else Outer(x_by_example, g_by_example))  # type: ignore[arg-type]
         if ctx.bias_sink:
-            ctx.bias_sink(Dense(g_by_example.sum(1, dtype=_wide(g))))
+            ctx.bias_sink(None if g_by_example is None else Dense(g_by_example.sum(1, dtype=_wide(g))))
         return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None, None
 
 
@@ -85,9 +80,9 @@ class MultiplyTap(torch.autograd.Function):
     """y = x * w with w broadcast over examples. Gradient per example: g * x, summed where w was broadcast (Dense)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, sink: Sink) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, batch: int, sink: Sink) -> Tensor:
         """`x` leads with the examples; `w` is what multiplies it."""
-        ctx.sink, ctx.shape = sink, w.shape
+        ctx.sink, ctx.shape, ctx.batch = sink, w.shape, batch
         ctx.save_for_backward(x, w)
         return x * w
 
@@ -96,25 +91,25 @@ class MultiplyTap(torch.autograd.Function):
         """Hands over sum(g * x) and returns g * w."""
         (g,) = grads
         x, w = ctx.saved_tensors
-        ctx.sink(Dense(sum_to_shape(g * x, ctx.shape)))
-        return ((g * w).sum_to_size(x.shape) if ctx.needs_input_grad[0] else None), None, None, None
+        ctx.sink(summed(g * x, ctx.shape, ctx.batch))
+        return ((g * w).sum_to_size(x.shape) if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
 class AddTap(torch.autograd.Function):
     """y = x + scale * w with w broadcast over examples (also from nothing: x = 0). Gradient per example: scale * g (Dense)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, scale: float, sink: Sink) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, scale: float, batch: int, sink: Sink) -> Tensor:
         """`x` leads with the examples, or the result does."""
-        ctx.sink, ctx.shape, ctx.x_shape, ctx.scale = sink, w.shape, x.shape, scale
+        ctx.sink, ctx.shape, ctx.x_shape, ctx.scale, ctx.batch = sink, w.shape, x.shape, scale, batch
         return x + scale * w if scale != 1 else x + w
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over the sum of g and returns g."""
         (g,) = grads
-        ctx.sink(Dense(sum_to_shape(g, ctx.shape) * ctx.scale))
-        return (g.sum_to_size(ctx.x_shape) if ctx.needs_input_grad[0] else None), None, None, None, None
+        ctx.sink(summed(g * ctx.scale, ctx.shape, ctx.batch))
+        return (g.sum_to_size(ctx.x_shape) if ctx.needs_input_grad[0] else None), None, None, None, None, None
 
 
 class LayerNormTap(torch.autograd.Function):
@@ -122,9 +117,17 @@ class LayerNormTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *sinks: Sink | None
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        batch: int,
+        *sinks: Sink | None,
     ) -> Tensor:
         """`sinks`: of weight and bias, None where frozen."""
+        ctx.batch = batch
         out, mean, rstd = torch.native_layer_norm(x, list(weight.shape), weight, bias, eps)
         ctx.weight_sink, ctx.bias_sink = sinks
         ctx.has_bias = bias is not None
@@ -137,23 +140,31 @@ class LayerNormTap(torch.autograd.Function):
         (g,) = grads
         x, mean, rstd, weight, *rest = ctx.saved_tensors
         if ctx.weight_sink:
-            ctx.weight_sink(Dense(sum_to_shape(g * ((x - mean) * rstd), weight.shape)))
+            ctx.weight_sink(summed(g * ((x - mean) * rstd), weight.shape, ctx.batch))
         if ctx.bias_sink:
-            ctx.bias_sink(Dense(sum_to_shape(g, weight.shape)))
+            ctx.bias_sink(summed(g, weight.shape, ctx.batch))
         gx = None
         if ctx.needs_input_grad[0]:
             gx, _, _ = torch.ops.aten.native_layer_norm_backward(
                 g, x, list(weight.shape), mean, rstd, weight, rest[0] if rest else None, [True, False, False]
             )
-        return gx, None, None, None, None, None, None
+        return gx, None, None, None, None, None, None, None
 
 
-def sum_to_shape(g: Tensor, shape: torch.Size) -> Tensor:
-    """[B, ...] -> [B, *shape]: sums over the positions along which a tensor of `shape` was broadcast, in float32 or better."""
+def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
+    """[B, ...] -> [B, *shape]: sums over the positions along which a tensor of `shape` was broadcast, in float32 or better.
+
+    `g` may also be [B*T, k], flattened example by example. None where the examples do not lead.
+    """
+    if g.shape[0] != batch:
+        flattened = by_example(g, batch)
+        if flattened is None:
+            return None
+        g = flattened
     padded = (1,) * (g.dim() - len(shape)) + tuple(shape)
     axes = [i for i in range(1, g.dim()) if padded[i] == 1 and g.shape[i] != 1]
-    summed = g.sum(axes, dtype=_wide(g)) if axes else g.to(_wide(g))
-    return summed.reshape(g.shape[0], *shape)
+    total = g.sum(axes, dtype=_wide(g)) if axes else g.to(_wide(g))
+    return Dense(total.reshape(g.shape[0], *shape))
 
 
 def _wide(g: Tensor) -> torch.dtype:

@@ -1,0 +1,147 @@
+"""Trainer options -> the ones that would void the guarantee, all at once, each with its remedy."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from hf_dp.errors import UnsupportedOptionError
+
+DEFAULT_MAX_GRAD_NORM = (
+    1.0  # Trainer's default, which nobody chose; it rescaled private updates 12-fold, so it is switched off
+)
+
+# option -> (is this value unsafe?, why and what to do instead)
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "gradient_accumulation_steps": (
+        lambda v: v != 1,
+        "the logical batch is drawn and cut into micro-batches inside one step; set it to 1, choose the logical batch with "
+        "expected_batch_size and the memory with per_device_train_batch_size",
+    ),
+    "max_grad_norm": (
+        lambda v: v not in (None, 0, DEFAULT_MAX_GRAD_NORM),
+        "it clips the whole batch, not an example; set PrivacyConfig.clip_norm and leave this alone",
+    ),
+    "fp16": (bool, "loss scaling skips steps depending on the data; use bf16=True or float32"),
+    "neftune_noise_alpha": (
+        lambda v: v is not None,
+        "its noise depends on the padded length, and so on other examples; drop it",
+    ),
+    "auto_find_batch_size": (bool, "it restarts training and spends twice; set per_device_train_batch_size"),
+    "ignore_data_skip": (bool, "the sampler needs no skipping to be fresh; leave it at False"),
+    "include_num_input_tokens_seen": (lambda v: v not in (False, "no"), "token counts are private; leave it off"),
+    "train_sampling_strategy": (
+        lambda v: v not in ("random", None),
+        "batches must be Poisson samples; leave it at 'random' (records are sorted by length inside each logical batch anyway)",
+    ),
+    "group_by_length": (
+        bool,
+        "batches must be Poisson samples; drop it (each logical batch is sorted by length anyway)",
+    ),
+    "dataloader_drop_last": (bool, "a dropped batch is not a Poisson sample; leave it at False"),
+    "deepspeed": (bool, "it steps inside backward; use DDP (accelerate launch --multi_gpu) or FSDP2"),
+    "fsdp": (bool, "not supported through this option yet; use DDP (accelerate launch --multi_gpu)"),
+    "parallelism_config": (
+        lambda v: v is not None,
+        "tensor, context and sequence parallelism are not supported; use DDP",
+    ),
+    "optim": (
+        lambda v: any(word in str(v).lower() for word in ("lomo", "layerwise")),
+        "it updates inside backward, before clipping and noise; use adamw_torch or sgd",
+    ),
+    "lr_scheduler_type": (
+        lambda v: str(getattr(v, "value", v)) in ("reduce_lr_on_plateau", "greedy"),
+        "it follows private numbers; use a schedule fixed in advance, such as linear or cosine",
+    ),
+    "use_liger_kernel": (bool, "its fused kernels hide the head's gradient from the per-example rules; leave it off"),
+    "torch_compile": (bool, "not supported yet: the stand-ins for parameters are not traced; leave it off"),
+}
+
+
+def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
+    """Raises one error that names every option of `TrainingArguments`, and every other argument, that cannot be allowed.
+
+    Args:
+        args: the `TrainingArguments`.
+        public_eval: whether the evaluation data were declared public.
+        others: the trainer's other arguments by name (model, train_dataset, data_collator, optimizers, model_init, ...).
+
+    Raises:
+        UnsupportedOptionError: with one line an option.
+    """
+    problems = [*_of_training_arguments(args, public_eval), *_of_data(others), *_of_model(others.get("model"))]
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")
+
+
+def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
+    given = vars(args)
+    for name, (unsafe, remedy) in REFUSED.items():
+        if name in given and unsafe(given[name]):
+            yield f"{name}={getattr(given[name], 'value', given[name])}: {remedy}"
+    if args.n_gpu > 1:
+        yield f"DataParallel over {args.n_gpu} GPUs: start one process a GPU (accelerate launch --multi_gpu)"
+    config = given.get("accelerator_config")
+    for name in ("split_batches", "dispatch_batches"):
+        if vars(config).get(name) if config is not None and not isinstance(config, dict) else (config or {}).get(name):
+            yield f"accelerator_config.{name}: batches must be Poisson samples of the whole data set; drop it"
+    chooses = given.get("load_best_model_at_end") or str(getattr(args.save_strategy, "value", "")) == "best"
+    if chooses and not public_eval:
+        yield (
+            "load_best_model_at_end / save_strategy='best': choosing a checkpoint by private data spends privacy; declare the "
+            "evaluation data public with PrivacyConfig(public_eval=True), or drop it"
+        )
+
+
+def _of_data(others: dict[str, Any]) -> Iterator[str]:
+    dataset, collator = others.get("train_dataset"), others.get("data_collator")
+    if dataset is not None and not _has_length(dataset):
+        yield (
+            f"train_dataset of type {type(dataset).__name__}: Poisson sampling needs its length and random access; "
+            "load it as a map-style dataset (datasets.load_dataset without streaming=True)"
+        )
+    if type(collator).__name__ == "DataCollatorWithFlattening":
+        yield "DataCollatorWithFlattening: packing joins records in one row; use a padding collator"
+    if others.get("model_init") is not None:
+        yield "model_init: hyperparameter search spends privacy that nobody accounts for; pass a model"
+    if others.get("optimizer_cls_and_kwargs") is not None and "lomo" in str(others["optimizer_cls_and_kwargs"]).lower():
+        yield "optimizer_cls_and_kwargs: LOMO updates inside backward; use adamw_torch or sgd"
+
+
+def _has_length(dataset: Any) -> bool:
+    try:
+        return len(dataset) >= 0 and callable(type(dataset).__getitem__)
+    except (TypeError, AttributeError, NotImplementedError):
+        return False
+
+
+def _of_model(model: Any) -> Iterator[str]:
+    if not isinstance(model, nn.Module):
+        return
+    normalised = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if normalised:
+        yield (
+            f"batch statistics in {', '.join(normalised[:3])}{' ...' if len(normalised) > 3 else ''}: they mix examples; replace "
+            "BatchNorm by GroupNorm or LayerNorm, or use a model without it"
+        )
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        yield "config.output_router_logits=True: the router's auxiliary loss mixes examples; set it to False"
+    yield from _of_adapters(model)
+
+
+def _of_adapters(model: Any) -> Iterator[str]:
+    merged = [
+        n
+        for n, m in model.named_modules()
+        if getattr(m, "merged", False) is True and getattr(m, "active_adapters", None)
+    ]
+    if merged:
+        yield f"merged adapters in {', '.join(merged[:3])}: their weights are not used while training; call unmerge_adapter()"
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        init = getattr(config, "init_lora_weights", True)
+        if str(init).lower() in ("eva", "corda", "lora_ga"):
+            yield f"adapter {name!r} with init_lora_weights={init!r}: it reads the private data; use True or 'gaussian'"
+        if getattr(config, "target_parameters", None):
+            yield f"adapter {name!r} with target_parameters: LoRA on experts has no per-example rule; use target_modules"

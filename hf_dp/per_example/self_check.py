@@ -1,0 +1,152 @@
+"""A batch against each of its examples alone, on synthetic records: an error where anything couples them.
+
+The reference is autograd's own gradient with one example in the pass, so the check also proves the rules on the user's very model. It
+catches, among others: left padding with absolute positions, a loss averaged over the batch, a router's auxiliary loss, BatchNorm,
+layers that mix examples, and gradients that reach a parameter unseen.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_dp.errors import SelfCheckError
+from hf_dp.per_example.batches import Batch, num_examples, rows
+from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.factors import Factor, add_weighted_sum, exact
+from hf_dp.per_example.inventory import ExampleLosses
+
+# The relative difference that rounding alone may make, by the dtype of the activations: bf16 has 8 bits, and the shapes of a batch and
+# of an example alone take different kernels. A coupling moves the sum by 0.1 or more.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
+
+
+class Report(dict[str, float]):
+    """What the check measured: 'difference' from one example at a time, 'tolerance', 'sensitivity' in units of C."""
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout of rate 0 everywhere, so that two passes can be compared; the model stays in training mode."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name in ("dropout", "dropout_", "alpha_dropout", "feature_dropout", "dropout2d") and args:
+            return args[0]
+        if name == "scaled_dot_product_attention":
+            kwargs.pop("dropout_p", None)
+            args = args[:4]
+        return func(*args, **kwargs)
+
+
+def self_check(model: nn.Module, collated: Sequence[Batch], example_losses: ExampleLosses, clip_norm: float) -> Report:
+    """Compares the gradient sum of a batch with that of its examples alone, and clipped sums of neighbours.
+
+    Args:
+        model: unwrapped; left in training mode, buffers and random state as they were.
+        collated: the whole batch first, then each of its examples collated alone, in the same order.
+        example_losses: (model, batch) -> one loss an example.
+        clip_norm: C.
+
+    Raises:
+        SelfCheckError: with the measured difference and the usual causes.
+    """
+    batch, *alone = collated
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    was_training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=_devices(model)), _NoDropout():
+            report = _compare(model, batch, alone, example_losses, clip_norm)
+    finally:
+        model.train(was_training)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+    return report
+
+
+def _compare(
+    model: nn.Module, batch: Batch, alone: Sequence[Batch], example_losses: ExampleLosses, clip_norm: float
+) -> Report:
+    differences, sizes = _squared_differences(model, batch, alone, example_losses)
+    tiny = torch.finfo(sizes.dtype).tiny
+    difference = float((differences.max() / sizes.max().clamp_min(tiny)).sqrt())
+    tolerance = TOLERANCE[_precision(model)]
+    if not difference <= tolerance:
+        raise SelfCheckError(_explanation(difference, tolerance))
+    sensitivity = _largest_move(model, batch, example_losses, clip_norm) / clip_norm
+    if not sensitivity <= 1 + tolerance:
+        raise SelfCheckError(
+            f"removing one example moved the clipped sum by {sensitivity:.3f} x C; at most 1 is allowed."
+        )
+    return Report(difference=difference, tolerance=tolerance, sensitivity=sensitivity)
+
+
+def _squared_differences(
+    model: nn.Module, batch: Batch, alone: Sequence[Batch], example_losses: ExampleLosses
+) -> tuple[Tensor, Tensor]:
+    """|g_b in the batch - g_b alone|^2 and |g_b alone|^2 for each example, [B] each; one parameter of one example at a time."""
+    size = num_examples(batch)
+    together, losses = per_example_factors(model, lambda: example_losses(model, batch), size)
+    totals = torch.zeros(2, size, dtype=exact(losses).dtype, device=losses.device)
+    for row, one in enumerate(alone):
+        singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                reference = _gradient(singly.get(name, []), 0, 1, p)
+                totals[0, row] += (_gradient(together.get(name, []), row, size, p) - reference).square().sum()
+                totals[1, row] += reference.square().sum()
+    return totals[0], totals[1]
+
+
+def _gradient(factors: Sequence[Factor], row: int, size: int, like: Tensor) -> Tensor:
+    """The gradient of example `row` out of factors of `size` examples, in the parameter's shape."""
+    into = torch.zeros(like.shape, dtype=exact(like).dtype, device=like.device)
+    add_weighted_sum(factors, torch.eye(size, dtype=into.dtype, device=like.device)[row], into)
+    return into
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    device = next(model.parameters()).device.type
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return min(dtypes, key=lambda d: torch.finfo(d).bits * 100 - torch.finfo(d).eps)
+
+
+def _largest_move(model: nn.Module, batch: Batch, example_losses: ExampleLosses, clip_norm: float) -> float:
+    """max over examples of |clipped sum with it - clipped sum without it|: at most C."""
+    whole = _clipped_sum(model, batch, example_losses, clip_norm)
+    size = num_examples(batch)
+    moves = []
+    for row in range(size):
+        parts = [rows(batch, slice(0, row)), rows(batch, slice(row + 1, size))]
+        without = sum(_clipped_sum(model, p, example_losses, clip_norm) for p in parts if num_examples(p))
+        moves.append(float((whole - without).norm()))
+    return max(moves)
+
+
+def _clipped_sum(model: nn.Module, batch: Batch, example_losses: ExampleLosses, clip_norm: float) -> Tensor:
+    into = {
+        name: torch.zeros(p.shape, dtype=exact(p).dtype, device=p.device)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    clipped_gradient_sum(model, lambda: example_losses(model, batch), num_examples(batch), clip_norm, into)
+    return torch.cat([g.reshape(-1) for g in into.values()])
+
+
+def _explanation(difference: float, tolerance: float) -> str:
+    return (
+        f"an example's gradient in a batch differs from its gradient alone by {difference:.3g} (relative; rounding allows "
+        f"{tolerance:.0e}): something couples the examples, so no bound on one example's influence holds. Usual causes: padding "
+        "on the left with absolute positions (set tokenizer.padding_side='right'), a loss averaged over the batch or over its "
+        "tokens, a router's auxiliary loss, batch statistics, a layer that mixes examples."
+    )
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

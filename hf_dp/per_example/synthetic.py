@@ -1,0 +1,83 @@
+"""The columns of one record -> made-up records of chosen lengths: what checks run on, so that nothing depends on private ones.
+
+Only the record's *schema* is looked at: column names, types, which columns are sequences and which of these are as long as
+`input_ids`. Values and lengths are made up from a fixed generator and the model's public sizes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_dp.errors import ConfigError
+
+WORDS = ("alpha", "beta", "gamma", "delta", "omega")
+LENGTHS = (5, 9, 7)
+
+
+def synthetic_records(
+    record: dict[str, Any], *, vocab_size: int, label_values: int, lengths: Sequence[int] = LENGTHS
+) -> list[dict[str, Any]]:
+    """As many records as `lengths`, with the columns and types of `record`.
+
+    Args:
+        record: one record as the dataset returns it; only its schema is used.
+        vocab_size: token ids are drawn below it (public).
+        label_values: labels are drawn below it: the number of classes, or the vocabulary's size for a language model.
+        lengths: number of tokens in each record's sequences.
+
+    Raises:
+        ConfigError: a column of a type that cannot be made up; names all of them.
+    """
+    generator = np.random.default_rng(0)
+    limits = {"labels": label_values, "label": label_values, "label_ids": label_values}
+    unknown = [f"{name} ({type(value).__name__})" for name, value in record.items() if not _known(value)]
+    if unknown:
+        raise ConfigError(
+            f"cannot make up values for the columns {', '.join(unknown)}: let the dataset return tensors, numbers, strings or lists "
+            "of them, or pass check_records=[...], a few public records for the self-check"
+        )
+    return [
+        {name: _made_up(name, value, length, limits.get(name, vocab_size), generator) for name, value in record.items()}
+        for length in lengths
+    ]
+
+
+def _known(value: Any) -> bool:
+    return value is None or isinstance(
+        value, (torch.Tensor, np.ndarray, np.generic, str, list, tuple, bool, int, float)
+    )
+
+
+def _made_up(name: str, value: Any, length: int, limit: int, generator: np.random.Generator) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.as_tensor(_made_up(name, value.numpy(), length, limit, generator)).to(value.dtype)
+    if isinstance(value, str):
+        return " ".join(generator.choice(WORDS, length))
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.ndim == 0:
+        return array.dtype.type(_numbers(name, array, (), limit, generator)).item()
+    if array.dtype.kind in "US":
+        return [str(w) for w in generator.choice(WORDS, length)]
+    fixed = array.ndim > 1 or (
+        array.dtype.kind == "f" and "label" in name
+    )  # pictures, and a score for each of k labels
+    made = _numbers(name, array, array.shape if fixed else (length,), limit, generator)
+    return made if isinstance(value, np.ndarray) or array.ndim > 1 else made.tolist()
+
+
+def _numbers(
+    name: str, like: np.ndarray, shape: tuple[int, ...], limit: int, generator: np.random.Generator
+) -> np.ndarray:
+    if like.dtype.kind == "f":
+        made = generator.integers(2, size=shape) if "label" in name and shape else generator.standard_normal(shape)
+        return np.asarray(made, like.dtype)
+    if like.dtype.kind == "b" or "mask" in name:
+        return np.ones(shape, like.dtype)
+    if "type_ids" in name:
+        return np.zeros(shape, like.dtype)
+    first = 3 if limit > 10 and shape else 0  # below it a vocabulary's special tokens usually lie
+    return np.asarray(generator.integers(first, max(limit, first + 1), size=shape), like.dtype)
