@@ -1,0 +1,107 @@
+"""A logical batch of any size -> length-sorted micro-batches within a token budget, in one container.
+
+How a batch is cut is a matter of speed and memory: the sum over its examples is the same however it is cut.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hf_dp.errors import ConfigError
+from hf_dp.forked_rng import fork_forward_rng
+from hf_dp.sampling import Draw
+
+MICRO_BATCHES = "micro_batches"
+DRAW_NUMBER = "draw_number"
+
+
+def split(lengths: Sequence[int], max_examples: int, max_tokens: int | None) -> list[list[int]]:
+    """Cuts examples of these lengths into groups of similar length: indices, every one once, longest first.
+
+    A group has at most `max_examples` members, and its size padded to its longest member is at most `max_tokens`; one example that is
+    longer than that makes a group of its own. The longest come first, so that running out of memory shows at once.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        group = groups[-1] if groups else []
+        fits = len(group) < max_examples
+        if group and max_tokens is not None:
+            fits = fits and (len(group) + 1) * lengths[group[0]] <= max_tokens
+        if group and fits:
+            group.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def feature_length(feature: Any) -> int:
+    """Number of `input_ids` of a record, or 1 for one that has none."""
+    return len(feature["input_ids"]) if isinstance(feature, Mapping) and "input_ids" in feature else 1
+
+
+class LogicalBatchCollator:
+    """Collates one draw: `{"micro_batches": [what `collate` returns for each group]}`, an empty list for an empty draw.
+
+    The container has no `labels` or `input_ids` of its own, so that Trainer counts no tokens of it, and is a plain dict, so that it
+    moves to a device as any batch. A `Draw` leaves its number there too, as "draw_number". `collate` runs under secret randomness:
+    masking tokens from a public seed would couple the examples of a batch.
+
+    Args:
+        collate: list of features -> micro-batch. It gets each feature once, as it is.
+        max_examples: the most examples of a micro-batch.
+        max_tokens: the most tokens of a micro-batch after padding, None for no bound.
+        length_of: feature -> length in tokens; by default its `input_ids`.
+
+    Raises:
+        ConfigError: a bound below 1.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Any],
+        max_examples: int,
+        max_tokens: int | None = None,
+        length_of: Callable[[Any], int] = feature_length,
+    ) -> None:
+        if max_examples < 1 or (max_tokens is not None and max_tokens < 1):
+            raise ConfigError(
+                f"a micro-batch needs room for 1 example and 1 token (got max_examples={max_examples}, max_tokens={max_tokens})"
+            )
+        self.collate = collate
+        self.max_examples = max_examples
+        self.max_tokens = max_tokens
+        self.length_of = length_of
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        """The micro-batches of these features; the features themselves are not changed here."""
+        groups = split([self.length_of(f) for f in features], self.max_examples, self.max_tokens)
+        with fork_forward_rng():
+            container: dict[str, Any] = {
+                MICRO_BATCHES: [self.collate([features[i] for i in group]) for group in groups]
+            }
+        if isinstance(features, Draw):
+            container[DRAW_NUMBER] = features.number
+        return container
+
+
+class DrawnRecords:
+    """A map-style data set whose `__getitems__` hands a draw's number on to the collator and reads under secret randomness.
+
+    Random augmentations in the data set's own `__getitem__` would otherwise come from the public seed, dealt out in the order of the
+    draw, as dropout masks would (see `forked_rng`).
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """The records of a draw; a `Draw` stays one."""
+        fetch = getattr(self.dataset, "__getitems__", None)  # DataLoader's own optional protocol for a whole batch
+        with fork_forward_rng():
+            records = fetch(list(indices)) if fetch and indices else [self.dataset[i] for i in indices]
+        return Draw(records, indices.number) if isinstance(indices, Draw) else records

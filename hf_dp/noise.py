@@ -1,0 +1,81 @@
+"""A number of coordinates and a standard deviation -> fresh Gaussian noise in float32, from a key nobody else has.
+
+Generator: numpy's ziggurat normals (Marsaglia and Tsang 2000) over Philox4x64-10 with a 128-bit key. Precision: float32, 23 random bits
+within each of 256 layers, values up to 8.2 standard deviations. The analysis assumes exact arithmetic: no claim is made against attacks
+on floating-point noise (Mironov 2012), as for any noise in floating point that is not proved against them.
+"""
+
+import itertools
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_dp.errors import ConfigError, HfDpError
+from hf_dp.forked_rng import fork_forward_rng
+from hf_dp.streams import Role, checked_key, fresh_key, stream
+
+__all__ = ["NoiseSource", "fork_forward_rng", "fresh_key"]
+
+BLOCK = 1 << 18  # normals of one stream: a block has its own, so that threads do not change the result
+SMALLEST_STD, LARGEST_STD = 1e-30, 1e30  # beyond them float32 would round the noise to nothing or to infinity
+
+
+class NoiseSource:
+    """Independent Gaussian noise, a new stream at every call.
+
+    Guarantee: no two calls of one source, and no two sources, share a stream; no seed of torch, numpy or Python has any influence.
+    The key is never shown, never pickled, and a forked copy refuses to draw, because it would repeat its parent's noise.
+
+    Args:
+        key: 128 secret bits; None draws them from the operating system. A fixed key is for tests: its noise protects nothing.
+
+    Raises:
+        ConfigError: not a 128-bit whole number.
+    """
+
+    def __init__(self, *, key: int | None = None) -> None:
+        self._key = checked_key(key)
+        self._numbers = itertools.count()
+        self._process = os.getpid()
+
+    def gaussian(self, numel: int, *, std: float, device: torch.device | str | None = None) -> Tensor:
+        """N(0, std² I), float32, [numel], on `device`; zeros for std = 0.
+
+        Drawn on the CPU, in threads: the values depend on key and call alone, not on the device or the number of threads.
+
+        Raises:
+            ConfigError: std negative, not finite, or beyond float32; numel negative.
+            HfDpError: in a forked copy of the process that made the source.
+        """
+        if numel < 0 or not (std == 0 or (math.isfinite(std) and SMALLEST_STD <= std <= LARGEST_STD)):
+            raise ConfigError(
+                f"noise needs numel >= 0 and std 0 or from {SMALLEST_STD} to {LARGEST_STD} (got numel={numel}, std={std})"
+            )
+        if os.getpid() != self._process:
+            raise HfDpError(
+                "this noise source belongs to the parent process, whose noise it would repeat: make one here"
+            )
+        number = next(self._numbers)
+        if std == 0:
+            return torch.zeros(numel, device=device)
+        values = np.empty(numel, dtype=np.float32)
+
+        def fill(block: int) -> None:
+            part = values[block * BLOCK : (block + 1) * BLOCK]
+            stream(self._key, Role.NOISE, number, block).standard_normal(dtype=np.float32, out=part)
+            part *= np.float32(std)
+
+        blocks = range(-(-numel // BLOCK))
+        with ThreadPoolExecutor(max(1, min(len(blocks), torch.get_num_threads()))) as pool:
+            list(pool.map(fill, blocks))
+        return torch.from_numpy(values).to(device)
+
+    def __repr__(self) -> str:
+        return "NoiseSource(key=<secret>)"
+
+    def __reduce__(self) -> str:
+        raise HfDpError("a NoiseSource holds a secret key and is not pickled or copied: make one where it is used")

@@ -1,0 +1,50 @@
+"""A secret key, a role and numbers -> a random stream that nothing else shares; fresh keys from the operating system.
+
+The generator is Philox4x64-10 (Salmon et al. 2011) with a 128-bit key and a 256-bit counter of four words. Roles and numbers
+stand in the upper words, so that two streams of one key can never run into each other: word 0 counts the blocks of a stream.
+(Philox with counters t and t + 1 alone would give the same numbers four places apart.)
+"""
+
+import secrets
+from enum import IntEnum
+
+import numpy as np
+
+from hf_dp.errors import ConfigError
+
+KEY_BITS = 128
+
+
+class Role(IntEnum):
+    """What a stream is for. Streams of different roles are disjoint even under one key, as in debugging."""
+
+    SAMPLING = 1
+    NOISE = 2
+    FORWARD = 3
+
+
+def fresh_key() -> int:
+    """128 bits from the operating system's entropy. Never from a seed, and never to be written anywhere."""
+    return secrets.randbits(KEY_BITS)
+
+
+def checked_key(key: int | None) -> int:
+    """`key` itself, or a fresh one for None.
+
+    Raises:
+        ConfigError: not a whole number of at most 128 bits. The message does not show it.
+    """
+    if key is None:
+        return fresh_key()
+    if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 1 << KEY_BITS:
+        raise ConfigError(f"a key is a whole number from 0 to 2**{KEY_BITS} - 1; leave it out to have one drawn")
+    return key
+
+
+def stream(key: int, role: Role, number: int, block: int = 0) -> np.random.Generator:
+    """The generator of (key, role, number, block), at its start. Stateless: the same four give the same stream.
+
+    Each stream has 2**66 words of 64 bits before it would meet the next `block`. `number` and `block` are below 2**64.
+    """
+    counter = np.array([0, block, number, role], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
