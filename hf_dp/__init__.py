@@ -1,0 +1,64 @@
+"""hf_dp: fine-tune Hugging Face models with differential privacy, and an epsilon that is true.
+
+`import hf_dp` is cheap: a name is imported from its module when it is first used.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_dp.config import PrivacyConfig
+    from hf_dp.errors import (
+        AccountingError,
+        CaptureError,
+        ConfigError,
+        HfDpError,
+        LedgerError,
+        RecipeError,
+        SelfCheckError,
+        UnsupportedOptionError,
+        UnsupportedParameterError,
+    )
+    from hf_dp.mechanism import Mechanism
+    from hf_dp.run import PrivacySpent
+    from hf_dp.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
+
+__all__ = [
+    "AccountingError",
+    "CaptureError",
+    "ConfigError",
+    "DPSeq2SeqTrainer",
+    "DPTrainer",
+    "DPTrainerMixin",
+    "HfDpError",
+    "LedgerError",
+    "Mechanism",
+    "PrivacyConfig",
+    "PrivacySpent",
+    "RecipeError",
+    "SelfCheckError",
+    "UnsupportedOptionError",
+    "UnsupportedParameterError",
+]
+
+_ELSEWHERE = {
+    "DPSeq2SeqTrainer": "hf_dp.trainer",
+    "DPTrainer": "hf_dp.trainer",
+    "DPTrainerMixin": "hf_dp.trainer",
+    "Mechanism": "hf_dp.mechanism",
+    "PrivacyConfig": "hf_dp.config",
+    "PrivacySpent": "hf_dp.run",
+}  # every other name of __all__ is an error
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("hf_dp")
+    if name not in __all__:
+        raise AttributeError(f"module 'hf_dp' has no attribute {name!r}")
+    return getattr(import_module(_ELSEWHERE.get(name, "hf_dp.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

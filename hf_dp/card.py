@@ -1,0 +1,164 @@
+"""Mechanism + ledger -> `privacy.json`, and into README.md a `privacy:` block, two tags and a section in words.
+
+Everything written is public: settings, counts of steps, epsilon. Nothing computed on a record goes in, noised or not.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from hf_dp import accounting
+from hf_dp.card_files import read_readme, replace_file, to_json, with_front_matter, with_section
+from hf_dp.card_words import section, yaml_block
+from hf_dp.errors import LedgerError
+from hf_dp.ledger import LedgerHeader, LedgerRecord
+from hf_dp.mechanism import Mechanism, Segment
+
+SCHEMA_VERSION = 1
+PRIVACY_JSON = "privacy.json"
+TAGS = ("differential-privacy", "dp-sgd")
+MECHANISM_NAME = "Poisson-subsampled Gaussian (DP-SGD)"
+INFINITE = "infinite"  # what stands for epsilon in JSON and YAML, which have no portable word for infinity
+LIBRARIES = ("hf_dp", "torch", "transformers", "peft", "accelerate", "datasets", "dp-accounting", "numpy")
+
+ASSUMPTIONS = (
+    "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No claim "
+    "is made against attacks on floating-point rounding.",
+    "The number of training records is public.",
+    "The choice of records and the noise come from generators keyed with secret randomness of the operating system, "
+    "which is never stored.",
+    "One person, one record: whoever is in several records is protected less, the more records the less.",
+)
+NOT_COVERED = (
+    "What the base model and its tokenizer had learnt before, from whatever data.",
+    "Other models trained on the same records, and settings that were chosen by trying them on these records: their "
+    "epsilons add to this one.",
+    "Side channels: how long training took, its use of memory, and anybody with access to the machine.",
+)
+PUBLIC_EVAL = "Evaluation data: whoever trained the model declared them public; numbers and choices made with them are not covered."
+PRIVATE_EVAL = "Evaluation data: not declared public; numbers computed on them are not covered."
+
+
+def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """Installed versions by name, without importing any of them; a library that is not installed is left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def privacy_record(
+    mechanism: Mechanism, ledger: LedgerRecord, *, libraries: Mapping[str, str], declared: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Every number that is needed to compute epsilon again, what is assumed, and what is not covered. All of it public.
+
+    Epsilon is computed here, from the ledger's charged steps, not from the plan. Where nothing may be claimed (no noise,
+    a debugging seed) every epsilon is the word "infinite", `private` is False and `reason` says why.
+
+    Args:
+        mechanism: what was planned.
+        ledger: what was charged; of the same N, unit, relation and delta.
+        libraries: name -> version, as `library_versions()` gives them.
+        declared: what the user vouched for: `public_eval`, and anything else worth recording (public, JSON-able).
+
+    Raises:
+        LedgerError: the ledger is not of this mechanism. Names every difference.
+        AccountingError: its segments cannot be accounted.
+    """
+    _check_same_run(mechanism, ledger.header)
+    segments = _merged(ledger.segments)
+    reason = _reason_against(mechanism, ledger.header, segments)
+    spent = accounting.Epsilon(math.inf, math.inf, math.inf) if reason else accounting.spent(segments, mechanism.delta)
+    if not reason and not math.isfinite(spent.epsilon):
+        reason = "the noise is too weak for any finite epsilon at this delta"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "private": not reason,
+        "reason": reason,
+        "epsilon": _number(spent.epsilon),
+        "epsilon_pld": _number(spent.pld),
+        "epsilon_rdp": _number(spent.rdp),
+        "delta": mechanism.delta,
+        "accountant": {
+            "name": "dp-accounting",
+            "version": library_versions(["dp-accounting"]).get("dp-accounting", "unknown"),
+            "epsilon_is": "the smaller of PLD and RDP, both upper bounds",
+        },
+        "unit": mechanism.unit,
+        "relation": mechanism.relation,
+        "mechanism": {
+            "name": MECHANISM_NAME,
+            "num_examples": mechanism.num_examples,
+            "num_examples_is_public": True,
+            "expected_batch_size": mechanism.expected_batch_size,
+            "clip_norm": mechanism.clip_norm,
+            "clipping": "Euclidean norm of each example's whole gradient",
+            "sampler": "Poisson: each record by itself, afresh in each step",
+            "noise": "Gaussian of standard deviation noise_multiplier x clip_norm on the clipped sum, float32",
+            "noise_generator": "Philox4x64 keyed with 128 bits of the operating system's entropy, never stored",
+            "sample_rate": mechanism.sample_rate,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "target_epsilon": mechanism.target_epsilon,
+            "num_steps_planned": mechanism.num_steps,
+        },
+        "num_steps": sum(s.num_steps for s in segments),
+        "segments": [s._asdict() for s in segments],
+        "ledger": {"file": "privacy_ledger.jsonl", "head": ledger.head},
+        "declared": dict(declared),
+        "assumptions": list(ASSUMPTIONS),
+        "not_covered": [PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL, *NOT_COVERED],
+        "libraries": dict(libraries),
+    }
+
+
+def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Writes `privacy.json` into `folder` and states it in README.md, which is made where there is none.
+
+    In README.md only the `privacy:` block, the two tags (taken away where nothing may be claimed) and the text between
+    hf_dp's own comment marks are touched; every other character stays.
+    Writing twice is writing once. Each file is replaced in one piece or not at all.
+
+    Raises:
+        ConfigError: README.md is not UTF-8, its YAML cannot be read, or its marks are damaged; it is then left alone, and
+            privacy.json is written all the same.
+    """
+    folder = Path(folder)
+    replace_file(folder / PRIVACY_JSON, to_json(record))
+    readme = folder / "README.md"
+    text = with_front_matter(read_readme(readme), yaml_block(record), TAGS, tagged=record["private"])
+    replace_file(readme, with_section(text, section(record)))
+
+
+def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:
+    different = [
+        f"{name} is {getattr(header, name)!r} in the ledger and {getattr(mechanism, name)!r} in the run"
+        for name in ("num_examples", "unit", "relation", "delta")
+        if getattr(header, name) != getattr(mechanism, name)
+    ]
+    if different:
+        raise LedgerError(f"the ledger is of another run: {'; '.join(different)}. No card is written from it.")
+
+
+def _reason_against(mechanism: Mechanism, header: LedgerHeader, segments: Sequence[Segment]) -> str | None:
+    if mechanism.debug or header.debug:
+        return "a fixed debugging seed made sampling and noise predictable"
+    charged = [s.noise_multiplier for s in segments if s.num_steps]
+    if any(sigma == 0 for sigma in charged or [mechanism.noise_multiplier]):
+        return "no noise was added (noise_multiplier is 0)"
+    return None
+
+
+def _number(epsilon: float) -> float | str:
+    return epsilon if math.isfinite(epsilon) else INFINITE
+
+
+def _merged(segments: Iterable[Segment]) -> list[Segment]:
+    """Neighbours of the same q and sigma joined, those without a step dropped."""
+    groups = groupby((s for s in segments if s.num_steps), key=lambda s: (s.sample_rate, s.noise_multiplier))
+    return [Segment(q, sigma, sum(s.num_steps for s in group)) for (q, sigma), group in groups]

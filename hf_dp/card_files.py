@@ -1,0 +1,147 @@
+"""The text of README.md -> the same text with our YAML block, tags and section in it; and files replaced in one piece.
+
+A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` of the one and
+what stands between START and END in the other; all else is the user's, PEFT's or Trainer's, and stays to the character.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_dp.errors import ConfigError
+
+START = "<!-- hf_dp: privacy section, start; rewritten at every save, write outside of it -->"
+END = "<!-- hf_dp: privacy section, end -->"
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_ANY_MARK = re.compile(r"<!-- hf_dp: privacy section, (start|end)\b[^>]*-->")
+
+
+def read_readme(path: Path) -> str:
+    """The file's text as it is, line ends included; "" where there is none.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected a model card in UTF-8, got a byte that is not ({error}); save it as UTF-8."
+        ) from error
+
+
+def with_front_matter(text: str, block: Mapping[str, Any], tags: Sequence[str], *, tagged: bool = True) -> str:
+    """`text` with `privacy: block` in its YAML, and all of `tags`, or none of them if not `tagged`.
+
+    Other keys, other tags, their order and their comments stay.
+
+    Raises:
+        ConfigError: the front matter is not a YAML mapping with a key a line.
+    """
+    match = _FRONT_MATTER.match(text)
+    front, body = (match["yaml"], text[match.end() :]) if match else ("", text and "\n" + text)
+    before = _mapping(front)
+    present = before.get("tags") or []
+    present = [present] if isinstance(present, str) else list(present)
+    add = [tag for tag in tags if tag not in present] if tagged else []
+    ours = {"privacy": dict(block), "tags": [tag for tag in present if tagged or tag not in tags] + add}
+    for key, value in ours.items():
+        if before.get(key, []) != value:
+            front = _with_key(front, key, value, _newline(text))
+    expected, got = ({"tags": []} | mapping for mapping in (before | ours, _mapping(front)))
+    assert yaml.safe_dump(got) == yaml.safe_dump(expected), "more than hf_dp's own keys was changed"  # NaN is not NaN
+    newline = _newline(text)
+    return f"---{newline}{front}---{newline}{body}"
+
+
+def with_section(text: str, section: str) -> str:
+    """`text` with `section` between the marks: in the old one's place, or at the end.
+
+    Raises:
+        ConfigError: a mark stands alone, so that it is unknown where the old section ends.
+    """
+    newline = _newline(text)
+    marked = f"{START}\n{section.strip()}\n{END}".replace("\n", newline)
+    marks = list(_ANY_MARK.finditer(text))
+    kinds = [m[1] for m in marks]
+    if not marks:
+        return f"{text}{newline if text and not text.endswith(newline) else ''}{newline}{marked}{newline}"
+    if kinds != ["start", "end"]:
+        raise ConfigError(
+            f"README.md: expected the privacy section between one start and one end mark, got {', '.join(kinds)}. Delete the "
+            "old section with its marks (<!-- hf_dp: privacy section ... -->); it is then written anew."
+        )
+    return text[: marks[0].start()] + marked + text[marks[1].end() :]
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Readable JSON, floats to their last digit; a NaN or an infinity is an error."""
+    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes beside `path`, flushes to the disk, then puts the whole file in its place: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _newline(text: str) -> str:
+    return "\r\n" if "\r\n" in text else "\n"
+
+
+def _mapping(front: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(front)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"README.md: expected YAML between its first two lines `---`, got {error}; mend it by hand."
+        ) from error
+    if not isinstance(value, dict | None):
+        raise ConfigError(
+            f"README.md: expected `key: value` lines between its first two lines `---`, got {front[:80]!r}."
+        )
+    return value or {}
+
+
+def _with_key(front: str, key: str, value: Any, newline: str) -> str:
+    """The YAML text with one top-level key set: the new lines take the place of its old ones, or the end.
+
+    Raises:
+        ConfigError: that is not YAML any more, as where the old text was one flow mapping `{a: 1}`.
+    """
+    new = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).replace("\n", newline)
+    lines = front.splitlines(keepends=True)
+    node = yaml.compose(front)
+    for name, old in node.value if node is not None else []:
+        if name.value == key:
+            first, last = name.start_mark.line, max(old.end_mark.line, name.start_mark.line + 1)
+            if old.end_mark.column > 0 and old.end_mark.line > name.start_mark.line:
+                last += 1  # a flow value ends within its last line, a block at the start of the next one
+            while last > first + 1 and lines[last - 1].strip()[:1] in ("", "#"):
+                last -= 1  # what stands before the next key is the user's
+            front = "".join([*lines[:first], new, *lines[last:]])
+            break
+    else:
+        front += new
+    _mapping(front)
+    return front

@@ -1,0 +1,96 @@
+"""`privacy.json`'s record -> what people and the Hub read of it: the card's YAML block and its section in words."""
+
+import math
+from collections.abc import Iterable, Mapping
+from decimal import ROUND_CEILING, Decimal
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+
+def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The `privacy:` block of the model card's YAML. Epsilon is rounded up.
+
+    After a change of settings in the middle of a run, noise_multiplier, sample_rate and num_steps are lists with an entry
+    a segment, in the order of training.
+    """
+    return {
+        "epsilon": _rounded_up(record["epsilon"], digits=5),
+        "delta": record["delta"],
+        "unit": record["unit"],
+        "relation": record["relation"],
+        "mechanism": record["mechanism"]["name"],
+        "noise_multiplier": _one_or_all(_of_segments(record, "noise_multiplier")),
+        "sample_rate": _one_or_all(_of_segments(record, "sample_rate")),
+        "num_steps": _one_or_all(_of_segments(record, "num_steps")),
+        "clip_norm": record["mechanism"]["clip_norm"],
+        "accountant": _accountant(record),
+    } | ({} if record["private"] else {"not_private": record["reason"]})
+
+
+def section(record: Mapping[str, Any]) -> str:
+    """The card's section in words, from card.md, or from card_not_private.md where no guarantee may be claimed."""
+    name = "card.md" if record["private"] else "card_not_private.md"
+    shown = {
+        "reason": record["reason"],
+        "delta": f"{record['delta']:.6g}",
+        "unit": record["unit"],
+        "relation": record["relation"],
+        "num_examples": f"{record['mechanism']['num_examples']:,}",
+        "mechanism": record["mechanism"]["name"],
+        "clip_norm": f"{record['mechanism']['clip_norm']:.6g}",
+        "num_steps": f"{record['num_steps']:,} (planned: {record['mechanism']['num_steps_planned']:,})",
+        "sample_rate": _joined(record, "sample_rate"),
+        "noise_multiplier": _joined(record, "noise_multiplier"),
+        "accountant": _accountant(record),
+        "assumptions": _bullets(record["assumptions"]),
+        "not_covered": _bullets(record["not_covered"]),
+    }
+    if record["private"]:
+        shown |= _in_words(record["epsilon"], record["delta"])
+        shown["epsilon_rdp"] = str(_rounded_up(record["epsilon_rdp"], digits=4))
+    return Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+
+
+def _in_words(epsilon: float, delta: float) -> dict[str, str]:
+    """The largest ratio of probabilities, and the best guesser's chance of being right about a fair coin.
+
+    (epsilon, delta) bounds it by (e^epsilon + delta) / (1 + e^epsilon): Kairouz, Oh, Viswanath 2015, theorem 2.1.
+    """
+    accuracy = (1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon))
+    factor = _rounded_up(math.exp(epsilon), digits=3) if epsilon < 14 else f"10^{math.ceil(epsilon / math.log(10))}"
+    return {
+        "epsilon": str(_rounded_up(epsilon, digits=3)),
+        "factor": str(factor),
+        "accuracy": f"{min(100.0, math.ceil(accuracy * 1e4) / 100):.2f} %",
+    }
+
+
+def _rounded_up(value: float | str, *, digits: int) -> float | str:
+    """To significant digits, never below the value; words stay."""
+    if isinstance(value, str) or value == 0:
+        return value
+    exact = Decimal(value)
+    return float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding=ROUND_CEILING))
+
+
+def _accountant(record: Mapping[str, Any]) -> str:
+    by = "RDP" if record["private"] and record["epsilon_rdp"] < record["epsilon_pld"] else "PLD"
+    return f"{record['accountant']['name']} {record['accountant']['version']} ({by})"
+
+
+def _of_segments(record: Mapping[str, Any], name: str) -> list[Any]:
+    """One value a segment; before the first step, the plan's q and sigma, and 0 steps."""
+    return [s[name] for s in record["segments"]] or [record["mechanism"].get(name, 0)]
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values
+
+
+def _joined(record: Mapping[str, Any], name: str) -> str:
+    return ", then ".join(f"{value:.6g}" for value in _of_segments(record, name))
+
+
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)

@@ -1,0 +1,6 @@
+"""The demo, from made-up records to a table, a picture and a model card; see hf_dp/demo/run.py."""
+
+from hf_dp.demo.run import main
+
+if __name__ == "__main__":
+    main()
