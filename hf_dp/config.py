@@ -1,6 +1,7 @@
 """What the user asks for, from flags or keywords; out comes `PrivacyConfig`, frozen and checked."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hf_dp.errors import ConfigError
@@ -30,7 +31,8 @@ class PrivacyConfig:
         default=None, metadata={"help": "delta of (epsilon, delta); default 1 / N**1.1, rounded down to two digits."}
     )
     expected_batch_size: int = field(
-        default=256, metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B/N."}
+        default=256,
+        metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B/N."},
     )
     clip_norm: float = field(default=1.0, metadata={"help": "C: no example moves the gradient sum by more than this."})
     public_eval: bool = field(
@@ -46,17 +48,28 @@ class PrivacyConfig:
             raise ConfigError("PrivacyConfig: " + "; ".join(wrong) + ".")
 
 
-def _problems(c: PrivacyConfig):  # type: ignore[no-untyped-def]
+def _problems(c: PrivacyConfig) -> Iterator[str]:
     if (c.target_epsilon is None) == (c.noise_multiplier is None):
         given = "both" if c.target_epsilon is not None else "neither"
         yield f"give exactly one of target_epsilon and noise_multiplier (got {given})"
-    if c.target_epsilon is not None and not (math.isfinite(c.target_epsilon) and c.target_epsilon > 0):
-        yield f"target_epsilon must be a finite number above 0 (got {c.target_epsilon})"
-    if c.noise_multiplier is not None and not (math.isfinite(c.noise_multiplier) and c.noise_multiplier >= 0):
-        yield f"noise_multiplier must be a finite number, 0 or more (got {c.noise_multiplier})"
-    if c.target_delta is not None and not MIN_DELTA <= c.target_delta < 1:
-        yield f"target_delta must be at least {MIN_DELTA} and below 1 (got {c.target_delta})"
-    if c.expected_batch_size < 1 or c.expected_batch_size != int(c.expected_batch_size):
-        yield f"expected_batch_size must be a whole number, 1 or more (got {c.expected_batch_size})"
-    if not (math.isfinite(c.clip_norm) and c.clip_norm > 0):
-        yield f"clip_norm must be a finite number above 0 (got {c.clip_norm})"
+    if c.target_epsilon is not None and not (_is_number(c.target_epsilon) and c.target_epsilon > 0):
+        yield f"target_epsilon must be a finite number above 0 (got {c.target_epsilon!r})"
+    if c.noise_multiplier is not None and not (_is_number(c.noise_multiplier) and c.noise_multiplier >= 0):
+        yield f"noise_multiplier must be a finite number, 0 or more (got {c.noise_multiplier!r})"
+    if c.target_delta is not None and not (_is_number(c.target_delta) and MIN_DELTA <= c.target_delta < 1):
+        yield f"target_delta must be a number, at least {MIN_DELTA} and below 1 (got {c.target_delta!r})"
+    batch = c.expected_batch_size
+    if not (_is_number(batch) and batch >= 1 and batch == int(batch)):
+        yield f"expected_batch_size must be a whole number, 1 or more (got {batch!r})"
+    if not (_is_number(c.clip_norm) and c.clip_norm > 0):
+        yield f"clip_norm must be a finite number above 0 (got {c.clip_norm!r})"
+    if not isinstance(c.public_eval, bool):
+        yield f"public_eval must be true or false (got {c.public_eval!r})"
+    seed = c.debug_seed
+    if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
+        yield f"debug_seed must be a whole number, 0 or more, or left out (got {seed!r})"
+
+
+def _is_number(x: object) -> bool:
+    """Finite, and a number: YAML reads 1e-5 as a string and yes as true."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
