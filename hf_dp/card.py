@@ -6,16 +6,15 @@ Everything written is public: settings, counts of steps, epsilon. Nothing comput
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hf_dp import accounting
-from hf_dp.card_files import read_readme, replace_file, to_json, with_front_matter, with_section
+from hf_dp import accounting, durable
+from hf_dp.card_files import read_readme, to_json, with_front_matter, with_section
 from hf_dp.card_words import section, yaml_block
 from hf_dp.errors import LedgerError
-from hf_dp.ledger import LedgerHeader, LedgerRecord
-from hf_dp.mechanism import Mechanism, Segment
+from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
+from hf_dp.mechanism import Mechanism
 
 SCHEMA_VERSION = 1
 PRIVACY_JSON = "privacy.json"
@@ -72,9 +71,14 @@ def privacy_record(
         AccountingError: its segments cannot be accounted.
     """
     _check_same_run(mechanism, ledger.header)
-    segments = _merged(ledger.segments)
+    segments = [s for s in ledger.executed if s.num_steps]
+    assert sum(s.num_steps for s in segments) == ledger.num_steps, "the ledger's own sums differ"
     reason = _reason_against(mechanism, ledger.header, segments)
-    spent = accounting.Epsilon(math.inf, math.inf, math.inf) if reason else accounting.spent(segments, mechanism.delta)
+    spent = (
+        accounting.Epsilon(math.inf, math.inf, math.inf)
+        if reason
+        else accounting.spent(ledger.segments, mechanism.delta)
+    )
     if not reason and not math.isfinite(spent.epsilon):
         reason = "the noise is too weak for any finite epsilon at this delta"
     return {
@@ -107,9 +111,9 @@ def privacy_record(
             "target_epsilon": mechanism.target_epsilon,
             "num_steps_planned": mechanism.num_steps,
         },
-        "num_steps": sum(s.num_steps for s in segments),
+        "num_steps": ledger.num_steps,
         "segments": [s._asdict() for s in segments],
-        "ledger": {"file": "privacy_ledger.jsonl", "head": ledger.head},
+        "ledger": {"file": LEDGER_NAME, "head": ledger.head},
         "declared": dict(declared),
         "assumptions": list(ASSUMPTIONS),
         "not_covered": [PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL, *NOT_COVERED],
@@ -129,10 +133,10 @@ def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
             privacy.json is written all the same.
     """
     folder = Path(folder)
-    replace_file(folder / PRIVACY_JSON, to_json(record))
+    durable.replace(folder / PRIVACY_JSON, to_json(record).encode())
     readme = folder / "README.md"
     text = with_front_matter(read_readme(readme), yaml_block(record), TAGS, tagged=record["private"])
-    replace_file(readme, with_section(text, section(record)))
+    durable.replace(readme, with_section(text, section(record)).encode())
 
 
 def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:
@@ -145,20 +149,14 @@ def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:
         raise LedgerError(f"the ledger is of another run: {'; '.join(different)}. No card is written from it.")
 
 
-def _reason_against(mechanism: Mechanism, header: LedgerHeader, segments: Sequence[Segment]) -> str | None:
+def _reason_against(mechanism: Mechanism, header: LedgerHeader, segments: Sequence[ExecutedSegment]) -> str | None:
     if mechanism.debug or header.debug:
         return "a fixed debugging seed made sampling and noise predictable"
-    charged = [s.noise_multiplier for s in segments if s.num_steps]
-    if any(sigma == 0 for sigma in charged or [mechanism.noise_multiplier]):
+    charged = [s.noise_multiplier for s in segments] or [mechanism.noise_multiplier]
+    if 0 in charged:
         return "no noise was added (noise_multiplier is 0)"
     return None
 
 
 def _number(epsilon: float) -> float | str:
     return epsilon if math.isfinite(epsilon) else INFINITE
-
-
-def _merged(segments: Iterable[Segment]) -> list[Segment]:
-    """Neighbours of the same q and sigma joined, those without a step dropped."""
-    groups = groupby((s for s in segments if s.num_steps), key=lambda s: (s.sample_rate, s.noise_multiplier))
-    return [Segment(q, sigma, sum(s.num_steps for s in group)) for (q, sigma), group in groups]

@@ -1,13 +1,11 @@
-"""The text of README.md -> the same text with our YAML block, tags and section in it; and files replaced in one piece.
+"""The text of README.md -> the same text with our YAML block, tags and section in it.
 
 A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` of the one and
 what stands between START and END in the other; all else is the user's, PEFT's or Trainer's, and stays to the character.
 """
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,24 +83,6 @@ def with_section(text: str, section: str) -> str:
 def to_json(record: Mapping[str, Any]) -> str:
     """Readable JSON, floats to their last digit; a NaN or an infinity is an error."""
     return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes beside `path`, flushes to the disk, then puts the whole file in its place: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _newline(text: str) -> str:

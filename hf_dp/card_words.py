@@ -11,8 +11,8 @@ from typing import Any
 def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
     """The `privacy:` block of the model card's YAML. Epsilon is rounded up.
 
-    After a change of settings in the middle of a run, noise_multiplier, sample_rate and num_steps are lists with an entry
-    a segment, in the order of training.
+    After a change of settings in the middle of a run, noise_multiplier, sample_rate, num_steps and clip_norm are lists with
+    an entry a segment, in the order of training.
     """
     return {
         "epsilon": _rounded_up(record["epsilon"], digits=5),
@@ -23,7 +23,7 @@ def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
         "noise_multiplier": _one_or_all(_of_segments(record, "noise_multiplier")),
         "sample_rate": _one_or_all(_of_segments(record, "sample_rate")),
         "num_steps": _one_or_all(_of_segments(record, "num_steps")),
-        "clip_norm": record["mechanism"]["clip_norm"],
+        "clip_norm": _one_or_all(_of_segments(record, "clip_norm")),
         "accountant": _accountant(record),
     } | ({} if record["private"] else {"not_private": record["reason"]})
 
@@ -38,7 +38,7 @@ def section(record: Mapping[str, Any]) -> str:
         "relation": record["relation"],
         "num_examples": f"{record['mechanism']['num_examples']:,}",
         "mechanism": record["mechanism"]["name"],
-        "clip_norm": f"{record['mechanism']['clip_norm']:.6g}",
+        "clip_norm": _joined(record, "clip_norm"),
         "num_steps": f"{record['num_steps']:,} (planned: {record['mechanism']['num_steps_planned']:,})",
         "sample_rate": _joined(record, "sample_rate"),
         "noise_multiplier": _joined(record, "noise_multiplier"),
@@ -80,7 +80,7 @@ def _accountant(record: Mapping[str, Any]) -> str:
 
 
 def _of_segments(record: Mapping[str, Any], name: str) -> list[Any]:
-    """One value a segment; before the first step, the plan's q and sigma, and 0 steps."""
+    """One value a segment; before the first step, the plan's values, and 0 steps."""
     return [s[name] for s in record["segments"]] or [record["mechanism"].get(name, 0)]
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hf_dp.ledger import LedgerHeader, LedgerRecord
 from huggingface_hub import ModelCard
 
 from hf_dp import card, card_files
 from hf_dp.accounting import spent
 from hf_dp.errors import ConfigError, LedgerError
+from hf_dp.ledger import ExecutedSegment, LedgerHeader, LedgerRecord
 from hf_dp.mechanism import Mechanism, Segment
 
 MECHANISM = Mechanism(
@@ -29,13 +29,15 @@ PLAN = (MECHANISM.planned,)
 
 def ledger(segments=PLAN, mechanism=MECHANISM, **changed):
     header = {name: getattr(mechanism, name) for name in ("num_examples", "unit", "relation", "delta", "debug")}
-    segments = tuple(Segment(*s) for s in segments)
     return LedgerRecord(
-        header=LedgerHeader(data_fingerprint=None, **(header | changed)),
-        segments=segments,
+        header=LedgerHeader(data_fingerprint="must stay at home", **(header | changed)),
+        segments=tuple(Segment(*s) for s in segments if s[2]),
         head="ab" * 32,
-        num_steps=sum(s.num_steps for s in segments),
+        num_steps=sum(steps for _, _, steps in segments),
         torn=False,
+        executed=tuple(
+            ExecutedSegment(q, sigma, mechanism.clip_norm, round(q * 42_061), t) for q, sigma, t in segments
+        ),
     )
 
 
@@ -71,20 +73,25 @@ def test_epsilon_comes_from_the_steps_charged_and_not_from_the_plan():
 
 def test_the_record_alone_is_enough_to_compute_epsilon_again():
     stored = json.loads(card_files.to_json(record()))
-    again = spent([Segment(**s) for s in stored["segments"]], stored["delta"])
+    again = spent([Segment(*(s[name] for name in Segment._fields)) for s in stored["segments"]], stored["delta"])
     assert (again.epsilon, again.pld, again.rdp) == (stored["epsilon"], stored["epsilon_pld"], stored["epsilon_rdp"])
     assert stored["ledger"]["head"] == "ab" * 32
     assert stored["mechanism"]["clip_norm"] == 0.1
     assert stored["accountant"]["version"] == card.library_versions(["dp-accounting"])["dp-accounting"]
 
 
-def test_segments_of_the_same_settings_are_one_and_those_without_a_step_none():
+def test_segments_without_a_step_are_left_out_and_nothing_of_the_data_is_in():
     q = MECHANISM.sample_rate
-    segments = record([(q, 0.8, 100), (q, 0.8, 50), (q, 0.9, 0), (q, 1.0, 10)])["segments"]
-    assert segments == [
-        {"sample_rate": q, "noise_multiplier": 0.8, "num_steps": 150},
-        {"sample_rate": q, "noise_multiplier": 1.0, "num_steps": 10},
-    ]
+    written = record([(q, 0.8, 100), (q, 0.9, 0), (q, 1.0, 10)])
+    assert [s["num_steps"] for s in written["segments"]] == [100, 10]
+    assert written["segments"][1] == {
+        "sample_rate": q,
+        "noise_multiplier": 1.0,
+        "clip_norm": 0.1,
+        "expected_batch_size": 1024,
+        "num_steps": 10,
+    }
+    assert "must stay at home" not in card_files.to_json(written)
 
 
 @pytest.mark.parametrize(
