@@ -7,6 +7,7 @@ HfDpError
 ├── UnsupportedParameterError (also ValueError)  trainable parameters without an exact per-example rule; names all of them
 ├── AccountingError (also ValueError)            an accountant's input or output is not a number one may trust
 ├── LedgerError (also RuntimeError)              the record of what was spent is missing, damaged, or of another run
+├── ReleaseError (also RuntimeError)             a sum that may not leave: wrong arguments, a draw released twice, processes apart
 ├── CaptureError (also RuntimeError)             a gradient was not seen example by example, in the middle of a pass
 └── SelfCheckError (also ValueError)             a batch is not the sum of its examples: something couples them
 """
@@ -38,6 +39,10 @@ class AccountingError(HfDpError, ValueError):
 
 class LedgerError(HfDpError, RuntimeError):
     """A ledger that is missing, damaged, locked, or belongs to another run."""
+
+
+class ReleaseError(HfDpError, RuntimeError):
+    """A sum that may not leave: arguments out of range, a draw released before, or processes that are not together."""
 
 
 class CaptureError(HfDpError, RuntimeError):

@@ -61,7 +61,7 @@ class NoiseSource:
             )
         number = next(self._numbers)
         if std == 0:
-            return torch.zeros(numel, device=device)
+            return torch.zeros(numel, dtype=torch.float32, device=device)
         values = np.empty(numel, dtype=np.float32)
 
         def fill(block: int) -> None:

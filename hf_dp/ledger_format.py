@@ -1,0 +1,269 @@
+r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each value checked, nothing believed.
+
+    {"kind":"header","version":1,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,"debug":...,"hash":...}
+    {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"hash":...}
+    {"kind":"step","n":1,"step":0,"hash":...}
+
+A line's hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
+the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can only be the last,
+counts as one more step. Numbers are checked even where the hashes are right, because accountants answer nonsense with epsilon 0.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from hf_dp.config import MIN_DELTA
+from hf_dp.errors import LedgerError
+from hf_dp.mechanism import Segment
+
+VERSION = 1
+GENESIS = "0" * 64
+HASH_FIELD = ',"hash":"'
+
+
+@dataclass(frozen=True)
+class LedgerHeader:
+    """What may not change while a ledger lasts.
+
+    Attributes:
+        num_examples: N.
+        unit: of privacy, such as "record".
+        relation: of neighbours, such as "zero-out".
+        delta: at which epsilon is stated.
+        data_fingerprint: keyed hash of the training set, or None where none was taken.
+        debug: fixed randomness; nothing in the ledger is private.
+    """
+
+    num_examples: int
+    unit: str
+    relation: str
+    delta: float
+    data_fingerprint: str | None = None
+    debug: bool = False
+
+
+class ExecutedSegment(NamedTuple):
+    """Steps in a row with the same settings, as the ledger has them."""
+
+    sample_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    expected_batch_size: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class LedgerRecord:
+    """What a ledger says.
+
+    Attributes:
+        header: what the whole ledger is about.
+        segments: steps in a row with the same q and sigma, for accounting; none of length 0.
+        head: hash of the last whole line, hex.
+        num_steps: steps charged, a torn last line included.
+        torn: the last line was cut short, and counts as one step.
+        executed: the segments as begun, with clip norm and batch size; the last may have no steps yet.
+    """
+
+    header: LedgerHeader
+    segments: tuple[Segment, ...]
+    head: str
+    num_steps: int
+    torn: bool
+    executed: tuple[ExecutedSegment, ...] = ()
+
+
+def encode(record: dict[str, Any], previous: str) -> tuple[bytes, str]:
+    """The line of `record` after the line with hash `previous`, and its own hash."""
+    body = json.dumps(record, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256(f"{previous}{body}".encode()).hexdigest()
+    return f'{body[:-1]}{HASH_FIELD}{digest}"}}\n'.encode(), digest
+
+
+def header_record(header: LedgerHeader) -> dict[str, Any]:
+    """The first record of a ledger."""
+    return {"kind": "header", "version": VERSION, **asdict(header)}
+
+
+def segment_record(segment: ExecutedSegment) -> dict[str, Any]:
+    """The record that begins a segment."""
+    settings = segment._asdict()
+    del settings["num_steps"]
+    return {"kind": "segment", **settings}
+
+
+def step_record(count: int, step_number: int | None) -> dict[str, Any]:
+    """The record of the `count`-th step."""
+    return {"kind": "step", "n": count} | ({} if step_number is None else {"step": step_number})
+
+
+def parse(data: bytes, name: str) -> LedgerRecord:
+    """What the ledger `data` says; `name` is how errors call it.
+
+    A torn last line is recovered: the steps before it, and one more.
+
+    Raises:
+        LedgerError: any other damage, naming line, expected, found and remedy; an unknown version; a value out of range.
+    """
+    *lines, rest = data.split(b"\n")
+    reader = _Reader()
+    torn = False
+    for number, line in enumerate([*lines, rest] if rest else lines, start=1):
+        try:
+            reader.take(line)
+        except (ValueError, RecursionError) as error:
+            if number > len(lines) and b"}" not in line and reader.header is not None:  # '}' ends every whole record
+                torn = True
+                break
+            raise _damaged(name, number, str(error)) from error
+    if reader.header is None:
+        raise _damaged(name, 1, "expected a header, found an empty file")
+    segments = reader.segments
+    if torn and segments:
+        segments[-1] = segments[-1]._replace(num_steps=segments[-1].num_steps + 1)
+    return LedgerRecord(
+        header=reader.header,
+        segments=for_accounting(segments),
+        head=reader.head,
+        num_steps=sum(s.num_steps for s in segments),
+        torn=torn,
+        executed=tuple(segments),
+    )
+
+
+def for_accounting(segments: list[ExecutedSegment]) -> tuple[Segment, ...]:
+    """Run-length form: neighbours with the same q and sigma united, empty ones left out."""
+    runs = groupby((s for s in segments if s.num_steps), key=lambda s: (s.sample_rate, s.noise_multiplier))
+    return tuple(Segment(q, sigma, sum(s.num_steps for s in run)) for (q, sigma), run in runs)
+
+
+def check_header(header: LedgerHeader) -> None:
+    """Raises ValueError, naming all that is wrong."""
+    _check(asdict(header), _HEADER_RULES)
+
+
+def check_segment(segment: ExecutedSegment, num_examples: int) -> None:
+    """Raises ValueError, naming all that is wrong; q must be B / N."""
+    _check({k: v for k, v in segment._asdict().items() if k != "num_steps"}, _SEGMENT_RULES)
+    expected = segment.expected_batch_size / num_examples
+    if not math.isclose(segment.sample_rate, expected, rel_tol=1e-9):  # room for one rounding, none for another q
+        raise ValueError(
+            f"sample_rate: expected expected_batch_size / num_examples = {expected}, found {segment.sample_rate}"
+        )
+
+
+# ---- reading one line ------------------------------------------------------------------------------------------------
+
+
+def _decode(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
+    text = line.decode()
+    body, found, tail = text.rpartition(HASH_FIELD)
+    try:
+        record = json.loads(body + "}")
+    except json.JSONDecodeError:
+        record = None
+    if not found or not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object that ends with its hash, found {text[:60]!r}")
+    try:
+        again, digest = encode(record, previous)
+    except ValueError as error:  # NaN and infinities are no JSON
+        raise ValueError(f"expected finite numbers, found {text[:60]!r}") from error
+    if again != line + b"\n":
+        raise ValueError(f"expected hash {digest}, found {tail[:64]}")
+    return record, digest
+
+
+class _Reader:
+    """Takes lines in, one after another; raises ValueError at the first that may not follow."""
+
+    def __init__(self) -> None:
+        self.head = GENESIS
+        self.header: LedgerHeader | None = None
+        self.segments: list[ExecutedSegment] = []
+        self._steps = 0
+
+    def take(self, line: bytes) -> None:
+        record, head = _decode(line, self.head)
+        kind = record.pop("kind", None)
+        if self.header is None:
+            self._take_header(kind, record)
+        elif kind == "segment":
+            _check(record, _SEGMENT_RULES)
+            self.segments.append(ExecutedSegment(**record, num_steps=0))
+            check_segment(self.segments[-1], self.header.num_examples)
+        elif kind == "step":
+            self._take_step(record)
+        else:
+            raise ValueError(f"expected a segment or a step, found {kind!r}")
+        self.head = head
+
+    def _take_header(self, kind: Any, record: dict[str, Any]) -> None:
+        version = record.pop("version", None)
+        if kind != "header":
+            raise ValueError(f"expected the header, found {kind!r}")
+        if type(version) is not int or version != VERSION:
+            raise ValueError(
+                f"expected version {VERSION}, found {version!r}; read it with the release of hf_dp that wrote it"
+            )
+        _check(record, _HEADER_RULES)
+        self.header = LedgerHeader(**record)
+
+    def _take_step(self, record: dict[str, Any]) -> None:
+        _check({"step": 0} | record, _STEP_RULES)
+        if not self.segments:
+            raise ValueError("expected a segment before the first step")
+        self._steps += 1
+        if record["n"] != self._steps:
+            raise ValueError(f"expected step {self._steps}, found {record['n']}")
+        self.segments[-1] = self.segments[-1]._replace(num_steps=self.segments[-1].num_steps + 1)
+
+
+def _damaged(name: str, line: int, what: str) -> LedgerError:
+    return LedgerError(
+        f"{name}, line {line}: {what}. The ledger is not as hf_dp wrote it, so what was spent is not known. Put the newest "
+        "undamaged copy back (a backup; a checkpoint's copy lacks the steps after it), or start anew in another output_dir"
+    )
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _whole(low: int) -> Rule:
+    return f"a whole number from {low} to 2**53", lambda v: type(v) is int and low <= v <= 1 << 53
+
+
+def _number(low: float, high: float) -> Rule:
+    return f"a number from {low} to {high}", lambda v: type(v) in (int, float) and low <= v <= high
+
+
+_TEXT: Rule = "a text", lambda v: type(v) is str and v != ""
+_HEADER_RULES: dict[str, Rule] = {
+    "num_examples": _whole(1),
+    "unit": _TEXT,
+    "relation": _TEXT,
+    "delta": (f"at least {MIN_DELTA} and below 1", lambda v: type(v) is float and MIN_DELTA <= v < 1),
+    "data_fingerprint": ("a text or null", lambda v: v is None or (type(v) is str and v != "")),
+    "debug": ("true or false", lambda v: type(v) is bool),
+}
+_SEGMENT_RULES: dict[str, Rule] = {
+    "sample_rate": ("above 0 and at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1),
+    "noise_multiplier": _number(0, 1e9),
+    "clip_norm": _number(1e-30, 1e30),
+    "expected_batch_size": _whole(1),
+}
+_STEP_RULES: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
+
+
+def _check(values: dict[str, Any], rules: dict[str, Rule]) -> None:
+    if values.keys() != rules.keys():
+        raise ValueError(f"expected the fields {', '.join(rules)}, found {', '.join(values)}")
+    wrong = [f"{k}: expected {rule}, found {values[k]!r}" for k, (rule, right) in rules.items() if not right(values[k])]
+    if wrong:
+        raise ValueError("; ".join(wrong))
