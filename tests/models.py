@@ -84,7 +84,14 @@ def roberta_tokens(**k: Any) -> nn.Module:
 
 
 def distilbert(**k: Any) -> nn.Module:
-    size = {"vocab_size": VOCAB, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 64}
+    size = {
+        "vocab_size": VOCAB,
+        "dim": 16,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 24,
+        "max_position_embeddings": 64,
+    }
     no_dropout = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
     return tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**{**size, **no_dropout, "num_labels": 5, **k}))
 
@@ -103,7 +110,9 @@ def electra(**k: Any) -> nn.Module:
 
 def albert(**k: Any) -> nn.Module:
     return tf.AlbertForSequenceClassification(
-        tf.AlbertConfig(**{**TEXT, **DROPOUT_FREE, "embedding_size": 8, "classifier_dropout_prob": 0.0, "num_labels": 5, **k})
+        tf.AlbertConfig(
+            **{**TEXT, **DROPOUT_FREE, "embedding_size": 8, "classifier_dropout_prob": 0.0, "num_labels": 5, **k}
+        )
     )
 
 

@@ -40,7 +40,8 @@ def clipped_sum(model: nn.Module, batch: dict, example_loss, clip_norm: float) -
 
 def causal_lm_loss(model: nn.Module, one: dict) -> Tensor:
     logits = model(**{k: v for k, v in one.items() if k != "labels"}).logits[0]
-    return _mean_cross_entropy(logits[:-1], one["labels"][0, 1:])
+    labels = one["labels"][0]
+    return _mean_cross_entropy(logits[-len(labels) :][:-1], labels[1:])  # virtual tokens stand in front
 
 
 def token_loss(model: nn.Module, one: dict) -> Tensor:

@@ -5,7 +5,7 @@ gradient *is* the example's, whatever the layer), forward and backward run, fact
 everybody else calls. The model is left as it was found, also after an exception, and `p.grad` is never written.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,21 +56,21 @@ class Capture:
                 factor = Dense(fx.materialise(factor))
         self.recorded.setdefault(parameter, []).append(factor)
 
-    def refuse(self, parameter: str, operation: str, compute: Callable[[], Any]) -> Any:
-        """An operation without a rule: an error, or noted and computed without this parameter's gradient."""
-        self.refusals[parameter, operation] = None
+    def refuse(self, parameters: Sequence[str], operation: str, compute: Callable[[], Any]) -> Any:
+        """An operation without a rule: an error, or noted and computed without these parameters' gradients."""
+        self.refusals.update({(parameter, operation): None for parameter in parameters})
         if self._collecting:
             return compute()
         raise UnsupportedParameterError(refusal_message(self.refusals))
 
-    def verify_nothing_hidden(self) -> None:
-        """Raises where autograd delivered a gradient past the taps."""
-        hidden = sorted({p.parameter for p in self._watched if p.grad is not None})
-        if hidden:
-            raise CaptureError(
-                f"a gradient reached {', '.join(hidden)} past the per-example rules, as from a fused kernel or somebody's own "
-                f"autograd function; switch that off, or {REMEDY}"
-            )
+    def refuse_hidden(self, strays: list[str]) -> None:
+        """Refuses parameters to which autograd itself delivered a gradient: `strays`, and proxies past the taps."""
+        with torch._C.DisableTorchFunctionSubclass():
+            strays = strays + [p.parameter for p in self._watched if p.grad is not None]
+        for parameter in strays:
+            self.refusals[parameter, "a use hidden from PyTorch's functions, as in a fused kernel"] = None
+        if strays and not self._collecting:
+            raise UnsupportedParameterError(refusal_message(self.refusals))
 
 
 def refusal_message(refusals: dict[tuple[str, str], None]) -> str:
@@ -79,11 +79,23 @@ def refusal_message(refusals: dict[tuple[str, str], None]) -> str:
     return f"no exact per-example rule for: {uses}. For each: {REMEDY}."
 
 
+class Borrowed:
+    """What stands in for the trainable parameters, by name; and after the pass, `strays`: parameters that got a gradient."""
+
+    def __init__(self) -> None:
+        self.stand_ins: dict[str, Tensor] = {}
+        self.strays: list[str] = []
+
+
 @contextmanager
-def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Puts `stand_in(name, parameter)` where the model keeps each trainable parameter, tied ones once; then restores."""
+def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) -> Iterator[Borrowed]:
+    """Puts `stand_in(name, parameter)` where the model keeps each trainable parameter, tied ones once; then restores.
+
+    A gradient that the parameters held is set aside for the pass: one that they hold after it has strayed there.
+    """
     stand_ins: dict[int, Tensor] = {}
-    by_name: dict[str, Tensor] = {}
+    lent = Borrowed()
+    owned: dict[str, tuple[nn.Parameter, Tensor | None]] = {}
     places: list[tuple[nn.Module, str, nn.Parameter]] = []
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -91,15 +103,20 @@ def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) 
                 continue
             if id(parameter) not in stand_ins:
                 name = f"{prefix}.{key}" if prefix else key
-                stand_ins[id(parameter)] = by_name[name] = stand_in(name, parameter)
+                stand_ins[id(parameter)] = lent.stand_ins[name] = stand_in(name, parameter)
+                owned[name] = parameter, parameter.grad
             places.append((module, key, parameter))
     try:
         for module, key, parameter in places:
             module._parameters[key] = stand_ins[id(parameter)]  # type: ignore[assignment]
-        yield by_name
+            parameter.grad = None
+        yield lent
     finally:
         for module, key, parameter in places:
             module._parameters[key] = parameter
+        lent.strays = [name for name, (parameter, _) in owned.items() if parameter.grad is not None]
+        for parameter, grad in owned.values():
+            parameter.grad = grad
 
 
 def per_example_factors(
@@ -115,24 +132,26 @@ def per_example_factors(
 
     Raises:
         UnsupportedParameterError: a parameter is used in an operation without a rule.
-        CaptureError: a gradient went past the rules, or the losses are not [B].
+        CaptureError: the losses are not [B], or a parameter is kept elsewhere than in its module.
     """
     if batch_size == 1 and capture is None:
         return _single_example(model, example_losses)
     capture = capture or Capture(batch_size)
-    with borrowed(model, lambda name, p: ParameterProxy.of(p, name, capture)), torch.enable_grad():
+    with borrowed(model, lambda name, p: ParameterProxy.of(p, name, capture)) as lent, torch.enable_grad():
         losses = _checked(example_losses(), batch_size)
         _backward(losses)
-    capture.verify_nothing_hidden()
+    capture.refuse_hidden(lent.strays)
     return {name: fx.merge(uses) for name, uses in capture.recorded.items()}, losses.detach()
 
 
 def _single_example(model: nn.Module, example_losses: Callable[[], Tensor]) -> tuple[dict[str, list[Factor]], Tensor]:
     """With one example, autograd's gradient is the example's: any layer, any operation."""
-    with borrowed(model, lambda name, p: p.detach().requires_grad_()) as leaves, torch.enable_grad():
+    with borrowed(model, lambda name, p: p.detach().requires_grad_()) as lent, torch.enable_grad():
         losses = _checked(example_losses(), 1)
         _backward(losses)
-    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    if lent.strays:
+        raise CaptureError(f"the model uses {', '.join(lent.strays)} from elsewhere than its module: freeze them")
+    found = {name: leaf.grad for name, leaf in lent.stand_ins.items() if leaf.grad is not None}
     return {name: [Dense(grad.to_dense().unsqueeze(0))] for name, grad in found.items()}, losses.detach()
 
 

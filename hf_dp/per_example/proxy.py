@@ -62,7 +62,7 @@ class ParameterProxy(torch.Tensor):
     def sink(self, factor: Factor | None) -> None:
         """Receives the factor of one use, in backward; None where the examples do not lead the gradient."""
         if factor is None:
-            self.capture.refuse(self.parameter, "an operation on values that every example shares", lambda: None)
+            self.capture.refuse([self.parameter], "an operation on values that every example shares", lambda: None)
         elif not self.origins:
             self.capture.record(self.parameter, factor)
         for origin, pullback in self.origins:

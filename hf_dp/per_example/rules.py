@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
 from hf_dp.per_example.proxy import ParameterProxy, derive, derive_any, plain, transposed, unchanged
-from hf_dp.per_example.taps import AddTap, EmbeddingTap, LayerNormTap, LinearTap, MultiplyTap, Sink
+from hf_dp.per_example.taps import AddTap, AnyTap, EmbeddingTap, LayerNormTap, LinearTap, MultiplyTap, Sink
 
 Operand: TypeAlias = Tensor | float | int
 
@@ -30,26 +30,28 @@ def apply_rule(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwarg
             for proxy in proxies:
                 owner.capture.used(proxy.parameter, name)
             return result
-    if name in PARAMETER_SIDE and not _carries_a_gradient((args, kwargs)):
+    alone = len(_tensors((args, kwargs))) == len(proxies) and name not in RANDOM and not func.__name__.endswith("_")
+    if (alone or name in PARAMETER_SIDE) and not _carries_a_gradient((args, kwargs)):
         return _on_the_parameters_side(proxies, func, args, kwargs)
-    return owner.capture.refuse(owner.parameter, name, lambda: func(*plain(args), **plain(kwargs)))
+    return owner.capture.refuse([p.parameter for p in proxies], name, lambda: func(*plain(args), **plain(kwargs)))
 
 
 def _proxies(value: Any) -> list[ParameterProxy]:
     """All proxies in (nested) arguments, each once, in order."""
-    if isinstance(value, ParameterProxy):
+    return list({id(t): t for t in _tensors(value) if isinstance(t, ParameterProxy)}.values())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in (nested) arguments."""
+    if isinstance(value, Tensor):
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    found = {id(p): p for item in items for p in _proxies(item)}
-    return list(found.values())
+    return [t for item in items for t in _tensors(item)]
 
 
 def _carries_a_gradient(value: Any) -> bool:
     """Whether a tensor among (nested) arguments is computed from trained values: then it is not a constant."""
-    if isinstance(value, Tensor):
-        return value.requires_grad and not isinstance(value, ParameterProxy)
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return any(_carries_a_gradient(item) for item in items)
+    return any(t.requires_grad and not isinstance(t, ParameterProxy) for t in _tensors(value))
 
 
 def _sink(value: Any) -> Sink | None:
@@ -221,8 +223,10 @@ def _conv2d(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor | None:
     """A convolution is a linear map of its patches: x unfolded to [B, L, C kh kw]."""
-    if isinstance(input, ParameterProxy) or isinstance(padding, str) or groups != 1 or input.dim() != 4:
+    if isinstance(input, ParameterProxy) or input.dim() != 4:
         return None
+    if isinstance(padding, str) or groups != 1:
+        return _example_by_example(F.conv2d, input, weight, bias, stride, padding, dilation, groups)
     kernel = tuple(weight.shape[2:])
     flat = (
         derive(weight, lambda w: w.flatten(1), unchanged) if isinstance(weight, ParameterProxy) else weight.flatten(1)
@@ -233,6 +237,25 @@ def _conv2d(
     size, pad, dil, step = (torch.Size(_pair(v)) for v in (tuple(input.shape[2:]), padding, dilation, stride))
     height, width = ((size[i] + 2 * pad[i] - dil[i] * (kernel[i] - 1) - 1) // step[i] + 1 for i in (0, 1))
     return out.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _example_by_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor | None:
+    """An operation that maps each example by itself, on data that lead with the examples: the generic exact rule."""
+    proxies = _proxies((args, kwargs))
+    capture = proxies[0].capture
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not isinstance(v, ParameterProxy)]
+    data = [t for t in tensors if t.dim() and t.shape[0] == capture.batch_size and (t.requires_grad or t is tensors[0])]
+    if not data or any(t.requires_grad and not any(t is d for d in data) for t in tensors):
+        return None
+    slots = [*proxies, *data]
+
+    def function(*values: Tensor) -> Any:
+        known = {id(slot): value for slot, value in zip(slots, values, strict=True)}
+        return func(*[known.get(id(a), a) for a in args], **{k: known.get(id(v), v) for k, v in kwargs.items()})
+
+    sinks = [p.sink for p in proxies]
+    result: Tensor = AnyTap.apply(capture.anchor, function, sinks, *[p.plain_values for p in proxies], *data)
+    return result
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -294,7 +317,7 @@ def _for_each_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def _refuse(proxy: ParameterProxy, what: str, compute: Callable[[], Tensor]) -> Tensor:
-    result: Tensor = proxy.capture.refuse(proxy.parameter, what, compute)
+    result: Tensor = proxy.capture.refuse([proxy.parameter], what, compute)
     return result
 
 
@@ -346,7 +369,22 @@ FOR_EACH_EXAMPLE: dict[str, Callable[..., Any]] = {
     "cat": torch.cat,
     "scaled_dot_product_attention": F.scaled_dot_product_attention,
 }
+EXAMPLE_BY_EXAMPLE: dict[str, Callable[..., Any]] = {
+    "group_norm": F.group_norm,
+    "instance_norm": F.instance_norm,
+    "conv1d": F.conv1d,
+    "conv3d": F.conv3d,
+    "conv_transpose1d": F.conv_transpose1d,
+    "conv_transpose2d": F.conv_transpose2d,
+    "conv_transpose3d": F.conv_transpose3d,
+    "prelu": torch.prelu,
+    "bilinear": F.bilinear,
+}
+RULES.update({name: partial(_example_by_example, func) for name, func in EXAMPLE_BY_EXAMPLE.items()})
 RULES.update({name: partial(_for_each_example, func) for name, func in FOR_EACH_EXAMPLE.items()})
+RANDOM = frozenset(
+    "bernoulli rand_like randn_like randint_like multinomial normal rrelu native_dropout alpha_dropout".split()
+)
 PARAMETER_SIDE = frozenset(
     "clone contiguous t T mT transpose permute view reshape flatten unflatten unsqueeze squeeze movedim swapaxes "
     "expand getitem select narrow index_select neg mul multiply add sub rsub truediv div rdiv "

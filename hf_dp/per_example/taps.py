@@ -8,7 +8,7 @@ do not lead the gradient's shape.
 Legend: B examples, T positions, d inputs, r outputs. Anything between the leading B and the last dimension counts as positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -149,6 +149,36 @@ class LayerNormTap(torch.autograd.Function):
                 g, x, list(weight.shape), mean, rstd, weight, rest[0] if rest else None, [True, False, False]
             )
         return gx, None, None, None, None, None, None, None
+
+
+class AnyTap(torch.autograd.Function):
+    """y = f(data, parameters) for any f that maps example by example: the gradients are f's own, taken for each example (vmap)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, function: Callable[..., Tensor], sinks: Sequence[Sink], *tensors: Tensor
+    ) -> Tensor:
+        """`tensors`: first one parameter a sink, then the data, each [B, ...]; `function` takes them in this order."""
+        ctx.function, ctx.sinks = function, sinks
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over each parameter's gradients and returns those of the data."""
+        count = len(ctx.sinks)
+        parameters, data = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+
+        def of_one(g: Tensor, *example: Tensor) -> tuple[Tensor, ...]:
+            one = [x.unsqueeze(0) for x in example]
+            vjp = torch.func.vjp(lambda *all_: ctx.function(*all_), *parameters, *one)[1]
+            return vjp(g.unsqueeze(0))
+
+        found = torch.func.vmap(of_one)(grads[0], *data)
+        for sink, gradient in zip(ctx.sinks, found[:count], strict=True):
+            sink(Dense(gradient.to(_wide(gradient))))
+        inputs = [g.squeeze(1) for g in found[count:]]
+        return None, None, None, *([None] * count), *inputs
 
 
 def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
