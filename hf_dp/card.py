@@ -96,21 +96,7 @@ def privacy_record(
         },
         "unit": mechanism.unit,
         "relation": mechanism.relation,
-        "mechanism": {
-            "name": MECHANISM_NAME,
-            "num_examples": mechanism.num_examples,
-            "num_examples_is_public": True,
-            "expected_batch_size": mechanism.expected_batch_size,
-            "clip_norm": mechanism.clip_norm,
-            "clipping": "Euclidean norm of each example's whole gradient",
-            "sampler": "Poisson: each record by itself, afresh in each step",
-            "noise": "Gaussian of standard deviation noise_multiplier x clip_norm on the clipped sum, float32",
-            "noise_generator": "Philox4x64 keyed with 128 bits of the operating system's entropy, never stored",
-            "sample_rate": mechanism.sample_rate,
-            "noise_multiplier": mechanism.noise_multiplier,
-            "target_epsilon": mechanism.target_epsilon,
-            "num_steps_planned": mechanism.num_steps,
-        },
+        "mechanism": _mechanism(mechanism),
         "num_steps": ledger.num_steps,
         "segments": [s._asdict() for s in segments],
         "ledger": {"file": LEDGER_NAME, "head": ledger.head},
@@ -137,6 +123,24 @@ def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
     readme = folder / "README.md"
     text = with_front_matter(read_readme(readme), yaml_block(record), TAGS, tagged=record["private"])
     durable.replace(readme, with_section(text, section(record)).encode())
+
+
+def _mechanism(m: Mechanism) -> dict[str, Any]:
+    return {
+        "name": MECHANISM_NAME,
+        "num_examples": m.num_examples,
+        "num_examples_is_public": True,
+        "expected_batch_size": m.expected_batch_size,
+        "clip_norm": m.clip_norm,
+        "clipping": "Euclidean norm of each example's whole gradient",
+        "sampler": "Poisson: each record by itself, afresh in each step",
+        "noise": "Gaussian of standard deviation noise_multiplier x clip_norm on the clipped sum, float32",
+        "noise_generator": "Philox4x64 keyed with 128 bits of the operating system's entropy, never stored",
+        "sample_rate": m.sample_rate,
+        "noise_multiplier": m.noise_multiplier,
+        "target_epsilon": m.target_epsilon,
+        "num_steps_planned": m.num_steps,
+    }
 
 
 def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:

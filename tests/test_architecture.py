@@ -1,0 +1,157 @@
+"""The rules of the house, read off the source: who may import whom, how long things are, what the world may rely on."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_dp"
+
+# Data flows down this list: a module (or folder) imports only from those above it. A new one is given its place here.
+ORDER = """
+    errors _compat config mechanism accounting
+    streams forked_rng sampling microbatch
+    losses clipping per_example noise
+    durable ledger_format ledger fingerprint release
+    card_files card_words card
+    run options progress trainer
+    task recipe
+    cli demo
+""".split()
+PURE = {"losses", "clipping", "per_example", "noise"}  # take tensors and floats
+NOT_FOR_PURE = {"config", "mechanism", "accounting"}
+LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.card hf_dp.cli".split()
+HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
+VERBS = {"train", "check", "plan"}  # the command line's verbs: each parameter is an option that typer shows
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6
+
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def room(path: Path) -> str:
+    """The name in ORDER that a source file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(name in ORDER, line) of every import of hf_dp's own, within functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write it in full"
+            names = [f"{node.module}.{a.name}" if node.module == "hf_dp" else str(node.module) for a in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("hf_dp."):
+                yield name.split(".")[1], node.lineno
+
+
+def functions(tree: ast.AST) -> Iterator[Function]:
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def num_parameters(function: Function) -> int:
+    """Without self and cls, and without *args and **kwargs."""
+    named = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+    return len(named) - (named[:1] in (["self"], ["cls"]))
+
+
+@pytest.fixture(params=SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def source(request) -> Path:
+    return request.param
+
+
+def test_every_module_has_its_place():
+    assert {room(p) for p in SOURCES} - {"__init__"} <= set(ORDER)
+
+
+def test_a_module_imports_only_from_those_above_it(source):
+    here = room(source)
+    if here == "__init__":
+        return
+    for there, line in imported_rooms(ast.parse(source.read_text())):
+        assert there in ORDER, f"{source.name}:{line} imports hf_dp.{there}, which has no place in ORDER"
+        assert ORDER.index(there) <= ORDER.index(here), (
+            f"{source.name}:{line}: {here} may not import {there}, which is below it"
+        )
+        assert not (here in PURE and there in NOT_FOR_PURE), (
+            f"{source.name}:{line}: {here} takes tensors and floats, not {there}"
+        )
+
+
+def test_the_import_rule_sees_every_way_to_import():
+    code = "import hf_dp.config\nfrom hf_dp import card\ndef f():\n from hf_dp.cli import x\nimport torch"
+    assert [name for name, _ in imported_rooms(ast.parse(code))] == ["config", "card", "cli"]
+
+
+def test_files_functions_and_signatures_are_short(source):
+    text = source.read_text()
+    assert len(text.splitlines()) <= MAX_FILE, "a file holds one idea: split it"
+    for function in functions(ast.parse(text)):
+        length = function.end_lineno - function.lineno + 1
+        assert length <= MAX_FUNCTION, f"{function.name} has {length} lines"
+        is_verb = room(source) == "cli" and function.name in VERBS
+        assert is_verb or num_parameters(function) <= MAX_PARAMETERS, (
+            f"{function.name} has {num_parameters(function)} parameters"
+        )
+
+
+def test_attributes_are_neither_probed_nor_set_by_name(source):
+    if source.name == "_compat.py":
+        return
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("hasattr", "setattr", "delattr"), f"{source.name}:{node.lineno}: {node.func.id}"
+
+
+def test_every_file_says_what_it_is(source):
+    assert ast.get_docstring(ast.parse(source.read_text())), "the first line says what goes in and what comes out"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module):
+    if module != "hf_dp" and not list(PACKAGE.glob(f"{module.split('.')[1]}*")):
+        pytest.fail(f"{module} is gone")
+    code = f"import sys, {module}; print(*[m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [], f"{module} imports them before they are needed"
+
+
+# ---- what the world may rely on: adding or removing a name fails here, on purpose ---------------------------------------
+
+
+def test_the_public_names_are_these():
+    import hf_dp
+
+    assert (
+        hf_dp.__all__
+        == (
+            "AccountingError CaptureError ConfigError DPSeq2SeqTrainer DPTrainer DPTrainerMixin HfDpError LedgerError Mechanism "
+            "PrivacyConfig PrivacySpent RecipeError SelfCheckError UnsupportedOptionError UnsupportedParameterError"
+        ).split()
+    )
+    for name in hf_dp.__all__:
+        assert getattr(hf_dp, name).__name__ == name
+    assert set(hf_dp.__all__) < set(dir(hf_dp))
+    with pytest.raises(AttributeError, match="no attribute 'GradientDP'"):
+        hf_dp.GradientDP  # noqa: B018
+
+
+def test_the_settings_are_these():
+    from hf_dp import Mechanism, PrivacyConfig
+
+    assert [f.name for f in dataclasses.fields(PrivacyConfig)] == (
+        "target_epsilon noise_multiplier target_delta expected_batch_size clip_norm public_eval debug_seed".split()
+    )
+    assert [f.name for f in dataclasses.fields(Mechanism)] == (
+        "num_examples expected_batch_size num_steps noise_multiplier clip_norm delta target_epsilon unit relation debug".split()
+    )
