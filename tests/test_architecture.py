@@ -28,6 +28,7 @@ NOT_FOR_PURE = {"config", "mechanism", "accounting"}
 LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.card hf_dp.cli".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
 VERBS = {"train", "check", "plan"}  # the command line's verbs: each parameter is an option that typer shows
+MIRRORS = {"_embedding", "_rms_norm"}  # stand in for a function of torch.nn.functional, whose signature is not ours
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6
 
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
@@ -59,9 +60,9 @@ def functions(tree: ast.AST) -> Iterator[Function]:
 
 
 def num_parameters(function: Function) -> int:
-    """Without self and cls, and without *args and **kwargs."""
+    """Without self, cls or an autograd.Function's ctx, and without *args and **kwargs."""
     named = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
-    return len(named) - (named[:1] in (["self"], ["cls"]))
+    return len(named) - (named[:1] in (["self"], ["cls"], ["ctx"]))
 
 
 @pytest.fixture(params=SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -98,8 +99,8 @@ def test_files_functions_and_signatures_are_short(source):
     for function in functions(ast.parse(text)):
         length = function.end_lineno - function.lineno + 1
         assert length <= MAX_FUNCTION, f"{function.name} has {length} lines"
-        is_verb = room(source) == "cli" and function.name in VERBS
-        assert is_verb or num_parameters(function) <= MAX_PARAMETERS, (
+        exempt = function.name in (VERBS if room(source) == "cli" else MIRRORS)
+        assert exempt or num_parameters(function) <= MAX_PARAMETERS, (
             f"{function.name} has {num_parameters(function)} parameters"
         )
 

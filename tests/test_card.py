@@ -179,7 +179,7 @@ def test_the_section_says_what_is_assumed_and_what_is_not_covered(tmp_path):
             "floating-point",
             "Side channels",
             "is public",
-            "hf-dp verify",
+            "privacy.json",
             "one record: whoever is in several",
         ):
             assert promise in text
