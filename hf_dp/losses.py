@@ -15,7 +15,7 @@ from hf_dp.errors import ConfigError
 
 IGNORED = -100
 CHUNK_ELEMENTS = 1 << 24  # logits held in float32 at once (64 MiB)
-ExampleLoss: TypeAlias = Callable[[Any, Tensor], Tensor]
+ExampleLoss: TypeAlias = Callable[..., Tensor]  # (outputs, labels, smoothing=0.0) -> [B]
 
 
 class TokenCrossEntropy(torch.autograd.Function):
@@ -130,6 +130,13 @@ def loss_kind(class_name: str, problem_type: str | None, num_labels: int | None)
         f"no per-example loss is known for {class_name}; pass compute_loss_func(outputs, labels) that returns one loss an "
         "example, shape [batch], each a function of that example alone"
     )
+
+
+def public_sizes(class_name: str, config: Any) -> tuple[int, int]:
+    """(number of token ids, number of label values) that a model takes: what made-up records are drawn from."""
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 2
+    over_tokens = class_name.endswith(("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "LMHeadModel"))
+    return vocabulary, vocabulary if over_tokens else getattr(config, "num_labels", None) or 2
 
 
 def _row_chunks(logits: Tensor) -> list[slice]:

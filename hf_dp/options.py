@@ -1,5 +1,6 @@
 """Trainer options -> the ones that would void the guarantee, all at once, each with its remedy."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,6 +74,13 @@ def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")
+
+
+def without_batch_clipping(args: Any) -> Any:
+    """A copy of the `TrainingArguments` with `max_grad_norm` 0: the caller's own stay as they are."""
+    args = copy.copy(args)
+    args.max_grad_norm = 0.0
+    return args
 
 
 def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:

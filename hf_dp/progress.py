@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback
 
 from hf_dp import accounting
 
@@ -29,7 +29,7 @@ def show_epsilon(trainer: Any) -> None:
 
 def print_summary(trainer: Any) -> None:
     """Every derived number with the rule that it came from, on the main process."""
-    if not trainer.is_world_process_zero() or trainer.args.disable_tqdm and not _prints(trainer):
+    if not trainer.is_world_process_zero():
         return
     args, mechanism = trainer.args, trainer.mechanism
     table = Table(title="Private training", title_justify="left")
@@ -39,12 +39,14 @@ def print_summary(trainer: Any) -> None:
         trainer.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
     ):
         table.add_row(*row)
-    for row in _of_the_machine(trainer):
-        table.add_row(*row)
+    for name, value, rule in _of_the_machine(trainer):
+        table.add_row(name, value, rule)
     console = Console()
     console.print(table)
     if not mechanism.is_private:
-        console.print("[bold red]NOT PRIVATE[/]: " + ("debug_seed is set" if mechanism.debug else "noise_multiplier is 0"))
+        console.print(
+            "[bold red]NOT PRIVATE[/]: " + ("debug_seed is set" if mechanism.debug else "noise_multiplier is 0")
+        )
 
 
 def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
@@ -62,7 +64,3 @@ def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
         ),
         ("max_grad_norm", "0", "clipping is per example (clip_norm); Trainer's batch clipping is off"),
     ]
-
-
-def _prints(trainer: Any) -> bool:
-    return any(isinstance(c, (PrinterCallback, TrainerCallback)) for c in trainer.callback_handler.callbacks)

@@ -175,6 +175,7 @@ def squared_norms(factors: dict[str, list[Factor]], batch_size: int, like: Tenso
     return torch.stack([fx.squared_norms(uses) for uses in factors.values()]).sum(0)
 
 
+@torch.no_grad()
 def clipped_gradient_sum(
     model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, clip_norm: float, into: dict[str, Tensor]
 ) -> Tensor:

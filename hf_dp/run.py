@@ -1,0 +1,212 @@
+"""One private run while it lasts: ledger, keys and the exit, opened when training starts and closed when it ends."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_dp import accounting, card, durable
+from hf_dp.errors import ConfigError, HfDpError, LedgerError
+from hf_dp.fingerprint import fingerprint
+from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, refuse_rollback
+from hf_dp.mechanism import Mechanism, Segment
+from hf_dp.noise import NoiseSource
+from hf_dp.release import Releaser
+from hf_dp.streams import fresh_key
+
+COMPLETE = "privacy_complete.json"  # the last file of a checkpoint: with it, the checkpoint is whole
+
+
+class PrivacySpent(NamedTuple):
+    """(epsilon, delta) after `num_steps` noisy steps, those of earlier sessions and those lost in crashes included."""
+
+    epsilon: float
+    delta: float
+    num_steps: int
+
+
+class PrivateRun:
+    """The private half of a training: what was charged, the key of the draws, and `release`.
+
+    Only process 0 holds the ledger, the noise and the file; the others know the segments at the start and count along.
+
+    Attributes:
+        sampling_key: 128 secret bits, the same on all processes, new at every `open`.
+        exhausted: one more step would exceed the target epsilon.
+    """
+
+    def __init__(self, mechanism: Mechanism, folder: Path, process_index: int, num_processes: int) -> None:
+        self.mechanism = mechanism
+        self.folder = folder
+        self.sampling_key = 0
+        self._process, self._processes = process_index, num_processes
+        self._ledger: Ledger | None = None
+        self._releaser: Releaser | None = None
+        self._before: tuple[Segment, ...] = ()
+        self._taken = 0
+        self._allowed = 0
+        self._seed: int | None = None
+        self._opened_before = False
+
+    # ---- opening and closing ---------------------------------------------------------------------------------------
+
+    def open(self, dataset: Any, checkpoint: Path | None, *, seed: int | None) -> None:
+        """Opens or continues the ledger on process 0, shares key and segments, and sees what the budget still allows.
+
+        Args:
+            dataset: the training set; its keyed fingerprint must be the ledger's.
+            checkpoint: what training resumes from, or None.
+            seed: for tests alone; marks the ledger as not private.
+
+        Raises:
+            LedgerError: on every process, whatever goes wrong on process 0.
+            ConfigError: the budget is spent.
+        """
+        self._seed = seed
+        self._shared(lambda: self._open_ledger(dataset, checkpoint))
+        self._before = self._shared(lambda: self._ledger.segments() if self._ledger else ())
+        self.sampling_key = self._shared(lambda: fresh_key() if seed is None else seed)
+        noise = NoiseSource(key=None if seed is None else seed + 1) if self._process == 0 else None
+        self._releaser = Releaser(self._ledger, noise, process_index=self._process, num_processes=self._processes)
+        self._taken = 0
+        self._allowed = self._affordable()
+        self._opened_before = True
+        if self._allowed == 0:
+            self.close()
+            spent = self.spent()
+            raise ConfigError(
+                f"the budget is spent: epsilon {spent.epsilon:.4g} after {spent.num_steps} steps, target "
+                f"{self.mechanism.target_epsilon}; raise target_epsilon, or start anew in another output_dir"
+            )
+
+    def close(self) -> None:
+        """Closes the ledger; what was spent can still be asked."""
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def _open_ledger(self, dataset: Any, checkpoint: Path | None) -> None:
+        """On process 0: a new ledger, the one that the checkpoint's run wrote, or this run's own from an earlier train()."""
+        if self._process != 0:
+            return
+        m, path = self.mechanism, self.folder / LEDGER_NAME
+        if path.exists() and checkpoint is None and not self._opened_before:
+            raise LedgerError(
+                f"{path} holds what another training in this folder spent. Resume it (resume_from_checkpoint=True), or choose "
+                "another output_dir; what was spent on the same data adds up either way"
+            )
+        header = LedgerHeader(
+            num_examples=m.num_examples,
+            unit=m.unit,
+            relation=m.relation,
+            delta=m.delta,
+            data_fingerprint=fingerprint(dataset, self.folder),
+            debug=m.debug,
+        )
+        if checkpoint is not None:
+            refuse_rollback(path, checkpoint)
+        self._ledger = Ledger.open(path, header)
+        self._ledger.begin(m.sample_rate, m.noise_multiplier, m.clip_norm, m.expected_batch_size)
+
+    def _affordable(self) -> int:
+        m = self.mechanism
+        if m.target_epsilon is None:
+            return m.num_steps
+        return accounting.affordable_steps(
+            self._before,
+            m.planned._replace(num_steps=1),
+            target_epsilon=m.target_epsilon,
+            delta=m.delta,
+            at_most=m.num_steps,
+        )
+
+    def _shared(self, on_process_0: Any) -> Any:
+        """The value that process 0 computes, on every process; its error, on every process too."""
+        outcome: list[Any] = [None, None]
+        if self._process == 0:
+            try:
+                outcome[0] = on_process_0()
+            except HfDpError as error:
+                outcome[1] = error
+        if self._processes > 1:
+            outcome[0] = None if self._process == 0 and outcome[1] is not None else outcome[0]
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    # ---- while it runs ---------------------------------------------------------------------------------------------
+
+    def release(self, clipped_sum: Tensor, draw_number: int) -> Tensor:
+        """The one exit of a step: charged, noised, reduced. `clipped_sum` is this process's part, flat float32."""
+        assert self._releaser is not None, "release before open"
+        noisy = self._releaser(
+            clipped_sum,
+            sensitivity=self.mechanism.clip_norm,
+            noise_multiplier=self.mechanism.noise_multiplier,
+            draw_number=draw_number,
+        )
+        self._taken += 1
+        return noisy
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether one more step would exceed the target epsilon."""
+        return self._taken >= self._allowed
+
+    def forward_seed(self) -> int | None:
+        """None: the forward pass draws its dropout from the operating system. A number only in debugging."""
+        return None if self._seed is None else self._seed + 1000 * (self._taken + 1) + self._process
+
+    def spent(self) -> PrivacySpent:
+        """Everything charged in this folder, this session's steps included."""
+        segments = (*self._before, self.mechanism.planned._replace(num_steps=self._taken))
+        spent = accounting.spent(segments, self.mechanism.delta)
+        steps = sum(s.num_steps for s in segments)
+        return PrivacySpent(
+            float("inf") if self.mechanism.debug and steps else spent.epsilon, self.mechanism.delta, steps
+        )
+
+    # ---- what is left behind ---------------------------------------------------------------------------------------
+
+    def seal_checkpoint(self, folder: Path) -> None:
+        """Puts the ledger's copy and the completion marker into a checkpoint that Trainer has finished writing."""
+        if self._ledger is not None:
+            self._ledger.copy_to(folder)
+            durable.replace(folder / COMPLETE, json.dumps({"ledger_head": self._ledger.head}).encode())
+
+    def write_card(self, folder: Path, *, public_eval: bool) -> None:
+        """README.md's privacy section and privacy.json, from what was charged. On process 0; before any step, nothing."""
+        if self._ledger is None:
+            return
+        declared = {"public_eval": public_eval}
+        record = card.privacy_record(
+            self.mechanism, self._ledger.record(), libraries=card.library_versions(), declared=declared
+        )
+        card.write_card(folder, record)
+
+
+def checkpoint_to_resume(folder: Path, asked: str | bool | None) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means: True takes the newest *complete* one, passing over half-written ones.
+
+    Raises:
+        LedgerError: none is there, or the one that was named is not complete.
+    """
+    if not asked:
+        return None
+    if asked is not True:
+        if not (Path(asked) / COMPLETE).is_file():
+            raise LedgerError(
+                f"{asked} is no complete checkpoint of a private training (it has no {COMPLETE}): choose another"
+            )
+        return Path(asked)
+    complete = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=lambda marker: _step_of(marker.parent))
+    if not complete:
+        raise LedgerError(f"{folder} has no complete checkpoint to resume from: start anew in another output_dir")
+    return complete[-1].parent
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1

@@ -1,0 +1,349 @@
+"""`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import torch
+from accelerate.data_loader import prepare_data_loader
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from hf_dp import accounting, losses
+from hf_dp.config import PrivacyConfig
+from hf_dp.errors import ConfigError
+from hf_dp.forked_rng import fork_forward_rng
+from hf_dp.mechanism import Mechanism, steps_per_epoch
+from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
+from hf_dp.options import check_options, without_batch_clipping
+from hf_dp.per_example.batches import Batch, num_examples, unambiguous
+from hf_dp.per_example.capture import clipped_gradient_sum
+from hf_dp.per_example.inventory import Row, take_inventory
+from hf_dp.per_example.self_check import Report, self_check
+from hf_dp.per_example.synthetic import synthetic_records
+from hf_dp.progress import print_summary, show_epsilon
+from hf_dp.run import PrivacySpent, PrivateRun, checkpoint_to_resume
+from hf_dp.sampling import PoissonSampler
+
+if TYPE_CHECKING:
+    _Host = Trainer  # what a mixin may count on
+else:
+    _Host = object
+NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
+EVAL_MARK = "eval_not_covered_by_privacy"
+
+
+class DPTrainerMixin(_Host):
+    """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
+
+    Args:
+        *args: as the host class takes them.
+        privacy: what the run must guarantee.
+        micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
+            examples. A matter of speed and memory: it never changes the result.
+        check_records: a few public records for the self-check, where none can be made up from the data set's columns.
+        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` returns one loss an example, [batch].
+
+    Attributes:
+        mechanism: what will be run, calibrated; None without a training set.
+
+    Raises:
+        UnsupportedOptionError: options that would void the guarantee; names all of them.
+        UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
+        ConfigError: a plan that is impossible, such as q > 1 or an epsilon out of reach.
+    """
+
+    model: Any  # always there once the host is built
+    optimizer: Any
+    args: Any
+    compute_loss_func: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        privacy: PrivacyConfig,
+        micro_batch_tokens: int | None = None,
+        check_records: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        options = given.arguments
+        training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
+        check_options(training, public_eval=privacy.public_eval, **{k: v for k, v in options.items() if k != "args"})
+        options["args"] = without_batch_clipping(training)
+        self.privacy = privacy
+        self.micro_batch_tokens = micro_batch_tokens
+        self._check_records = check_records
+        self._run: PrivateRun | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._flat = torch.zeros(0)
+        self.mechanism = _plan(privacy, training, options.get("train_dataset"))
+        super().__init__(*given.args, **given.kwargs)
+        show_epsilon(self)
+        if self.mechanism is not None:
+            self._example_loss = self._choose_loss()
+            self.inventory()
+
+    # ---- what a user asks -----------------------------------------------------------------------------------------
+
+    def privacy_spent(self) -> PrivacySpent:
+        """(epsilon, delta) of everything charged so far in this output folder; 0 before the first step."""
+        mechanism = self._planned()
+        if self._run is None:
+            return PrivacySpent(0.0, mechanism.delta, 0)
+        return self._run.spent()
+
+    def inventory(self) -> list[Row]:
+        """Each trainable parameter, the operations that use it, and how its per-example gradient is formed.
+
+        Raises:
+            UnsupportedParameterError: naming all that have no exact rule.
+        """
+        batch, *_ = self._synthetic_batches()
+        self.model.train()
+        with self.compute_loss_context_manager():
+            return take_inventory(self.model, batch, self.example_losses)
+
+    def self_check(self) -> Report:
+        """Compares a batch of synthetic records with each of them alone; runs at the start of every training.
+
+        Raises:
+            SelfCheckError: something couples the examples of a batch.
+        """
+        with self.compute_loss_context_manager():
+            return self_check(self.model, self._synthetic_batches(), self.example_losses, self._planned().clip_norm)
+
+    # ---- the loss --------------------------------------------------------------------------------------------------
+
+    def example_losses(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """One loss an example, [B]. Override it for a task of your own: each must be a function of its example alone.
+
+        Raises:
+            ConfigError: the batch has no labels.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ConfigError(
+                f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}); name the target column `labels`, "
+                "or override DPTrainer.example_losses"
+            )
+        inputs.update(_decoder_inputs(self._base_model(), inputs, labels))
+        outputs = model(**inputs)
+        return self._example_loss(outputs, labels)
+
+    def _choose_loss(self) -> losses.ExampleLoss:
+        if self.compute_loss_func is not None:
+            function = self.compute_loss_func
+            return lambda outputs, labels: function(outputs, labels)
+        loss, smoothing = losses.LOSSES[self._loss_kind()], self.args.label_smoothing_factor
+        return lambda outputs, labels: loss(outputs, labels, smoothing)
+
+    def _loss_kind(self) -> str:
+        base = self._base_model()
+        config = base.config
+        return losses.loss_kind(
+            type(base).__name__, getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+        )
+
+    # ---- seams of Trainer ------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Poisson logical batches, this process's slice, cut into micro-batches by the collator; never re-sharded."""
+        mechanism = self._planned()
+        dataset, collate = self._columns_for_model()
+        sampler = PoissonSampler(
+            mechanism.num_examples,
+            mechanism.sample_rate,
+            steps_per_epoch(mechanism.num_examples, mechanism.expected_batch_size),
+            key=self._run.sampling_key if self._run is not None else None,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+        )
+        loader: DataLoader[Any] = DataLoader(
+            cast(Any, DrawnRecords(dataset)),
+            batch_sampler=sampler,
+            collate_fn=LogicalBatchCollator(collate, self.args.per_device_train_batch_size, self.micro_batch_tokens),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
+        # num_processes=1: accelerate would otherwise unite two draws, recycle batches and drop empty ones
+        return prepare_data_loader(
+            loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any
+    ) -> TrainOutput:
+        """As `Trainer.train`; first the self-check, then the ledger is opened and what will happen is printed.
+
+        Raises:
+            SelfCheckError: something couples examples.
+            LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
+            ConfigError: the budget is already spent, or `trial` is given (a search spends privacy nobody accounts for).
+        """
+        if trial is not None:
+            raise ConfigError(
+                "hyperparameter search spends privacy that nobody accounts for: train once, with fixed settings"
+            )
+        self.self_check()
+        folder = Path(self.args.output_dir)
+        checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
+        if self._run is None:
+            self._run = PrivateRun(self._planned(), folder, self.args.process_index, self.args.world_size)
+        self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed)
+        print_summary(self)
+        try:
+            output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        finally:
+            self._run.close()
+            self._sums, self._flat = {}, torch.zeros(0)
+        metrics = {k: v for k, v in output.metrics.items() if k not in NOT_RELEASED}
+        return output._replace(training_loss=float("nan"), metrics=metrics)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One logical batch: clip and sum every example's gradient, release the sum, write `p.grad`. Returns 0, not the loss."""
+        run = self._running()
+        self._prepare_for_step()
+        with fork_forward_rng([self.args.device], seed=run.forward_seed()):
+            for micro_batch in inputs[MICRO_BATCHES]:
+                for part in unambiguous(self._prepare_inputs(micro_batch)):
+                    self._add_clipped_gradients(part)
+        self._write_gradients(run.release(self._flat, inputs[DRAW_NUMBER]))
+        if run.exhausted:
+            self.control.should_training_stop = True
+        return torch.zeros((), device=self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, without numbers that the mechanism did not release, and with epsilon so far."""
+        for name in NOT_RELEASED:
+            logs.pop(name, None)
+        if self.mechanism is not None and self._run is not None:
+            logs["epsilon"] = self.privacy_spent().epsilon
+        if not self.privacy.public_eval and any(name.startswith("eval_") for name in logs):
+            logs[EVAL_MARK] = 1.0
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with the card and privacy.json beside the weights."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        self._write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.create_model_card`; the privacy section is put back after whoever rewrote the card."""
+        super().create_model_card(*args, **kwargs)
+        self._write_card(Path(self.args.output_dir))
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The expected logical batch over all processes."""
+        return self.privacy.expected_batch_size
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self._run is not None:
+            self._run.seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def _prepare_for_step(self) -> None:
+        """Training mode, and accumulators at zero: one flat float32 buffer with a view for each parameter."""
+        self.model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if [name for name, _ in trainable] != list(self._sums):
+            self._flat = torch.zeros(sum(p.numel() for _, p in trainable), device=self.args.device)
+            start = 0
+            self._sums = {}
+            for name, p in trainable:
+                self._sums[name] = self._flat[start : start + p.numel()].view(p.shape)
+                start += p.numel()
+        self._flat.zero_()
+
+    def _add_clipped_gradients(self, batch: Batch) -> None:
+        model, clip_norm = self.model, self._planned().clip_norm
+        with self.compute_loss_context_manager():
+            clipped_gradient_sum(
+                model, lambda: self.example_losses(model, batch), num_examples(batch), clip_norm, self._sums
+            )
+
+    def _write_gradients(self, noisy_sum: Tensor) -> None:
+        """p.grad = noisy sum / expected batch size: assigned, whatever was there before."""
+        noisy_sum /= self._planned().expected_batch_size
+        start = 0
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad = noisy_sum[start : start + p.numel()].view(p.shape).to(p.dtype)
+                start += p.numel()
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _planned(self) -> Mechanism:
+        if self.mechanism is None:
+            raise ConfigError("there is nothing to plan or train without a train_dataset")
+        return self.mechanism
+
+    def _running(self) -> PrivateRun:
+        if self._run is None:
+            raise ConfigError("training_step belongs to train(): outside of it there is no ledger to charge")
+        return self._run
+
+    def _base_model(self) -> nn.Module:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def _columns_for_model(self) -> tuple[Any, Any]:
+        """The training set and collator, reduced to the columns that the model takes, as Trainer does."""
+        if isinstance(self.train_dataset, datasets.Dataset):
+            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
+        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+
+    def _synthetic_batches(self) -> list[Batch]:
+        """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
+        dataset, collate = self._columns_for_model()
+        records = self._check_records
+        if records is None:
+            vocabulary, labels = losses.public_sizes(type(self._base_model()).__name__, self._base_model().config)
+            records = synthetic_records(dataset[0], vocab_size=vocabulary, label_values=labels)
+        batches = [collate(copy.deepcopy(records)), *(collate([copy.deepcopy(r)]) for r in records)]
+        return [self._prepare_inputs(batch) for batch in batches]
+
+    def _write_card(self, folder: Path) -> None:
+        if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
+            self._run.write_card(folder, public_eval=self.privacy.public_eval)
+
+
+class DPTrainer(DPTrainerMixin, Trainer):
+    """`transformers.Trainer` with differential privacy; see `DPTrainerMixin` for what it takes."""
+
+
+class DPSeq2SeqTrainer(DPTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with differential privacy: `predict_with_generate` works in evaluation."""
+
+
+def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any) -> Mechanism | None:
+    if dataset is None:
+        return None
+    return accounting.plan(
+        privacy, len(dataset), num_train_epochs=training.num_train_epochs, max_steps=training.max_steps
+    )
+
+
+def _decoder_inputs(model: nn.Module, inputs: Batch, labels: Tensor) -> Batch:
+    """An encoder-decoder's decoder reads the labels shifted right, as its own forward would make them."""
+    if not getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in inputs:
+        return {}
+    shift_right: Any = model.prepare_decoder_input_ids_from_labels
+    return {"decoder_input_ids": shift_right(labels=labels)}
