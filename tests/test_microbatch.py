@@ -1,0 +1,165 @@
+"""Cutting a logical batch: nothing lost, nothing twice, budgets kept; and the way through accelerate's loader."""
+
+import pickle
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import find_batch_size, send_to_device
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from hf_dp.errors import ConfigError
+from hf_dp.microbatch import DrawnRecords, LogicalBatchCollator, feature_length, split
+from hf_dp.sampling import Draw, PoissonSampler
+
+
+@given(
+    st.lists(st.integers(0, 40), max_size=50),
+    st.integers(1, 9),
+    st.none() | st.integers(1, 100),
+)
+def test_split_keeps_every_index_once_within_its_budgets(lengths, max_examples, max_tokens):
+    groups = split(lengths, max_examples, max_tokens)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert 1 <= len(group) <= max_examples
+        padded = len(group) * max(lengths[i] for i in group)
+        assert max_tokens is None or padded <= max_tokens or len(group) == 1
+    in_order = [lengths[i] for group in groups for i in group]
+    assert in_order == sorted(lengths, reverse=True)
+
+
+def test_split_fills_groups_as_far_as_the_budget_goes():
+    assert split([3, 9, 5, 4, 1], 8, 10) == [[1], [2, 3], [0, 4]]  # 9; 5 + 4 padded to 10; 3 + 1 padded to 6
+    assert split([3, 9, 5, 4, 1], 2, None) == [[1, 2], [3, 0], [4]]
+    assert split([], 3, 7) == []
+
+
+def test_sorting_by_length_saves_padding():
+    lengths = [1 + (i * 37) % 100 for i in range(1000)]
+    groups = split(lengths, 16, 800)
+    padded = sum(len(g) * lengths[g[0]] for g in groups)
+    assert padded < 1.05 * sum(lengths)  # in the order given, groups of 16 pad to about twice the tokens
+
+
+@pytest.mark.parametrize("bounds", [(0, None), (1, 0), (-1, 5)])
+def test_bounds_below_one_are_refused(bounds):
+    with pytest.raises(ConfigError, match="micro-batch"):
+        LogicalBatchCollator(list, *bounds)
+
+
+def records(lengths):
+    return [{"id": i, "input_ids": list(range(n)), "labels": [7] * n} for i, n in enumerate(lengths)]
+
+
+def pad(features):
+    width = max(len(f["input_ids"]) for f in features)
+    return {
+        "id": torch.tensor([f["id"] for f in features]),
+        "input_ids": torch.tensor([f["input_ids"] + [0] * (width - len(f["input_ids"])) for f in features]),
+        "labels": torch.tensor([f["labels"] + [-100] * (width - len(f["labels"])) for f in features]),
+    }
+
+
+def test_the_container_has_whole_micro_batches_and_no_top_level_labels():
+    features = records([3, 9, 5, 4, 1])
+    before = pickle.dumps(features)
+    container = LogicalBatchCollator(pad, 8, 10)(Draw(features, 6))
+    assert set(container) == {"micro_batches", "draw_number"}
+    assert container["draw_number"] == 6
+    assert [m["id"].tolist() for m in container["micro_batches"]] == [[1], [2, 3], [0, 4]]
+    for micro_batch in container["micro_batches"]:
+        for row, i in enumerate(micro_batch["id"].tolist()):
+            assert micro_batch["input_ids"][row, : len(features[i]["input_ids"])].tolist() == features[i]["input_ids"]
+    assert pickle.dumps(features) == before
+
+
+def test_an_empty_draw_gives_an_empty_container():
+    assert LogicalBatchCollator(pad, 8)([]) == {"micro_batches": []}
+    assert LogicalBatchCollator(pad, 8)(Draw([], 3)) == {"micro_batches": [], "draw_number": 3}
+
+
+@pytest.mark.parametrize("feature", [{"pixel_values": [1, 2, 3]}, ([1, 2], 3), 5])
+def test_what_has_no_input_ids_counts_one(feature):
+    assert feature_length(feature) == 1
+
+
+def test_the_container_moves_to_a_device_as_any_batch():
+    container = LogicalBatchCollator(pad, 2)(Draw(records([2, 3, 4]), 0))
+    moved = send_to_device(container, "meta")
+    assert type(moved) is dict
+    assert [m["labels"].device.type for m in moved["micro_batches"]] == ["meta", "meta"]
+    assert moved["draw_number"] == 0
+
+
+class RandomRecords:
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.rand(()).item()
+
+
+def test_reading_and_collating_draw_from_secret_randomness_and_leave_the_public_generator_alone():
+    def read(size):
+        torch.manual_seed(42)
+        batch = LogicalBatchCollator(lambda f: (f, torch.rand(()).item()), 99)(
+            DrawnRecords(RandomRecords()).__getitems__(range(size))
+        )
+        return batch["micro_batches"], torch.rand(()).item()
+
+    (three, after_three), (again, _), (five, after_five) = read(3), read(3), read(5)
+    assert after_three == after_five  # the position would tell the size of the batch
+    values = [v for ((read_values, collated),) in (three, again, five) for v in (*read_values, collated)]
+    assert len(set(values)) == len(values)
+
+
+class Numbers:
+    """A data set of records of many lengths that knows its indices."""
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        return {"id": index, "input_ids": [1] * (1 + index % 7), "labels": [1] * (1 + index % 7)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_through_accelerates_loader_every_drawn_record_is_processed_once(workers, wrapped):
+    """World 1, 2, 3; full, odd and (half of the time) empty batches; two iterations."""
+    for world, rate in ((1, 1.0), (2, 0.3), (3, 0.014)):
+        processed, drawn = [], []
+        for rank in range(world):
+            sampler = PoissonSampler(50, rate, 6, key=4, process_index=rank, num_processes=world)
+            dataset = DrawnRecords(Numbers()) if wrapped else Numbers()
+            collate = LogicalBatchCollator(pad, 4, 12)
+            loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+            loader = prepare_data_loader(
+                loader, "cpu", num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+            )
+            batches = [*loader, *loader]
+            assert len(loader) == 6
+            assert [b.get("draw_number") for b in batches] == (list(range(12)) if wrapped else [None] * 12)
+            processed.append([[i for m in b["micro_batches"] for i in m["id"].tolist()] for b in batches])
+            drawn = [sampler.draw(t).tolist() for t in range(12)]
+        for t, kept in enumerate(drawn):
+            assert sorted(i for rank in processed for i in rank[t]) == kept
+        if rate < 0.1:
+            assert [] in drawn
+
+
+def test_accelerates_own_sharding_is_why_num_processes_is_one():
+    sampler = PoissonSampler(50, 0.3, 6, key=4)
+    loader = DataLoader(DrawnRecords(Numbers()), batch_sampler=sampler, collate_fn=LogicalBatchCollator(pad, 4))
+    sharded = prepare_data_loader(
+        loader, "cpu", num_processes=2, process_index=0, put_on_device=True, dispatch_batches=False
+    )
+    assert [batch["draw_number"] for batch in sharded] == [0, 2, 4]  # every other draw: each step would be half of two
+
+
+def test_accelerate_cannot_dispatch_an_empty_container_which_is_why_dispatch_is_off():
+    with pytest.raises(ValueError, match="empty"):
+        find_batch_size(LogicalBatchCollator(pad, 4)([]))
