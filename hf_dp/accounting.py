@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
-from hf_dp.config import MIN_DELTA, PrivacyConfig
+from hf_dp.config import MIN_DELTA, PrivacyConfig, is_number
 from hf_dp.errors import AccountingError, ConfigError
 from hf_dp.mechanism import Mechanism, Segment, default_delta, steps_per_epoch
 
@@ -95,21 +95,17 @@ def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
 
 def _segment_problems(segment: Segment) -> Iterator[str]:
     q, sigma, steps = segment
-    if not (_is_number(q) and 0 < q <= 1):
+    if not (is_number(q) and 0 < q <= 1):
         yield f"sample_rate must be above 0 and at most 1 (got {q!r})"
-    if not (_is_number(sigma) and (sigma == 0 or MIN_SIGMA <= sigma <= MAX_SIGMA)):
+    if not (is_number(sigma) and (sigma == 0 or MIN_SIGMA <= sigma <= MAX_SIGMA)):
         yield f"noise_multiplier must be 0 (no privacy) or from {MIN_SIGMA} to {MAX_SIGMA:,.0f} (got {sigma!r})"
     if not (_is_whole(steps) and 0 <= steps <= MAX_STEPS):
         yield f"num_steps must be a whole number from 0 to {MAX_STEPS:,} (got {steps!r})"
 
 
 def _delta_problems(delta: float) -> Iterator[str]:
-    if not (_is_number(delta) and MIN_DELTA <= delta < 1):
+    if not (is_number(delta) and MIN_DELTA <= delta < 1):
         yield f"delta must be at least {MIN_DELTA} and below 1 (got {delta!r})"
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _is_whole(x: object) -> bool:
@@ -119,7 +115,7 @@ def _is_whole(x: object) -> bool:
 # --- the two accountants --------------------------------------------------------------------------------------------
 
 
-def _pld_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
+def _pld_epsilon(merged: tuple[Segment, ...], delta: float, coarser: float = 1.0) -> float:
     """By privacy loss distributions on one grid, or in closed form where no step subsamples. May be infinite."""
     import dp_accounting as da
 
@@ -129,7 +125,7 @@ def _pld_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
     left = delta - PLD_ROUNDING * (sum(s.num_steps for s in merged) + 64 * len(merged))
     if left <= 0:  # delta drowns in rounding, and the answer might be too small: leave it to RDP
         return math.inf
-    h = grid(merged)
+    h = coarser * grid(merged)
     try:
         parts = [_step_loss(s.sample_rate, s.noise_multiplier, h).self_compose(s.num_steps) for s in merged]
         total = parts[0]
@@ -258,49 +254,80 @@ def calibrate(target_epsilon: float, *, sample_rate: float, num_steps: int, delt
     def epsilon_of(sigma: float) -> float:
         return spent([asked._replace(noise_multiplier=sigma)], delta).epsilon
 
-    return _smallest_within(float(target_epsilon), epsilon_of, _first_guess(target_epsilon, asked, delta))
+    guess = _first_guess(float(target_epsilon), asked._replace(sample_rate=float(sample_rate)), float(delta))
+    return _smallest_within(float(target_epsilon), epsilon_of, guess)
 
 
-def _smallest_within(target: float, epsilon_of: Callable[[float], float], guess: float) -> float:
+def _smallest_within(
+    target: float, epsilon_of: Callable[[float], float], guess: float, unused: float = UNUSED
+) -> float:
     """The search behind `calibrate`; `epsilon_of` falls as sigma rises."""
-    low = high = None  # the nearest points above and within the target, as (log sigma, log(epsilon / target))
+    points: list[_Point] = []
     best, x = math.nan, math.log(guess)
     for turn in range(200):
         sigma = _round_up(min(max(math.exp(x), MIN_SIGMA), MAX_SIGMA))
         epsilon = epsilon_of(sigma)
-        point = (math.log(sigma), math.log(max(epsilon, 1e-300) / target))
-        if epsilon > target:
-            low = point
-            if sigma >= MAX_SIGMA:
-                raise _out_of_reach(target, f"at least {epsilon:.3g}, which sigma = {sigma:,.0f} gives", "raise it")
-        else:
-            high, best = point, sigma
-            if epsilon >= target * (1 - UNUSED):
-                return sigma
-            if sigma <= MIN_SIGMA:
-                raise _out_of_reach(target, f"at most {epsilon:.3g}, which sigma = {sigma} gives", "lower it")
-        if low and high and high[0] - low[0] < 1.5e-4:  # neighbours at five digits
+        points.append(_Point(math.log(sigma), math.log(max(epsilon, 1e-300) / target)))
+        if epsilon <= target and not sigma >= best:
+            best = sigma
+        if target * (1 - unused) <= epsilon <= target:
+            return sigma
+        if epsilon > target and sigma >= MAX_SIGMA:
+            raise _out_of_reach(target, f"at least {epsilon:.3g}, which sigma = {sigma:,.0f} gives", "raise it")
+        if epsilon <= target and sigma <= MIN_SIGMA:
+            raise _out_of_reach(target, f"at most {epsilon:.3g}, which sigma = {sigma} gives", "lower it")
+        low, high = _bracket(points)
+        if high - low < 5e-4:  # rounding may keep epsilon from falling evenly: 0.2 % of it is near enough
             return best
-        x = _next_guess(low, high, bisect=turn % 3 == 2)
-    raise AssertionError(f"no convergence towards {target}: {low}, {high}")
+        x = _next_guess(points, -unused / 2, low, high, bisect=turn % 8 == 7)
+    raise AssertionError(f"no convergence towards {target}: {points}")
 
 
-def _next_guess(low: tuple[float, float] | None, high: tuple[float, float] | None, *, bisect: bool) -> float:
-    """Regula falsi in (log sigma, log epsilon), now and then bisection; before a bracket is known, a step outwards."""
-    aim = -UNUSED / 2
-    if low and high:
-        share = 0.5 if bisect else min(max((low[1] - aim) / (low[1] - high[1]), 0.02), 0.98)
-        return low[0] + share * (high[0] - low[0])
-    x, y = low or high or (0.0, 0.0)
-    return x + math.copysign(min(abs(y) / 2 + 0.01, math.log(4)), y)  # epsilon falls about as sigma**-2
+class _Point(NamedTuple):
+    log_sigma: float
+    log_ratio: float  # of epsilon to the target: above 0 is too much
+
+
+def _bracket(points: list[_Point]) -> tuple[float, float]:
+    """The nearest log sigma above the target and within it, infinite where there is none."""
+    low = max((p.log_sigma for p in points if p.log_ratio > 0), default=-math.inf)
+    return low, min((p.log_sigma for p in points if p.log_ratio <= 0), default=math.inf)
+
+
+def _next_guess(points: list[_Point], aim: float, low: float, high: float, *, bisect: bool) -> float:
+    """Secant through the two points nearest to the target, inside the bracket; else bisection, or a step outwards."""
+    one, two = sorted(points, key=lambda p: abs(p.log_ratio - aim))[:2] if len(points) > 1 else (points[0], None)
+    slope = -2.0  # epsilon falls about as sigma**-2
+    if two is not None and one.log_ratio != two.log_ratio:
+        slope = min((one.log_ratio - two.log_ratio) / (one.log_sigma - two.log_sigma), -0.5)
+    step = (aim - one.log_ratio) / slope
+    x = one.log_sigma + min(max(step, -math.log(4)), math.log(4))
+    if math.isinf(high - low):
+        return x
+    return (low + high) / 2 if bisect or not low < x < high else x
 
 
 def _first_guess(target_epsilon: float, s: Segment, delta: float) -> float:
-    """Sigma in the normal limit, where mu sqrt(T) is one Gaussian's mu. Only a place to start: it may be too small."""
+    """A place to start, on either side: sigma in the normal limit (mu sqrt(T) is one Gaussian's mu).
+
+    Where a step's loss fills many grid cells the limit is far off and evaluations are slow (seconds), so the guess is
+    bettered on a coarse grid first.
+    """
     import dp_accounting as da
 
     total_mu = 1 / da.get_sigma_gaussian(min(max(target_epsilon, 1e-9), 1e4), delta)
-    return float(math.log1p((total_mu / s.sample_rate) ** 2 / s.num_steps) ** -0.5)
+    guess = math.log1p((total_mu / s.sample_rate) ** 2 / s.num_steps) ** -0.5
+    guess = float(min(max(guess, MIN_SIGMA), MAX_SIGMA))
+    likely = s._replace(noise_multiplier=guess)
+    if _step_reach(likely) / grid([likely]) < 20_000:
+        return guess
+
+    def roughly(sigma: float) -> float:
+        trial = (s._replace(noise_multiplier=sigma),)
+        pld = _pld_epsilon(trial, delta, coarser=16)
+        return pld if math.isfinite(pld) else _rdp_epsilon(trial, delta)
+
+    return _smallest_within(target_epsilon, roughly, guess, unused=0.02)
 
 
 def _round_up(x: float, digits: int = 5) -> float:
@@ -313,7 +340,7 @@ def _round_up(x: float, digits: int = 5) -> float:
 
 
 def _target_problems(target_epsilon: float) -> Iterator[str]:
-    if not (_is_number(target_epsilon) and target_epsilon > 0):
+    if not (is_number(target_epsilon) and target_epsilon > 0):
         yield f"target_epsilon must be a finite number above 0 (got {target_epsilon!r})"
 
 
@@ -364,7 +391,7 @@ def _plan_problems(privacy: PrivacyConfig, n: int, epochs: float, max_steps: int
         return
     if not (_is_whole(max_steps) and max_steps <= MAX_STEPS):
         yield f"max_steps must be a whole number up to {MAX_STEPS:,}, or -1 to go by epochs (got {max_steps!r})"
-    elif max_steps <= 0 and not (_is_number(epochs) and 0 < epochs * n <= MAX_STEPS * privacy.expected_batch_size / 2):
+    elif max_steps <= 0 and not (is_number(epochs) and 0 < epochs * n <= MAX_STEPS * privacy.expected_batch_size / 2):
         yield f"num_train_epochs must be above 0 and give at most {MAX_STEPS // 2:,} steps (got {epochs!r})"
     if privacy.expected_batch_size > n:
         yield (
@@ -429,7 +456,7 @@ def derivation(
         ("steps T", f"{m.num_steps:,}", "given" if max_steps > 0 else by_epochs),
         ("delta", f"{m.delta:g}", "1 / N**1.1, rounded down" if privacy.target_delta is None else "given"),
         ("clip norm C", f"{m.clip_norm:g}", "given; no record moves the sum by more"),
-        ("noise multiplier sigma", f"{m.noise_multiplier:.5g}", of_sigma),
+        ("noise multiplier sigma", f"{m.noise_multiplier:.10g}", of_sigma),
         ("noise on the sum", f"{m.noise_std:.5g}", "sigma x C, standard deviation of each coordinate"),
         ("noise on the mean", f"{m.noise_std / m.expected_batch_size:.5g}", "sigma x C / B"),
         ("epsilon by PLD", pld, "privacy loss distributions, dp-accounting"),

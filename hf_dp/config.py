@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import TypeGuard
 
 from hf_dp.errors import ConfigError
 
@@ -52,16 +54,16 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
     if (c.target_epsilon is None) == (c.noise_multiplier is None):
         given = "both" if c.target_epsilon is not None else "neither"
         yield f"give exactly one of target_epsilon and noise_multiplier (got {given})"
-    if c.target_epsilon is not None and not (_is_number(c.target_epsilon) and c.target_epsilon > 0):
+    if c.target_epsilon is not None and not (is_number(c.target_epsilon) and c.target_epsilon > 0):
         yield f"target_epsilon must be a finite number above 0 (got {c.target_epsilon!r})"
-    if c.noise_multiplier is not None and not (_is_number(c.noise_multiplier) and c.noise_multiplier >= 0):
+    if c.noise_multiplier is not None and not (is_number(c.noise_multiplier) and c.noise_multiplier >= 0):
         yield f"noise_multiplier must be a finite number, 0 or more (got {c.noise_multiplier!r})"
-    if c.target_delta is not None and not (_is_number(c.target_delta) and MIN_DELTA <= c.target_delta < 1):
+    if c.target_delta is not None and not (is_number(c.target_delta) and MIN_DELTA <= c.target_delta < 1):
         yield f"target_delta must be a number, at least {MIN_DELTA} and below 1 (got {c.target_delta!r})"
     batch = c.expected_batch_size
-    if not (_is_number(batch) and batch >= 1 and batch == int(batch)):
+    if not (is_number(batch) and batch >= 1 and batch == int(batch)):
         yield f"expected_batch_size must be a whole number, 1 or more (got {batch!r})"
-    if not (_is_number(c.clip_norm) and c.clip_norm > 0):
+    if not (is_number(c.clip_norm) and c.clip_norm > 0):
         yield f"clip_norm must be a finite number above 0 (got {c.clip_norm!r})"
     if not isinstance(c.public_eval, bool):
         yield f"public_eval must be true or false (got {c.public_eval!r})"
@@ -70,6 +72,6 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         yield f"debug_seed must be a whole number, 0 or more, or left out (got {seed!r})"
 
 
-def _is_number(x: object) -> bool:
-    """Finite, and a number: YAML reads 1e-5 as a string and yes as true."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+def is_number(x: object) -> TypeGuard[float]:
+    """Whether `x` is a finite number. YAML reads 1e-5 as a string, and yes as true."""
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
