@@ -13,7 +13,7 @@ import torch
 
 from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.noise import BLOCK, NoiseSource, fork_forward_rng, fresh_key
-from tests.statistics import assert_gaussian, assert_uncorrelated
+from tests.noise_checks import assert_gaussian, assert_uncorrelated
 
 D = 100_000
 
