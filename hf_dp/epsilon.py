@@ -1,0 +1,235 @@
+"""Segments of steps and delta go in, an upper bound on epsilon comes out, by two accountants.
+
+Every number is dp-accounting's: privacy loss distributions (PLD, Koskela et al. 2020; connect-the-dots discretisation,
+Doroshenko et al. 2022) and Rényi DP (Mironov et al. 2019), each an upper bound, of which the smaller is reported.
+Accountants fail open (a NaN gives epsilon 0), so inputs are checked before and answers after.
+
+Symbols: q sample rate, T number of steps, sigma noise multiplier, h width of the PLD grid,
+mu = q sqrt(exp(1/sigma²) - 1), the standard deviation of one step's likelihood ratio.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from numbers import Integral
+from typing import Any, NamedTuple
+
+from hf_dp.config import MIN_DELTA, is_number
+from hf_dp.errors import AccountingError
+from hf_dp.mechanism import Segment
+
+MIN_SIGMA, MAX_SIGMA = 0.01, 1e6  # under the first one step costs epsilon 5,000; over the second no grid resolves mu
+MAX_STEPS = 1_000_000  # dp-accounting computes size**T as an integer: seconds at a million, minutes beyond
+GRID_FINEST, GRID_COARSEST = 1e-7, 1e-3
+PLD_ROUNDING = 2.0**-51  # a step: the FFT's T-th power moves the tail's mass by up to T x 2**-53 (measured; x 4 here)
+RDP_ROUNDING = 1e-13  # a step: log A sums 1,024 rounded terms; without it a lost divergence would pass for none
+
+
+class Epsilon(NamedTuple):
+    """Upper bounds on epsilon for one delta. `epsilon` is the smaller of the two and is what is claimed."""
+
+    epsilon: float
+    pld: float
+    rdp: float
+
+
+def spent(segments: Sequence[Segment], delta: float) -> Epsilon:
+    """Epsilon of all steps of `segments` together, under the zero-out relation (REPLACE_SPECIAL, N public).
+
+    Order does not matter and equal segments may come in pieces: they are merged by (q, sigma) first. No steps cost 0,
+    and a step without noise costs infinity. What is costly about a (q, sigma) is remembered, so a further call with
+    another number of steps takes a few hundredths of a second: cheap enough for every logging step.
+
+    Raises:
+        AccountingError: q outside (0, 1], sigma neither 0 nor within [MIN_SIGMA, MAX_SIGMA], a number of steps that is
+            not whole, negative or above MAX_STEPS, delta outside [MIN_DELTA, 1), or an answer that cannot be true.
+    """
+    wrong = [*delta_problems(delta), *(p for s in segments for p in segment_problems(s))]
+    counts: Counter[tuple[float, float]] = Counter()
+    if not wrong:
+        for q, sigma, steps in segments:
+            counts[float(q), float(sigma)] += int(steps)
+        if counts.total() > MAX_STEPS:
+            wrong.append(f"steps must be at most {MAX_STEPS:,} in all (got {counts.total():,})")
+    if wrong:
+        raise AccountingError("Cannot account for these steps: " + "; ".join(wrong) + ".")
+    return _spent(tuple(Segment(q, sigma, t) for (q, sigma), t in sorted(counts.items()) if t), float(delta))
+
+
+@lru_cache(maxsize=4096)
+def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
+    """The same for segments that are valid, merged, sorted and none of them without steps."""
+    if not merged:
+        return Epsilon(0.0, 0.0, 0.0)
+    if any(s.noise_multiplier == 0 for s in merged):
+        return Epsilon(math.inf, math.inf, math.inf)
+    pld, rdp = _pld_epsilon(merged, delta), _rdp_epsilon(merged, delta)
+    floor = max(_single_step_epsilon(s, delta) for s in merged)
+    for name, value in (("PLD", pld), ("RDP", rdp)):
+        if not value >= floor * (1 - 1e-6) - 1e-9:  # written so that NaN fails too; the slack is the root finder's
+            raise AccountingError(
+                f"The {name} accountant answered epsilon = {value} for {merged} at delta = {delta}; a single one of "
+                f"these steps already costs {floor:.6g}. Do not use this answer; change sigma, q or delta."
+            )
+    if math.isinf(min(pld, rdp)):
+        raise AccountingError(f"No finite epsilon was found for {merged} at delta = {delta}. Use more noise.")
+    return Epsilon(min(pld, rdp), pld, rdp)
+
+
+def segment_problems(segment: Segment) -> Iterator[str]:
+    """What is wrong with a segment, a clause each: expected and got."""
+    q, sigma, steps = segment
+    if not (is_number(q) and 0 < q <= 1):
+        yield f"sample_rate must be above 0 and at most 1 (got {q!r})"
+    if not (is_number(sigma) and (sigma == 0 or MIN_SIGMA <= sigma <= MAX_SIGMA)):
+        yield f"noise_multiplier must be 0 (no privacy) or from {MIN_SIGMA} to {MAX_SIGMA:,.0f} (got {sigma!r})"
+    if not (is_whole(steps) and 0 <= steps <= MAX_STEPS):
+        yield f"num_steps must be a whole number from 0 to {MAX_STEPS:,} (got {steps!r})"
+
+
+def delta_problems(delta: float) -> Iterator[str]:
+    """What is wrong with a delta. Below MIN_DELTA the accountants' rounding is as large as delta."""
+    if not (is_number(delta) and MIN_DELTA <= delta < 1):
+        yield f"delta must be at least {MIN_DELTA} and below 1 (got {delta!r})"
+
+
+def target_problems(target_epsilon: float) -> Iterator[str]:
+    """What is wrong with a target epsilon."""
+    if not (is_number(target_epsilon) and target_epsilon > 0):
+        yield f"target_epsilon must be a finite number above 0 (got {target_epsilon!r})"
+
+
+def is_whole(x: object) -> bool:
+    """Whether `x` is a whole number, NumPy's among them, and not a truth value."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _pld_epsilon(merged: tuple[Segment, ...], delta: float, coarser: float = 1.0) -> float:
+    """By privacy loss distributions on one grid, or in closed form where no step subsamples. May be infinite."""
+    import dp_accounting as da
+
+    if all(s.sample_rate == 1 for s in merged):  # full batches compose to one Gaussian of precision sum T / sigma²
+        sigma = sum(s.num_steps / s.noise_multiplier**2 for s in merged) ** -0.5
+        return float(da.get_epsilon_gaussian(sigma, delta, tol=1e-15)) * (1 + 1e-9)  # 1e-9: the root finder's rounding
+    left = delta - PLD_ROUNDING * (sum(s.num_steps for s in merged) + 64 * len(merged))
+    if left <= 0:  # delta drowns in rounding, and the answer might be too small: leave it to RDP
+        return math.inf
+    h = coarser * grid(merged)
+    try:
+        parts = [_step_loss(s.sample_rate, s.noise_multiplier, h).self_compose(s.num_steps) for s in merged]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.compose(part)
+        return float(total.get_epsilon_for_delta(left))
+    except OverflowError:  # grid cells so wide that exp(h) overflows: epsilon is above a billion
+        return math.inf
+
+
+def rough_epsilon(segment: Segment, delta: float) -> float:
+    """Epsilon of one segment on a grid 16 times as wide: quick, still an upper bound, only good for finding a start."""
+    pld = _pld_epsilon((segment,), delta, coarser=16.0)
+    return pld if math.isfinite(pld) else _rdp_epsilon((segment,), delta)
+
+
+@lru_cache(maxsize=16)
+def _step_loss(q: float, sigma: float, h: float) -> Any:
+    """Privacy loss distribution of one step, both directions of the neighbouring relation."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        sigma,
+        sampling_prob=q,
+        value_discretization_interval=h,
+        neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
+    )
+
+
+def grid(segments: Sequence[Segment]) -> float:
+    """Width h of the PLD grid: clip(mu / 10, 1e-7, 1e-3), the finest that any segment needs.
+
+    A step's loss must spread over several cells, or rounding it up inflates epsilon: a fixed 1e-3 is 15 % loose at
+    small q. Where losses reach so far that the arrays would pass some millions of cells (weak noise over many steps),
+    h grows with them. Any h gives an upper bound.
+    """
+    finest = min(min(max(_mu(s) / 10, GRID_FINEST), GRID_COARSEST) for s in segments)
+    step_reach = max(_step_reach(s) for s in segments)
+    total_reach = sum(_total_reach(s) for s in segments)
+    return max(finest, step_reach / 400_000, total_reach / 2**20)
+
+
+def step_cells(s: Segment) -> float:
+    """About how many grid cells the loss of one step fills: what an evaluation costs, at some 10 microseconds each."""
+    return _step_reach(s) / grid([s])
+
+
+def _mu(s: Segment) -> float:
+    return s.sample_rate * math.sqrt(math.expm1(min(s.noise_multiplier**-2, 700.0)))  # exp(710) overflows
+
+
+def _step_reach(s: Segment) -> float:
+    """About the range of one step's loss, log(1 - q + q e^x), over ten standard deviations of x. Sizes arrays only."""
+    x = 0.5 * s.noise_multiplier**-2 + 10 / s.noise_multiplier
+    up = math.log1p(s.sample_rate * math.expm1(x)) if x < 700 else x
+    return up - math.log1p(s.sample_rate * math.expm1(-min(x, 30.0)))
+
+
+def _total_reach(s: Segment) -> float:
+    """About the range of T steps' loss: the normal limit, or a participation count's tail. Sizes arrays only."""
+    q, sigma, steps = s
+    taken = min(steps, q * steps + 8 * math.sqrt(q * steps) + 12)
+    by_count = 0.5 * taken / sigma**2 + 8 * math.sqrt(taken) / sigma
+    by_normal = 0.5 * steps * _mu(s) ** 2 + 10 * _mu(s) * math.sqrt(steps) + 2 * _step_reach(s)
+    return min(by_count, by_normal)
+
+
+def _rdp_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
+    """By Rényi DP at dp-accounting's default orders, rounding charged to every step."""
+    from dp_accounting import rdp
+
+    orders = rdp.RdpAccountant().orders
+    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+    return float(rdp.compute_epsilon(orders, total, delta)[0])
+
+
+@lru_cache(maxsize=512)
+def _step_rdp(q: float, sigma: float) -> Any:
+    """Rényi divergence of one step at each default order, rounded up. Infinite where the series did not converge."""
+    import dp_accounting as da
+
+    accountant = da.rdp.RdpAccountant(neighboring_relation=da.NeighboringRelation.REPLACE_SPECIAL)
+    with _without_convergence_warnings():
+        accountant.compose(da.PoissonSampledDpEvent(q, da.GaussianDpEvent(sigma)))
+    if not (accountant.rdp >= -RDP_ROUNDING).all():  # NaN fails too
+        raise AccountingError(f"RDP gave no valid divergence for q = {q}, sigma = {sigma}: {accountant.rdp}.")
+    return accountant.rdp.clip(min=0) + RDP_ROUNDING
+
+
+@contextmanager
+def _without_convergence_warnings() -> Iterator[None]:
+    """An order whose series does not converge is left out, which is safe; dp-accounting prints a line for each."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _single_step_epsilon(s: Segment, delta: float) -> float:
+    """Exact epsilon of one step, in one direction: a lower bound for any number of them.
+
+    The hockey-stick divergence of (1-q) N(0) + q N(1) from N(0) at e^eps is q times the Gaussian's at e^eps', where
+    e^eps' = 1 + (e^eps - 1) / q (Balle et al. 2018, theorem 2).
+    """
+    import dp_accounting as da
+
+    q = s.sample_rate
+    if delta >= q:
+        return 0.0
+    gaussian = float(da.get_epsilon_gaussian(s.noise_multiplier, delta / q))
+    return math.log1p(q * math.expm1(gaussian)) if gaussian < 700 else gaussian + math.log(q)

@@ -1,0 +1,75 @@
+"""A toy data set, collator and trainer for tests of whole runs."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import models as M
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from hf_dp import DPTrainer, PrivacyConfig
+
+NOISELESS = {"noise_multiplier": 0.0, "debug_seed": 7, "target_delta": 1e-3}
+
+
+def text_rows(count: int = 24, *, seed: int = 0, longest: int = 15) -> Dataset:
+    """Token rows of 3 to `longest` tokens; the first is no target."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        ids = [generator.randrange(3, M.VOCAB) for _ in range(generator.randint(3, longest))]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100, *ids[1:]]})
+    return Dataset.from_list(rows)
+
+
+def class_rows(count: int = 24) -> Dataset:
+    rows = text_rows(count).remove_columns("labels")
+    return rows.add_column("labels", [i % 5 for i in range(count)])
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Right padding."""
+    longest = max(len(f["input_ids"]) for f in features)
+
+    def padded(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([f[name] + [filler] * (longest - len(f[name])) for f in features])
+
+    batch = {"input_ids": padded("input_ids", 0), "attention_mask": padded("attention_mask", 0)}
+    labels = [f["labels"] for f in features]
+    batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else padded("labels", -100)
+    return batch
+
+
+def arguments(folder: Path, **k: Any) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
+    return TrainingArguments(**{**settings, **k})
+
+
+def trainer(folder: Path, model: Any = None, privacy: dict[str, Any] | None = None, **k: Any) -> DPTrainer:
+    """A DPTrainer on `text_rows`; keywords of `TrainingArguments` and of the trainer may be mixed."""
+    own = {"train_dataset": text_rows(), "data_collator": collate}
+    own.update({n: k.pop(n) for n in list(k) if n in OF_THE_TRAINER})
+    config = PrivacyConfig(
+        **{"expected_batch_size": 24, "clip_norm": 0.1, **(NOISELESS if privacy is None else privacy)}
+    )
+    return DPTrainer(model=model or M.with_lora(M.llama), args=arguments(folder, **k), privacy=config, **own)
+
+
+OF_THE_TRAINER = (
+    "train_dataset data_collator eval_dataset compute_metrics callbacks compute_loss_func micro_batch_tokens check_records "
+    "processing_class optimizers model_init"
+).split()
