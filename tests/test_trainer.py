@@ -469,7 +469,7 @@ def test_parameters_without_a_rule_are_named_at_construction(tmp_path: Path) -> 
 
     OddForCausalLM = type("OddForCausalLM", (Odd,), {})
     with pytest.raises(UnsupportedParameterError, match=r"odd \(used by cdist\)"):
-        runs.trainer(tmp_path, OddForCausalLM(M.with_lora(M.llama)))
+        runs.trainer(tmp_path, OddForCausalLM(M.with_lora(M.llama)), remove_unused_columns=False)
 
 
 def test_q_above_one_and_q_of_one(tmp_path: Path) -> None:

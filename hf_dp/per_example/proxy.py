@@ -151,3 +151,16 @@ def _vector_jacobian(
 
     vjp = torch.func.vjp(of_one, values[which])[1]
     return Dense(torch.func.vmap(lambda g: vjp(g)[0])(gradient))
+
+
+def proxies_in(value: Any) -> list[ParameterProxy]:
+    """All proxies in (nested) arguments, each once, in order."""
+    return list({id(t): t for t in tensors_in(value) if isinstance(t, ParameterProxy)}.values())
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in (nested) arguments."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [t for item in items for t in tensors_in(item)]

@@ -1,27 +1,20 @@
-"""The table of operations in which a parameter may meet the examples' data, each with its exact per-example rule.
-
-A rule receives the operation's arguments, proxies among them, and returns the result computed through a tap; or None where the
-operation has no data in it, which leaves it to the parameter's own side. What is in neither table is refused by name.
-"""
+"""An operation's name -> its per-example rule, or the parameters' own side (no data in it); what is in neither table is refused."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
-from hf_dp.per_example.proxy import ParameterProxy, derive, derive_any, plain, transposed, unchanged
-from hf_dp.per_example.taps import AddTap, AnyTap, EmbeddingTap, LayerNormTap, LinearTap, MultiplyTap, Sink
-
-Operand: TypeAlias = Tensor | float | int
+from hf_dp.per_example import operations as ops
+from hf_dp.per_example.proxy import ParameterProxy, derive, derive_any, plain, proxies_in, tensors_in, transposed
 
 
 def apply_rule(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operation on proxies: through the rule of that name, on the parameters' side, or refused."""
-    proxies = _proxies((args, kwargs))
+    proxies = proxies_in((args, kwargs))
     owner = proxies[0]
     rule = RULES.get(name)
     if rule is not None:
@@ -30,295 +23,15 @@ def apply_rule(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwarg
             for proxy in proxies:
                 owner.capture.used(proxy.parameter, name)
             return result
-    alone = len(_tensors((args, kwargs))) == len(proxies) and name not in RANDOM and not func.__name__.endswith("_")
+    alone = len(tensors_in((args, kwargs))) == len(proxies) and name not in RANDOM and not func.__name__.endswith("_")
     if (alone or name in PARAMETER_SIDE) and not _carries_a_gradient((args, kwargs)):
         return _on_the_parameters_side(proxies, func, args, kwargs)
     return owner.capture.refuse([p.parameter for p in proxies], name, lambda: func(*plain(args), **plain(kwargs)))
 
 
-def _proxies(value: Any) -> list[ParameterProxy]:
-    """All proxies in (nested) arguments, each once, in order."""
-    return list({id(t): t for t in _tensors(value) if isinstance(t, ParameterProxy)}.values())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in (nested) arguments."""
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [t for item in items for t in _tensors(item)]
-
-
 def _carries_a_gradient(value: Any) -> bool:
     """Whether a tensor among (nested) arguments is computed from trained values: then it is not a constant."""
-    return any(t.requires_grad and not isinstance(t, ParameterProxy) for t in _tensors(value))
-
-
-def _sink(value: Any) -> Sink | None:
-    return value.sink if isinstance(value, ParameterProxy) else None
-
-
-def _autocast(*operands: Any) -> tuple[Any, ...]:
-    """The floating operands in autocast's dtype where autocast is on: the taps run below it and would not cast themselves."""
-    device = next(v for v in operands if isinstance(v, Tensor)).device.type
-    if not torch.is_autocast_enabled(device):
-        return operands
-    return _cast(torch.get_autocast_dtype(device), *operands)
-
-
-def _cast(dtype: torch.dtype, *operands: Any) -> tuple[Any, ...]:
-    return tuple(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in operands)
-
-
-def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
-    """y = x W^T + b, in any layout that leads with the examples."""
-    if isinstance(input, ParameterProxy) or (input.dim() > 2 and input.shape[0] == 1):
-        return None  # one input for all examples: the result is on the parameters' side too
-    x, w, b = _autocast(input, weight, bias)
-    capture = _proxies((weight, bias))[0].capture
-    result: Tensor = LinearTap.apply(x, capture.anchor, plain(w), plain(b), capture.batch_size, _sink(w), _sink(b))
-    return result
-
-
-def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
-    """b + x W: GPT-2's Conv1D, whose weight is stored transposed."""
-    if beta != 1 or alpha != 1 or isinstance(mat1, ParameterProxy):
-        return None
-    return _linear(mat1, _transpose(mat2), input)
-
-
-def _matmul(input: Any, other: Any) -> Tensor | None:
-    """X W with a matrix W."""
-    if isinstance(input, ParameterProxy) or other.dim() != 2:
-        return None
-    return _linear(input, _transpose(other))
-
-
-def _transpose(weight: Tensor) -> Tensor:
-    return derive(weight, torch.t, transposed) if isinstance(weight, ParameterProxy) else weight.t()
-
-
-def _embedding(
-    input: Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor | None:
-    """A lookup. Positions that every example shares (leading dimension not B) stay on the parameter's side."""
-    if not isinstance(weight, ParameterProxy):
-        return None
-    capture = weight.capture
-    if max_norm is not None or scale_grad_by_freq:
-        return _refuse(
-            weight, "embedding with max_norm or scale_grad_by_freq", lambda: F.embedding(input, plain(weight))
-        )
-    if input.shape[0] == capture.batch_size:
-        padding = None if padding_idx is None else padding_idx % weight.shape[0]
-        result: Tensor = EmbeddingTap.apply(input, capture.anchor, weight.plain_values, padding, weight.sink)
-        return result
-    return derive_any([weight], lambda table: F.embedding(input, table, padding_idx))
-
-
-def _layer_norm(
-    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Tensor | None:
-    """LayerNorm with a trainable scale, shift, or both; in float32 under autocast, as PyTorch has it."""
-    if isinstance(input, ParameterProxy) or weight is None:
-        return None
-    x, w, b = input, weight, bias
-    if torch.is_autocast_enabled(x.device.type):
-        x, w, b = _cast(torch.float32, x, w, b)
-    capture = _proxies((weight, bias))[0].capture
-    result: Tensor = LayerNormTap.apply(
-        x, capture.anchor, plain(w), plain(b), eps, capture.batch_size, _sink(w), _sink(b)
-    )
-    return result
-
-
-def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor | None:
-    """RMSNorm: the parameterless norm, times the scale."""
-    if isinstance(input, ParameterProxy):
-        return None
-    return _multiply(F.rms_norm(input, normalized_shape, None, eps), weight)
-
-
-def _multiply(input: Any, other: Any) -> Tensor | None:
-    """x * w with w broadcast over examples."""
-    data, w = (other, input) if isinstance(input, ParameterProxy) else (input, other)
-    if not _meets_data(data, w):
-        return None
-    result: Tensor = MultiplyTap.apply(data, w.capture.anchor, w.plain_values, w.capture.batch_size, w.sink)
-    return result
-
-
-def _divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor | None:
-    """x / w as x * (1/w)."""
-    if rounding_mode is not None or isinstance(input, ParameterProxy) or not _meets_data(input, other):
-        return None
-    return _multiply(input, derive_any([other], torch.reciprocal))
-
-
-def _add(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
-    """x + w with w broadcast over examples."""
-    data, w = (other, input) if isinstance(input, ParameterProxy) else (input, other)
-    return _shift(data, w, 1.0) if alpha == 1 and _meets_data(data, w) else None
-
-
-def _sub(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
-    """x - w, and w - x as (-x) + w."""
-    if alpha != 1:
-        return None
-    if isinstance(other, ParameterProxy):
-        return _shift(input, other, -1.0) if _meets_data(input, other) else None
-    return _shift(-other, input, 1.0) if _meets_data(other, input) else None
-
-
-def _shift(data: Tensor, w: ParameterProxy, scale: float) -> Tensor:
-    result: Tensor = AddTap.apply(data, w.capture.anchor, w.plain_values, scale, w.capture.batch_size, w.sink)
-    return result
-
-
-def _expand(input: Any, *sizes: Any) -> Tensor | None:
-    """One value for all examples, repeated for each: class tokens, prompts. x.expand(B, ...) and x.repeat(B, 1, ...)."""
-    if not isinstance(input, ParameterProxy):
-        return None
-    shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
-    batch = input.capture.batch_size
-    grows = len(shape) > input.dim() or (len(shape) == input.dim() and input.shape[0] == 1)
-    if not shape or shape[0] != batch or not grows:
-        return None
-    trailing = (1,) * (input.dim() - (len(shape) == input.dim()))
-    result = _shift(input.plain_values.new_zeros(batch, *trailing), input, 1.0)
-    return result if _same_positions(shape[1:], result.shape[1:]) else None
-
-
-def _repeat(input: Any, *sizes: Any) -> Tensor | None:
-    """As `_expand`; and w [h, ...] repeated to [B*h, ...], example by example, as attention with B*h heads wants it."""
-    expanded = _expand(input, *sizes)
-    if expanded is not None or not isinstance(input, ParameterProxy):
-        return expanded
-    shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
-    if shape != (input.capture.batch_size, *(1,) * (input.dim() - 1)):
-        return None
-    return _shift(input.plain_values.new_zeros(shape[0], *(1,) * input.dim()), input, 1.0).flatten(0, 1)
-
-
-def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
-    """One mask for a value that all examples share."""
-    if not isinstance(input, ParameterProxy):
-        return None
-    mask = F.dropout(torch.ones_like(input.plain_values), p, training)
-    return derive_any([input], lambda values: values * mask)
-
-
-def _same_positions(asked: tuple[int, ...], shape: torch.Size) -> bool:
-    """Whether the other sizes of an expand or repeat leave things as they are: -1, 1 or the size itself."""
-    return len(asked) == len(shape) and all(a in (-1, 1, s) for a, s in zip(asked, shape, strict=True))
-
-
-def _conv2d(
-    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> Tensor | None:
-    """A convolution is a linear map of its patches: x unfolded to [B, L, C kh kw]."""
-    if isinstance(input, ParameterProxy) or input.dim() != 4:
-        return None
-    if isinstance(padding, str) or groups != 1:
-        return _example_by_example(F.conv2d, input, weight, bias, stride, padding, dilation, groups)
-    kernel = tuple(weight.shape[2:])
-    flat = (
-        derive(weight, lambda w: w.flatten(1), unchanged) if isinstance(weight, ParameterProxy) else weight.flatten(1)
-    )
-    patches = F.unfold(input, kernel, dilation, padding, stride).transpose(1, 2)
-    out = _linear(patches, flat, bias)
-    assert out is not None
-    size, pad, dil, step = (torch.Size(_pair(v)) for v in (tuple(input.shape[2:]), padding, dilation, stride))
-    height, width = ((size[i] + 2 * pad[i] - dil[i] * (kernel[i] - 1) - 1) // step[i] + 1 for i in (0, 1))
-    return out.transpose(1, 2).unflatten(2, (height, width))
-
-
-def _example_by_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor | None:
-    """An operation that maps each example by itself, on data that lead with the examples: the generic exact rule."""
-    proxies = _proxies((args, kwargs))
-    capture = proxies[0].capture
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not isinstance(v, ParameterProxy)]
-    data = [t for t in tensors if t.dim() and t.shape[0] == capture.batch_size and (t.requires_grad or t is tensors[0])]
-    if not data or any(t.requires_grad and not any(t is d for d in data) for t in tensors):
-        return None
-    slots = [*proxies, *data]
-
-    def function(*values: Tensor) -> Any:
-        known = {id(slot): value for slot, value in zip(slots, values, strict=True)}
-        return func(*[known.get(id(a), a) for a in args], **{k: known.get(id(v), v) for k, v in kwargs.items()})
-
-    sinks = [p.sink for p in proxies]
-    result: Tensor = AnyTap.apply(capture.anchor, function, sinks, *[p.plain_values for p in proxies], *data)
-    return result
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _index_copy(input: Any, dim: int, index: Tensor, source: Any) -> Tensor | None:
-    """A frozen table with some rows trained (trainable tokens): the other rows' gradients are dropped."""
-    if dim != 0 or isinstance(input, ParameterProxy) or not isinstance(source, ParameterProxy):
-        return None
-
-    def pull_back(factor: Factor) -> Factor:
-        if isinstance(factor, Outer):
-            return Outer(factor.inputs, factor.grads[..., index])
-        if isinstance(factor, Dense):
-            return Dense(factor.gradient[:, index])
-        match = factor.rows.unsqueeze(-1) == index
-        kept = factor.grads * match.any(-1, keepdim=True)
-        return Rows(match.int().argmax(-1), kept, index.shape[0])
-
-    return derive(source, lambda rows: input.index_copy(0, index, rows), pull_back)
-
-
-def _cast_rule(input: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """A change of dtype alone: the gradient keeps its factored form."""
-    if not isinstance(input, ParameterProxy):
-        return None
-    result = input.plain_values.to(*plain(args), **plain(kwargs))
-    return input if result is input.plain_values else derive(input, lambda v: result, unchanged)
-
-
-def _float(input: Any) -> Tensor | None:
-    return _cast_rule(input, torch.float32)
-
-
-def _meets_data(data: Any, w: Any) -> bool:
-    """Whether an elementwise operand carries the examples: it is larger than `w` and leads with B, or with B*T for [B*T, k]."""
-    if not isinstance(w, ParameterProxy) or not isinstance(data, Tensor) or isinstance(data, ParameterProxy):
-        return False
-    shape, batch = torch.broadcast_shapes(data.shape, w.shape), w.capture.batch_size
-    flattened = len(shape) == 2 and w.dim() == 1 and shape[0] % batch == 0
-    return shape != w.shape and data.shape == shape and (shape[0] == batch or flattened)
-
-
-def _for_each_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Masking, joining, attending: a parameter's [1, ...] becomes [B, ...], and the operation is left as it is."""
-
-    def widen(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(widen(v) for v in value)
-        if not isinstance(value, ParameterProxy) or value.dim() == 0 or value.shape[0] != 1:
-            return value
-        return _expand(value, value.capture.batch_size, *value.shape[1:])
-
-    wide = [widen(v) for v in args], {k: widen(v) for k, v in kwargs.items()}
-    stack = [*wide[0], *wide[1].values()]
-    flat = [u for v in stack for u in (v if isinstance(v, (tuple, list)) else [v])]
-    return None if any(isinstance(v, ParameterProxy) for v in flat) else func(*wide[0], **wide[1])
-
-
-def _refuse(proxy: ParameterProxy, what: str, compute: Callable[[], Tensor]) -> Tensor:
-    result: Tensor = proxy.capture.refuse([proxy.parameter], what, compute)
-    return result
+    return any(t.requires_grad and not isinstance(t, ParameterProxy) for t in tensors_in(value))
 
 
 def _on_the_parameters_side(
@@ -342,26 +55,26 @@ def _on_the_parameters_side(
 
 
 RULES: dict[str, Callable[..., Tensor | None]] = {
-    "linear": _linear,
-    "addmm": _addmm,
-    "matmul": _matmul,
-    "embedding": _embedding,
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "conv2d": _conv2d,
-    "mul": _multiply,
-    "multiply": _multiply,
-    "truediv": _divide,
-    "div": _divide,
-    "add": _add,
-    "sub": _sub,
-    "expand": _expand,
-    "repeat": _repeat,
-    "dropout": _dropout,
-    "index_copy": _index_copy,
-    "to": _cast_rule,
-    "type_as": _cast_rule,
-    "float": _float,
+    "linear": ops.linear,
+    "addmm": ops.addmm,
+    "matmul": ops.matmul,
+    "embedding": ops.embedding,
+    "layer_norm": ops.layer_norm,
+    "rms_norm": ops.rms_norm,
+    "conv2d": ops.conv2d,
+    "mul": ops.multiply,
+    "multiply": ops.multiply,
+    "truediv": ops.divide,
+    "div": ops.divide,
+    "add": ops.add,
+    "sub": ops.subtract,
+    "expand": ops.expand,
+    "repeat": ops.repeat,
+    "dropout": ops.dropout,
+    "index_copy": ops.index_copy,
+    "to": ops.cast,
+    "type_as": ops.cast,
+    "float": ops.to_float,
 }
 FOR_EACH_EXAMPLE: dict[str, Callable[..., Any]] = {
     "where": torch.where,
@@ -380,8 +93,8 @@ EXAMPLE_BY_EXAMPLE: dict[str, Callable[..., Any]] = {
     "prelu": torch.prelu,
     "bilinear": F.bilinear,
 }
-RULES.update({name: partial(_example_by_example, func) for name, func in EXAMPLE_BY_EXAMPLE.items()})
-RULES.update({name: partial(_for_each_example, func) for name, func in FOR_EACH_EXAMPLE.items()})
+RULES.update({name: partial(ops.example_by_example, func) for name, func in EXAMPLE_BY_EXAMPLE.items()})
+RULES.update({name: partial(ops.for_each_example, func) for name, func in FOR_EACH_EXAMPLE.items()})
 RANDOM = frozenset(
     "bernoulli rand_like randn_like randint_like multinomial normal rrelu native_dropout alpha_dropout".split()
 )
