@@ -74,6 +74,17 @@ def causal_lm(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     return token_mean(logits, shifted, smoothing)
 
 
+def predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Labels [B, T] without those that a padded position would have to predict: the first token of a row padded on the left.
+
+    Such a target is there only where somebody else's record is longer, so it would make one example's loss depend on another.
+    """
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        return labels
+    before = F.pad(attention_mask[:, :-1], (1, 0), value=1)
+    return labels.masked_fill(before == 0, IGNORED)
+
+
 def aligned_tokens(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Position t predicts label t: masked LM, token classification, and sequence to sequence."""
     return token_mean(outputs.logits, labels.to(outputs.logits.device), smoothing)
@@ -110,22 +121,23 @@ LOSSES: dict[str, ExampleLoss] = {
 }
 
 
-def loss_kind(class_name: str, problem_type: str | None, num_labels: int | None) -> str:
-    """The key in `LOSSES` for a model class such as `GPT2LMHeadModel`, as transformers itself decides.
+def loss_kind(class_name: str, config: Any) -> str:
+    """The key in `LOSSES` for a model class such as `GPT2LMHeadModel` with its config, as transformers itself decides.
 
     Raises:
         ConfigError: no per-example loss is known for the class.
     """
     if class_name.endswith(("ForSequenceClassification", "ForImageClassification")):
+        problem_type = getattr(config, "problem_type", None)
         if problem_type in ("regression", "multi_label_classification"):
-            return problem_type
-        single_output = problem_type is None and num_labels == 1
+            return str(problem_type)
+        single_output = problem_type is None and getattr(config, "num_labels", None) == 1
         return "regression" if single_output else "ForSequenceClassification"
-    for ending in ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification"):
+    for ending in ("ForMaskedLM", "ForTokenClassification"):
         if class_name.endswith(ending):
             return ending
-    if class_name.endswith("LMHeadModel"):
-        return "ForCausalLM"
+    if class_name.endswith(("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")):
+        return "ForConditionalGeneration" if getattr(config, "is_encoder_decoder", False) else "ForCausalLM"
     raise ConfigError(
         f"no per-example loss is known for {class_name}; pass compute_loss_func(outputs, labels) that returns one loss an "
         "example, shape [batch], each a function of that example alone"

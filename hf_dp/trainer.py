@@ -135,6 +135,8 @@ class DPTrainerMixin(_Host):
             )
         inputs.update(_decoder_inputs(self._base_model(), inputs, labels))
         outputs = model(**inputs)
+        if self._loss_kind() == "ForCausalLM":
+            labels = losses.predictable(labels, inputs.get("attention_mask"))
         return self._example_loss(outputs, labels)
 
     def _choose_loss(self) -> losses.ExampleLoss:
@@ -145,11 +147,10 @@ class DPTrainerMixin(_Host):
         return lambda outputs, labels: loss(outputs, labels, smoothing)
 
     def _loss_kind(self) -> str:
+        if self.compute_loss_func is not None:
+            return "the user's"
         base = self._base_model()
-        config = base.config
-        return losses.loss_kind(
-            type(base).__name__, getattr(config, "problem_type", None), getattr(config, "num_labels", None)
-        )
+        return losses.loss_kind(type(base).__name__, base.config)
 
     # ---- seams of Trainer ------------------------------------------------------------------------------------------
 

@@ -80,6 +80,8 @@ class ParameterProxy(torch.Tensor):
         from hf_dp.per_example.rules import apply_rule  # rules make proxies: resolved when called
 
         kwargs = kwargs or {}
+        if func.__name__ == "__set__" and args[1] is not None:
+            return args[0].capture.refuse([args[0].parameter], "an assignment to one of its attributes", lambda: None)
         name = operation_name(func)
         if name in ASKING or not torch.is_grad_enabled():
             return func(*plain(args), **plain(kwargs))

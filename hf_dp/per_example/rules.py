@@ -11,22 +11,36 @@ from torch import Tensor
 from hf_dp.per_example import operations as ops
 from hf_dp.per_example.proxy import ParameterProxy, derive, derive_any, plain, proxies_in, tensors_in, transposed
 
+IN_PLACE = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __imatmul__ __ifloordiv__ __ipow__ __setitem__".split())
+
 
 def apply_rule(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operation on proxies: through the rule of that name, on the parameters' side, or refused."""
     proxies = proxies_in((args, kwargs))
     owner = proxies[0]
-    rule = RULES.get(name)
-    if rule is not None:
-        result = rule(*args, **kwargs)
-        if result is not None:
-            for proxy in proxies:
-                owner.capture.used(proxy.parameter, name)
-            return result
-    alone = len(tensors_in((args, kwargs))) == len(proxies) and name not in RANDOM and not func.__name__.endswith("_")
-    if (alone or name in PARAMETER_SIDE) and not _carries_a_gradient((args, kwargs)):
+    in_place = func.__name__ in IN_PLACE or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
+    if in_place or "out" in kwargs:
+        result = None if "out" in kwargs else _in_place(name, args, kwargs)
+    else:
+        result = RULES[name](*args, **kwargs) if name in RULES else None
+    if result is not None:
+        for proxy in proxies:
+            owner.capture.used(proxy.parameter, name)
+        return result
+    alone = len(tensors_in((args, kwargs))) == len(proxies) and name not in RANDOM
+    pure = not in_place and "out" not in kwargs and not _carries_a_gradient((args, kwargs))
+    if pure and (alone or name in PARAMETER_SIDE):
         return _on_the_parameters_side(proxies, func, args, kwargs)
     return owner.capture.refuse([p.parameter for p in proxies], name, lambda: func(*plain(args), **plain(kwargs)))
+
+
+def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """x.mul_(w) as x.copy_(x * w): the tensor itself changes, and whoever else holds it sees that."""
+    target = args[0]
+    if name not in RULES or isinstance(target, ParameterProxy):
+        return None
+    result = RULES[name](target.clone(), *args[1:], **kwargs)
+    return None if result is None else target.copy_(result)
 
 
 def _carries_a_gradient(value: Any) -> bool:

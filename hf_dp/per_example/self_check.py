@@ -2,10 +2,11 @@
 
 The reference is autograd's own gradient with one example in the pass, so the check also proves the rules on the user's very model. It
 catches, among others: left padding with absolute positions, a loss averaged over the batch, a router's auxiliary loss, BatchNorm,
-layers that mix examples, and gradients that reach a parameter unseen.
+layers that mix examples, gradients that reach a parameter unseen, and layers that write what they saw into the model's state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,18 +55,52 @@ def self_check(model: nn.Module, collated: Sequence[Batch], example_losses: Exam
         SelfCheckError: with the measured difference and the usual causes.
     """
     batch, *alone = collated
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
     model.train()
     try:
-        with torch.random.fork_rng(devices=_devices(model)), _NoDropout():
-            report = _compare(model, batch, alone, example_losses, clip_norm)
+        with _state_put_back(model), torch.random.fork_rng(devices=_devices(model)), _NoDropout():
+            _refuse_what_is_written(model, alone, example_losses)
+            return _compare(model, batch, alone, example_losses, clip_norm)
     finally:
         model.train(was_training)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """What a forward pass might write to and a checkpoint would keep: trainable parameters and buffers."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | dict(model.named_buffers())
+
+
+@contextmanager
+def _state_put_back(model: nn.Module) -> Iterator[None]:
+    before = {name: value.detach().clone() for name, value in _state(model).items()}
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-    return report
+            for name, value in _state(model).items():
+                if not torch.equal(value, before[name]):
+                    value.copy_(before[name])
+
+
+def _refuse_what_is_written(model: nn.Module, alone: Sequence[Batch], example_losses: ExampleLosses) -> None:
+    """An error where forward and backward leave something of the example in the model: it would be saved without noise."""
+    kept = set(model.state_dict(keep_vars=True))
+    ends = []
+    for one in alone[:2]:
+        versions = {name: p._version for name, p in model.named_parameters() if not p.requires_grad}
+        with _state_put_back(model):
+            per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
+            ends.append({name: value.detach().clone() for name, value in _state(model).items()})
+        written = [name for name, p in model.named_parameters() if versions.get(name, p._version) != p._version]
+    first, last = ends[0], ends[-1]
+    written += [name for name in first if name in kept and not torch.equal(first[name], last[name])]
+    if written:
+        raise SelfCheckError(
+            f"the forward or backward pass writes to {', '.join(written)}, which then holds something of the private examples and is "
+            "saved without noise: freeze these statistics (module.eval(), momentum=0) or replace the layer (BatchNorm by "
+            "GroupNorm or LayerNorm)."
+        )
 
 
 def _compare(

@@ -37,7 +37,8 @@ class LinearTap(torch.autograd.Function):
         """`sinks`: of the weight and of the bias, None where that one is frozen."""
         ctx.batch, (ctx.weight_sink, ctx.bias_sink) = batch, sinks
         ctx.save_for_backward(x if ctx.weight_sink else None, weight)
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # an in-place activation may follow
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
