@@ -111,6 +111,11 @@ def _of_data(others: dict[str, Any]) -> Iterator[str]:
         )
     if type(collator).__name__ == "DataCollatorWithFlattening":
         yield "DataCollatorWithFlattening: packing joins records in one row; use a padding collator"
+    if getattr(collator, "seed", None) is not None:
+        yield (
+            f"{type(collator).__name__}(seed=...): masks from a public seed are dealt out in the order of the batch, which "
+            "couples its records; leave the seed out (masks then come from the operating system)"
+        )
     if others.get("model_init") is not None:
         yield "model_init: hyperparameter search spends privacy that nobody accounts for; pass a model"
     if others.get("optimizer_cls_and_kwargs") is not None and "lomo" in str(others["optimizer_cls_and_kwargs"]).lower():
@@ -136,7 +141,21 @@ def _of_model(model: Any) -> Iterator[str]:
     config = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
         yield "config.output_router_logits=True: the router's auxiliary loss mixes examples; set it to False"
+    yield from _of_eight_bit_layers(model)
     yield from _of_adapters(model)
+
+
+def _of_eight_bit_layers(model: nn.Module) -> Iterator[str]:
+    """LLM.int8 keeps the columns in which *any* row of the batch has an outlier apart from the rest."""
+    states = {n: vars(m).get("state") for n, m in model.named_modules() if type(m).__name__ == "Linear8bitLt"}
+    coupled = {n: s.threshold for n, s in states.items() if getattr(s, "threshold", 0.0) > 0}
+    if coupled:
+        name, threshold = next(iter(coupled.items()))
+        yield (
+            f"llm_int8_threshold={threshold} in {name} and {len(coupled) - 1} more: outlier columns are looked for over the whole "
+            "batch, so one record changes how the others are rounded; load with "
+            "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in 4 bits"
+        )
 
 
 def _of_adapters(model: Any) -> Iterator[str]:

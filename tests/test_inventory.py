@@ -1,0 +1,71 @@
+"""The inventory lists every trainable parameter once, with its use and form, and names all that have none."""
+
+import models as M
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_dp import losses
+from hf_dp.errors import UnsupportedParameterError
+from hf_dp.per_example.inventory import take_inventory
+
+
+def lm_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return losses.causal_lm(model(input_ids=batch["input_ids"]), batch["labels"])
+
+
+def test_every_trainable_parameter_has_one_row_with_its_use_and_form() -> None:
+    model = M.gpt2()
+    rows = take_inventory(model, M.token_batch(), lm_loss)
+    assert [r.parameter for r in rows] == [n for n, p in model.named_parameters() if p.requires_grad]
+    found = {r.parameter: (r.shape, r.operations, r.rule) for r in rows}
+    assert found["transformer.wte.weight"] == (
+        (M.VOCAB, 16),
+        "embedding, linear",
+        "factored (Gram norm, book-keeping) + factored (rows of a table)",
+    )
+    assert found["transformer.h.0.attn.c_attn.weight"][1] == "addmm"
+    assert found["transformer.h.0.ln_1.weight"] == ((16,), "layer_norm", "per-example gradients")
+
+
+def test_frozen_parameters_have_no_row() -> None:
+    rows = take_inventory(M.with_lora(M.llama), M.token_batch(), lm_loss)
+    assert rows
+    assert all("lora_" in r.parameter for r in rows)
+
+
+def test_a_parameter_that_the_batch_does_not_use_is_listed_as_such() -> None:
+    model = M.gpt2()
+    model.unused = nn.Parameter(torch.zeros(3))
+    row = next(r for r in take_inventory(model, M.token_batch(), lm_loss) if r.parameter == "unused")
+    assert (row.operations, row.rule) == ("-", "not used by this batch")
+
+
+class _Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.recurrent = nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
+        self.centre = nn.Parameter(torch.ones(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(self.recurrent(self.fine(x))[0].contiguous(), self.centre)
+
+
+def test_all_parameters_without_a_rule_are_named_at_once_with_the_remedy() -> None:
+    x = torch.randn(3, 5, 4)
+    with pytest.raises(UnsupportedParameterError) as caught:
+        take_inventory(_Three(), {"x": x, "labels": x}, lambda m, b: m(b["x"]).square().sum((1, 2)))
+    message = str(caught.value)
+    for name in ("recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "recurrent.bias_ih_l0", "centre (used by cdist)"):
+        assert name in message
+    assert "fine" not in message
+    assert "freeze it, or set per_device_train_batch_size=1" in message
+
+
+def test_taking_it_leaves_model_and_generator_as_they_were() -> None:
+    model, batch = M.gpt2(), M.token_batch()
+    state = torch.get_rng_state()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    take_inventory(model, batch, lm_loss)
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
