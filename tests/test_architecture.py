@@ -20,7 +20,7 @@ ORDER = """
     durable ledger_format ledger fingerprint release
     card_files card_words card
     run options progress trainer
-    task recipe
+    settings template recipe_yaml recipe data_files data task plots
     cli demo
 """.split()
 PURE = {"losses", "clipping", "per_example", "noise"}  # take tensors and floats

@@ -1,0 +1,97 @@
+"""A section of a recipe and the dataclass that it fills -> everything wrong with it: unknown names, wrong types, missing ones."""
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+Problem = str
+_PLAIN = (bool, int, float, str, type(None), list, dict)
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    known = list(known)
+    near = get_close_matches(name, known, n=1, cutoff=0.6) or [k for k in known if k.startswith(name) and len(name) > 3]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def problems(section: str, given: Mapping[str, Any], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
+    """What keeps `given` from being the keywords of the dataclass `into`.
+
+    A type is checked where it is made of plain ones (numbers, text, lists, mappings, enums); other types are left to `into`.
+
+    Args:
+        section: the section's name, for the messages.
+        given: key -> value.
+        into: the dataclass.
+        extra: further keys that the section takes.
+    """
+    fields = {f.name: f for f in dataclasses.fields(into) if f.init}
+    hints = typing.get_type_hints(into)
+    for name, value in given.items():
+        if name in fields:
+            if not _fits(value, hints[name]):
+                yield f"{section}.{name}: expected {_described(hints[name])}, got {value!r}{_near_member(value, hints[name])}"
+        elif name not in extra:
+            yield f"{section}.{name}: there is no such setting{nearest(str(name), [*fields, *extra])}"
+    for name, f in fields.items():
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if needed and name not in given:
+            yield f"{section}.{name}: missing; {f.metadata.get('help', 'it has no default')}"
+
+
+def _options(hint: Any) -> list[Any]:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return [option for part in typing.get_args(hint) for option in _options(part)]
+    if origin is typing.Literal:
+        return list(typing.get_args(hint))
+    return [origin or hint]
+
+
+def _is_enum(option: Any) -> typing.TypeGuard[type[enum.Enum]]:
+    return isinstance(option, type) and issubclass(option, enum.Enum)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options = _options(hint)
+    types_, members = [o for o in options if isinstance(o, type)], [o for o in options if not isinstance(o, type)]
+    enums = [o for o in types_ if _is_enum(o)]
+    if any(o not in _PLAIN and not _is_enum(o) for o in types_) or not (types_ or members):
+        return True  # a type of its own: its class will say what is wrong
+    if enums and isinstance(value, str):
+        return any(value == member.value for e in enums for member in e)
+    if any(value == m and type(value) is type(m) for m in members):
+        return True
+    if members and isinstance(value, str) and any("[" in str(m) for m in members):
+        return True  # a pattern among literals, as 'pissa_niter_[number of iters]'
+    if isinstance(value, bool):
+        return bool in types_
+    return any(type(value) is t or (t is float and isinstance(value, int)) for t in types_)
+
+
+def _described(hint: Any) -> str:
+    options = _options(hint)
+    enums = [o for o in options if _is_enum(o)]
+    if enums:
+        words = [repr(member.value) for e in enums for member in e]
+        return "one of " + ", ".join(words[:12]) + (", ..." if len(words) > 12 else "")
+    return " or ".join(dict.fromkeys(_WORDS.get(o, repr(o)) for o in options))
+
+
+def _near_member(value: Any, hint: Any) -> str:
+    members = [str(m.value) for o in _options(hint) if _is_enum(o) for m in o]
+    return nearest(value, members) if isinstance(value, str) and members else ""

@@ -1,0 +1,86 @@
+"""A template such as `"{mr} | "` and a record -> text. `{a|b}` is column a, or b where the data have no a.
+
+Only columns can be named: no attributes, indices or format marks, so that a recipe can run no code. `{{` and `}}` are braces.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from string import Formatter
+from typing import Any
+
+from hf_dp.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Template:
+    """Literal pieces, each followed by the column (or its alternatives) whose value comes next.
+
+    Args:
+        text: as in the recipe.
+        pieces: (literal, alternatives); no alternatives after the last literal.
+    """
+
+    text: str
+    pieces: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Template":
+        """Reads `text`.
+
+        Raises:
+            RecipeError: unbalanced braces, or something other than a column's name between them.
+        """
+        pieces: list[tuple[str, tuple[str, ...]]] = []
+        try:
+            parsed = list(Formatter().parse(text))
+        except ValueError as error:
+            raise RecipeError(
+                f"template {text!r}: {error}; write a column as {{name}} and a brace of its own twice"
+            ) from None
+        for literal, name, spec, conversion in parsed:
+            if name is not None and (spec or conversion or not all(part.strip() for part in name.split("|"))):
+                raise RecipeError(
+                    f"template {text!r}: expected {{column}} or {{column|other column}}, got {{{name}{_marks(spec, conversion)}}}"
+                )
+            pieces.append((literal, () if name is None else tuple(part.strip() for part in name.split("|"))))
+        return cls(text, tuple(pieces))
+
+    def resolve(self, columns: Iterable[str]) -> "Template":
+        """The same with one column in each place: the first of the alternatives that the data have.
+
+        Raises:
+            RecipeError: names every place for which there is none, and the nearest column.
+        """
+        columns = list(columns)
+        wrong, pieces = [], []
+        for literal, alternatives in self.pieces:
+            found = [name for name in alternatives if name in columns]
+            if alternatives and not found:
+                wrong.append(missing_column(alternatives, columns))
+            pieces.append((literal, tuple(found[:1])))
+        if wrong:
+            raise RecipeError("; ".join(wrong))
+        return Template(self.text, tuple(pieces))
+
+    def render(self, record: Mapping[str, Any]) -> str:
+        """The text for one record; a missing value (null) is empty. The template is resolved first."""
+        parts = []
+        for literal, column in self.pieces:
+            parts.append(literal)
+            if column:
+                value = record[column[0]]
+                parts.append("" if value is None else str(value))
+        return "".join(parts)
+
+
+def missing_column(names: Iterable[str], columns: Iterable[str]) -> str:
+    """Says which column is not there, which are, and which was perhaps meant."""
+    names, columns = list(names), list(columns)
+    near = get_close_matches(names[0], columns, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no column {' or '.join(map(repr, names))} (there are {', '.join(map(repr, columns)) or 'none'}){meant}"
+
+
+def _marks(spec: str | None, conversion: str | None) -> str:
+    return (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
