@@ -1,0 +1,37 @@
+"""Arguments of `hf-dp` -> the verb that they name. A user's mistake ends in a few lines on stderr and exit status 2.
+
+Nothing heavy is imported here, nor by a verb before it runs.
+"""
+
+import sys
+
+import typer
+
+from hf_dp.cli.check import check
+from hf_dp.cli.plan import plan
+from hf_dp.cli.train import train
+from hf_dp.errors import HfDpError
+
+USER_ERROR = 2
+
+app = typer.Typer(
+    name="hf-dp",
+    help="Fine-tune Hugging Face models with differential privacy, and an epsilon that is true.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(check)
+app.command()(plan)
+
+
+def main() -> None:
+    """The entry point of `hf-dp`."""
+    try:
+        app()
+    except HfDpError as error:
+        first, *rest = str(error).splitlines() or [type(error).__name__]
+        start = "hf-dp: the recipe has mistakes:\n" if first.startswith("  - ") else "hf-dp: "
+        print("\n".join([start + first, *rest]), file=sys.stderr)
+        sys.exit(USER_ERROR)

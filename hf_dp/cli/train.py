@@ -1,0 +1,60 @@
+"""A recipe -> a private model with its card in the output folder: the whole run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")] = None,
+) -> None:
+    """Trains a recipe's model with differential privacy and writes its card."""
+    from hf_dp.cli.folders import no_empty_folder
+    from hf_dp.cli.libraries import quiet
+    from hf_dp.recipe import read
+
+    quiet()
+    asked = read(recipe, overrides or [])
+    with no_empty_folder(asked.output_dir):
+        _run(asked)
+
+
+def _run(asked: Any) -> None:
+    from hf_dp import task
+    from hf_dp.cli.tables import print_metrics
+    from hf_dp.errors import LedgerError
+    from hf_dp.ledger import LEDGER_NAME
+
+    resume = asked.training.get("resume_from_checkpoint")
+    if not resume and (asked.output_dir / LEDGER_NAME).exists():
+        raise LedgerError(
+            f"{asked.output_dir} holds the ledger of another training. Choose another folder (training.output_dir=FOLDER), or "
+            "resume that run (training.resume_from_checkpoint=true); what was spent on the same data adds up either way"
+        )
+    trainer = task.build(asked)
+    before = task.evaluate(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    after = task.evaluate(trainer)
+    if trainer.is_world_process_zero():
+        if after:
+            print_metrics(before, after)
+        _print_end(trainer, asked)
+
+
+def _print_end(trainer: Any, asked: Any) -> None:
+    """What was spent, and where everything lies."""
+    from hf_dp.card import PRIVACY_JSON
+
+    spent, folder = trainer.privacy_spent(), asked.output_dir
+    if trainer.mechanism.is_private:
+        print(f"epsilon {spent.epsilon:.4g} at delta {spent.delta:g}, after {spent.num_steps} noisy steps.")
+    else:
+        print(f"NOT PRIVATE: epsilon is infinite, after {spent.num_steps} steps.")
+    if trainer.eval_dataset is not None and not asked.privacy.public_eval:
+        print(
+            "The numbers on the validation set are not covered by it (privacy.public_eval=true declares that set public)."
+        )
+    print(f"Model: {folder}\nCard: {folder / 'README.md'}\nRecord: {folder / PRIVACY_JSON}")
