@@ -21,7 +21,7 @@ from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.mechanism import Mechanism, steps_per_epoch
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
 from hf_dp.options import check_options, without_batch_clipping
-from hf_dp.per_example.batches import Batch, num_examples, unambiguous
+from hf_dp.per_example.batches import Batch, example, num_examples, same, unambiguous
 from hf_dp.per_example.capture import clipped_gradient_sum
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
@@ -318,8 +318,12 @@ class DPTrainerMixin(_Host):
         if records is None:
             vocabulary, labels = losses.public_sizes(type(self._base_model()).__name__, self._base_model().config)
             records = synthetic_records(dataset[0], vocab_size=vocabulary, label_values=labels)
-        batches = [collate(copy.deepcopy(records)), *(collate([copy.deepcopy(r)]) for r in records)]
-        return [self._prepare_inputs(batch) for batch in batches]
+        whole, again = (collate(copy.deepcopy(records)) for _ in range(2))
+        if same(whole, again):
+            alone = [collate([copy.deepcopy(r)]) for r in records]
+        else:  # a collator that draws, as for masked language modelling, would give each record another target
+            alone = [example(whole, row) for row in range(len(records))]
+        return [self._prepare_inputs(batch) for batch in (whole, *alone)]
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():

@@ -28,6 +28,26 @@ def rows(batch: Batch, where: slice) -> Batch:
     return {k: v[where] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
 
 
+def example(batch: Batch, row: int) -> Batch:
+    """One example without its padding: the columns between the first and the last 1 of its `attention_mask`, where it has one."""
+    one = rows(batch, slice(row, row + 1))
+    mask = one.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.any():
+        return one
+    where = mask[0].nonzero().flatten()
+    columns, width = slice(int(where[0]), int(where[-1]) + 1), mask.shape[1]
+    return {
+        k: v[:, columns] if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == width else v for k, v in one.items()
+    }
+
+
+def same(a: Batch, b: Batch) -> bool:
+    """Whether two collated batches hold the same tensors."""
+    return a.keys() == b.keys() and all(
+        v.shape == b[k].shape and bool((v == b[k]).all()) for k, v in a.items() if isinstance(v, Tensor)
+    )
+
+
 def unambiguous(batch: Batch) -> Iterator[Batch]:
     """The batch in parts whose size is none of its other dimensions.
 
