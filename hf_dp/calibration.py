@@ -86,10 +86,11 @@ def _next_guess(points: list[_Point], aim: float, low: float, high: float, *, bi
     slope = -2.0  # epsilon falls about as sigma**-2
     if two is not None and one.log_ratio != two.log_ratio:
         slope = min((one.log_ratio - two.log_ratio) / (one.log_sigma - two.log_sigma), -0.5)
-    step = (aim - one.log_ratio) / slope
-    x = one.log_sigma + min(max(step, -math.log(4)), math.log(4))
-    if math.isinf(high - low):
-        return x
+    step = min(max((aim - one.log_ratio) / slope, -math.log(4)), math.log(4))
+    if math.isinf(high - low):  # outwards from the outermost point; on a plateau, where no slope is to be seen, far
+        step = math.copysign(math.log(4), step) if two is not None and two.log_ratio == one.log_ratio else step
+        return step + (low if math.isinf(high) else high)
+    x = one.log_sigma + step
     return (low + high) / 2 if bisect or not low < x < high else x
 
 
