@@ -1,0 +1,72 @@
+"""PrivacyConfig refuses what is no privacy, all of it at once, and stands beside TrainingArguments on a command line."""
+
+import dataclasses
+import math
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_dp import PrivacyConfig
+from hf_dp.config import MIN_DELTA, is_number
+from hf_dp.errors import ConfigError
+
+NO_NUMBERS = [math.nan, math.inf, "8", True, [8.0]]
+
+
+def test_exactly_one_of_epsilon_and_sigma_is_given() -> None:
+    with pytest.raises(ConfigError, match=r"exactly one of target_epsilon and noise_multiplier \(got neither\)"):
+        PrivacyConfig()
+    with pytest.raises(ConfigError, match=r"got both"):
+        PrivacyConfig(target_epsilon=8.0, noise_multiplier=1.0)
+    assert PrivacyConfig(target_epsilon=8.0).noise_multiplier is None
+    assert PrivacyConfig(noise_multiplier=0.0).noise_multiplier == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *(("target_epsilon", x) for x in [*NO_NUMBERS, 0, -1.0]),
+        *(("noise_multiplier", x) for x in [*NO_NUMBERS, -0.1]),
+        *(("target_delta", x) for x in [*NO_NUMBERS, 0.0, 1.0, 2.0, MIN_DELTA / 2]),
+        *(("expected_batch_size", x) for x in [*NO_NUMBERS, None, 0, -4, 2.5]),
+        *(("clip_norm", x) for x in [*NO_NUMBERS, None, 0.0, -1.0]),
+        *(("public_eval", x) for x in ["yes", 1, None]),
+        *(("debug_seed", x) for x in [-1, 1.5, "1", True]),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(name: str, bad: object) -> None:
+    settings = {"target_epsilon": 8.0, name: bad}
+    if name == "noise_multiplier":
+        del settings["target_epsilon"]
+    with pytest.raises(ConfigError, match=name) as refusal:
+        PrivacyConfig(**settings)
+    assert "got" in str(refusal.value)
+
+
+def test_everything_wrong_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        PrivacyConfig(target_delta=2.0, expected_batch_size=0, clip_norm=-1, public_eval="no", debug_seed=-1)
+    for field in dataclasses.fields(PrivacyConfig):
+        assert field.name in str(refusal.value)
+
+
+def test_a_config_does_not_change() -> None:
+    config = PrivacyConfig(target_epsilon=8.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.clip_norm = 5.0
+    with pytest.raises(ConfigError):
+        dataclasses.replace(config, clip_norm=math.nan)
+
+
+def test_it_parses_beside_training_arguments() -> None:
+    parser = HfArgumentParser((TrainingArguments, PrivacyConfig))
+    argv = "--output_dir out --report_to none --target_epsilon 3 --target_delta 1e-6 --expected_batch_size 128 --clip_norm 0.5"
+    training, privacy = parser.parse_args_into_dataclasses(argv.split())
+    assert privacy == PrivacyConfig(target_epsilon=3.0, target_delta=1e-6, expected_batch_size=128, clip_norm=0.5)
+    assert training.output_dir == "out"
+    assert all(field.metadata["help"] for field in dataclasses.fields(PrivacyConfig))
+
+
+@pytest.mark.parametrize(("x", "yes"), [(1, True), (1.5, True), (False, False), ("1e-5", False), (math.nan, False)])
+def test_what_is_a_number(x: object, yes: bool) -> None:
+    assert is_number(x) is yes
