@@ -12,6 +12,8 @@ DEFAULT_MAX_GRAD_NORM = (
     1.0  # Trainer's default, which nobody chose; it rescaled private updates 12-fold, so it is switched off
 )
 
+COMPILED = "torch.compile cannot trace the stand-ins that watch the trainable parameters (torch 2.13 stops with an internal error)"
+
 # option -> (is this value unsafe?, why and what to do instead)
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_accumulation_steps": (
@@ -55,7 +57,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it follows private numbers; use a schedule fixed in advance, such as linear or cosine",
     ),
     "use_liger_kernel": (bool, "its fused kernels hide the head's gradient from the per-example rules; leave it off"),
-    "torch_compile": (bool, "not supported yet: the stand-ins for parameters are not traced; leave it off"),
+    "torch_compile": (bool, f"{COMPILED}; leave it off"),
 }
 
 
@@ -132,6 +134,9 @@ def _has_length(dataset: Any) -> bool:
 def _of_model(model: Any) -> Iterator[str]:
     if not isinstance(model, nn.Module):
         return
+    compiled = [n or type(m).__name__ for n, m in model.named_modules() if _is_compiled(m)]
+    if compiled:
+        yield f"{compiled[0]} is compiled: {COMPILED}; pass the model as it was before torch.compile"
     normalised = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if normalised:
         yield (
@@ -143,6 +148,10 @@ def _of_model(model: Any) -> Iterator[str]:
         yield "config.output_router_logits=True: the router's auxiliary loss mixes examples; set it to False"
     yield from _of_eight_bit_layers(model)
     yield from _of_adapters(model)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def _of_eight_bit_layers(model: nn.Module) -> Iterator[str]:

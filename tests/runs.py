@@ -66,7 +66,9 @@ def trainer(folder: Path, model: Any = None, privacy: dict[str, Any] | None = No
     config = PrivacyConfig(
         **{"expected_batch_size": 24, "clip_norm": 0.1, **(NOISELESS if privacy is None else privacy)}
     )
-    return DPTrainer(model=model or M.with_lora(M.llama), args=arguments(folder, **k), privacy=config, **own)
+    return DPTrainer(
+        model=M.with_lora(M.llama) if model is None else model, args=arguments(folder, **k), privacy=config, **own
+    )
 
 
 OF_THE_TRAINER = (

@@ -455,6 +455,17 @@ def test_merged_adapters_and_data_dependent_initialisation_are_refused(tmp_path:
         runs.trainer(tmp_path, other)
 
 
+def test_compiled_models_are_refused(tmp_path: Path) -> None:
+    inner = M.with_lora(M.llama)
+    with pytest.raises(
+        UnsupportedOptionError, match=r"OptimizedModule is compiled.*as it was before torch.compile"
+    ):
+        runs.trainer(tmp_path, torch.compile(inner, backend="eager"))
+    inner.base_model.model.model.layers[1].compile(backend="eager")
+    with pytest.raises(UnsupportedOptionError, match=r"layers\.1 is compiled"):
+        runs.trainer(tmp_path, inner)
+
+
 def test_parameters_without_a_rule_are_named_at_construction(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
