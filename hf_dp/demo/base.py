@@ -3,20 +3,55 @@
 Both see the public half only, so nothing in them depends on a private record.
 """
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+
+from hf_dp import data_files
+from hf_dp.data import PadRight, completions
+from hf_dp.recipe import DataSection
 
 PAD, END = "<pad>", "<end>"
-VOCABULARY = 512  # digits stay single, so that a number is as long as it looks
+VOCABULARY = 768  # digits stay single, so that a number is as long as it looks
 MAX_TOKENS = 128
 
 
-def train_tokenizer(public: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the notes of the public half; any other text falls back to bytes."""
+def train_base(data: DataSection, folder: Path, *, num_steps: int) -> None:
+    """Plain training on the public records of `data.train`, as the templates of `data` make examples of them.
+
+    `folder` then holds model and tokenizer.
+    """
+    records = data_files.load(data, "train")
+    assert records is not None  # the demo has just written them
+    tokenizer = train_tokenizer(records["note"])
+    set_seed(0)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=32,
+        learning_rate=3e-3,
+        warmup_steps=min(10, num_steps // 4),
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=False,
+    )
+    trainer = Trainer(
+        model=small_llama(tokenizer),
+        args=args,
+        train_dataset=completions(records, data, tokenizer, MAX_TOKENS).rows,
+        data_collator=PadRight(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+def train_tokenizer(notes: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over the public notes; any other text falls back to bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -28,7 +63,6 @@ def train_tokenizer(public: Path) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    notes = [json.loads(line)["note"] for line in public.read_text(encoding="utf-8").splitlines()]
     tokenizer.train_from_iterator(notes, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, model_max_length=MAX_TOKENS, padding_side="right"
@@ -36,13 +70,13 @@ def train_tokenizer(public: Path) -> PreTrainedTokenizerFast:
 
 
 def small_llama(tokenizer: Any) -> LlamaForCausalLM:
-    """An untrained Llama of about 0.6 million parameters."""
+    """An untrained Llama of about 0.5 million parameters."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=352,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=MAX_TOKENS,

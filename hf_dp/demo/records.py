@@ -26,30 +26,30 @@ TONES = {"calm": "was friendly", "worried": "sounded worried", "angry": "was ups
 
 PUBLIC = {
     "repair": [
-        "{name} brought the {color} bicycle in on {day}. The {part} is worn and has to be replaced. We agreed on {amount} euros.",
-        "On {day} {name} asked for a repair of the {part}. The work takes two days and costs {amount} euros, parts included.",
+        "{name} (phone {phone}) brought the {color} bicycle in on {day}. The {part} is worn: {amount} euros.",
+        "Repair of the {part} asked for on {day} by {name}, account {account}. It takes two days and costs {amount} euros.",
     ],
     "order": [
-        "{name} ordered a {color} bicycle with a new {part} on {day}. The price is {amount} euros, order number {number}.",
-        "Order {number} of {name}: one {part}, {color}, to be sent before {day}. Paid {amount} euros by card.",
+        "{name}, account {account}, ordered a {color} bicycle on {day} at {amount} euros. Call {phone}.",
+        "Order of {name}: one {part}, {color}, to be sent before {day}. Paid {amount} euros.",
     ],
     "return": [
-        "{name} returned a {part} on {day} because it does not fit. Order number {number}, refund of {amount} euros.",
-        "The {color} {part} from order {number} came back on {day}. {name} gets {amount} euros back to the same card.",
+        "{name} returned a {part} on {day}. It does not fit. Refund of {amount} euros to account {account}.",
+        "The {color} {part} of {name} came back damaged on {day}. Call back: {phone}.",
     ],
 }
 PRIVATE = {
     "bill": [
-        "{name} (account {account}) called on {day}: the bill of {amount} euros is twice that of last year. Call back: {phone}.",
-        "Account {account}, {name}: disputes the bill of {amount} euros from {day}. Meter reading requested, telephone {phone}.",
+        "{name}, account {account}, disputes the bill of {amount} euros from {day}. Call back: {phone}.",
+        "Bill of {day} is twice that of last year, says {name} from {phone}. Account {account}, {amount} euros.",
     ],
     "move": [
-        "{name} moves house on {day} and closes account {account}. Final meter reading {reading}, refund {amount} euros, {phone}.",
-        "New address from {day} for {name}, account {account}. Contract goes on at {amount} euros a month. Reach at {phone}.",
+        "{name} moves house on {day} and closes account {account}. Refund of {amount} euros. Call {phone}.",
+        "New address of {name} from {day}. Account {account} goes on at {amount} euros a month. Phone {phone}.",
     ],
     "outage": [
-        "{name}, account {account}, had no electricity on {day}. Technician sent, damage of {amount} euros claimed, {phone}.",
-        "Power failure on {day} reported by {name} from {phone}. Account {account}, compensation of {amount} euros granted.",
+        "{name}, account {account}, had no electricity on {day}. Damage of {amount} euros claimed. Call {phone}.",
+        "Power failure on {day} reported by {name} from {phone}. Account {account}, {amount} euros granted.",
     ],
 }
 
@@ -90,9 +90,7 @@ def _record(rng: random.Random, templates: dict[str, list[str]], name: str) -> R
         name=name,
         day=f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
         amount=f"{rng.randint(20, 900)}.{rng.choice(('00', '50', '90'))}",
-        number=rng.randint(1000, 9999),
-        account=f"{rng.randint(1000, 9999)}-{rng.randint(100, 999)}",
-        reading=rng.randint(10_000, 99_999),
+        account=rng.randint(10_000, 99_999),
         phone=f"0{rng.randint(151, 179)} {rng.randint(100_000, 999_999)}",
         color=rng.choice(("red", "blue", "green", "black", "white")),
         part=rng.choice(("brake", "chain", "pedal", "saddle", "front wheel", "rear light", "tyre", "gear")),
