@@ -61,7 +61,7 @@ def nested(text: str, source: str, overrides: Sequence[str] = ()) -> Mapping:
     """The recipe as a mapping of sections, each override put into its place.
 
     `section.key=value` sets a key, further dots go deeper, `section=null` drops a section. A value is YAML, so that `8`, `true` and
-    `[a, b]` are what they look like.
+    `[a, b]` are what they look like; one that begins with a brace is text, since that is how templates begin.
 
     Raises:
         RecipeError: not YAML, not a mapping, or overrides that are no such thing; names all of the last.
@@ -83,7 +83,7 @@ def _put(recipe: Mapping, override: str) -> str | None:
     if not equals or not all(keys):
         return f"override {override!r}: expected section.key=value, such as privacy.target_epsilon=4."
     try:
-        value = parse(text, f"override {override!r}")
+        value = text if text.startswith("{") else parse(text, f"override {override!r}")
     except RecipeError as error:
         return str(error)
     inner = recipe

@@ -14,7 +14,7 @@ def check(
     """Shows every trainable parameter with its rule, proves them on made-up records, and prints the plan."""
     from hf_dp import accounting, task
     from hf_dp.cli.libraries import quiet
-    from hf_dp.cli.tables import print_derivation, print_table
+    from hf_dp.cli.tables import print_derivation, print_inventory
     from hf_dp.recipe import read
 
     quiet()
@@ -23,11 +23,7 @@ def check(
         trainer = task.build(asked, output_dir=folder)
         rows = trainer.inventory()
         report = trainer.self_check()
-    print_table(
-        "Trainable parameters",
-        ("parameter", "shape", "used by", "per-example gradient"),
-        [(row.parameter, " x ".join(map(str, row.shape)), row.operations, row.rule) for row in rows],
-    )
+    print_inventory(rows)
     mechanism = trainer.mechanism
     assert mechanism is not None  # a recipe always has a training set
     args = trainer.args
