@@ -110,7 +110,10 @@ def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> 
     Raises:
         RecipeError: transformers refuses them.
     """
-    given = {"report_to": "none", **recipe.training, **({} if output_dir is None else {"output_dir": str(output_dir)})}
+    # transformers takes a quiet log for a wish to see no progress
+    given = {"report_to": "none", "disable_tqdm": False, **recipe.training}
+    if output_dir is not None:
+        given["output_dir"] = str(output_dir)
     try:
         return TrainingArguments(**given)
     except (ValueError, ImportError) as error:

@@ -169,7 +169,7 @@ def test_mistakes_are_named(tmp_path, override, message):
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path):
-    with pytest.raises(RecipeError, match="cannot read the recipe .*: No such file"):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*: No such file"):
         read(tmp_path / "no.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(RecipeError, match="not UTF-8"):
