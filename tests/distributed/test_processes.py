@@ -1,0 +1,241 @@
+"""Several processes are one: the same draw, one noise, the same parameters everywhere; a death stops all and hides no step."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import worker
+from noise_checks import assert_gaussian, assert_uncorrelated
+from reference import relative_difference
+
+from hf_dp.accounting import spent
+from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.sampling import PoissonSampler
+
+WORKER = str(Path(worker.__file__))
+SECONDS = 240
+
+
+def environment(**changed: Any) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "TORCHELASTIC"))}
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
+    root = {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), kept.get("PYTHONPATH")]))}
+    return {**kept, **quiet, **root, **{k: str(v) for k, v in changed.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_groups(*groups: list[Any]) -> tuple[list[list[int]], str]:
+    """Exit statuses of each group of workers [world, folder, scenario, ...], and their messages. Nobody outlives the time-out."""
+    words = [str(word) for group in groups for word in ("--fork", *group)]
+    process = subprocess.Popen(
+        [sys.executable, WORKER, *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, errors = process.communicate(timeout=SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return [[int(word) for word in line.split()] for line in out.splitlines()], errors
+
+
+def collected(folder: Path, world: int, *names: str) -> dict[str, list[dict[str, Any]]]:
+    """What every process found out, by scenario."""
+    return {n: [torch.load(folder / f"{n}.{r}.pt", weights_only=True) for r in range(world)] for n in names}
+
+
+def results(folder: Path, world: int, *names: str) -> dict[str, list[dict[str, Any]]]:
+    statuses, errors = run_groups([world, folder, *names])
+    assert statuses == [[0] * world], errors
+    return collected(folder, world, *names)
+
+
+ALL = ("one_step", "trajectory", "empty_draws", "noise", "slices", "refused")
+
+
+class Two(NamedTuple):
+    """One start of Python for all that the quick tests look at."""
+
+    found: dict[str, list[dict[str, Any]]]
+    statuses_of_killed: list[int]
+    folder_of_killed: Path
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Two:
+    folder, killed = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("killed")
+    statuses, errors = run_groups([2, folder, *ALL], [2, killed, "dies"])
+    assert statuses[0] == [0, 0], errors
+    return Two(collected(folder, 2, *ALL), statuses[1], killed / "dies")
+
+
+@pytest.fixture(scope="module")
+def two(groups: Two) -> dict[str, list[dict[str, Any]]]:
+    return groups.found
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return results(tmp_path_factory.mktemp("three"), 3, *ALL)
+
+
+def all_alike(values: list[Any]) -> bool:
+    return all(v == values[0] for v in values)
+
+
+def check_against_one_process(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    for name, tolerance in (("one_step", 1e-5), ("trajectory", 1e-4)):  # float32 sums in another order, over 20 steps
+        alone = worker.SCENARIOS[name](folder / name)
+        for result in found[name]:
+            assert relative_difference({"w": result["weights"]}, {"w": alone["weights"]}) < tolerance
+            assert result["charged"] == alone["charged"]
+            assert result["world"] == len(found[name])
+            assert alone["world"] == 1
+
+
+def check_parameters_are_alike(found: dict[str, list[dict[str, Any]]]) -> None:
+    for name, steps in (("one_step", 1), ("trajectory", 20), ("empty_draws", 15), ("noise", 2)):
+        hashes = [r["hashes"] for r in found[name]]
+        assert len(hashes[0]) == steps
+        assert all_alike(hashes)  # bit by bit, after every step
+        assert all_alike([r["epsilon"] for r in found[name]])
+
+
+def check_noise_is_added_once(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Two-sided: sqrt(2) times as much (once a process) or as little (shared out, seeds alike) would be far outside."""
+    noise = found["noise"][0]["noise"].numpy()
+    assert noise.shape == (2, 102_080)
+    for step in noise:
+        assert_gaussian(step, 1.5 * 0.4)
+    assert_uncorrelated(noise[0], noise[1])
+    for other in found["noise"][1:]:
+        assert np.abs(other["noise"].numpy() - noise).max() < 1e-5  # float32: both subtract the sum again
+
+
+def check_slices_are_the_draw(found: dict[str, list[dict[str, Any]]]) -> None:
+    drawn = [r["drawn"] for r in found["slices"]]
+    sampler = PoissonSampler(40, 8 / 40, 5, key=3)  # the debug seed is the key
+    for number, parts in enumerate(zip(*drawn, strict=True)):
+        assert sorted(i for part in parts for i in part) == sampler.draw(number).tolist()
+    assert len(drawn[0]) == 20
+
+
+def check_everybody_is_told(found: dict[str, list[dict[str, Any]]]) -> None:
+    errors = [r["error"] for r in found["refused"]]
+    assert all_alike(errors)
+    assert errors[0].startswith("LedgerError: ")
+    assert "holds what another training in this folder spent" in errors[0]
+
+
+def test_two_processes_go_where_one_goes(two: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    check_against_one_process(two, tmp_path)
+
+
+def test_all_processes_have_the_same_parameters_after_every_step(two: dict[str, list[dict[str, Any]]]) -> None:
+    check_parameters_are_alike(two)
+
+
+def test_noise_is_added_once_whatever_the_number_of_processes(two: dict[str, list[dict[str, Any]]]) -> None:
+    check_noise_is_added_once(two)
+
+
+def test_the_slices_together_are_one_draw(two: dict[str, list[dict[str, Any]]]) -> None:
+    check_slices_are_the_draw(two)
+
+
+def test_empty_slices_do_not_hang_and_are_charged(two: dict[str, list[dict[str, Any]]]) -> None:
+    assert [r["charged"] for r in two["empty_draws"]] == [15, 15]
+
+
+def test_what_process_0_refuses_stops_all_with_its_message(two: dict[str, list[dict[str, Any]]]) -> None:
+    check_everybody_is_told(two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_parameters_are_alike,
+        check_noise_is_added_once,
+        check_slices_are_the_draw,
+        check_everybody_is_told,
+    ],
+)
+def test_three_processes(check: Any, three: dict[str, list[dict[str, Any]]]) -> None:
+    check(three)
+
+
+@pytest.mark.slow
+def test_three_processes_go_where_one_goes(three: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    check_against_one_process(three, tmp_path)
+
+
+def test_a_killed_process_stops_all_and_hides_no_step(groups: Two) -> None:
+    first, last = groups.statuses_of_killed
+    assert last == -signal.SIGKILL
+    assert first == 1  # an error, and no hang
+    observed = (groups.folder_of_killed / "observed.0").stat().st_size
+    record = read_ledger(groups.folder_of_killed / LEDGER_NAME)
+    assert observed == 2
+    assert observed <= record.num_steps <= observed + 1
+    assert spent(record.segments, 1e-3).epsilon > 0
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change_between_resumes(tmp_path: Path) -> None:
+    """q, and so what is charged, stays; the ledger counts all sessions together."""
+    for session, world in enumerate((2, 1, 3), start=1):
+        found = results(tmp_path, world, "resumed")["resumed"]
+        assert all_alike([r["hashes"] for r in found])
+        assert {r["charged"] for r in found} == {2 * session}
+        assert {r["world"] for r in found} == {world}
+    record = read_ledger(tmp_path / "resumed" / LEDGER_NAME)
+    assert [(s.sample_rate, s.num_steps) for s in record.executed] == [(8 / 24, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"],
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_the_launchers_that_people_use(launcher: list[str], tmp_path: Path) -> None:
+    module, *options = launcher
+    if module.startswith("accelerate"):
+        options += ["--main_process_port", str(free_port()), "--num_machines", "1", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *options, WORKER, str(tmp_path), "trajectory"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {"trajectory": [torch.load(tmp_path / f"trajectory.{r}.pt", weights_only=True) for r in range(2)]}
+    assert {r["world"] for r in found["trajectory"]} == {2}
+    alone = worker.trajectory(tmp_path / "alone")
+    for result in found["trajectory"]:
+        assert relative_difference({"w": result["weights"]}, {"w": alone["weights"]}) < 1e-4  # float32, 20 steps
