@@ -144,7 +144,8 @@ def _of_types(given: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from problems("model", given["model"], ModelSection)
     yield from problems("lora", given["lora"], LoraConfig)
     yield from problems("data", given["data"], DataSection)
-    yield from problems("training", given["training"], TrainingArguments, extra=OF_THE_TRAINER)
+    training = {k: v for k, v in given["training"].items() if (k, v) != ("resume_from_checkpoint", True)}
+    yield from problems("training", training, TrainingArguments, extra=OF_THE_TRAINER)
     known = [name for name in given["privacy"] if name in PrivacyConfig.__dataclass_fields__]
     yield from problems("privacy", {k: v for k, v in given["privacy"].items() if k not in known}, PrivacyConfig)
 

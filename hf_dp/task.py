@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_dp import accounting, data_files, losses
 from hf_dp import data as examples
-from hf_dp.errors import RecipeError
+from hf_dp.errors import HfDpError, RecipeError
 from hf_dp.recipe import Recipe, is_folder
 from hf_dp.trainer import DPTrainer
 
@@ -96,12 +96,18 @@ def build(
         HfDpError: whatever the recipe asks for that cannot be, as `prepare` and `DPTrainer` say.
     """
     parts = parts or prepare(recipe)
-    return DPTrainer(
-        **trainer_keywords(recipe, parts, output_dir),
-        privacy=recipe.privacy,
-        micro_batch_tokens=recipe.micro_batch_tokens,
-        callbacks=list(callbacks),
-    )
+    keywords = trainer_keywords(recipe, parts, output_dir)
+    own: dict[str, Any] = {
+        "privacy": recipe.privacy,
+        "micro_batch_tokens": recipe.micro_batch_tokens,
+        "callbacks": list(callbacks),
+    }
+    try:
+        return DPTrainer(**keywords, **own)
+    except HfDpError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
 
 
 def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> TrainingArguments:
