@@ -4,7 +4,7 @@ By default an example's loss is the *mean over its own target tokens*: no exampl
 T positions, V vocabulary or classes. Labels of -100 are no targets; an example without targets has loss 0 and gradient 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -14,28 +14,30 @@ from torch import Tensor
 from hf_dp.errors import ConfigError
 
 IGNORED = -100
-CHUNK_ELEMENTS = 1 << 24  # logits held in float32 at once (64 MiB)
+CHUNK_ELEMENTS = 1 << 22  # logits held in float32 at once (16 MiB)
 ExampleLoss: TypeAlias = Callable[..., Tensor]  # (outputs, labels, smoothing=0.0) -> [B]
 
 
 class TokenCrossEntropy(torch.autograd.Function):
-    """Cross entropy of each row of logits [N, V] with labels [N], in float32, a bounded number of rows at a time.
+    """Cross entropy of each row of logits [N, V] with labels [N], 0 for labels of -100; in float32, a few rows at a time.
 
-    The gradient comes back in the logits' dtype; logits of a large vocabulary never exist in float32 at once. With smoothing s
-    the target puts (1 - s) on the label and s / V on every class (Szegedy et al. 2016, section 7).
+    The gradient comes back in the logits' dtype, and besides it nothing as large as the logits is ever held. With smoothing s the
+    target puts (1 - s) on the label and s / V on every class (Szegedy et al. 2016, section 7).
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         """Losses [N], float32 (float64 for float64 logits)."""
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        losses, log_z = torch.empty(2, len(labels), dtype=wide, device=logits.device)
-        for rows in _row_chunks(logits):
-            chunk = logits[rows].to(wide)
+        losses, log_z = torch.zeros(2, len(labels), dtype=wide, device=logits.device)
+        ctx.chunks = list(_chunks(logits, labels))
+        for rows in ctx.chunks:
+            chunk, label = logits[rows].to(wide), labels[rows]
             log_z[rows] = chunk.logsumexp(-1)
-            picked = chunk.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
-            aim = (1 - smoothing) * picked + smoothing * chunk.mean(-1) if smoothing else picked
-            losses[rows] = log_z[rows] - aim
+            aim = chunk.gather(1, label.clamp_min(0).unsqueeze(1)).squeeze(1)
+            if smoothing:
+                aim = (1 - smoothing) * aim + smoothing * chunk.mean(-1)
+            losses[rows] = (log_z[rows] - aim).masked_fill_(label == IGNORED, 0.0)
         ctx.save_for_backward(logits, labels, log_z)
         ctx.smoothing = smoothing
         return losses
@@ -45,23 +47,35 @@ class TokenCrossEntropy(torch.autograd.Function):
         """(softmax - target) times the incoming gradient, [N, V]."""
         logits, labels, log_z = ctx.saved_tensors
         (grad_losses,) = grads
-        result = torch.empty_like(logits)
-        for rows in _row_chunks(logits):
-            chunk = torch.exp(logits[rows].to(log_z.dtype) - log_z[rows].unsqueeze(1))
+        result = torch.zeros_like(logits)
+        for rows in ctx.chunks:
+            chunk, label = logits[rows].to(log_z.dtype), labels[rows]
+            chunk = torch.sub(chunk, log_z[rows].unsqueeze(1)).exp_()
             if ctx.smoothing:
                 chunk -= ctx.smoothing / logits.shape[1]
-            chunk.scatter_add_(1, labels[rows].unsqueeze(1), chunk.new_full((len(chunk), 1), ctx.smoothing - 1.0))
-            result[rows] = (chunk * grad_losses[rows].unsqueeze(1)).to(result.dtype)
+            where = label.clamp_min(0).unsqueeze(1)
+            chunk.scatter_add_(1, where, chunk.new_full((len(chunk), 1), ctx.smoothing - 1.0))
+            chunk.mul_(grad_losses[rows].unsqueeze(1))
+            if bool((label == IGNORED).any()):
+                chunk[label == IGNORED] = 0.0
+            result[rows] = chunk.to(result.dtype)
         return result, None, None
+
+
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice | Tensor]:
+    """Rows, a bounded number at a time: slices (no copy) of all where most have a target, else the indices of those that have."""
+    step = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
+    targets = (labels != IGNORED).nonzero().flatten()
+    if 4 * len(targets) >= 3 * len(labels):
+        yield from (slice(start, start + step) for start in range(0, len(labels), step))
+    elif len(targets):
+        yield from targets.split(step)
 
 
 def token_mean(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """[B, T, V], [B, T] -> mean cross entropy over each example's own targets, [B]."""
-    targets = labels != IGNORED
-    losses = TokenCrossEntropy.apply(logits[targets], labels[targets], smoothing)
-    example = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)[targets]
-    sums = torch.zeros(len(labels), dtype=losses.dtype, device=losses.device).index_add(0, example, losses)
-    return sums / targets.sum(1).clamp_min(1)
+    losses: Tensor = TokenCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), smoothing)
+    return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
 
 
 def causal_lm(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -149,8 +163,3 @@ def public_sizes(class_name: str, config: Any) -> tuple[int, int]:
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 2
     over_tokens = class_name.endswith(("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "LMHeadModel"))
     return vocabulary, vocabulary if over_tokens else getattr(config, "num_labels", None) or 2
-
-
-def _row_chunks(logits: Tensor) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
-    return [slice(i, i + step) for i in range(0, len(logits), step)]
