@@ -12,6 +12,8 @@ import models as M
 import pytest
 import reference
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from hf_dp import losses
 from hf_dp.errors import CaptureError, UnsupportedParameterError
+from hf_dp.per_example.batches import unambiguous
 from hf_dp.per_example.capture import Capture, clipped_gradient_sum, per_example_factors
 
 # The clip factor aims 1e-6 below C (clipping.ROUNDING_MARGIN); float64 adds nothing to that.
@@ -335,6 +338,62 @@ def test_plain_layers_are_exact_on_their_own(row: str, first: bool) -> None:
     clipped_gradient_sum(model, lambda: model(x).square().flatten(1).sum(1), 5, 1.0, into)
     slow = reference.clipped_sum(model, {"x": x, "labels": x}, lambda m, one: m(one["x"]).square().sum(), 1.0)
     assert reference.relative_difference(into, slow) < EXACT
+
+
+class _Bag(nn.Module):
+    def __init__(self, **k: Any) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(7, 4, **k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_embeddings(mode: str) -> None:
+    model, x = _Bag(mode=mode).double(), torch.randint(0, 7, (5, 6))
+    into = {"table.weight": torch.zeros(7, 4).double()}
+    clipped_gradient_sum(model, lambda: model(x).square().sum(1), 5, 1.0, into)
+    slow = reference.clipped_sum(model, {"x": x, "labels": x}, lambda m, one: m(one["x"]).square().sum(), 1.0)
+    assert reference.relative_difference(into, slow) < EXACT
+
+
+def test_bags_with_a_maximum_are_refused() -> None:
+    model, x = _Bag(mode="max"), torch.randint(0, 7, (5, 6))
+    with pytest.raises(UnsupportedParameterError, match=r"table.weight \(used by embedding_bag\)"):
+        per_example_factors(model, lambda: model(x).square().sum(1), 5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=0, max_size=5),
+    row=st.sampled_from(["llama-tied", "gpt2-conv1d-tied-broadcast-positions", "lora-linear-llama", "dora"]),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_number_of_rows_of_any_length(lengths: list[int], row: str, seed: int) -> None:
+    """Batch 0, rows of one token, padding of any amount; each row alone is not padded at all."""
+    torch.manual_seed(seed)
+    model = {**FULL, **ADAPTERS}[row][0]().double().train()
+    rows = [torch.randint(3, M.VOCAB, (n,)) for n in lengths]
+    slow = {name: torch.zeros_like(p) for name, p in reference.trainable(model).items()}
+    for ids in rows:
+        one = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "labels": ids[None]}
+        for name, g in reference.clipped_sum(model, one, reference.causal_lm_loss, 0.05).items():
+            slow[name] += g
+    longest = max(lengths, default=0)
+    batch = {
+        "input_ids": torch.zeros(len(rows), longest, dtype=torch.long),
+        "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
+        "labels": torch.full((len(rows), longest), -100),
+    }
+    for i, ids in enumerate(rows):
+        batch["input_ids"][i, : len(ids)], batch["labels"][i, : len(ids)] = ids, ids
+        batch["attention_mask"][i, : len(ids)] = 1
+    ours = {name: torch.zeros_like(p) for name, p in slow.items()}
+    for part in unambiguous(batch):
+        for name, g in engine_sum(model, part, "ForCausalLM", 0.05)[0].items():
+            ours[name] += g
+    assert reference.relative_difference(ours, slow) < EXACT or float(reference.norm(slow)) == 0.0
 
 
 def test_a_use_hidden_in_a_fused_kernel_is_an_error() -> None:

@@ -83,6 +83,20 @@ def embedding(
     return derive_any([weight], lambda table: F.embedding(input, table, padding_idx))
 
 
+def embedding_bag(input: Tensor, weight: Any, offsets: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
+    """A sum or mean of looked-up rows, for bags [B, T] of one size; anything else has no rule."""
+    names = (
+        "max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights include_last_offset padding_idx".split()
+    )
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    mode = options.pop("mode", "mean")
+    plain_bag = input.dim() == 2 and offsets is None and mode in ("sum", "mean")
+    if not plain_bag or any(options.get(n) not in (None, False) for n in names if n != "norm_type"):
+        return None
+    rows = embedding(input, weight)
+    return None if rows is None or rows.dim() != 3 else rows.sum(1) if mode == "sum" else rows.mean(1)
+
+
 def layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor | None:

@@ -73,6 +73,7 @@ RULES: dict[str, Callable[..., Tensor | None]] = {
     "addmm": ops.addmm,
     "matmul": ops.matmul,
     "embedding": ops.embedding,
+    "embedding_bag": ops.embedding_bag,
     "layer_norm": ops.layer_norm,
     "rms_norm": ops.rms_norm,
     "conv2d": ops.conv2d,
