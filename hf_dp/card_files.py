@@ -80,6 +80,22 @@ def with_section(text: str, section: str) -> str:
     return text[: marks[0].start()] + marked + text[marks[1].end() :]
 
 
+def yaml_of(text: str) -> dict[str, Any]:
+    """The front matter as a mapping, {} where there is none.
+
+    Raises:
+        ConfigError: it is not a YAML mapping.
+    """
+    match = _FRONT_MATTER.match(text)
+    return _mapping(match["yaml"]) if match else {}
+
+
+def section_of(text: str) -> str | None:
+    """What stands between the marks, or None where there are not exactly one start and one end."""
+    marks = list(_ANY_MARK.finditer(text))
+    return text[marks[0].end() : marks[1].start()] if [m[1] for m in marks] == ["start", "end"] else None
+
+
 def to_json(record: Mapping[str, Any]) -> str:
     """Readable JSON, floats to their last digit; a NaN or an infinity is an error."""
     return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -18,7 +18,7 @@ ORDER = """
     streams forked_rng sampling microbatch
     losses clipping per_example noise
     durable ledger_format ledger fingerprint release
-    card_files card_words card
+    card_files card_words card verify
     run options progress trainer
     settings template recipe_yaml recipe data_files data task plots
     cli demo
@@ -27,7 +27,7 @@ PURE = {"losses", "clipping", "per_example", "noise"}  # take tensors and floats
 NOT_FOR_PURE = {"config", "mechanism", "epsilon", "calibration", "accounting"}
 LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.card hf_dp.cli".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
-VERBS = {"train", "check", "plan"}  # the command line's verbs: each parameter is an option that typer shows
+VERBS = {"train", "check", "plan", "verify"}  # the command line's verbs: each parameter is an option that typer shows
 MIRRORS = {"embedding", "conv2d"}  # they stand in for functions of torch.nn.functional, whose signatures are not ours
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6
 

@@ -10,6 +10,7 @@ import typer
 from hf_dp.cli.check import check
 from hf_dp.cli.plan import plan
 from hf_dp.cli.train import train
+from hf_dp.cli.verify import verify
 from hf_dp.errors import HfDpError
 
 USER_ERROR = 2
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(check)
 app.command()(plan)
+app.command()(verify)
 
 
 def main() -> None:

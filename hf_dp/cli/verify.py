@@ -1,0 +1,44 @@
+"""A model's folder or Hub name -> whether its card is true, as far as computation can tell. Exit status 0 or 1. Imports no torch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FILES = ["privacy.json", "README.md", "privacy_ledger.jsonl"]
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="A folder, or the name of a repository on the Hub.")],
+) -> None:
+    """Computes epsilon again from the record, and compares card, privacy.json and ledger with it and with each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_dp.verify import verify as checks_of
+
+    checks = checks_of(_folder(model))
+    table = Table("", "check", "found", title=model, title_justify="left")
+    for check in checks:
+        table.add_row("ok" if check.holds else "[bold red]NO[/]", check.name, check.found)
+    console = Console()
+    console.print(table)
+    failed = [check.name for check in checks if not check.holds]
+    if failed:
+        console.print(f"[bold red]NOT VERIFIED[/]: {'; '.join(failed)}.")
+        raise typer.Exit(1)
+    console.print("Verified: the card says what the record says, and epsilon computed again agrees.")
+
+
+def _folder(model: str) -> Path:
+    """The folder itself, or a copy of the repository's three small files."""
+    from hf_dp.errors import ConfigError
+
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=FILES))
+    except (OSError, ValueError) as error:  # all of huggingface_hub's errors are one or the other
+        raise ConfigError(f"{model} is neither a folder nor a repository that can be reached: {error}") from error
