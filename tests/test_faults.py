@@ -114,7 +114,7 @@ LAYERS = [
 
 
 def poisoned(layer: str, bad: float) -> nn.Module:
-    """A model in which the output of `layer` is `bad` for every example that has the mark."""
+    """A model in which the output of `layer` is `bad` times too large for every example that has the mark."""
     torch.manual_seed(0)
     model = M.with_lora(M.llama)
     marked: list[Tensor] = []
@@ -124,7 +124,8 @@ def poisoned(layer: str, bad: float) -> nn.Module:
 
     def poison(module: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
-        wrong = torch.where(marked[0].view(-1, *[1] * (first.dim() - 1)), torch.full_like(first, bad), first)
+        scale = torch.where(marked[0].view(-1, *[1] * (first.dim() - 1)), bad, 1.0)
+        wrong = first * scale  # a product, so that what flows back is spoilt as well
         return (wrong, *output[1:]) if isinstance(output, tuple) else wrong
 
     base = model.get_base_model()
@@ -273,6 +274,29 @@ def test_an_edited_checkpoint_copy_or_marker_is_refused(tmp_path: Path) -> None:
     copy.write_bytes(copy.read_bytes().replace(b'"noise_multiplier":1.0', b'"noise_multiplier":9.0'))
     with pytest.raises(LedgerError, match=r"checkpoint-2.*line 2: expected hash"):
         train(tmp_path, resume=True)
+
+
+def test_a_resumed_run_has_fresh_noise_and_fresh_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replayed noise would subtract away: no two steps of any session have any in common, at any step number."""
+    noises, keys = [], []
+    release, opened = PrivateRun.release, PrivateRun.open
+
+    def noted(self: PrivateRun, clipped_sum: Tensor, draw_number: int) -> Tensor:
+        part = clipped_sum.clone()
+        noisy = release(self, clipped_sum, draw_number)
+        noises.append(noisy - part)
+        return noisy
+
+    monkeypatch.setattr(PrivateRun, "release", noted)
+    monkeypatch.setattr(
+        PrivateRun, "open", lambda self, *a, **k: (opened(self, *a, **k), keys.append(self.sampling_key))
+    )
+    interrupted(tmp_path)
+    train(tmp_path, resume=True)
+    assert len(noises) == 4
+    assert len(set(keys)) == 2
+    correlation = torch.corrcoef(torch.stack(noises)) - torch.eye(4)
+    assert float(correlation.abs().max()) < 5 / math.sqrt(len(noises[0]))  # five standard errors
 
 
 # ---- F17: the end of the budget ------------------------------------------------------------------------------------------
