@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -134,10 +135,12 @@ class DPTrainerMixin(_Host):
                 "or override DPTrainer.example_losses"
             )
         inputs.update(_decoder_inputs(self._base_model(), inputs, labels))
-        outputs = model(**inputs)
         if self._loss_kind() == "ForCausalLM":
             labels = losses.predictable(labels, inputs.get("attention_mask"))
-        return self._example_loss(outputs, labels)
+            if _can_leave_out_logits(model, self._base_model()):
+                start = losses.first_needed(labels)
+                inputs["logits_to_keep"], labels = labels.shape[1] - start, labels[:, start:]
+        return self._example_loss(model(**inputs), labels)
 
     def _choose_loss(self) -> losses.ExampleLoss:
         if self.compute_loss_func is not None:
@@ -174,7 +177,9 @@ class DPTrainerMixin(_Host):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            multiprocessing_context=getattr(
+                self.args, "dataloader_multiprocessing_context", None
+            ),  # newer transformers only
         )
         # num_processes=1: accelerate would otherwise unite two draws, recycle batches and drop empty ones
         return prepare_data_loader(
@@ -344,6 +349,17 @@ def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any) -> 
     return accounting.plan(
         privacy, len(dataset), num_train_epochs=training.num_train_epochs, max_steps=training.max_steps
     )
+
+
+def _can_leave_out_logits(model: nn.Module, base: nn.Module) -> bool:
+    """Whether the forward takes `logits_to_keep`, and no virtual tokens shift its positions."""
+    shifts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    return not shifts and _takes_logits_to_keep(type(base))
+
+
+@cache
+def _takes_logits_to_keep(model_class: type[nn.Module]) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
 def _decoder_inputs(model: nn.Module, inputs: Batch, labels: Tensor) -> Batch:
