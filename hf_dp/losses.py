@@ -47,7 +47,8 @@ class TokenCrossEntropy(torch.autograd.Function):
         """(softmax - target) times the incoming gradient, [N, V]."""
         logits, labels, log_z = ctx.saved_tensors
         (grad_losses,) = grads
-        result = torch.zeros_like(logits)
+        covered = all(isinstance(rows, slice) for rows in ctx.chunks) and len(ctx.chunks) > 0
+        result = torch.empty_like(logits) if covered else torch.zeros_like(logits)
         for rows in ctx.chunks:
             chunk, label = logits[rows].to(log_z.dtype), labels[rows]
             chunk = torch.sub(chunk, log_z[rows].unsqueeze(1)).exp_()
@@ -97,6 +98,12 @@ def predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         return labels
     before = F.pad(attention_mask[:, :-1], (1, 0), value=1)
     return labels.masked_fill(before == 0, IGNORED)
+
+
+def first_needed(labels: Tensor) -> int:
+    """The first position [of T] whose logits a next-token loss on `labels` [B, T] reads: what stands before is prompt."""
+    columns = (labels != IGNORED).any(0).nonzero()
+    return max(0, int(columns[0]) - 1) if len(columns) else max(0, labels.shape[1] - 1)
 
 
 def aligned_tokens(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:

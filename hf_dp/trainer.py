@@ -358,7 +358,7 @@ def _can_leave_out_logits(model: nn.Module, base: nn.Module) -> bool:
 
 
 @cache
-def _takes_logits_to_keep(model_class: type[nn.Module]) -> bool:
+def _takes_logits_to_keep(model_class: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 

@@ -54,6 +54,31 @@ def one_step_equals_the_slow_twin(folder: Path, model: nn.Module, rows: Dataset,
     assert reference.relative_difference(keep.seen, gradients) < 1e-5  # float32
 
 
+@pytest.mark.parametrize("build", [M.llama, M.gpt2, M.gemma2, M.bloom])
+def test_logits_of_prompts_are_left_out_and_nothing_changes(build: Any, tmp_path: Path) -> None:
+    """Prompts of 1 to 8 tokens without targets, and a record that is all prompt."""
+    kept = []
+
+    def shorten(row: dict, index: int) -> dict:
+        prompt = min(1 + index % 8, len(row["labels"]))
+        return {"labels": [-100] * prompt + row["labels"][prompt:]}
+
+    model = M.with_lora(build)
+    rows = runs.text_rows(longest=20).map(shorten, with_indices=True).filter(lambda r: len(r["labels"]) > 6)
+    head = model.get_base_model().get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, args, output: kept.append(output.shape[1]))
+    one_step_equals_the_slow_twin(
+        tmp_path,
+        model,
+        rows,
+        reference.causal_lm_loss,
+        privacy={**runs.NOISELESS, "expected_batch_size": len(rows)},
+        per_device_train_batch_size=3,
+    )
+    hook.remove()
+    assert min(kept[-3:]) < 15
+
+
 def test_token_classification(tmp_path: Path, tokenizer: Any) -> None:
     rows = runs.text_rows()
     rows = rows.map(lambda r: {"labels": [t % 5 for t in r["input_ids"]]})
