@@ -1,9 +1,15 @@
-"""Trainer options -> the ones that would void the guarantee, all at once, each with its remedy."""
+"""Trainer options -> the ones that would void the guarantee, all at once, each with its remedy.
+
+Every field of `TrainingArguments` has a verdict here: REFUSED (at some values), HANDLED (it does something else than in a plain
+Trainer, or something beside training that must be seen to) or SAFE. A test fails when a new transformers brings one that has none.
+"""
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_dp.errors import UnsupportedOptionError
@@ -58,6 +64,88 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "use_liger_kernel": (bool, "its fused kernels hide the head's gradient from the per-example rules; leave it off"),
     "torch_compile": (bool, f"{COMPILED}; leave it off"),
+    "tf32": (
+        bool,
+        "norms would have ten bits, and clipped gradients exceed C by 1e-3; use bf16=True, which keeps them in float32",
+    ),
+    "debug": (
+        lambda v: any("underflow_overflow" in str(option).lower() for option in _listed(v)),
+        "it prints activations of private examples; use it on public data, without privacy",
+    ),
+    "skip_memory_metrics": (
+        lambda v: v is False,
+        "peak memory tells the length of the longest private record; leave it at True",
+    ),
+    "sortish_sampler": (
+        bool,
+        "batches must be Poisson samples; drop it (each logical batch is sorted by length anyway)",
+    ),
+    "packing": (bool, "packing joins records in one row; leave it off"),
+    "padding_free": (bool, "it joins the records of a batch in one row; leave it off"),
+}
+
+# option -> what becomes of it
+HANDLED: dict[str, str] = {
+    "output_dir": "the ledger and its fingerprint key lie there; another training's ledger there is refused",
+    "per_device_train_batch_size": "examples of a micro-batch: memory and speed, never the result",
+    "num_train_epochs": "T = ceil(epochs x round(N / B))",
+    "max_steps": "T where it is above 0",
+    "average_tokens_across_devices": "not read: each example's loss is its own mean",
+    "label_smoothing_factor": "applied to each example's own loss",
+    "bf16": "autocast; norms, factors, sums and noise stay float32",
+    "gradient_checkpointing": "recomputed under the same random state as the forward pass",
+    "activation_checkpointing": "as gradient_checkpointing",
+    "logging_strategy": "losses of private examples are left out, epsilon is put in",
+    "logging_first_step": "as logging_strategy",
+    "logging_nan_inf_filter": "no training loss is logged that it could filter",
+    "report_to": "gets what is logged, and no more",
+    "save_strategy": "'best' needs PrivacyConfig(public_eval=True); a checkpoint is sealed with the ledger's copy",
+    "load_best_model_at_end": "needs PrivacyConfig(public_eval=True)",
+    "metric_for_best_model": "only for load_best_model_at_end",
+    "greater_is_better": "only for load_best_model_at_end",
+    "eval_strategy": "evaluation data are not covered: the log says so unless they were declared public",
+    "eval_on_start": "as eval_strategy",
+    "push_to_hub": "the card and privacy.json go along, the fingerprint's key stays",
+    "hub_strategy": "as push_to_hub; checkpoints hold only what was released",
+    "restore_callback_states_from_checkpoint": "what was spent comes from the ledger, never from a callback's state",
+    "resume_from_checkpoint": "train() takes it, and the newest complete checkpoint for True",
+    "seed": "initial weights and plain loaders; never draws, noise, dropout or masks",
+    "data_seed": "not read: draws come from a secret key",
+    "full_determinism": "deterministic kernels; draws, noise and dropout stay secret",
+    "accelerator_config": "split_batches, dispatch_batches and num_steps are refused; even_batches is not read",
+    "dataloader_num_workers": "records are read under secret randomness in each worker",
+    "dataloader_in_order": "not read: draws arrive in their order",
+    "torch_compile_backend": "turns torch_compile on, which is refused",
+    "torch_compile_mode": "turns torch_compile on, which is refused",
+    "liger_kernel_config": "only for use_liger_kernel, which is refused",
+    "length_column_name": "only for grouping by length, which is refused",
+}
+
+# options that neither see private examples nor touch the sum, the noise or what is counted
+SAFE = frozenset(
+    """
+    learning_rate lr_scheduler_kwargs warmup_steps optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules
+    activation_checkpointing_kwargs gradient_checkpointing_kwargs use_cache torch_empty_cache_steps
+    bf16_full_eval fp16_full_eval eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics do_train do_eval do_predict
+    predict_with_generate generation_max_length generation_num_beams generation_config
+    logging_steps log_on_each_node log_level log_level_replica disable_tqdm run_name project
+    trackio_space_id trackio_bucket_id trackio_static_space_id
+    save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
+    hub_token hub_private_repo hub_model_id hub_always_push hub_revision
+    use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
+    fsdp_config dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context remove_unused_columns label_names
+    """.split()
+)
+
+# what `accelerate launch` and its config file say by way of the environment -> (is this value unsafe?, remedy)
+ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
+    "ACCELERATE_USE_DEEPSPEED": (lambda v: v.lower() in ("1", "true"), REFUSED["deepspeed"][1]),
+    "ACCELERATE_USE_FSDP": (lambda v: v.lower() in ("1", "true"), REFUSED["fsdp"][1]),
+    "ACCELERATE_USE_MEGATRON_LM": (lambda v: v.lower() in ("1", "true"), REFUSED["parallelism_config"][1]),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (lambda v: v.lower() in ("1", "true"), REFUSED["parallelism_config"][1]),
+    "ACCELERATE_MIXED_PRECISION": (lambda v: v.lower() in ("fp16", "fp8"), REFUSED["fp16"][1]),
 }
 
 
@@ -72,7 +160,8 @@ def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
     Raises:
         UnsupportedOptionError: with one line an option.
     """
-    problems = [*_of_training_arguments(args, public_eval), *_of_data(others), *_of_model(others.get("model"))]
+    problems = [*_of_training_arguments(args, public_eval), *_of_surroundings(), *_of_data(others)]
+    problems += _of_model(others.get("model"))
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")
@@ -92,16 +181,32 @@ def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
             yield f"{name}={getattr(given[name], 'value', given[name])}: {remedy}"
     if args.n_gpu > 1:
         yield f"DataParallel over {args.n_gpu} GPUs: start one process a GPU (accelerate launch --multi_gpu)"
-    config = given.get("accelerator_config")
+    config = given.get("accelerator_config") or {}
+    config = config if isinstance(config, dict) else vars(config)
     for name in ("split_batches", "dispatch_batches"):
-        if vars(config).get(name) if config is not None and not isinstance(config, dict) else (config or {}).get(name):
+        if config.get(name):
             yield f"accelerator_config.{name}: batches must be Poisson samples of the whole data set; drop it"
+    if "num_steps" in (config.get("gradient_accumulation_kwargs") or {}):
+        yield f"accelerator_config.gradient_accumulation_kwargs['num_steps']: {REFUSED['gradient_accumulation_steps'][1]}"
     chooses = given.get("load_best_model_at_end") or str(getattr(args.save_strategy, "value", "")) == "best"
     if chooses and not public_eval:
         yield (
             "load_best_model_at_end / save_strategy='best': choosing a checkpoint by private data spends privacy; declare the "
             "evaluation data public with PrivacyConfig(public_eval=True), or drop it"
         )
+
+
+def _of_surroundings() -> Iterator[str]:
+    for name, (unsafe, remedy) in ENVIRONMENT.items():
+        if unsafe(os.environ.get(name, "")):
+            yield f"{name}={os.environ[name]} (from accelerate's launcher or config file): {remedy}"
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        yield f"torch.set_float32_matmul_precision({precision!r}): {REFUSED['tf32'][1]}, and set 'highest'"
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _of_data(others: dict[str, Any]) -> Iterator[str]:

@@ -1,0 +1,81 @@
+"""Every argument of Trainer has a verdict, and what the arguments alone do not show is looked at too."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+from hf_dp.errors import UnsupportedOptionError
+from hf_dp.options import ENVIRONMENT, HANDLED, REFUSED, SAFE, check_options
+
+FIELDS = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
+ELSEWHERE = {"group_by_length", "packing", "padding_free"}  # of other releases, or of trainers built on this one
+
+
+def test_every_argument_has_a_verdict() -> None:
+    """A new transformers brings new arguments: decide which table each belongs in, and why, before it is let in."""
+    assert FIELDS - set(REFUSED) - set(HANDLED) - SAFE == set()
+
+
+def test_no_argument_has_two_verdicts_and_none_is_made_up() -> None:
+    for one, other in ((set(REFUSED), set(HANDLED)), (set(REFUSED), SAFE), (set(HANDLED), SAFE)):
+        assert one & other == set()
+    assert (set(REFUSED) | set(HANDLED) | SAFE) - FIELDS <= ELSEWHERE
+    assert all(reason for reason in HANDLED.values())
+    assert all(remedy for _, remedy in REFUSED.values())
+
+
+def test_the_defaults_are_let_through(tmp_path: Path) -> None:
+    check_options(Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), public_eval=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"debug": "underflow_overflow"}, "prints activations"),
+        ({"skip_memory_metrics": False}, "peak memory"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            r"gradient_accumulation_kwargs\['num_steps'\]: the logical batch",
+        ),
+    ],
+)
+def test_side_doors_are_refused(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOptionError, match=named):
+        check_options(runs.arguments(tmp_path, **settings), public_eval=False)
+
+
+@pytest.mark.parametrize("name", ["sortish_sampler", "tf32", "packing", "padding_free"])
+def test_what_is_set_on_the_object_is_seen(name: str, tmp_path: Path) -> None:
+    args = runs.arguments(tmp_path)
+    vars(args)[name] = True  # transformers itself refuses some of them without a GPU
+    with pytest.raises(UnsupportedOptionError, match=f"{name}=True: "):
+        check_options(args, public_eval=False)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_what_the_launcher_says_by_the_environment_is_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = runs.arguments(tmp_path)
+    harmless = {"ACCELERATE_MIXED_PRECISION": "bf16"}.get(name, "false")
+    monkeypatch.setenv(name, harmless)
+    check_options(args, public_eval=False)
+    monkeypatch.setenv(name, {"ACCELERATE_MIXED_PRECISION": "fp16"}.get(name, "true"))
+    with pytest.raises(UnsupportedOptionError, match=f"{name}=.*accelerate's launcher"):
+        check_options(args, public_eval=False)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_matrix_products_of_fewer_bits_are_refused(precision: str, tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(UnsupportedOptionError, match=f"'{precision}'.*set 'highest'"):
+            check_options(runs.arguments(tmp_path), public_eval=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
