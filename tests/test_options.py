@@ -13,7 +13,17 @@ from hf_dp.errors import UnsupportedOptionError
 from hf_dp.options import ENVIRONMENT, HANDLED, REFUSED, SAFE, check_options
 
 FIELDS = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
-ELSEWHERE = {"group_by_length", "packing", "padding_free"}  # of other releases, or of trainers built on this one
+ELSEWHERE = {
+    *("packing", "padding_free"),  # of trainers built on this one
+    *("group_by_length", "logging_dir", "warmup_ratio"),  # of 5.0, and gone since
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "dataloader_in_order", "train_sampling_strategy"),
+    *(
+        "dataloader_multiprocessing_context",
+        "ddp_static_graph",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+    ),  # since 5.0
+}
 
 
 def test_every_argument_has_a_verdict() -> None:
