@@ -354,12 +354,12 @@ def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any) -> 
 def _can_leave_out_logits(model: nn.Module, base: nn.Module) -> bool:
     """Whether the forward takes `logits_to_keep`, and no virtual tokens shift its positions."""
     shifts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    return not shifts and _takes_logits_to_keep(type(base))
+    return not shifts and "logits_to_keep" in _forward_arguments(cast(Any, type(base)))
 
 
 @cache
-def _takes_logits_to_keep(model_class: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+def _forward_arguments(model_class: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def _decoder_inputs(model: nn.Module, inputs: Batch, labels: Tensor) -> Batch:

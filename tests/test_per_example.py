@@ -4,6 +4,7 @@ Models come from their config classes; LoRA's zeros are stirred so that no gradi
 gradient norms: coupling would hide where all examples or none are clipped.
 """
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -432,6 +433,21 @@ def test_a_gradient_that_was_there_before_is_neither_used_nor_lost() -> None:
     poisoned, _ = engine_sum(model, batch, "ForCausalLM", 0.05)
     assert reference.relative_difference(poisoned, clean) == 0.0
     assert all(float(p.grad.flatten()[0]) == 1e9 for p in model.parameters())
+
+
+def test_a_pass_leaves_nothing_for_the_garbage_collector() -> None:
+    """Per-example gradients are large: they must be freed as the pass ends, not when Python next looks for cycles."""
+    model, batch = M.with_lora(M.llama), M.token_batch()
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(t.numel() for t in gc.get_objects() if isinstance(t, Tensor))
+        for _ in range(3):
+            engine_sum(model, batch, "ForCausalLM", 0.05)
+        after = sum(t.numel() for t in gc.get_objects() if isinstance(t, Tensor))
+    finally:
+        gc.enable()
+    assert after == before
 
 
 def test_every_parameter_without_a_rule_is_named_with_the_remedy() -> None:

@@ -44,6 +44,10 @@ class Capture:
         """Remembers a leaf to which autograd itself must never deliver a gradient."""
         self._watched.append(proxy)
 
+    def forget(self) -> None:
+        """Lets go of factors and proxies, which refer back to here: a cycle would hold them until the collector's next round."""
+        self.recorded, self._watched = {}, []
+
     def used(self, parameter: str, operation: str) -> None:
         """Notes that an operation with a rule uses `parameter`."""
         self.operations.setdefault(parameter, {})[operation] = None
@@ -137,11 +141,14 @@ def per_example_factors(
     if batch_size == 1 and capture is None:
         return _single_example(model, example_losses)
     capture = capture or Capture(batch_size)
-    with borrowed(model, lambda name, p: ParameterProxy.of(p, name, capture)) as lent, torch.enable_grad():
-        losses = _checked(example_losses(), batch_size)
-        _backward(losses)
-    capture.refuse_hidden(lent.strays)
-    return {name: fx.merge(uses) for name, uses in capture.recorded.items()}, losses.detach()
+    try:
+        with borrowed(model, lambda name, p: ParameterProxy.of(p, name, capture)) as lent, torch.enable_grad():
+            losses = _checked(example_losses(), batch_size)
+            _backward(losses)
+        capture.refuse_hidden(lent.strays)
+        return {name: fx.merge(uses) for name, uses in capture.recorded.items()}, losses.detach()
+    finally:
+        capture.forget()
 
 
 def _single_example(model: nn.Module, example_losses: Callable[[], Tensor]) -> tuple[dict[str, list[Factor]], Tensor]:
