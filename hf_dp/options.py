@@ -124,7 +124,8 @@ HANDLED: dict[str, str] = {
 # options that neither see private examples nor touch the sum, the noise or what is counted
 SAFE = frozenset(
     """
-    learning_rate lr_scheduler_kwargs warmup_steps warmup_ratio optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules
+    learning_rate lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_args optim_target_modules
     activation_checkpointing_kwargs gradient_checkpointing_kwargs use_cache torch_empty_cache_steps
     bf16_full_eval fp16_full_eval eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_do_concat_batches
     eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics do_train do_eval do_predict
