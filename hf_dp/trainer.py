@@ -87,6 +87,7 @@ class DPTrainerMixin(_Host):
         super().__init__(*given.args, **given.kwargs)
         show_epsilon(self)
         if self.mechanism is not None:
+            self._refuse_another_number_of_records(self.mechanism.num_examples)
             self._example_loss = self._choose_loss()
             self.inventory()
 
@@ -296,6 +297,14 @@ class DPTrainerMixin(_Host):
                 start += p.numel()
 
     # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _refuse_another_number_of_records(self, planned: int) -> None:
+        found = len(cast(Any, self.train_dataset))
+        if found != planned:
+            raise ConfigError(
+                f"{type(self).__name__} made {found:,} training records out of the {planned:,} that it was given (by packing or "
+                "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
+            )
 
     def _planned(self) -> Mechanism:
         if self.mechanism is None:
