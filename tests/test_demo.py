@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dp import accounting
-from hf_dp.demo import base, records
+from hf_dp import recipe as recipes
+from hf_dp.demo import base, compare, records
 from hf_dp.demo import run as demo
 from hf_dp.demo.folder import MARK, fresh_folder
 from hf_dp.demo.report import Result
@@ -67,6 +69,41 @@ def test_the_losses_in_the_files_are_those_of_the_models(finished):
     ]
     assert len({result.base, result.private, result.non_private}) == 3
     assert result.non_private < result.base  # four steps of plain training at this rate are enough for that
+
+
+def test_the_losses_are_those_that_come_out_by_hand(finished):
+    folder, result = finished
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    lines = [json.loads(line) for line in (folder / "private_heldout.jsonl").read_text().splitlines()]
+    for name, stated in (("base", result.base), ("private", result.private), ("non-private", result.non_private)):
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        if name != "base":
+            model = PeftModel.from_pretrained(model, folder / name)
+        nats = sum(_nats(model.eval(), tokenizer, record) for record in lines)
+        assert stated == pytest.approx(
+            nats / sum(len(r["note"]) for r in lines), rel=1e-4
+        )  # float32 sums, padded or not
+
+
+def _nats(model, tokenizer, record):
+    prompt = tokenizer(f"topic: {record['topic']}, tone: {record['tone']}\n")["input_ids"]
+    target = [*tokenizer(record["note"])["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum"))
+
+
+def test_the_picture_starts_at_the_base_model(finished):
+    folder, result = finished
+    recipe = recipes.read(demo.RECIPE, [*demo._overrides(folder, _halves(folder)), *SMALL.overrides])
+    tuned = compare.tune_plain(recipe, folder / "again")
+    assert [step for step, _ in tuned.losses] == [0, 2, 4]
+    assert tuned.losses[0][1] == pytest.approx(result.base, rel=1e-6)
+    assert tuned.losses[-1][1] == pytest.approx(result.non_private, rel=1e-4)  # the same seed, order and steps
+
+
+def _halves(folder):
+    return records.Halves(*(folder / f"{name}.jsonl" for name in records.Halves._fields))
 
 
 def test_the_cards_epsilon_is_what_accounting_gives_from_its_own_record(finished):

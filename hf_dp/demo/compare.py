@@ -44,16 +44,15 @@ def tune_private(recipe: Recipe) -> Tuned:
 
 def _tuned(trainer: Trainer) -> Tuned:
     """Evaluates before, now and then in training as the recipe says, and at the end; saves the model."""
-    trainer.evaluate()
+    before = trainer.evaluate()[LOSS]  # kept here: Trainer's history starts anew with train()
     trainer.train()
-    if trainer.state.log_history[-1].get(LOSS) is None:
-        trainer.evaluate()
+    last = (trainer.state.global_step, trainer.evaluate()[LOSS])
     trainer.save_model()
     epsilons = _curve(trainer, "epsilon")
     return Tuned(
         model=trainer.model,
-        losses=_curve(trainer, LOSS),
-        epsilons=sorted(({0: 0.0} | dict(epsilons)).items()) if epsilons else [],
+        losses=sorted({0: before, **dict(_curve(trainer, LOSS)), **dict([last])}.items()),
+        epsilons=[(0, 0.0), *epsilons] if epsilons else [],
         spent=None,
     )
 

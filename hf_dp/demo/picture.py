@@ -36,7 +36,7 @@ def _epsilons(axes: Any, private: Tuned, target: float | None) -> None:
     axes.plot(*zip(*private.epsilons, strict=True), color=PRIVATE, marker="o", markersize=3.5)
     last_step, last = private.epsilons[-1]
     axes.annotate(
-        f"{last:.3g}", (last_step, last), xytext=(-4, -16), textcoords="offset points", ha="right", color=PRIVATE
+        f"{last:.4g}", (last_step, last), xytext=(-4, -16), textcoords="offset points", ha="right", color=PRIVATE
     )
     if target is not None:
         axes.axhline(target, color=BASE, linestyle=":")

@@ -25,13 +25,14 @@ def table(result: Result) -> Table:
     """One row a model: held-out loss, how much of the way from base to non-private it went, epsilon and delta."""
     gap = result.base - result.non_private
     rows = [
-        ("base, trained on the public half", result.base, "0, it saw no private record", ""),
+        ("base", result.base, "0", "0"),
         ("private", result.private, f"{result.spent.epsilon:.4g}", f"{result.spent.delta:g}"),
         ("non-private", result.non_private, "infinite", ""),
     ]
-    made = Table(title=f"Held-out loss after {result.num_steps} steps", title_justify="left")
-    for column in ("model", "loss (nats a character)", "of the gain", "epsilon", "delta"):
-        made.add_column(column, justify="right" if "loss" in column or "gain" in column else "left")
+    made = Table(title=f"Held-out loss in nats a character, after {result.num_steps} steps", title_justify="left")
+    made.add_column("model")
+    for column in ("loss", "share of the gain", "epsilon", "delta"):
+        made.add_column(column, justify="right")
     for name, loss, epsilon, delta in rows:
         share = f"{(result.base - loss) / gap:.0%}" if gap > 0 else "-"
         made.add_row(name, f"{loss:.3f}", share, epsilon, delta)
