@@ -457,9 +457,7 @@ def test_merged_adapters_and_data_dependent_initialisation_are_refused(tmp_path:
 
 def test_compiled_models_are_refused(tmp_path: Path) -> None:
     inner = M.with_lora(M.llama)
-    with pytest.raises(
-        UnsupportedOptionError, match=r"OptimizedModule is compiled.*as it was before torch.compile"
-    ):
+    with pytest.raises(UnsupportedOptionError, match=r"OptimizedModule is compiled.*as it was before torch.compile"):
         runs.trainer(tmp_path, torch.compile(inner, backend="eager"))
     inner.base_model.model.model.layers[1].compile(backend="eager")
     with pytest.raises(UnsupportedOptionError, match=r"layers\.1 is compiled"):
