@@ -311,7 +311,49 @@ class _Distances(nn.Module):
         return torch.fmin(torch.cdist(x, self.weight), self.bias)
 
 
+class _Outputs(nn.Module):
+    """A layer that answers with a tuple: attention's output and weights, a recurrent layer's output."""
+
+    def __init__(self, layer: nn.Module, inputs: int = 1, **k: Any) -> None:
+        super().__init__()
+        self.layer, self.inputs, self.options = layer, inputs, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layer(*[x] * self.inputs, **self.options)
+        return torch.cat([o.flatten(1) for o in outputs[: 1 + (self.inputs > 1)]], 1)
+
+
+class _Crossed(nn.Module):
+    """Attention to other keys and values, of other sizes, under both kinds of mask."""
+
+    def __init__(self, positions: int, **k: Any) -> None:
+        super().__init__()
+        self.layer, self.positions = nn.MultiheadAttention(6, 2, batch_first=True, **k), positions
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.layer.kdim
+        other = x[:, :-1, :size].sin()
+        mask = torch.zeros(self.positions, self.positions - 1, dtype=torch.bool).index_fill(1, torch.tensor([0]), True)
+        weights = torch.linspace(-1, 0, self.positions - 1).to(x).expand(len(x), -1)
+        return torch.cat(
+            self.layer(x, other, other.cos(), attn_mask=mask.to(x).mul(-2), key_padding_mask=weights), 2
+        ).contiguous()
+
+
 LAYERS = {
+    "attention": (lambda: _Outputs(nn.MultiheadAttention(6, 2, batch_first=True), 3), (5, 6)),
+    "attention-per-head": (
+        lambda: _Outputs(nn.MultiheadAttention(6, 3, bias=False, batch_first=True), 3, average_attn_weights=False),
+        (5, 6),
+    ),
+    "attention-to-others": (lambda: _Crossed(4), (4, 6)),
+    "attention-of-three-sizes": (lambda: _Crossed(4, kdim=5, vdim=5), (4, 6)),
+    "transformer-layer": (lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True), (5, 6)),
+    "lstm": (lambda: _Outputs(nn.LSTM(6, 3, 2, batch_first=True, bidirectional=True)), (4, 6)),
+    "lstm-projected": (lambda: _Outputs(nn.LSTM(6, 5, bias=False, batch_first=True, proj_size=2)), (4, 6)),
+    "gru": (lambda: _Outputs(nn.GRU(6, 3, 2, batch_first=True, bidirectional=True)), (4, 6)),
+    "rnn-tanh": (lambda: _Outputs(nn.RNN(6, 3, batch_first=True)), (4, 6)),
+    "rnn-relu": (lambda: _Outputs(nn.RNN(6, 3, batch_first=True, nonlinearity="relu")), (4, 6)),
     "reparametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), (6,)),
     "group-norm": (lambda: nn.GroupNorm(2, 6), (6, 5)),
     "instance-norm": (lambda: nn.InstanceNorm1d(6, affine=True), (6, 5)),
@@ -417,12 +459,10 @@ def test_a_parameter_used_from_elsewhere_than_its_module_is_an_error() -> None:
             per_example_factors(layer, lambda x=x: layer(x).square().sum(1), size)
 
 
-def test_a_recurrent_layer_is_refused_and_exact_one_at_a_time() -> None:
-    layer, x = nn.LSTM(4, 3, batch_first=True), torch.randn(5, 6, 4)
+def test_a_packed_sequence_is_refused_by_name() -> None:
+    layer, x = nn.LSTM(4, 3), nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (6, 4, 1)])
     with pytest.raises(UnsupportedParameterError, match=r"weight_ih_l0 \(used by lstm\); weight_hh_l0"):
-        per_example_factors(layer, lambda: layer(x)[0].square().sum((1, 2)), 5)
-    factors, _ = per_example_factors(layer, lambda: layer(x[:1])[0].square().sum((1, 2)), 1)
-    assert set(factors) == {name for name, _ in layer.named_parameters()}
+        per_example_factors(layer, lambda: layer(x)[1][0][0].square().sum(1), 3)
 
 
 def test_a_gradient_that_was_there_before_is_neither_used_nor_lost() -> None:

@@ -30,6 +30,12 @@ CASES = {
 }
 
 
+LMS = (
+    M.llama, M.mistral, M.qwen2, M.qwen3, M.gemma, M.gemma2, M.gemma3, M.phi3, M.gpt2, M.gpt_neox, M.opt, M.bloom
+)  # fmt: skip
+CLASSIFIERS = (partial(M.bert, pad_token_id=0), M.distilbert, M.modernbert, M.electra, M.albert, M.deberta)
+
+
 def brute_force(model: nn.Module, rows: Any, loss: Any, clip_norm: float) -> dict[str, Tensor]:
     """The clipped mean over all rows, each collated alone, in float64."""
     twin = model.double().train()
@@ -51,22 +57,37 @@ class Gradients(TrainerCallback):
         self.gradients = {name: p.grad.clone() for name, p in reference.trainable(model).items()}
 
 
+def one_step(folder: Path, model: nn.Module, rows: Any, micro_batch: int) -> dict[str, Tensor]:
+    """The gradients of a step at q = 1 without noise; the weights move by them and nothing else, and are put back."""
+    before, seen = weights(model), Gradients()
+    settings = {"train_dataset": rows, "per_device_train_batch_size": micro_batch, "callbacks": [seen]}
+    runs.trainer(folder, model, **settings).train()
+    for name, p in reference.trainable(model).items():
+        assert torch.equal(p, before[name] - seen.gradients[name])  # SGD of rate 1
+        p.data.copy_(before[name])
+    return seen.gradients
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("micro_batch", [1, 3, 24])
 def test_one_step_at_q_1_without_noise_is_the_clipped_mean(case: str, micro_batch: int, tmp_path: Path) -> None:
     build, make_rows, loss = CASES[case]
     model, rows = build(), make_rows()
-    before, seen = weights(model), Gradients()
-    settings = {"train_dataset": rows, "per_device_train_batch_size": micro_batch, "callbacks": [seen]}
-    runs.trainer(tmp_path, model, **settings).train()
-    after = weights(model)
-    with torch.no_grad():
-        for name, p in reference.trainable(model).items():
-            p.copy_(before[name])
+    gradients = one_step(tmp_path, model, rows, micro_batch)
+    assert reference.relative_difference(gradients, brute_force(model, rows, loss, 0.1)) < 1e-5  # float32
+
+
+@pytest.mark.parametrize("build", [*LMS, *CLASSIFIERS], ids=lambda b: getattr(b, "__name__", "bert"))
+def test_and_so_it_is_for_all_weights_of_many_architectures(build: Any, tmp_path: Path) -> None:
+    model = build()
+    rows, loss = (
+        (runs.class_rows(), reference.classification_loss)
+        if build in CLASSIFIERS
+        else (runs.text_rows(), reference.causal_lm_loss)
+    )
+    steps = [one_step(tmp_path / str(n), model, rows, n) for n in (1, 3, 24)]
     expected = brute_force(model, rows, loss, 0.1)
-    assert reference.relative_difference(seen.gradients, expected) < 1e-5  # float32
-    for name, gradient in seen.gradients.items():
-        assert torch.equal(after[name], before[name] - gradient)  # SGD of rate 1, and nothing else
+    assert all(reference.relative_difference(g, expected) < 1e-5 for g in steps)  # float32
 
 
 @pytest.mark.parametrize(

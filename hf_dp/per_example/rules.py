@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_dp.per_example import operations as ops
+from hf_dp.per_example.composite import CELLS, multi_head_attention, recurrent
 from hf_dp.per_example.proxy import ParameterProxy, derive, derive_any, plain, proxies_in, tensors_in, transposed
 
 IN_PLACE = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __imatmul__ __ifloordiv__ __ipow__ __setitem__".split())
@@ -68,7 +69,7 @@ def _on_the_parameters_side(
     return derive_any(proxies, function)
 
 
-RULES: dict[str, Callable[..., Tensor | None]] = {
+RULES: dict[str, Callable[..., Any]] = {
     "linear": ops.linear,
     "addmm": ops.addmm,
     "matmul": ops.matmul,
@@ -90,6 +91,7 @@ RULES: dict[str, Callable[..., Tensor | None]] = {
     "to": ops.cast,
     "type_as": ops.cast,
     "float": ops.to_float,
+    "multi_head_attention_forward": multi_head_attention,
 }
 FOR_EACH_EXAMPLE: dict[str, Callable[..., Any]] = {
     "where": torch.where,
@@ -109,6 +111,7 @@ EXAMPLE_BY_EXAMPLE: dict[str, Callable[..., Any]] = {
     "bilinear": F.bilinear,
 }
 RULES.update({name: partial(ops.example_by_example, func) for name, func in EXAMPLE_BY_EXAMPLE.items()})
+RULES.update({kind: partial(recurrent, kind) for kind in CELLS})
 RULES.update({name: partial(ops.for_each_example, func) for name, func in FOR_EACH_EXAMPLE.items()})
 RANDOM = frozenset(
     "bernoulli rand_like randn_like randint_like multinomial normal rrelu native_dropout alpha_dropout".split()
