@@ -175,9 +175,7 @@ def test_the_clipped_sum_is_that_of_one_example_at_a_time(row: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "row", ["llama", "gpt2-conv1d-tied-broadcast-positions", "bert", "lora-linear-llama", "lora-head-bert"]
-)
+@pytest.mark.parametrize("row", [*FULL, *ADAPTERS])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
@@ -186,13 +184,18 @@ def test_the_clipped_sum_is_that_of_one_example_at_a_time(row: str) -> None:
     ],
 )
 def test_lower_precision_differs_by_its_rounding_alone(row: str, dtype: torch.dtype, tolerance: float) -> None:
+    """From float64: by the tolerance at most, or by twice what one example at a time in the same precision differs."""
     build, (kind, make_batch) = {**FULL, **ADAPTERS}[row]
     model, batch = build().to(dtype).train(), make_batch()
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
     into = {name: torch.zeros(p.shape) for name, p in reference.trainable(model).items()}
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     clipped_gradient_sum(model, lambda: losses.LOSSES[kind](model(**inputs), batch["labels"]), 3, 0.05, into)
-    slow = reference.clipped_sum(model.double(), batch, REFERENCE[kind], 0.05)
-    assert reference.relative_difference(into, slow) < tolerance
+    plain = reference.clipped_sum(model, batch, REFERENCE[kind], 0.05)
+    slow = reference.clipped_sum(model.double(), _double(batch), REFERENCE[kind], 0.05)
+    plain = {name: g.double() for name, g in plain.items()}
+    allowed = max(tolerance, 2 * reference.relative_difference(plain, slow))
+    assert reference.relative_difference(into, slow) < allowed < 0.5
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,13 @@ def _on_the_parameters_side(
 
     def function(*values: Tensor) -> Any:
         known = {id(p): v for p, v in zip(proxies, values, strict=True)}
+        wider = values[0].dtype != proxies[0].plain_values.dtype  # in backward: the gradient's dtype, for constants too
 
         def put(v: Any) -> Any:
             if isinstance(v, (tuple, list)):
                 return type(v)(put(u) for u in v)
-            return known.get(id(v), v)
+            constant = isinstance(v, Tensor) and id(v) not in known and v.is_floating_point()
+            return v.to(values[0].dtype) if constant and wider else known.get(id(v), v)
 
         return func(*put(args), **{k: put(v) for k, v in kwargs.items()})
 
