@@ -1,28 +1,33 @@
 """A function to run in a forked child, which may die there -> how it ended. Nothing hangs: whoever takes too long is killed."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 KILLED = -signal.SIGKILL
 
 
-def in_child(act: Callable[[], Any], seconds: float = 60.0) -> int:
-    """Exit status of a child that runs `act`: 0, 1 after an exception, -9 when it killed itself.
+def start(act: Callable[[], Any]) -> int:
+    """Forks a child that runs `act` and exits; its process number."""
+    return os.fork() or _act_and_exit(act)
+
+
+def status_of(child: int, seconds: float = 60.0, *, kill_after: float = math.inf) -> int:
+    """How a child ended: 0, 1 after an exception, -9 when it killed itself, or was killed here because its time was up.
 
     Raises:
         TimeoutError: it was still running after so many seconds, and has been killed.
     """
-    child = os.fork()
-    if child == 0:
-        _act_and_exit(act)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < seconds:
+        if passed > kill_after:
+            os.kill(child, signal.SIGKILL)
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -32,7 +37,12 @@ def in_child(act: Callable[[], Any], seconds: float = 60.0) -> int:
     raise TimeoutError(f"the child was still running after {seconds} s")
 
 
-def _act_and_exit(act: Callable[[], Any]) -> None:
+def in_child(act: Callable[[], Any], seconds: float = 60.0) -> int:
+    """`status_of` a child that runs `act`."""
+    return status_of(start(act), seconds)
+
+
+def _act_and_exit(act: Callable[[], Any]) -> NoReturn:
     status = 1
     try:
         act()

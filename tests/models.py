@@ -187,3 +187,27 @@ def stirred(model: nn.Module) -> nn.Module:
 def with_lora(build: Callable[[], nn.Module], **k: Any) -> nn.Module:
     settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **k}
     return stirred(get_peft_model(build(), LoraConfig(**settings)))
+
+
+MARK = 96  # the token that makes an example of `poisoned` go wrong
+
+
+def poisoned(layer: str, bad: float) -> nn.Module:
+    """A model in which the output of `layer` is `bad` times too large for every example that has the mark."""
+    torch.manual_seed(0)
+    model = with_lora(llama)
+    marked: list[torch.Tensor] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        marked[:] = [(kwargs["input_ids"] == MARK).any(1)]
+
+    def poison(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        scale = torch.where(marked[0].view(-1, *[1] * (first.dim() - 1)), bad, 1.0)
+        wrong = first * scale  # a product, so that what flows back is spoilt as well
+        return (wrong, *output[1:]) if isinstance(output, tuple) else wrong
+
+    base = model.get_base_model()
+    base.register_forward_pre_hook(look, with_kwargs=True)
+    base.get_submodule(layer).register_forward_hook(poison)
+    return model

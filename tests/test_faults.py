@@ -17,6 +17,7 @@ import pytest
 import reference
 import runs
 import torch
+from campaign import FAULTS, campaign
 from children import KILLED, in_child
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -65,6 +66,16 @@ def charged(folder: Path) -> int:
     return read_ledger(folder / LEDGER_NAME).num_steps
 
 
+# ---- the campaign of scripts/faults, in short ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_short_campaign_of_faults_is_clean(fault: str, tmp_path: Path) -> None:
+    *_, count = campaign(fault, tmp_path, times=3 if "KILL" in fault else 1, seed=1)
+    assert count.planted
+    assert count.clean(), count
+
+
 # ---- F1 in a whole run ---------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +113,6 @@ def test_a_full_disk_while_saving_leaves_the_older_checkpoint_and_the_count(tmp_
 
 # ---- F10: examples that are no numbers -----------------------------------------------------------------------------------
 
-MARK = 96  # the token that makes an example go wrong
 LAYERS = [
     "model.embed_tokens",
     "model.layers.0.self_attn",
@@ -111,27 +121,6 @@ LAYERS = [
     "model.norm",
     "lm_head",
 ]
-
-
-def poisoned(layer: str, bad: float) -> nn.Module:
-    """A model in which the output of `layer` is `bad` times too large for every example that has the mark."""
-    torch.manual_seed(0)
-    model = M.with_lora(M.llama)
-    marked: list[Tensor] = []
-
-    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        marked[:] = [(kwargs["input_ids"] == MARK).any(1)]
-
-    def poison(module: nn.Module, args: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        scale = torch.where(marked[0].view(-1, *[1] * (first.dim() - 1)), bad, 1.0)
-        wrong = first * scale  # a product, so that what flows back is spoilt as well
-        return (wrong, *output[1:]) if isinstance(output, tuple) else wrong
-
-    base = model.get_base_model()
-    base.register_forward_pre_hook(look, with_kwargs=True)
-    base.get_submodule(layer).register_forward_hook(poison)
-    return model
 
 
 def gradient_of(folder: Path, model: nn.Module, rows: list[dict[str, Any]], count: int) -> tuple[Tensor, int]:
@@ -160,10 +149,10 @@ QUICK = {("model.layers.0.mlp", math.inf), ("lm_head", math.nan), ("model.norm",
     ],
 )
 def test_an_example_that_is_no_number_counts_as_zero(layer: str, bad: float, tmp_path: Path) -> None:
-    good = [r for r in runs.text_rows(12).to_list() if MARK not in r["input_ids"]]
-    ill = {"input_ids": [5, MARK, 7, 8], "attention_mask": [1] * 4, "labels": [-100, MARK, 7, 8]}
-    with_it, charge = gradient_of(tmp_path / "a", poisoned(layer, bad), [*good[:3], ill, *good[3:]], len(good) + 1)
-    without, other_charge = gradient_of(tmp_path / "b", poisoned(layer, bad), good, len(good) + 1)
+    good = [r for r in runs.text_rows(12).to_list() if M.MARK not in r["input_ids"]]
+    ill = {"input_ids": [5, M.MARK, 7, 8], "attention_mask": [1] * 4, "labels": [-100, M.MARK, 7, 8]}
+    with_it, charge = gradient_of(tmp_path / "a", M.poisoned(layer, bad), [*good[:3], ill, *good[3:]], len(good) + 1)
+    without, other_charge = gradient_of(tmp_path / "b", M.poisoned(layer, bad), good, len(good) + 1)
     assert bool(with_it.isfinite().all())
     assert charge == other_charge == 1
     moved = float((with_it - without).norm()) * (len(good) + 1) / 0.1  # in units of C
@@ -324,14 +313,14 @@ def broken(*args: Any, **kwargs: Any) -> None:
 
 
 def breaking_collator(features: list[dict[str, Any]]) -> Any:
-    if any(MARK in f["input_ids"] and len(f["input_ids"]) == 2 for f in features):
+    if any(M.MARK in f["input_ids"] and len(f["input_ids"]) == 2 for f in features):
         raise Stop
     return runs.collate(features)
 
 
 def interrupt(name: str, folder: Path) -> None:
     rows = runs.text_rows(24).to_list()
-    rows[0] = {"input_ids": [MARK, MARK], "attention_mask": [1, 1], "labels": [-100, MARK]}
+    rows[0] = {"input_ids": [M.MARK, M.MARK], "attention_mask": [1, 1], "labels": [-100, M.MARK]}
     settings: dict[str, Any] = {"max_steps": 40, "save_strategy": "no", "train_dataset": runs.Dataset.from_list(rows)}
     if name == "collator":
         settings["data_collator"] = breaking_collator
