@@ -28,7 +28,8 @@ NOT_FOR_PURE = {"config", "mechanism", "epsilon", "calibration", "accounting"}
 LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.card hf_dp.cli".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
 VERBS = {"train", "check", "plan", "verify"}  # the command line's verbs: each parameter is an option that typer shows
-MIRRORS = {"embedding", "conv2d"}  # they stand in for functions of torch.nn.functional, whose signatures are not ours
+# They stand in for functions of torch.nn.functional and of torch, whose signatures are not ours.
+MIRRORS = {"embedding", "conv2d", "multi_head_attention", "recurrent"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6
 
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
