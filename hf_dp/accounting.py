@@ -11,7 +11,7 @@ from hf_dp.calibration import calibrate, round_up
 from hf_dp.config import PrivacyConfig, is_number
 from hf_dp.epsilon import MAX_SIGMA, MAX_STEPS, MIN_SIGMA, Epsilon, is_whole, spent, target_problems
 from hf_dp.errors import AccountingError, ConfigError
-from hf_dp.mechanism import Mechanism, Segment, default_delta, steps_per_epoch
+from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment, default_delta, release_norm, steps_per_epoch
 
 __all__ = ["Derived", "Epsilon", "affordable_steps", "calibrate", "derivation", "plan", "spent"]
 
@@ -41,7 +41,13 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
     delta = default_delta(num_examples) if privacy.target_delta is None else float(privacy.target_delta)
     sigma = privacy.noise_multiplier
     if privacy.target_epsilon is not None:
-        sigma = calibrate(privacy.target_epsilon, sample_rate=batch / num_examples, num_steps=steps, delta=delta)
+        sigma = calibrate(
+            privacy.target_epsilon,
+            sample_rate=batch / num_examples,
+            num_steps=steps,
+            delta=delta,
+            sensitivity=release_norm(privacy.log_loss_up_to),
+        )
     assert sigma is not None  # PrivacyConfig holds exactly one of the two
     return Mechanism(
         num_examples=int(num_examples),
@@ -51,6 +57,7 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
         clip_norm=float(privacy.clip_norm),
         delta=delta,
         target_epsilon=None if privacy.target_epsilon is None else float(privacy.target_epsilon),
+        loss_bound=None if privacy.log_loss_up_to is None else float(privacy.log_loss_up_to),
         debug=privacy.debug_seed is not None,
     )
 
@@ -74,8 +81,9 @@ def _plan_problems(privacy: PrivacyConfig, n: int, epochs: float, max_steps: int
             f"(got {privacy.target_delta:g}); leave it out for {default_delta(n):g}"
         )
     sigma = privacy.noise_multiplier
-    if sigma and not MIN_SIGMA <= sigma <= MAX_SIGMA:
-        yield f"noise_multiplier must be 0 (no privacy) or from {MIN_SIGMA} to {MAX_SIGMA:,.0f} (got {sigma:g})"
+    lowest = MIN_SIGMA * release_norm(privacy.log_loss_up_to)
+    if sigma and not lowest <= sigma <= MAX_SIGMA:
+        yield f"noise_multiplier must be 0 (no privacy) or from {lowest:.5g} to {MAX_SIGMA:,.0f} (got {sigma:g})"
 
 
 def affordable_steps(
@@ -133,4 +141,23 @@ def derivation(
         ("epsilon by RDP", rdp, "Rényi DP, dp-accounting; a looser cross-check"),
         ("epsilon", e, f"the smaller of the two, after all {m.num_steps:,} steps, at delta"),
     ]
+    if m.loss_bound is not None:
+        rows[9:9] = _of_metrics(m, m.loss_bound)
     return [Derived(*row) for row in rows]
+
+
+def _of_metrics(m: Mechanism, loss_bound: float) -> list[tuple[str, str, str]]:
+    std, mean = METRIC_NOISE * m.noise_multiplier, "standard deviation of one step's; of a mean over k steps, / sqrt(k)"
+    return [
+        (
+            "joint noise multiplier",
+            f"{m.joint_noise_multiplier:.10g}",
+            f"sigma / sqrt(1 + 2 / {METRIC_NOISE:g}²): gradient, loss and batch size are one release; epsilon is of this",
+        ),
+        (
+            "noise on a logged loss",
+            f"{std * loss_bound / m.expected_batch_size:.5g}",
+            f"{METRIC_NOISE:g} x sigma x L / B: {mean}",
+        ),
+        ("noise on a logged batch size", f"{std:.5g}", f"{METRIC_NOISE:g} x sigma: {mean}"),
+    ]

@@ -21,11 +21,14 @@ from hf_dp.mechanism import Segment
 UNUSED = 1e-3  # this part of the target may stay unused
 
 
-def calibrate(target_epsilon: float, *, sample_rate: float, num_steps: int, delta: float) -> float:
+def calibrate(
+    target_epsilon: float, *, sample_rate: float, num_steps: int, delta: float, sensitivity: float = 1.0
+) -> float:
     """The smallest sigma, to 0.1 % of epsilon and five digits, whose epsilon is within the target.
 
     Searches on log sigma with a bracket. Only a sigma that was itself evaluated, as the float it is, and found within
-    the target is returned: it never overshoots.
+    the target is returned: it never overshoots. `sensitivity` is that of what a step releases, in units of C: with more in
+    the release than the gradient it is above 1, and epsilon is that of sigma / sensitivity.
 
     Raises:
         AccountingError: an invalid argument, or a target that no sigma in [MIN_SIGMA, MAX_SIGMA] meets.
@@ -38,9 +41,10 @@ def calibrate(target_epsilon: float, *, sample_rate: float, num_steps: int, delt
         raise AccountingError("Cannot calibrate the noise: " + "; ".join(wrong) + ".")
 
     def epsilon_of(sigma: float) -> float:
-        return spent([asked._replace(noise_multiplier=sigma)], delta).epsilon
+        return spent([asked._replace(noise_multiplier=sigma / sensitivity)], delta).epsilon
 
     guess = _first_guess(float(target_epsilon), asked._replace(sample_rate=float(sample_rate)), float(delta))
+    guess *= sensitivity
     return _smallest_within(float(target_epsilon), epsilon_of, guess)
 
 

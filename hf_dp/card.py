@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_dp import accounting, durable
 from hf_dp.card_files import read_readme, to_json, with_front_matter, with_section
-from hf_dp.card_words import section, yaml_block
+from hf_dp.card_words import released, section, yaml_block
 from hf_dp.errors import LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
 from hf_dp.mechanism import Mechanism
@@ -98,7 +98,7 @@ def privacy_record(
         "relation": mechanism.relation,
         "mechanism": _mechanism(mechanism),
         "num_steps": ledger.num_steps,
-        "segments": [s._asdict() for s in segments],
+        "segments": [s.stated() for s in segments],
         "ledger": {"file": LEDGER_NAME, "head": ledger.head},
         "declared": dict(declared),
         "assumptions": list(ASSUMPTIONS),
@@ -134,10 +134,12 @@ def _mechanism(m: Mechanism) -> dict[str, Any]:
         "clip_norm": m.clip_norm,
         "clipping": "Euclidean norm of each example's whole gradient",
         "sampler": "Poisson: each record by itself, afresh in each step",
-        "noise": "Gaussian of standard deviation noise_multiplier x clip_norm on the clipped sum, float32",
+        "released": released(m.loss_bound),
+        "noise": "Gaussian of standard deviation noise_multiplier x sensitivity on every coordinate, float32",
+        "sensitivity": m.sensitivity,
         "noise_generator": "Philox4x64 keyed with 128 bits of the operating system's entropy, never stored",
         "sample_rate": m.sample_rate,
-        "noise_multiplier": m.noise_multiplier,
+        "noise_multiplier": m.joint_noise_multiplier,
         "target_epsilon": m.target_epsilon,
         "num_steps_planned": m.num_steps,
     }
@@ -156,7 +158,7 @@ def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:
 def _reason_against(mechanism: Mechanism, header: LedgerHeader, segments: Sequence[ExecutedSegment]) -> str | None:
     if mechanism.debug or header.debug:
         return "a fixed debugging seed made sampling and noise predictable"
-    charged = [s.noise_multiplier for s in segments] or [mechanism.noise_multiplier]
+    charged = [s.noise_multiplier for s in segments] or [mechanism.joint_noise_multiplier]
     if 0 in charged:
         return "no noise was added (noise_multiplier is 0)"
     return None

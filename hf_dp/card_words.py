@@ -7,6 +7,8 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from hf_dp.mechanism import METRIC_NOISE
+
 
 def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
     """The `privacy:` block of the model card's YAML. Epsilon is rounded up.
@@ -42,6 +44,7 @@ def section(record: Mapping[str, Any]) -> str:
         "num_steps": f"{record['num_steps']:,} (planned: {record['mechanism']['num_steps_planned']:,})",
         "sample_rate": _joined(record, "sample_rate"),
         "noise_multiplier": _joined(record, "noise_multiplier"),
+        "released": ", then ".join(dict.fromkeys(map(released, _of_segments(record, "loss_bound")))),
         "accountant": _accountant(record),
         "assumptions": _bullets(record["assumptions"]),
         "not_covered": _bullets(record["not_covered"]),
@@ -50,6 +53,16 @@ def section(record: Mapping[str, Any]) -> str:
         shown |= _in_words(record["epsilon"], record["delta"])
         shown["epsilon_rdp"] = str(_rounded_up(record["epsilon_rdp"], digits=4))
     return Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+
+
+def released(loss_bound: float | None) -> str:
+    """What leaves in each step, in words."""
+    if loss_bound is None:
+        return "the gradient"
+    return (
+        f"the gradient, the training loss (each example's clamped to [0, {loss_bound:g}]) and the batch size, all with noise, as "
+        f"one release inside this epsilon; sigma is that of the whole release, the gradient has sqrt(1 + 2 / {METRIC_NOISE:g}²) of it"
+    )
 
 
 def _in_words(epsilon: float, delta: float) -> dict[str, str]:
@@ -81,7 +94,7 @@ def _accountant(record: Mapping[str, Any]) -> str:
 
 def _of_segments(record: Mapping[str, Any], name: str) -> list[Any]:
     """One value a segment; before the first step, the plan's values, and 0 steps."""
-    return [s[name] for s in record["segments"]] or [record["mechanism"].get(name, 0)]
+    return [s.get(name) for s in record["segments"]] or [record["mechanism"].get(name, 0)]
 
 
 def _one_or_all(values: list[Any]) -> Any:

@@ -37,6 +37,12 @@ class PrivacyConfig:
         metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B/N."},
     )
     clip_norm: float = field(default=1.0, metadata={"help": "C: no example moves the gradient sum by more than this."})
+    log_loss_up_to: float | None = field(
+        default=None,
+        metadata={
+            "help": "Log training loss, each example's clamped to [0, this], and batch size: noised, inside epsilon."
+        },
+    )
     public_eval: bool = field(
         default=False, metadata={"help": "Declare the evaluation data public, so that checkpoints may be chosen by it."}
     )
@@ -65,6 +71,8 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         yield f"expected_batch_size must be a whole number, 1 or more (got {batch!r})"
     if not (is_number(c.clip_norm) and c.clip_norm > 0):
         yield f"clip_norm must be a finite number above 0 (got {c.clip_norm!r})"
+    if c.log_loss_up_to is not None and not (is_number(c.log_loss_up_to) and 1e-3 <= c.log_loss_up_to <= 1e6):
+        yield f"log_loss_up_to must be a number from 0.001 to 1,000,000, or left out (got {c.log_loss_up_to!r})"
     if not isinstance(c.public_eval, bool):
         yield f"public_eval must be true or false (got {c.public_eval!r})"
     seed = c.debug_seed

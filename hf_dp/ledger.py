@@ -103,13 +103,23 @@ class Ledger:
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
-    def begin(self, sample_rate: float, noise_multiplier: float, clip_norm: float, expected_batch_size: int) -> None:
+    def begin(
+        self,
+        sample_rate: float,
+        noise_multiplier: float,
+        clip_norm: float,
+        expected_batch_size: int,
+        loss_bound: float | None = None,
+    ) -> None:
         """The steps from here on have these settings: a new segment where they differ from the last one's.
+
+        `noise_multiplier` is noise over the sensitivity of all that a step releases, loss and batch size included.
 
         Raises:
             LedgerError: a value out of range, q other than B / N, or the disk refuses.
         """
-        segment = ExecutedSegment(float(sample_rate), float(noise_multiplier), float(clip_norm), expected_batch_size, 0)
+        settings = (float(sample_rate), float(noise_multiplier), float(clip_norm), expected_batch_size)
+        segment = ExecutedSegment(*settings, num_steps=0, loss_bound=loss_bound)
         try:
             check_segment(segment, self._record.header.num_examples)
         except ValueError as error:

@@ -4,6 +4,8 @@ r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each va
     {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"hash":...}
     {"kind":"step","n":1,"step":0,"hash":...}
 
+A segment whose steps release training loss and batch size too has "loss_bound":L behind its other fields; its noise multiplier is then
+that of all three together (`metrics.py`), so that the accounting of a segment is the same with and without them.
 A line's hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
 the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can only be the last,
 counts as one more step. Numbers are checked even where the hashes are right, because accountants answer nonsense with epsilon 0.
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import LedgerError
-from hf_dp.mechanism import Segment
+from hf_dp.mechanism import Segment, release_norm
 
 VERSION = 1
 GENESIS = "0" * 64
@@ -48,13 +50,23 @@ class LedgerHeader:
 
 
 class ExecutedSegment(NamedTuple):
-    """Steps in a row with the same settings, as the ledger has them."""
+    """Steps in a row with the same settings, as the ledger has them. `noise_multiplier` is of all that a step releases."""
 
     sample_rate: float
     noise_multiplier: float
     clip_norm: float
     expected_batch_size: int
     num_steps: int
+    loss_bound: float | None = None
+
+    @property
+    def sensitivity(self) -> float:
+        """The most by which one record moves the vector that a step releases."""
+        return self.clip_norm * release_norm(self.loss_bound)
+
+    def stated(self) -> dict[str, Any]:
+        """Field -> value, without those that do not apply: what is written of a segment."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ def header_record(header: LedgerHeader) -> dict[str, Any]:
 
 def segment_record(segment: ExecutedSegment) -> dict[str, Any]:
     """The record that begins a segment."""
-    settings = segment._asdict()
+    settings = segment.stated()
     del settings["num_steps"]
     return {"kind": "segment", **settings}
 
@@ -149,7 +161,7 @@ def check_header(header: LedgerHeader) -> None:
 
 def check_segment(segment: ExecutedSegment, num_examples: int) -> None:
     """Raises ValueError, naming all that is wrong; q must be B / N."""
-    _check({k: v for k, v in segment._asdict().items() if k != "num_steps"}, _SEGMENT_RULES)
+    _check_settings({k: v for k, v in segment.stated().items() if k != "num_steps"})
     expected = segment.expected_batch_size / num_examples
     if not math.isclose(segment.sample_rate, expected, rel_tol=1e-9):  # room for one rounding, none for another q
         raise ValueError(
@@ -193,7 +205,7 @@ class _Reader:
         if self.header is None:
             self._take_header(kind, record)
         elif kind == "segment":
-            _check(record, _SEGMENT_RULES)
+            _check_settings(record)
             self.segments.append(ExecutedSegment(**record, num_steps=0))
             check_segment(self.segments[-1], self.header.num_examples)
         elif kind == "step":
@@ -258,7 +270,12 @@ _SEGMENT_RULES: dict[str, Rule] = {
     "clip_norm": _number(1e-30, 1e30),
     "expected_batch_size": _whole(1),
 }
+_LOSS_BOUND: dict[str, Rule] = {"loss_bound": _number(1e-30, 1e30)}
 _STEP_RULES: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
+
+
+def _check_settings(values: dict[str, Any]) -> None:
+    _check(values, _SEGMENT_RULES | (_LOSS_BOUND if "loss_bound" in values else {}))
 
 
 def _check(values: dict[str, Any], rules: dict[str, Rule]) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 UNIT = "record"  # one row of the training set
+METRIC_NOISE = 10.0  # a released metric's noise over its sensitivity, in units of the gradient's sigma
+METRICS = ("loss", "batch_size")  # what may be released beside the gradient, as further coordinates of the same vector
 RELATION = "zero-out"  # neighbours: one record replaced by one that contributes nothing; N is public
 
 
@@ -32,6 +34,8 @@ class Mechanism:
         clip_norm: C.
         delta: of (epsilon, delta).
         target_epsilon: what sigma was calibrated to, or None where sigma was given.
+        loss_bound: L: training loss, clamped to [0, L], and batch size are released in the same vector (`metrics.py`);
+            None where the gradient alone is.
         debug: the randomness came from a fixed seed; nothing about the run is private.
     """
 
@@ -42,6 +46,7 @@ class Mechanism:
     clip_norm: float
     delta: float
     target_epsilon: float | None = None
+    loss_bound: float | None = None
     unit: str = UNIT
     relation: str = RELATION
     debug: bool = False
@@ -57,6 +62,16 @@ class Mechanism:
         return self.noise_multiplier * self.clip_norm
 
     @property
+    def sensitivity(self) -> float:
+        """The most, in Euclidean norm, by which one record moves the vector that a step releases; C without metrics."""
+        return self.clip_norm * release_norm(self.loss_bound)
+
+    @property
+    def joint_noise_multiplier(self) -> float:
+        """Noise over the sensitivity of all that a step releases: what epsilon is computed from; sigma without metrics."""
+        return self.noise_multiplier / release_norm(self.loss_bound)
+
+    @property
     def is_private(self) -> bool:
         """Whether any guarantee can be stated at all."""
         return self.noise_multiplier > 0 and not self.debug
@@ -64,7 +79,12 @@ class Mechanism:
     @property
     def planned(self) -> Segment:
         """The whole plan as one run-length segment."""
-        return Segment(self.sample_rate, self.noise_multiplier, self.num_steps)
+        return Segment(self.sample_rate, self.joint_noise_multiplier, self.num_steps)
+
+
+def release_norm(loss_bound: float | None) -> float:
+    """Sensitivity of a step's release in units of C: 1, or sqrt(1 + 2 / 10**2) with both metrics (`metrics.py` has the proof)."""
+    return 1.0 if loss_bound is None else math.sqrt(1 + len(METRICS) / METRIC_NOISE**2)
 
 
 def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:

@@ -107,7 +107,7 @@ class PrivateRun:
         if checkpoint is not None:
             refuse_rollback(path, checkpoint)
         self._ledger = Ledger.open(path, header)
-        self._ledger.begin(m.sample_rate, m.noise_multiplier, m.clip_norm, m.expected_batch_size)
+        self._ledger.begin(m.sample_rate, m.joint_noise_multiplier, m.clip_norm, m.expected_batch_size, m.loss_bound)
 
     def _affordable(self) -> int:
         m = self.mechanism
@@ -143,8 +143,8 @@ class PrivateRun:
         assert self._releaser is not None, "release before open"
         noisy = self._releaser(
             clipped_sum,
-            sensitivity=self.mechanism.clip_norm,
-            noise_multiplier=self.mechanism.noise_multiplier,
+            sensitivity=self.mechanism.sensitivity,
+            noise_multiplier=self.mechanism.joint_noise_multiplier,
             draw_number=draw_number,
         )
         self._taken += 1

@@ -19,7 +19,8 @@ from hf_dp import accounting, losses
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
-from hf_dp.mechanism import Mechanism, steps_per_epoch
+from hf_dp.mechanism import METRICS, Mechanism, steps_per_epoch
+from hf_dp.metrics import ReleasedMetrics, contribution
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
 from hf_dp.options import check_options, without_batch_clipping
 from hf_dp.per_example.batches import Batch, example, num_examples, same, unambiguous
@@ -83,6 +84,7 @@ class DPTrainerMixin(_Host):
         self._run: PrivateRun | None = None
         self._sums: dict[str, Tensor] = {}
         self._flat = torch.zeros(0)
+        self._released_metrics: ReleasedMetrics | None = None
         self.mechanism = _plan(privacy, training, options.get("train_dataset"))
         super().__init__(*given.args, **given.kwargs)
         show_epsilon(self)
@@ -212,6 +214,7 @@ class DPTrainerMixin(_Host):
         if self._run is None:
             self._run = PrivateRun(self._planned(), folder, self.args.process_index, self.args.world_size)
         self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed)
+        self._released_metrics = _metrics_of(self._planned())
         print_summary(self)
         try:
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
@@ -229,15 +232,20 @@ class DPTrainerMixin(_Host):
             for micro_batch in inputs[MICRO_BATCHES]:
                 for part in unambiguous(self._prepare_inputs(micro_batch)):
                     self._add_clipped_gradients(part)
-        self._write_gradients(run.release(self._flat, inputs[DRAW_NUMBER]))
+        released = run.release(self._flat, inputs[DRAW_NUMBER])
+        if self._released_metrics is not None:
+            self._released_metrics.add(released[-len(METRICS) :])
+        self._write_gradients(released)
         if run.exhausted:
             self.control.should_training_stop = True
         return torch.zeros((), device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, without numbers that the mechanism did not release, and with epsilon so far."""
+        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with epsilon so far."""
+        released = self._released_metrics.take() if self._released_metrics is not None and "loss" in logs else {}
         for name in NOT_RELEASED:
             logs.pop(name, None)
+        logs.update(released)
         if self.mechanism is not None and self._run is not None:
             logs["epsilon"] = self.privacy_spent().epsilon
         if not self.privacy.public_eval and any(name.startswith("eval_") for name in logs):
@@ -266,13 +274,14 @@ class DPTrainerMixin(_Host):
     # ---- one step --------------------------------------------------------------------------------------------------
 
     def _prepare_for_step(self) -> None:
-        """Training mode, and accumulators at zero: one flat float32 buffer with a view for each parameter."""
+        """Training mode, and accumulators at zero: one flat float32 buffer with a view for each parameter; metrics come last."""
         self.model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if [name for name, _ in trainable] != list(self._sums):
-            self._flat = torch.zeros(sum(p.numel() for _, p in trainable), device=self.args.device)
+            size = sum(p.numel() for _, p in trainable) + (0 if self._planned().loss_bound is None else len(METRICS))
+            self._flat = torch.zeros(size, device=self.args.device)
             start = 0
             self._sums = {}
             for name, p in trainable:
@@ -281,11 +290,13 @@ class DPTrainerMixin(_Host):
         self._flat.zero_()
 
     def _add_clipped_gradients(self, batch: Batch) -> None:
-        model, clip_norm = self.model, self._planned().clip_norm
+        model, clip_norm, loss_bound = self.model, self._planned().clip_norm, self._planned().loss_bound
         with self.compute_loss_context_manager():
-            clipped_gradient_sum(
+            seen = clipped_gradient_sum(
                 model, lambda: self.example_losses(model, batch), num_examples(batch), clip_norm, self._sums
             )
+        if loss_bound is not None:
+            self._flat[-len(METRICS) :] += contribution(seen.losses, clip_norm=clip_norm, loss_bound=loss_bound)
 
     def _write_gradients(self, noisy_sum: Tensor) -> None:
         """p.grad = noisy sum / expected batch size: assigned, whatever was there before."""
@@ -358,6 +369,12 @@ def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any) -> 
     return accounting.plan(
         privacy, len(dataset), num_train_epochs=training.num_train_epochs, max_steps=training.max_steps
     )
+
+
+def _metrics_of(m: Mechanism) -> ReleasedMetrics | None:
+    if m.loss_bound is None:
+        return None
+    return ReleasedMetrics(clip_norm=m.clip_norm, loss_bound=m.loss_bound, expected_batch_size=m.expected_batch_size)
 
 
 def _can_leave_out_logits(model: nn.Module, base: nn.Module) -> bool:

@@ -101,7 +101,7 @@ def _schema_problems(record: Any) -> Iterator[str]:
     for segment in segments if isinstance(segments, list) else []:
         if (
             not isinstance(segment, dict)
-            or set(segment) != SEGMENT_FIELDS
+            or set(segment) - {"loss_bound"} != SEGMENT_FIELDS
             or not all(map(_is_number, segment.values()))
         ):
             yield f"a segment is {segment!r}"
@@ -170,7 +170,7 @@ def _ledger(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
     yield Check("the ledger's hash chain holds", True, f"{ledger.num_steps} steps, head {ledger.head[:12]}...")
     yield _equal("steps in the ledger and in privacy.json", ledger.num_steps, record["num_steps"])
     yield _equal("head of the ledger and in privacy.json", ledger.head, record["ledger"].get("head"))
-    executed = [s._asdict() for s in ledger.executed if s.num_steps]
+    executed = [s.stated() for s in ledger.executed if s.num_steps]
     yield Check(
         "segments in the ledger and in privacy.json", executed == record["segments"], f"{len(executed)} in the ledger"
     )

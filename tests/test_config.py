@@ -30,6 +30,7 @@ def test_exactly_one_of_epsilon_and_sigma_is_given() -> None:
         *(("target_delta", x) for x in [*NO_NUMBERS, 0.0, 1.0, 2.0, MIN_DELTA / 2]),
         *(("expected_batch_size", x) for x in [*NO_NUMBERS, None, 0, -4, 2.5]),
         *(("clip_norm", x) for x in [*NO_NUMBERS, None, 0.0, -1.0]),
+        *(("log_loss_up_to", x) for x in [*NO_NUMBERS, 0.0, -1.0]),
         *(("public_eval", x) for x in ["yes", 1, None]),
         *(("debug_seed", x) for x in [-1, 1.5, "1", True]),
     ],
@@ -45,7 +46,9 @@ def test_what_is_out_of_range_is_refused_by_name(name: str, bad: object) -> None
 
 def test_everything_wrong_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as refusal:
-        PrivacyConfig(target_delta=2.0, expected_batch_size=0, clip_norm=-1, public_eval="no", debug_seed=-1)
+        PrivacyConfig(
+            target_delta=2.0, expected_batch_size=0, clip_norm=-1, log_loss_up_to=0, public_eval="no", debug_seed=-1
+        )
     for field in dataclasses.fields(PrivacyConfig):
         assert field.name in str(refusal.value)
 

@@ -37,6 +37,7 @@ class Witness:
         self.keys: list[int] = []
         self.noise: list[np.ndarray] = []
         self.released_norms: list[float] = []
+        self.batch_sizes: list[int] = []
         self.files: dict[str, bytes] = {}
         self.printed = ""
         self.history: list[dict[str, Any]] = []
@@ -63,8 +64,18 @@ def planted_rows() -> Any:
 
 @pytest.fixture(scope="module")
 def witness(tmp_path_factory: pytest.TempPathFactory) -> Witness:
+    return witnessed(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def witness_of_metrics(tmp_path_factory: pytest.TempPathFactory) -> Witness:
+    """The same with noised loss and batch size in the logs."""
+    return witnessed(tmp_path_factory.mktemp("run"), log_loss_up_to=8.0)
+
+
+def witnessed(folder: Path, **privacy: Any) -> Witness:
     """A run with every kind of output: checkpoints, TensorBoard, card, progress bar, printed summary."""
-    folder, seen = tmp_path_factory.mktemp("run"), Witness()
+    seen = Witness()
     patch = pytest.MonkeyPatch()
 
     def noted_key() -> int:
@@ -75,8 +86,13 @@ def witness(tmp_path_factory: pytest.TempPathFactory) -> Witness:
         part = clipped_sum.clone()
         noisy = release(self, clipped_sum, draw_number)
         seen.noise.append((noisy - part).numpy().copy())
-        seen.released_norms.append(float(noisy.norm()) / BATCH)
-        seen.numbers.extend([float(part.norm()), float(part.norm()) / BATCH, float(part.mean())])
+        seen.released_norms.append(float(noisy[: -2 if privacy else None].norm()) / BATCH)
+        # no means over coordinates: as small as the optimizer's moments, one of those 1e5 floats is the same by chance now and then
+        seen.numbers.extend([float(part.norm()), float(part.norm()) / BATCH, float(part.sum())])
+        if privacy:  # the exact metrics, as a log would have them
+            loss, size = (part[-2:] * 100).tolist()  # METRIC_NOISE / C
+            seen.numbers.extend([loss, loss * 8 / BATCH, loss * 8 / size])
+            seen.batch_sizes.append(round(size))
         return noisy
 
     release = PrivateRun.release
@@ -107,7 +123,8 @@ def witness(tmp_path_factory: pytest.TempPathFactory) -> Witness:
         )
         torch.manual_seed(0)
         model = M.with_lora(lambda: M.llama(max_position_embeddings=2048))
-        config = runs.PrivacyConfig(noise_multiplier=1.0, expected_batch_size=BATCH, target_delta=1e-3, clip_norm=0.1)
+        settings = {"noise_multiplier": 1.0, "expected_batch_size": BATCH, "target_delta": 1e-3, "clip_norm": 0.1}
+        config = runs.PrivacyConfig(**settings, **privacy)
         trainer = WitnessedTrainer(
             model, args, train_dataset=planted_rows(), data_collator=runs.collate, privacy=config
         )
@@ -198,7 +215,9 @@ def test_no_text_and_no_length_of_a_record_is_left(witness: Witness) -> None:
     assert [name for name, text in texts(witness) if length.search(text)] == []
 
 
-def test_no_loss_and_no_norm_is_left(witness: Witness) -> None:
+@pytest.mark.parametrize("run", ["witness", "witness_of_metrics"])
+def test_no_loss_and_no_norm_is_left(run: str, request: pytest.FixtureRequest) -> None:
+    witness: Witness = request.getfixturevalue(run)
     assert len(witness.numbers) > 3 * STEPS
     found = {x: where_number(x, witness) for x in witness.numbers}
     assert {x: names for x, names in found.items() if names} == {}
@@ -214,6 +233,19 @@ def test_logs_hold_public_quantities_alone(witness: Witness) -> None:
     assert state["total_flos"] == 0  # it would count the tokens that were drawn
     assert state["num_input_tokens_seen"] == 0
     assert set(json.loads(witness.files["out/train_results.json"])) <= public
+
+
+def test_logged_metrics_are_the_noisy_ones(witness_of_metrics: Witness) -> None:
+    """One entry a step, sigma 1: exact number plus the noise that the release added to its coordinate, in the log's unit."""
+    seen = witness_of_metrics
+    logged = [entry for entry in seen.history if "loss" in entry]
+    assert len(logged) == len(seen.noise) == STEPS
+    assert not any("train_loss" in entry for entry in seen.history)
+    for entry, size, noise in zip(logged, seen.batch_sizes, seen.noise, strict=True):
+        assert 30 <= size <= 60
+        assert entry["batch_size"] == pytest.approx(size + 100 * float(noise[-1]), rel=1e-4)
+        assert entry["batch_size"] != pytest.approx(size, abs=1e-4)
+        assert 0 < abs(100 * float(noise[-2])) < 70  # 10 sigma = 10: seven of it
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------------

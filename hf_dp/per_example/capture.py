@@ -7,7 +7,7 @@ everybody else calls. The model is left as it was found, also after an exception
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -182,11 +182,18 @@ def squared_norms(factors: dict[str, list[Factor]], batch_size: int, like: Tenso
     return torch.stack([fx.squared_norms(uses) for uses in factors.values()]).sum(0)
 
 
+class PerExample(NamedTuple):
+    """Gradient norms and losses, [B] each. Both are secret."""
+
+    norms: Tensor
+    losses: Tensor
+
+
 @torch.no_grad()
 def clipped_gradient_sum(
     model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, clip_norm: float, into: dict[str, Tensor]
-) -> Tensor:
-    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`, and returns the norms |g_b|, [B], which are secret.
+) -> PerExample:
+    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`, and returns the norms |g_b| and the losses, which are secret.
 
     g_b is the gradient of example b's loss with respect to all trainable parameters together (flat clipping). An example
     whose gradient is not finite adds exactly nothing. B = 0 does nothing.
@@ -202,7 +209,7 @@ def clipped_gradient_sum(
         UnsupportedParameterError, CaptureError: as `per_example_factors`.
     """
     if batch_size == 0:
-        return torch.zeros(0)
+        return PerExample(torch.zeros(0), torch.zeros(0))
     factors, losses = per_example_factors(model, example_losses, batch_size)
     norms = squared_norms(factors, batch_size, losses).sqrt()
     weights = clip_factors(norms, clip_norm)
@@ -211,4 +218,4 @@ def clipped_gradient_sum(
         factors = {name: fx.without_examples(uses, finite) for name, uses in factors.items()}
     for name, uses in factors.items():
         fx.add_weighted_sum(uses, weights, into[name])
-    return norms
+    return PerExample(norms, losses)

@@ -109,6 +109,8 @@ def check_against_one_process(found: dict[str, list[dict[str, Any]]], folder: Pa
         for result in found[name]:
             assert relative_difference({"w": result["weights"]}, {"w": alone["weights"]}) < tolerance
             assert result["charged"] == alone["charged"]
+            assert np.allclose(result["logged"], alone["logged"], rtol=1e-4)  # as above
+            assert len(result["logged"]) == (20 if name == "trajectory" else 0)
             assert result["world"] == len(found[name])
             assert alone["world"] == 1
 

@@ -56,6 +56,7 @@ def train(folder: Path, privacy: dict[str, Any], *, rank: int = 4, **settings: A
         "hashes": watch.hashes,
         "charged": trainer.privacy_spent().num_steps,
         "epsilon": trainer.privacy_spent().epsilon,
+        "logged": [[entry["loss"], entry["batch_size"]] for entry in trainer.state.log_history if "loss" in entry],
         "world": trainer.args.world_size,
     }
 
@@ -65,7 +66,7 @@ def one_step(folder: Path) -> dict[str, Any]:
 
 
 def trajectory(folder: Path) -> dict[str, Any]:
-    return train(folder, NOISY, max_steps=20, learning_rate=0.05, optim="adamw_torch")
+    return train(folder, {**NOISY, "log_loss_up_to": 3.0}, max_steps=20, learning_rate=0.05, optim="adamw_torch")
 
 
 def empty_draws(folder: Path) -> dict[str, Any]:
