@@ -52,6 +52,7 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
         delta=delta,
         target_epsilon=None if privacy.target_epsilon is None else float(privacy.target_epsilon),
         debug=privacy.debug_seed is not None,
+        noise=privacy.noise,
     )
 
 

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TypeGuard
+from typing import Literal, TypeGuard, get_args
 
 from hf_dp.errors import ConfigError
 
+Noise = Literal["gaussian", "gaussian-chacha20"]
+NOISES: tuple[str, ...] = get_args(Noise)
 MIN_DELTA = 1e-12  # below it the PLD accountant loses its footing (8.59 for a true 4.25 at 1e-14)
 
 
@@ -37,6 +39,10 @@ class PrivacyConfig:
         metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B/N."},
     )
     clip_norm: float = field(default=1.0, metadata={"help": "C: no example moves the gradient sum by more than this."})
+    noise: Noise = field(
+        default="gaussian",
+        metadata={"help": "gaussian: random bits from numpy's Philox; gaussian-chacha20: from the cipher ChaCha20."},
+    )
     public_eval: bool = field(
         default=False, metadata={"help": "Declare the evaluation data public, so that checkpoints may be chosen by it."}
     )
@@ -65,6 +71,8 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         yield f"expected_batch_size must be a whole number, 1 or more (got {batch!r})"
     if not (is_number(c.clip_norm) and c.clip_norm > 0):
         yield f"clip_norm must be a finite number above 0 (got {c.clip_norm!r})"
+    if c.noise not in NOISES:
+        yield f"noise must be one of {', '.join(NOISES)} (got {c.noise!r})"
     if not isinstance(c.public_eval, bool):
         yield f"public_eval must be true or false (got {c.public_eval!r})"
     seed = c.debug_seed

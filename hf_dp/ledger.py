@@ -103,13 +103,22 @@ class Ledger:
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
-    def begin(self, sample_rate: float, noise_multiplier: float, clip_norm: float, expected_batch_size: int) -> None:
+    def begin(
+        self,
+        sample_rate: float,
+        noise_multiplier: float,
+        clip_norm: float,
+        expected_batch_size: int,
+        noise: str = "gaussian",
+    ) -> None:
         """The steps from here on have these settings: a new segment where they differ from the last one's.
 
         Raises:
             LedgerError: a value out of range, q other than B / N, or the disk refuses.
         """
-        segment = ExecutedSegment(float(sample_rate), float(noise_multiplier), float(clip_norm), expected_batch_size, 0)
+        segment = ExecutedSegment(
+            float(sample_rate), float(noise_multiplier), float(clip_norm), expected_batch_size, 0, noise
+        )
         try:
             check_segment(segment, self._record.header.num_examples)
         except ValueError as error:

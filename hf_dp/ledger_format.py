@@ -5,8 +5,9 @@ r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each va
     {"kind":"step","n":1,"step":0,"hash":...}
 
 A line's hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
-the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can only be the last,
-counts as one more step. Numbers are checked even where the hashes are right, because accountants answer nonsense with epsilon 0.
+the steps from 1; `step` is the trainer's own number where it gave one. A segment has `noise` too where it is not "gaussian". A line
+whose writing was cut short, which can only be the last, counts as one more step. Numbers are checked even where the hashes are
+right, because accountants answer nonsense with epsilon 0.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from hf_dp.config import MIN_DELTA
+from hf_dp.config import MIN_DELTA, NOISES
 from hf_dp.errors import LedgerError
 from hf_dp.mechanism import Segment
 
@@ -55,6 +56,7 @@ class ExecutedSegment(NamedTuple):
     clip_norm: float
     expected_batch_size: int
     num_steps: int
+    noise: str = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def segment_record(segment: ExecutedSegment) -> dict[str, Any]:
     """The record that begins a segment."""
     settings = segment._asdict()
     del settings["num_steps"]
+    if segment.noise == "gaussian":
+        del settings["noise"]
     return {"kind": "segment", **settings}
 
 
@@ -137,9 +141,9 @@ def parse(data: bytes, name: str) -> LedgerRecord:
 
 
 def for_accounting(segments: list[ExecutedSegment]) -> tuple[Segment, ...]:
-    """Run-length form: neighbours with the same q and sigma united, empty ones left out."""
-    runs = groupby((s for s in segments if s.num_steps), key=lambda s: (s.sample_rate, s.noise_multiplier))
-    return tuple(Segment(q, sigma, sum(s.num_steps for s in run)) for (q, sigma), run in runs)
+    """Run-length form: neighbours with the same q, sigma and noise united, empty ones left out."""
+    runs = groupby((s for s in segments if s.num_steps), key=lambda s: (s.sample_rate, s.noise_multiplier, s.noise))
+    return tuple(Segment(q, sigma, sum(s.num_steps for s in run), noise) for (q, sigma, noise), run in runs)
 
 
 def check_header(header: LedgerHeader) -> None:
@@ -193,6 +197,7 @@ class _Reader:
         if self.header is None:
             self._take_header(kind, record)
         elif kind == "segment":
+            record = {"noise": "gaussian"} | record
             _check(record, _SEGMENT_RULES)
             self.segments.append(ExecutedSegment(**record, num_steps=0))
             check_segment(self.segments[-1], self.header.num_examples)
@@ -257,6 +262,7 @@ _SEGMENT_RULES: dict[str, Rule] = {
     "noise_multiplier": _number(0, 1e9),
     "clip_norm": _number(1e-30, 1e30),
     "expected_batch_size": _whole(1),
+    "noise": ("one of " + ", ".join(NOISES), lambda v: v in NOISES),
 }
 _STEP_RULES: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
 

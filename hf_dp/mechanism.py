@@ -9,11 +9,12 @@ RELATION = "zero-out"  # neighbours: one record replaced by one that contributes
 
 
 class Segment(NamedTuple):
-    """`num_steps` steps in a row of the Poisson-subsampled Gaussian mechanism with the same q and sigma."""
+    """`num_steps` steps in a row of the Poisson-subsampled Gaussian mechanism with the same q, sigma and kind of noise."""
 
     sample_rate: float
     noise_multiplier: float
     num_steps: int
+    noise: str = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Mechanism:
         delta: of (epsilon, delta).
         target_epsilon: what sigma was calibrated to, or None where sigma was given.
         debug: the randomness came from a fixed seed; nothing about the run is private.
+        noise: its kind, one of `config.NOISES`.
     """
 
     num_examples: int
@@ -45,6 +47,7 @@ class Mechanism:
     unit: str = UNIT
     relation: str = RELATION
     debug: bool = False
+    noise: str = "gaussian"
 
     @property
     def sample_rate(self) -> float:
@@ -57,6 +60,11 @@ class Mechanism:
         return self.noise_multiplier * self.clip_norm
 
     @property
+    def generator(self) -> str:
+        """Where the random bits of draws and noise come from: "philox" or "chacha20"."""
+        return generator_of(self.noise)
+
+    @property
     def is_private(self) -> bool:
         """Whether any guarantee can be stated at all."""
         return self.noise_multiplier > 0 and not self.debug
@@ -64,7 +72,12 @@ class Mechanism:
     @property
     def planned(self) -> Segment:
         """The whole plan as one run-length segment."""
-        return Segment(self.sample_rate, self.noise_multiplier, self.num_steps)
+        return Segment(self.sample_rate, self.noise_multiplier, self.num_steps, self.noise)
+
+
+def generator_of(noise: str) -> str:
+    """Where the random bits behind draws and noise of this kind come from: "philox" or "chacha20"."""
+    return "philox" if noise == "gaussian" else "chacha20"
 
 
 def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:

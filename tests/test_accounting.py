@@ -64,7 +64,7 @@ def test_an_independent_convolution_agrees(name: str) -> None:
     ],
 )
 def test_different_segments_compose_as_the_independent_convolution_says(segments: list[Segment]) -> None:
-    twin = fft_accountant.epsilon([tuple(s) for s in segments], 1e-5)
+    twin = fft_accountant.epsilon([s[:3] for s in segments], 1e-5)
     found = spent(segments, 1e-5).epsilon
     assert twin * (1 - 1e-4) <= found <= twin * 1.005
     assert found > max(spent([s], 1e-5).epsilon for s in segments) * 1.001
