@@ -59,6 +59,7 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
         target_epsilon=None if privacy.target_epsilon is None else float(privacy.target_epsilon),
         loss_bound=None if privacy.log_loss_up_to is None else float(privacy.log_loss_up_to),
         debug=privacy.debug_seed is not None,
+        noise=privacy.noise,
     )
 
 

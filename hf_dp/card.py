@@ -14,7 +14,7 @@ from hf_dp.card_files import read_readme, to_json, with_front_matter, with_secti
 from hf_dp.card_words import released, section, yaml_block
 from hf_dp.errors import LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
-from hf_dp.mechanism import Mechanism
+from hf_dp.mechanism import Mechanism, generator_of
 
 SCHEMA_VERSION = 1
 PRIVACY_JSON = "privacy.json"
@@ -27,8 +27,8 @@ ASSUMPTIONS = (
     "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No claim "
     "is made against attacks on floating-point rounding.",
     "The number of training records is public.",
-    "The choice of records and the noise come from generators keyed with secret randomness of the operating system, "
-    "which is never stored.",
+    "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the operating "
+    "system, which is never stored.",
     "One person, one record: whoever is in several records is protected less, the more records the less.",
 )
 NOT_COVERED = (
@@ -37,6 +37,11 @@ NOT_COVERED = (
     "epsilons add to this one.",
     "Side channels: how long training took, its use of memory, and anybody with access to the machine.",
 )
+GENERATORS = {
+    "philox": "Philox4x64 keyed with 128 bits of the operating system's entropy, never stored",
+    "chacha20": "the cipher ChaCha20 keyed with 128 bits of the operating system's entropy, never stored",
+}
+GENERATOR_NAMES = {"philox": "Philox4x64, which is no cipher", "chacha20": "the cipher ChaCha20"}
 PUBLIC_EVAL = "Evaluation data: whoever trained the model declared them public; numbers and choices made with them are not covered."
 PRIVATE_EVAL = "Evaluation data: not declared public; numbers computed on them are not covered."
 
@@ -101,7 +106,7 @@ def privacy_record(
         "segments": [s.stated() for s in segments],
         "ledger": {"file": LEDGER_NAME, "head": ledger.head},
         "declared": dict(declared),
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": _assumptions(segments, mechanism),
         "not_covered": [PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL, *NOT_COVERED],
         "libraries": dict(libraries),
     }
@@ -137,12 +142,20 @@ def _mechanism(m: Mechanism) -> dict[str, Any]:
         "released": released(m.loss_bound),
         "noise": "Gaussian of standard deviation noise_multiplier x sensitivity on every coordinate, float32",
         "sensitivity": m.sensitivity,
-        "noise_generator": "Philox4x64 keyed with 128 bits of the operating system's entropy, never stored",
+        "generator": m.generator,
+        "noise_generator": GENERATORS[m.generator],
         "sample_rate": m.sample_rate,
         "noise_multiplier": m.joint_noise_multiplier,
         "target_epsilon": m.target_epsilon,
         "num_steps_planned": m.num_steps,
     }
+
+
+def _assumptions(segments: Sequence[ExecutedSegment], mechanism: Mechanism) -> list[str]:
+    """Of every kind of noise that was used, or, before the first step, planned."""
+    used = sorted({generator_of(s.noise) for s in segments} or {mechanism.generator}, reverse=True)
+    generator = ", then ".join(GENERATOR_NAMES[name] for name in used)
+    return [text.format(generator=generator) for text in ASSUMPTIONS]
 
 
 def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TypeGuard
+from typing import Literal, TypeGuard, get_args
 
 from hf_dp.errors import ConfigError
 
+Noise = Literal["gaussian", "gaussian-chacha20"]
+NOISES: tuple[str, ...] = get_args(Noise)
 MIN_DELTA = 1e-12  # below it the PLD accountant loses its footing (8.59 for a true 4.25 at 1e-14)
 
 
@@ -43,6 +45,10 @@ class PrivacyConfig:
             "help": "Log training loss, each example's clamped to [0, this], and batch size: noised, inside epsilon."
         },
     )
+    noise: Noise = field(
+        default="gaussian",
+        metadata={"help": "gaussian: random bits from numpy's Philox; gaussian-chacha20: from the cipher ChaCha20."},
+    )
     public_eval: bool = field(
         default=False, metadata={"help": "Declare the evaluation data public, so that checkpoints may be chosen by it."}
     )
@@ -73,6 +79,8 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         yield f"clip_norm must be a finite number above 0 (got {c.clip_norm!r})"
     if c.log_loss_up_to is not None and not (is_number(c.log_loss_up_to) and 1e-3 <= c.log_loss_up_to <= 1e6):
         yield f"log_loss_up_to must be a number from 0.001 to 1,000,000, or left out (got {c.log_loss_up_to!r})"
+    if c.noise not in NOISES:
+        yield f"noise must be one of {', '.join(NOISES)} (got {c.noise!r})"
     if not isinstance(c.public_eval, bool):
         yield f"public_eval must be true or false (got {c.public_eval!r})"
     seed = c.debug_seed

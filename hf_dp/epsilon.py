@@ -50,7 +50,7 @@ def spent(segments: Sequence[Segment], delta: float) -> Epsilon:
     wrong = [*delta_problems(delta), *(p for s in segments for p in segment_problems(s))]
     counts: Counter[tuple[float, float]] = Counter()
     if not wrong:
-        for q, sigma, steps in segments:
+        for q, sigma, steps, _ in segments:
             counts[float(q), float(sigma)] += int(steps)
         if counts.total() > MAX_STEPS:
             wrong.append(f"steps must be at most {MAX_STEPS:,} in all (got {counts.total():,})")
@@ -81,7 +81,7 @@ def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
 
 def segment_problems(segment: Segment) -> Iterator[str]:
     """What is wrong with a segment, a clause each: expected and got."""
-    q, sigma, steps = segment
+    q, sigma, steps, _ = segment
     if not (is_number(q) and 0 < q <= 1):
         yield f"sample_rate must be above 0 and at most 1 (got {q!r})"
     if not (is_number(sigma) and (sigma == 0 or MIN_SIGMA <= sigma <= MAX_SIGMA)):
@@ -179,7 +179,7 @@ def _step_reach(s: Segment) -> float:
 
 def _total_reach(s: Segment) -> float:
     """About the range of T steps' loss: the normal limit, or a participation count's tail. Sizes arrays only."""
-    q, sigma, steps = s
+    q, sigma, steps, _ = s
     taken = min(steps, q * steps + 8 * math.sqrt(q * steps) + 12)
     by_count = 0.5 * taken / sigma**2 + 8 * math.sqrt(taken) / sigma
     by_normal = 0.5 * steps * _mu(s) ** 2 + 10 * _mu(s) * math.sqrt(steps) + 2 * _step_reach(s)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_dp.errors import HfDpError
-from hf_dp.streams import Role, checked_key, stream
+from hf_dp.streams import Role, fresh_key, stream
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def fork_forward_rng(devices: Iterable["torch.device | str"] = (), *, seed: int 
     """
     import torch
 
-    key = stream(checked_key(seed), Role.FORWARD, 0)
+    key = stream(fresh_key() if seed is None else seed, Role.FORWARD, 0)
     others = [device for device in map(torch.device, devices) if device.type != "cpu"]
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with ExitStack() as restored:

@@ -109,6 +109,7 @@ class Ledger:
         noise_multiplier: float,
         clip_norm: float,
         expected_batch_size: int,
+        noise: str = "gaussian",
         loss_bound: float | None = None,
     ) -> None:
         """The steps from here on have these settings: a new segment where they differ from the last one's.
@@ -119,7 +120,7 @@ class Ledger:
             LedgerError: a value out of range, q other than B / N, or the disk refuses.
         """
         settings = (float(sample_rate), float(noise_multiplier), float(clip_norm), expected_batch_size)
-        segment = ExecutedSegment(*settings, num_steps=0, loss_bound=loss_bound)
+        segment = ExecutedSegment(*settings, num_steps=0, loss_bound=loss_bound, noise=noise)
         try:
             check_segment(segment, self._record.header.num_examples)
         except ValueError as error:

@@ -1,11 +1,12 @@
 r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each value checked, nothing believed.
 
     {"kind":"header","version":1,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,"debug":...,"hash":...}
-    {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"hash":...}
+    {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"noise":...,"hash":...}
     {"kind":"step","n":1,"step":0,"hash":...}
 
 A segment whose steps release training loss and batch size too has "loss_bound":L behind its other fields; its noise multiplier is then
-that of all three together (`metrics.py`), so that the accounting of a segment is the same with and without them.
+that of all three together (`metrics.py`), so that the accounting of a segment is the same with and without them. Without "noise" it
+is "gaussian".
 A line's hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
 the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can only be the last,
 counts as one more step. Numbers are checked even where the hashes are right, because accountants answer nonsense with epsilon 0.
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from hf_dp.config import MIN_DELTA
+from hf_dp.config import MIN_DELTA, NOISES
 from hf_dp.errors import LedgerError
 from hf_dp.mechanism import Segment, release_norm
 
@@ -57,6 +58,7 @@ class ExecutedSegment(NamedTuple):
     clip_norm: float
     expected_batch_size: int
     num_steps: int
+    noise: str = "gaussian"
     loss_bound: float | None = None
 
     @property
@@ -149,9 +151,9 @@ def parse(data: bytes, name: str) -> LedgerRecord:
 
 
 def for_accounting(segments: list[ExecutedSegment]) -> tuple[Segment, ...]:
-    """Run-length form: neighbours with the same q and sigma united, empty ones left out."""
-    runs = groupby((s for s in segments if s.num_steps), key=lambda s: (s.sample_rate, s.noise_multiplier))
-    return tuple(Segment(q, sigma, sum(s.num_steps for s in run)) for (q, sigma), run in runs)
+    """Run-length form: neighbours with the same q, sigma and noise united, empty ones left out."""
+    runs = groupby((s for s in segments if s.num_steps), key=lambda s: (s.sample_rate, s.noise_multiplier, s.noise))
+    return tuple(Segment(q, sigma, sum(s.num_steps for s in run), noise) for (q, sigma, noise), run in runs)
 
 
 def check_header(header: LedgerHeader) -> None:
@@ -270,12 +272,15 @@ _SEGMENT_RULES: dict[str, Rule] = {
     "clip_norm": _number(1e-30, 1e30),
     "expected_batch_size": _whole(1),
 }
-_LOSS_BOUND: dict[str, Rule] = {"loss_bound": _number(1e-30, 1e30)}
+_OPTIONAL_RULES: dict[str, Rule] = {
+    "loss_bound": _number(1e-30, 1e30),
+    "noise": ("one of " + ", ".join(NOISES), lambda v: v in NOISES),
+}
 _STEP_RULES: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
 
 
 def _check_settings(values: dict[str, Any]) -> None:
-    _check(values, _SEGMENT_RULES | (_LOSS_BOUND if "loss_bound" in values else {}))
+    _check(values, _SEGMENT_RULES | {k: rule for k, rule in _OPTIONAL_RULES.items() if k in values})
 
 
 def _check(values: dict[str, Any], rules: dict[str, Rule]) -> None:

@@ -11,11 +11,12 @@ RELATION = "zero-out"  # neighbours: one record replaced by one that contributes
 
 
 class Segment(NamedTuple):
-    """`num_steps` steps in a row of the Poisson-subsampled Gaussian mechanism with the same q and sigma."""
+    """`num_steps` steps in a row of the Poisson-subsampled Gaussian mechanism with the same q, sigma and kind of noise."""
 
     sample_rate: float
     noise_multiplier: float
     num_steps: int
+    noise: str = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Mechanism:
         loss_bound: L: training loss, clamped to [0, L], and batch size are released in the same vector (`metrics.py`);
             None where the gradient alone is.
         debug: the randomness came from a fixed seed; nothing about the run is private.
+        noise: its kind, one of `config.NOISES`.
     """
 
     num_examples: int
@@ -50,6 +52,7 @@ class Mechanism:
     unit: str = UNIT
     relation: str = RELATION
     debug: bool = False
+    noise: str = "gaussian"
 
     @property
     def sample_rate(self) -> float:
@@ -72,6 +75,11 @@ class Mechanism:
         return self.noise_multiplier / release_norm(self.loss_bound)
 
     @property
+    def generator(self) -> str:
+        """Where the random bits of draws and noise come from: "philox" or "chacha20"."""
+        return generator_of(self.noise)
+
+    @property
     def is_private(self) -> bool:
         """Whether any guarantee can be stated at all."""
         return self.noise_multiplier > 0 and not self.debug
@@ -79,12 +87,17 @@ class Mechanism:
     @property
     def planned(self) -> Segment:
         """The whole plan as one run-length segment."""
-        return Segment(self.sample_rate, self.joint_noise_multiplier, self.num_steps)
+        return Segment(self.sample_rate, self.joint_noise_multiplier, self.num_steps, self.noise)
 
 
 def release_norm(loss_bound: float | None) -> float:
     """Sensitivity of a step's release in units of C: 1, or sqrt(1 + 2 / 10**2) with both metrics (`metrics.py` has the proof)."""
     return 1.0 if loss_bound is None else math.sqrt(1 + len(METRICS) / METRIC_NOISE**2)
+
+
+def generator_of(noise: str) -> str:
+    """Where the random bits behind draws and noise of this kind come from: "philox" or "chacha20"."""
+    return "philox" if noise == "gaussian" else "chacha20"
 
 
 def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:

@@ -1,8 +1,9 @@
 """A number of coordinates and a standard deviation -> fresh Gaussian noise in float32, from a key nobody else has.
 
-Generator: numpy's ziggurat normals (Marsaglia and Tsang 2000) over Philox4x64-10 with a 128-bit key. Precision: float32, 23 random bits
-within each of 256 layers, values up to 8.2 standard deviations. The analysis assumes exact arithmetic: no claim is made against attacks
-on floating-point noise (Mironov 2012), as for any noise in floating point that is not proved against them.
+Generator: numpy's ziggurat normals (Marsaglia and Tsang 2000) over Philox4x64-10 with a 128-bit key: float32, 23 random bits within
+each of 256 layers, values up to 8.2 standard deviations. Or, for a `ChaChaKey`, Box-Muller in float64 over ChaCha20, rounded to float32.
+The analysis assumes exact arithmetic: no claim is made against attacks on floating-point noise (Mironov 2012), whatever the
+generator, as for any noise in floating point that is not proved against them.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.forked_rng import fork_forward_rng
-from hf_dp.streams import Role, checked_key, fresh_key, stream
+from hf_dp.streams import Key, Role, checked_key, fresh_key, keyed_stream
 
 __all__ = ["NoiseSource", "fork_forward_rng", "fresh_key"]
 
@@ -31,13 +32,14 @@ class NoiseSource:
     The key is never shown, never pickled, and a forked copy refuses to draw, because it would repeat its parent's noise.
 
     Args:
-        key: 128 secret bits; None draws them from the operating system. A fixed key is for tests: its noise protects nothing.
+        key: 128 secret bits, for Philox, or a `ChaChaKey`; None draws bits for Philox from the operating system. A fixed key is for
+            tests: its noise protects nothing.
 
     Raises:
         ConfigError: not a 128-bit whole number.
     """
 
-    def __init__(self, *, key: int | None = None) -> None:
+    def __init__(self, *, key: Key | None = None) -> None:
         self._key = checked_key(key)
         self._numbers = itertools.count()
         self._process = os.getpid()
@@ -66,7 +68,7 @@ class NoiseSource:
 
         def fill(block: int) -> None:
             part = values[block * BLOCK : (block + 1) * BLOCK]
-            stream(self._key, Role.NOISE, number, block).standard_normal(dtype=np.float32, out=part)
+            keyed_stream(self._key, Role.NOISE, number, block).standard_normal(dtype=np.float32, out=part)
             part *= np.float32(std)
 
         blocks = range(-(-numel // BLOCK))

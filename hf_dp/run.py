@@ -14,7 +14,7 @@ from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, refuse_rollback
 from hf_dp.mechanism import Mechanism, Segment
 from hf_dp.noise import NoiseSource
 from hf_dp.release import Releaser
-from hf_dp.streams import fresh_key
+from hf_dp.streams import ChaChaKey, Key, fresh_key
 
 COMPLETE = "privacy_complete.json"  # the last file of a checkpoint: with it, the checkpoint is whole
 
@@ -40,7 +40,7 @@ class PrivateRun:
     def __init__(self, mechanism: Mechanism, folder: Path, process_index: int, num_processes: int) -> None:
         self.mechanism = mechanism
         self.folder = folder
-        self.sampling_key = 0
+        self.sampling_key: Key = 0
         self._process, self._processes = process_index, num_processes
         self._ledger: Ledger | None = None
         self._releaser: Releaser | None = None
@@ -67,8 +67,8 @@ class PrivateRun:
         self._seed = seed
         self._shared(lambda: self._open_ledger(dataset, checkpoint))
         self._before = self._shared(lambda: self._ledger.segments() if self._ledger else ())
-        self.sampling_key = self._shared(lambda: fresh_key() if seed is None else seed)
-        noise = NoiseSource(key=None if seed is None else seed + 1) if self._process == 0 else None
+        self.sampling_key = self._shared(lambda: self._key(fresh_key() if seed is None else seed))
+        noise = NoiseSource(key=self._key(fresh_key() if seed is None else seed + 1)) if self._process == 0 else None
         self._releaser = Releaser(self._ledger, noise, process_index=self._process, num_processes=self._processes)
         self._taken = 0
         self._allowed = self._affordable()
@@ -107,7 +107,12 @@ class PrivateRun:
         if checkpoint is not None:
             refuse_rollback(path, checkpoint)
         self._ledger = Ledger.open(path, header)
-        self._ledger.begin(m.sample_rate, m.joint_noise_multiplier, m.clip_norm, m.expected_batch_size, m.loss_bound)
+        begin = self._ledger.begin
+        begin(m.sample_rate, m.joint_noise_multiplier, m.clip_norm, m.expected_batch_size, m.noise, m.loss_bound)
+
+    def _key(self, secret: int) -> Key:
+        """For the generator that the mechanism names."""
+        return secret if self.mechanism.generator == "philox" else ChaChaKey(secret)
 
     def _affordable(self) -> int:
         m = self.mechanism

@@ -1,5 +1,6 @@
 """N, q, a secret key and a step's number -> this process's slice of one global Poisson draw."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -8,9 +9,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from hf_dp.errors import ConfigError, HfDpError
-from hf_dp.streams import Role, checked_key, stream
+from hf_dp.streams import Key, Role, checked_key, keyed_stream
 
 BLOCK = 1 << 20  # uniforms held at once
+UNIT = 1 << 53  # uniforms are multiples of its inverse
 T = TypeVar("T")
 
 
@@ -28,10 +30,10 @@ class Draw(list[T]):
 class PoissonSampler(Sampler[list[int]]):
     """Batches for a `DataLoader(batch_sampler=...)`: each keeps every record with probability q, by itself.
 
-    Guarantee: under a secret key, record i is in draw t with probability `sample_rate` (to 2**-53), independently of every other
-    record and draw. There is one global draw; process r of W yields its kept[r::W], so that the slices of all processes together are
-    the draw, each record once. Nothing is capped, padded, shuffled or evened out. A slice may be empty: it is yielded as `[]`.
-    The order within a draw is that of the data set.
+    Guarantee: under a secret key, record i is in draw t with probability `sample_rate`, rounded down to a multiple of 2**-53,
+    independently of every other record and draw. There is one global draw; process r of W yields its kept[r::W], so that the slices
+    of all processes together are the draw, each record once. Nothing is capped, padded, shuffled or evened out. A slice may be
+    empty: it is yielded as `[]`. The order within a draw is that of the data set.
 
     Iterating again goes on with fresh draws: the number of a draw never comes twice in the life of the object, whether or
     not an iterator was exhausted.
@@ -40,7 +42,8 @@ class PoissonSampler(Sampler[list[int]]):
         num_examples: N.
         sample_rate: q, 0 < q <= 1; at 1 every draw is the whole set.
         num_batches: length of one iteration, 1 or more.
-        key: 128 secret bits, the same on all processes; None draws them, which is right for one process alone.
+        key: 128 secret bits, the same on all processes, for Philox, or a `ChaChaKey`; None draws bits for Philox, which is right
+            for one process alone.
         process_index: this process, from 0.
         num_processes: W.
 
@@ -54,7 +57,7 @@ class PoissonSampler(Sampler[list[int]]):
         sample_rate: float,
         num_batches: int,
         *,
-        key: int | None = None,
+        key: Key | None = None,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -80,7 +83,7 @@ class PoissonSampler(Sampler[list[int]]):
         self._next = 0
 
     @property
-    def key(self) -> int:
+    def key(self) -> Key:
         """The secret behind the draws, to be shared with other processes and shown to nobody."""
         return self._key
 
@@ -91,9 +94,10 @@ class PoissonSampler(Sampler[list[int]]):
 
     def draw(self, number: int) -> NDArray[np.int64]:
         """The whole draw `number`, over all processes: indices in rising order, a function of (key, number) alone."""
-        uniforms = stream(self._key, Role.SAMPLING, number)
+        uniforms = keyed_stream(self._key, Role.SAMPLING, number)
+        threshold = math.floor(self.sample_rate * UNIT) / UNIT
         kept = [
-            start + np.flatnonzero(uniforms.random(min(BLOCK, self.num_examples - start)) < self.sample_rate)
+            start + np.flatnonzero(uniforms.random(min(BLOCK, self.num_examples - start)) < threshold)
             for start in range(0, self.num_examples, BLOCK)
         ]
         return np.concatenate(kept)

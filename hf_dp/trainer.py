@@ -16,6 +16,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_dp import accounting, losses
+from hf_dp.chacha import require_cryptography
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
@@ -366,6 +367,8 @@ class DPSeq2SeqTrainer(DPTrainerMixin, Seq2SeqTrainer):
 def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any) -> Mechanism | None:
     if dataset is None:
         return None
+    if privacy.noise != "gaussian":
+        require_cryptography()
     return accounting.plan(
         privacy, len(dataset), num_train_epochs=training.num_train_epochs, max_steps=training.max_steps
     )

@@ -14,9 +14,10 @@ from hf_dp import accounting
 from hf_dp.card import INFINITE, PRIVACY_JSON, SCHEMA_VERSION, TAGS
 from hf_dp.card_files import read_readme, section_of, yaml_of
 from hf_dp.card_words import section, yaml_block
+from hf_dp.config import NOISES
 from hf_dp.errors import AccountingError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
-from hf_dp.mechanism import RELATION, Segment
+from hf_dp.mechanism import RELATION, Segment, generator_of
 
 ROUNDING = 1e-6  # relative; another version's grid may round the other way
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
@@ -101,8 +102,9 @@ def _schema_problems(record: Any) -> Iterator[str]:
     for segment in segments if isinstance(segments, list) else []:
         if (
             not isinstance(segment, dict)
-            or set(segment) - {"loss_bound"} != SEGMENT_FIELDS
-            or not all(map(_is_number, segment.values()))
+            or set(segment) - {"loss_bound", "noise"} != SEGMENT_FIELDS
+            or segment.get("noise", "gaussian") not in NOISES
+            or not all(_is_number(value) for name, value in segment.items() if name != "noise")
         ):
             yield f"a segment is {segment!r}"
 
@@ -123,6 +125,9 @@ def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
     wrong = [s for s in segments if not math.isclose(s["sample_rate"], s["expected_batch_size"] / n, rel_tol=1e-12)]
     yield Check("q = B / N in every segment", not wrong, f"{len(wrong)} of {len(segments)} segments differ")
     yield _equal("the neighbouring relation is the one accounted for", record["relation"], RELATION)
+    if segments:
+        generator = generator_of(segments[-1].get("noise", "gaussian"))
+        yield _equal("the generator is that of the last segment", mechanism.get("generator"), generator)
     unclipped = [s for s in segments if s["clip_norm"] <= 0]
     yield Check("every segment clips", not unclipped, f"{len(unclipped)} of {len(segments)} have no clip norm above 0")
 
@@ -135,7 +140,7 @@ def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
             "a run without a guarantee says so", infinite and bool(reason), f"epsilon {record['epsilon']}, {reason}"
         )
         return
-    segments = [Segment(s["sample_rate"], s["noise_multiplier"], s["num_steps"]) for s in record["segments"]]
+    segments = [Segment(**{name: s[name] for name in Segment._fields if name in s}) for s in record["segments"]]
     try:
         ours = accounting.spent(segments, record["delta"])
     except AccountingError as error:

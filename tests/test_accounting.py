@@ -51,7 +51,7 @@ def test_golden_values_are_met_from_above_and_within_half_a_percent(name: str) -
 @pytest.mark.parametrize("name", GOLDEN)
 def test_an_independent_convolution_agrees(name: str) -> None:
     segment, delta, lower_bound, _ = GOLDEN[name]
-    twin = fft_accountant.epsilon([tuple(segment)], delta)
+    twin = fft_accountant.epsilon([segment[:3]], delta)
     assert twin >= lower_bound
     assert twin * (1 - 1e-4) <= spent([segment], delta).epsilon <= twin * 1.005  # 1e-4: the twin's own grid
 
@@ -64,7 +64,7 @@ def test_an_independent_convolution_agrees(name: str) -> None:
     ],
 )
 def test_different_segments_compose_as_the_independent_convolution_says(segments: list[Segment]) -> None:
-    twin = fft_accountant.epsilon([tuple(s) for s in segments], 1e-5)
+    twin = fft_accountant.epsilon([s[:3] for s in segments], 1e-5)
     found = spent(segments, 1e-5).epsilon
     assert twin * (1 - 1e-4) <= found <= twin * 1.005
     assert found > max(spent([s], 1e-5).epsilon for s in segments) * 1.001

@@ -33,10 +33,11 @@ def ledger(segments=PLAN, mechanism=MECHANISM, **changed):
         header=LedgerHeader(data_fingerprint="must stay at home", **(header | changed)),
         segments=tuple(Segment(*s) for s in segments if s[2]),
         head="ab" * 32,
-        num_steps=sum(steps for _, _, steps in segments),
+        num_steps=sum(s[2] for s in segments),
         torn=False,
         executed=tuple(
-            ExecutedSegment(q, sigma, mechanism.clip_norm, round(q * 42_061), t) for q, sigma, t in segments
+            ExecutedSegment(q, sigma, mechanism.clip_norm, round(q * 42_061), t, *noise)
+            for q, sigma, t, *noise in segments
         ),
     )
 
@@ -90,6 +91,7 @@ def test_segments_without_a_step_are_left_out_and_nothing_of_the_data_is_in():
         "clip_norm": 0.1,
         "expected_batch_size": 1024,
         "num_steps": 10,
+        "noise": "gaussian",
     }
     assert "must stay at home" not in card_files.to_json(written)
 
