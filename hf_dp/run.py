@@ -1,6 +1,8 @@
 """One private run while it lasts: ledger, keys and the exit, opened when training starts and closed when it ends."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +151,16 @@ class PrivateRun:
         )
         self._taken += 1
         return noisy
+
+    @contextmanager
+    def told_to_all(self, own_sum: Tensor) -> Iterator[None]:
+        """Around a process's work on its part of a step: where it fails, the others learn it instead of waiting for its `release`."""
+        assert self._releaser is not None, "a step before open"
+        try:
+            yield
+        except Exception:
+            self._releaser.abandon(own_sum)
+            raise
 
     @property
     def exhausted(self) -> bool:

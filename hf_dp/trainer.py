@@ -20,9 +20,10 @@ from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.mechanism import Mechanism, steps_per_epoch
+from hf_dp.memory import Room
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
 from hf_dp.options import check_options, without_batch_clipping
-from hf_dp.per_example.batches import Batch, example, num_examples, same, unambiguous
+from hf_dp.per_example.batches import Batch, example, num_examples, same
 from hf_dp.per_example.capture import clipped_gradient_sum
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
@@ -83,6 +84,7 @@ class DPTrainerMixin(_Host):
         self._run: PrivateRun | None = None
         self._sums: dict[str, Tensor] = {}
         self._flat = torch.zeros(0)
+        self._room = Room()
         self.mechanism = _plan(privacy, training, options.get("train_dataset"))
         super().__init__(*given.args, **given.kwargs)
         show_epsilon(self)
@@ -225,10 +227,8 @@ class DPTrainerMixin(_Host):
         """One logical batch: clip and sum every example's gradient, release the sum, write `p.grad`. Returns 0, not the loss."""
         run = self._running()
         self._prepare_for_step()
-        with fork_forward_rng([self.args.device], seed=run.forward_seed()):
-            for micro_batch in inputs[MICRO_BATCHES]:
-                for part in unambiguous(self._prepare_inputs(micro_batch)):
-                    self._add_clipped_gradients(part)
+        with run.told_to_all(self._flat):
+            self._room.until_it_fits(lambda: self._sum_up(inputs[MICRO_BATCHES]))
         self._write_gradients(run.release(self._flat, inputs[DRAW_NUMBER]))
         if run.exhausted:
             self.control.should_training_stop = True
@@ -266,7 +266,7 @@ class DPTrainerMixin(_Host):
     # ---- one step --------------------------------------------------------------------------------------------------
 
     def _prepare_for_step(self) -> None:
-        """Training mode, and accumulators at zero: one flat float32 buffer with a view for each parameter."""
+        """Training mode, and accumulators: one flat float32 buffer with a view for each parameter."""
         self.model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -278,7 +278,13 @@ class DPTrainerMixin(_Host):
             for name, p in trainable:
                 self._sums[name] = self._flat[start : start + p.numel()].view(p.shape)
                 start += p.numel()
+
+    def _sum_up(self, micro_batches: list[Batch]) -> None:
         self._flat.zero_()
+        with fork_forward_rng([self.args.device], seed=self._running().forward_seed()):
+            for micro_batch in micro_batches:
+                for part in self._room.parts(self._prepare_inputs(micro_batch)):
+                    self._add_clipped_gradients(part)
 
     def _add_clipped_gradients(self, batch: Batch) -> None:
         model, clip_norm = self.model, self._planned().clip_norm
