@@ -91,8 +91,8 @@ class Releaser:
         self._check_together(tag, *buffer[size:].tolist())
         return buffer[:size]
 
-    def abandon(self, clipped_sum: Tensor) -> None:
-        """Takes part in this step's `all_reduce` with nothing but the mark of failure, so that all processes stop here.
+    def abandon(self, clipped_sum: Tensor, *, tell: bool = True) -> None:
+        """Gives up this step. To `tell`, takes part in its `all_reduce` with nothing but the mark of failure: all processes stop here.
 
         `clipped_sum` gives the shape. Charged on process 0, whoever failed: that a step fails is itself something about its draw.
         """
@@ -100,9 +100,10 @@ class Releaser:
             if self._ledger is not None:
                 self._ledger.charge()
         finally:
-            buffer = clipped_sum.new_zeros(len(clipped_sum) + 3)
-            buffer[-1] = 1.0
-            self._reduce(buffer)
+            if tell:
+                buffer = clipped_sum.new_zeros(len(clipped_sum) + 3)
+                buffer[-1] = 1.0
+                self._reduce(buffer)
 
     def _reduce(self, buffer: Tensor) -> None:
         """The step's one collective.
@@ -117,8 +118,8 @@ class Releaser:
         except RuntimeError as error:
             raise ReleaseError(
                 f"process {self._process_index} of {self._num_processes} lost another one in this step: it has ended, or did not come "
-                "within ddp_timeout; see its messages. The step is charged, nothing was released. Mend what ended it and go on with "
-                f"resume_from_checkpoint=True, on as many processes as you like ({error})"
+                "within the time-out (ddp_timeout); see its messages. The step is charged, nothing was released. Mend what ended it "
+                f"and go on with resume_from_checkpoint=True, on as many processes as you like ({error})"
             ) from error
 
     def _fill(self, buffer: Tensor, clipped_sum: Tensor, sensitivity: float, noise_multiplier: float) -> None:

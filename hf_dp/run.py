@@ -153,13 +153,19 @@ class PrivateRun:
         return noisy
 
     @contextmanager
-    def told_to_all(self, own_sum: Tensor) -> Iterator[None]:
-        """Around a process's work on its part of a step: where it fails, the others learn it instead of waiting for its `release`."""
+    def told_to_all(self, own_sum: Tensor, *, waiting_in_release: bool = True) -> Iterator[None]:
+        """Around a process's work on its part of a step: where it fails, the step is charged and the others learn it.
+
+        Args:
+            own_sum: of the shape of what will be released.
+            waiting_in_release: the others go on to `release`. Not so where weights are sharded: there they wait for ours, and
+                learn by our end.
+        """
         assert self._releaser is not None, "a step before open"
         try:
             yield
         except Exception:
-            self._releaser.abandon(own_sum)
+            self._releaser.abandon(own_sum, tell=waiting_in_release)
             raise
 
     @property
