@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_dp import sharding
 from hf_dp.errors import UnsupportedOptionError
 
 DEFAULT_MAX_GRAD_NORM = (
@@ -48,11 +49,20 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "batches must be Poisson samples; drop it (each logical batch is sorted by length anyway)",
     ),
     "dataloader_drop_last": (bool, "a dropped batch is not a Poisson sample; leave it at False"),
-    "deepspeed": (bool, "it steps inside backward; use DDP (accelerate launch --multi_gpu) or FSDP2"),
-    "fsdp": (bool, "not supported through this option yet; use DDP (accelerate launch --multi_gpu)"),
+    "deepspeed": (
+        bool,
+        "it reduces and steps inside backward; use DDP (accelerate launch --multi_gpu), or load the base sharded with "
+        f"{sharding.LOADING}",
+    ),
+    "fsdp": (
+        bool,
+        "accelerate's FSDP shards the trainable parameters too, whose per-example gradients need them whole; leave it out, load the "
+        f"base with {sharding.LOADING} and put an adapter on it, or use DDP (accelerate launch --multi_gpu)",
+    ),
     "parallelism_config": (
         lambda v: v is not None,
-        "tensor, context and sequence parallelism are not supported; use DDP",
+        "tensor, context and sequence parallelism split one example over processes; use DDP, or load the base sharded with "
+        f"{sharding.LOADING}",
     ),
     "optim": (
         lambda v: any(word in str(v).lower() for word in ("lomo", "layerwise")),
@@ -252,6 +262,7 @@ def _of_model(model: Any) -> Iterator[str]:
     config = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
         yield "config.output_router_logits=True: the router's auxiliary loss mixes examples; set it to False"
+    yield from sharding.problems(model)
     yield from _of_eight_bit_layers(model)
     yield from _of_adapters(model)
 

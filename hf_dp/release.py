@@ -85,12 +85,42 @@ class Releaser:
             buffer.zero_()
         tag = number % _modulus(self._num_processes)
         buffer[size:] = torch.tensor([tag, tag * tag, failure is not None], dtype=torch.float32)
-        if self._num_processes > 1 and self._num_processes == _world_size():
-            dist.all_reduce(buffer)
+        self._reduce(buffer)
         if failure is not None:
             raise failure
         self._check_together(tag, *buffer[size:].tolist())
         return buffer[:size]
+
+    def abandon(self, clipped_sum: Tensor, *, tell: bool = True) -> None:
+        """Gives up this step. To `tell`, takes part in its `all_reduce` with nothing but the mark of failure: all processes stop here.
+
+        `clipped_sum` gives the shape. Charged on process 0, whoever failed: that a step fails is itself something about its draw.
+        """
+        try:
+            if self._ledger is not None:
+                self._ledger.charge()
+        finally:
+            if tell:
+                buffer = clipped_sum.new_zeros(len(clipped_sum) + 3)
+                buffer[-1] = 1.0
+                self._reduce(buffer)
+
+    def _reduce(self, buffer: Tensor) -> None:
+        """The step's one collective.
+
+        Raises:
+            ReleaseError: a process is gone, or did not come within the time-out.
+        """
+        if self._num_processes == 1 or self._num_processes != _world_size():
+            return
+        try:
+            dist.all_reduce(buffer)
+        except RuntimeError as error:
+            raise ReleaseError(
+                f"process {self._process_index} of {self._num_processes} lost another one in this step: it has ended, or did not come "
+                "within the time-out (ddp_timeout); see its messages. The step is charged, nothing was released. Mend what ended it "
+                f"and go on with resume_from_checkpoint=True, on as many processes as you like ({error})"
+            ) from error
 
     def _fill(self, buffer: Tensor, clipped_sum: Tensor, sensitivity: float, noise_multiplier: float) -> None:
         """Charges on process 0, then this process's part with the noise that belongs to it."""

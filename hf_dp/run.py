@@ -1,6 +1,8 @@
 """One private run while it lasts: ledger, keys and the exit, opened when training starts and closed when it ends."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +156,22 @@ class PrivateRun:
         )
         self._taken += 1
         return noisy
+
+    @contextmanager
+    def told_to_all(self, own_sum: Tensor, *, waiting_in_release: bool = True) -> Iterator[None]:
+        """Around a process's work on its part of a step: where it fails, the step is charged and the others learn it.
+
+        Args:
+            own_sum: of the shape of what will be released.
+            waiting_in_release: the others go on to `release`. Not so where weights are sharded: there they wait for ours, and
+                learn by our end.
+        """
+        assert self._releaser is not None, "a step before open"
+        try:
+            yield
+        except Exception:
+            self._releaser.abandon(own_sum, tell=waiting_in_release)
+            raise
 
     @property
     def exhausted(self) -> bool:

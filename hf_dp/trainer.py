@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,17 +14,19 @@ from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hf_dp import accounting, losses
+from hf_dp import accounting, losses, sharding
 from hf_dp.chacha import require_cryptography
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
+from hf_dp.forward import can_leave_out_logits, decoder_inputs
 from hf_dp.mechanism import METRICS, Mechanism, steps_per_epoch
+from hf_dp.memory import Room
 from hf_dp.metrics import ReleasedMetrics, contribution
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
 from hf_dp.options import check_options, without_batch_clipping
-from hf_dp.per_example.batches import Batch, example, num_examples, same, unambiguous
-from hf_dp.per_example.capture import clipped_gradient_sum
+from hf_dp.per_example.batches import Batch, example, num_examples, same
+from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
 from hf_dp.per_example.synthetic import synthetic_records
@@ -88,6 +89,8 @@ class DPTrainerMixin(_Host):
         self._released_metrics: ReleasedMetrics | None = None
         self.mechanism = _plan(privacy, training, options.get("train_dataset"))
         super().__init__(*given.args, **given.kwargs)
+        self._sharded = sharding.is_sharded(self.model)
+        self._room = Room(fixed=self._sharded)
         show_epsilon(self)
         if self.mechanism is not None:
             self._refuse_another_number_of_records(self.mechanism.num_examples)
@@ -138,10 +141,10 @@ class DPTrainerMixin(_Host):
                 f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}); name the target column `labels`, "
                 "or override DPTrainer.example_losses"
             )
-        inputs.update(_decoder_inputs(self._base_model(), inputs, labels))
+        inputs.update(decoder_inputs(self._base_model(), inputs, labels))
         if self._loss_kind() == "ForCausalLM":
             labels = losses.predictable(labels, inputs.get("attention_mask"))
-            if _can_leave_out_logits(model, self._base_model()):
+            if can_leave_out_logits(model, self._base_model()):
                 start = losses.first_needed(labels)
                 inputs["logits_to_keep"], labels = labels.shape[1] - start, labels[:, start:]
         return self._example_loss(model(**inputs), labels)
@@ -229,10 +232,8 @@ class DPTrainerMixin(_Host):
         """One logical batch: clip and sum every example's gradient, release the sum, write `p.grad`. Returns 0, not the loss."""
         run = self._running()
         self._prepare_for_step()
-        with fork_forward_rng([self.args.device], seed=run.forward_seed()):
-            for micro_batch in inputs[MICRO_BATCHES]:
-                for part in unambiguous(self._prepare_inputs(micro_batch)):
-                    self._add_clipped_gradients(part)
+        with run.told_to_all(self._flat, waiting_in_release=not self._sharded):
+            self._room.until_it_fits(lambda: self._sum_up(inputs[MICRO_BATCHES]))
         released = run.release(self._flat, inputs[DRAW_NUMBER])
         if self._released_metrics is not None:
             self._released_metrics.add(released[-len(METRICS) :])
@@ -275,7 +276,7 @@ class DPTrainerMixin(_Host):
     # ---- one step --------------------------------------------------------------------------------------------------
 
     def _prepare_for_step(self) -> None:
-        """Training mode, and accumulators at zero: one flat float32 buffer with a view for each parameter; metrics come last."""
+        """Training mode, and accumulators: one flat float32 buffer with a view for each parameter; metrics come last."""
         self.model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -288,7 +289,16 @@ class DPTrainerMixin(_Host):
             for name, p in trainable:
                 self._sums[name] = self._flat[start : start + p.numel()].view(p.shape)
                 start += p.numel()
+
+    def _sum_up(self, micro_batches: list[Batch]) -> None:
         self._flat.zero_()
+        with fork_forward_rng([self.args.device], seed=self._running().forward_seed()):
+            parts = self._room.parts(self._prepare_inputs(batch) for batch in micro_batches)
+            missing = sharding.missing_passes(len(parts), self.args.device) if self._sharded else 0
+            for part in self._room.one_by_one(parts):
+                self._add_clipped_gradients(part)
+            for _ in range(missing):
+                self._pass_for_the_others()
 
     def _add_clipped_gradients(self, batch: Batch) -> None:
         model, clip_norm, loss_bound = self.model, self._planned().clip_norm, self._planned().loss_bound
@@ -298,6 +308,12 @@ class DPTrainerMixin(_Host):
             )
         if loss_bound is not None:
             self._flat[-len(METRICS) :] += contribution(seen.losses, clip_norm=clip_norm, loss_bound=loss_bound)
+
+    def _pass_for_the_others(self) -> None:
+        """Forward and backward over a made-up example whose result is dropped: other processes wait for our shards."""
+        model, made_up = self.model, self._synthetic_batches()[1]
+        with self.compute_loss_context_manager():
+            per_example_factors(model, lambda: self.example_losses(model, made_up), 1)
 
     def _write_gradients(self, noisy_sum: Tensor) -> None:
         """p.grad = noisy sum / expected batch size: assigned, whatever was there before."""
@@ -378,22 +394,3 @@ def _metrics_of(m: Mechanism) -> ReleasedMetrics | None:
     if m.loss_bound is None:
         return None
     return ReleasedMetrics(clip_norm=m.clip_norm, loss_bound=m.loss_bound, expected_batch_size=m.expected_batch_size)
-
-
-def _can_leave_out_logits(model: nn.Module, base: nn.Module) -> bool:
-    """Whether the forward takes `logits_to_keep`, and no virtual tokens shift its positions."""
-    shifts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    return not shifts and "logits_to_keep" in _forward_arguments(cast(Any, type(base)))
-
-
-@cache
-def _forward_arguments(model_class: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
-
-
-def _decoder_inputs(model: nn.Module, inputs: Batch, labels: Tensor) -> Batch:
-    """An encoder-decoder's decoder reads the labels shifted right, as its own forward would make them."""
-    if not getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in inputs:
-        return {}
-    shift_right: Any = model.prepare_decoder_input_ids_from_labels
-    return {"decoder_input_ids": shift_right(labels=labels)}

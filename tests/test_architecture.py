@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hf_dp"
 ORDER = """
     errors _compat config mechanism epsilon calibration accounting
     chacha streams forked_rng sampling microbatch
-    losses clipping per_example noise
+    losses clipping per_example noise memory forward sharding
     durable ledger_format ledger fingerprint release metrics
     card_files card_words card verify
     run options progress trainer

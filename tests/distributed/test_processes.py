@@ -71,6 +71,7 @@ def results(folder: Path, world: int, *names: str) -> dict[str, list[dict[str, A
 
 
 ALL = ("one_step", "trajectory", "empty_draws", "noise", "slices", "refused")
+MEMORY = ("scarce", "exhausted")
 
 
 class Two(NamedTuple):
@@ -78,15 +79,16 @@ class Two(NamedTuple):
 
     found: dict[str, list[dict[str, Any]]]
     statuses_of_killed: list[int]
+    folder: Path
     folder_of_killed: Path
 
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Two:
     folder, killed = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("killed")
-    statuses, errors = run_groups([2, folder, *ALL], [2, killed, "dies"])
+    statuses, errors = run_groups([2, folder, *ALL, *MEMORY], [2, killed, "dies"])
     assert statuses[0] == [0, 0], errors
-    return Two(collected(folder, 2, *ALL), statuses[1], killed / "dies")
+    return Two(collected(folder, 2, *ALL, *MEMORY), statuses[1], folder, killed)
 
 
 @pytest.fixture(scope="module")
@@ -192,15 +194,49 @@ def test_three_processes_go_where_one_goes(three: dict[str, list[dict[str, Any]]
     check_against_one_process(three, tmp_path)
 
 
+def check_ledger(folder: Path) -> None:
+    """Two steps were seen; the third, in which a process failed, is charged and none after it."""
+    assert (folder / "observed.0").stat().st_size == 2
+    record = read_ledger(folder / LEDGER_NAME)
+    assert record.num_steps == 3
+    assert spent(record.segments, 1e-3).epsilon > 0
+
+
 def test_a_killed_process_stops_all_and_hides_no_step(groups: Two) -> None:
     first, last = groups.statuses_of_killed
     assert last == -signal.SIGKILL
-    assert first == 1  # an error, and no hang
-    observed = (groups.folder_of_killed / "observed.0").stat().st_size
-    record = read_ledger(groups.folder_of_killed / LEDGER_NAME)
-    assert observed == 2
-    assert observed <= record.num_steps <= observed + 1
-    assert spent(record.segments, 1e-3).epsilon > 0
+    assert first != 0
+    told = torch.load(groups.folder_of_killed / "dies.0.pt", weights_only=True)
+    assert told["error"].startswith("ReleaseError: process 0 of 2 lost another one in this step: it has ended")
+    assert "The step is charged, nothing was released. Mend what ended it and go on with resume_from" in told["error"]
+    check_ledger(groups.folder_of_killed / "dies")
+
+
+def test_a_process_without_memory_for_one_example_stops_all_at_once(groups: Two) -> None:
+    """Not by the time-out of half an hour: it takes part in the step's all-reduce and says that it failed."""
+    first, last = groups.found["exhausted"]
+    assert last["error"].startswith("ConfigError: one example by itself does not fit in memory: truncate")
+    assert first["error"].startswith("ReleaseError: 1 of 2 processes could not release this step")
+    check_ledger(groups.folder / "exhausted")
+
+
+def test_a_process_with_little_memory_takes_smaller_parts_alone(two: dict[str, list[dict[str, Any]]]) -> None:
+    first, last = two["scarce"]
+    assert (first["largest"], last["largest"]) == (4, 2)
+    assert first["hashes"] == last["hashes"]
+    assert (first["charged"], last["charged"]) == (1, 1)
+    expected = two["one_step"][0]["weights"]
+    assert relative_difference({"w": first["weights"]}, {"w": expected}) < 1e-5  # float32 sums in another order
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_come_stops_all_after_the_time_out(tmp_path: Path) -> None:
+    statuses, errors = run_groups([2, tmp_path, "stopped"])
+    assert 0 not in statuses[0], errors
+    told = torch.load(tmp_path / "stopped.0.pt", weights_only=True)
+    assert "did not come within the time-out (ddp_timeout)" in told["error"]
+    assert 2 < told["waited"] < 10  # the time-out is 3 s, the other process sleeps for 15
+    check_ledger(tmp_path / "stopped")
 
 
 @pytest.mark.slow

@@ -7,11 +7,15 @@ The second form imports once and forks groups of processes one after another; it
 gloo may hang when it is torn down, so a worker ends by a barrier and `os._exit`, and whoever started it has a time-out.
 """
 
+import contextlib
 import os
+import resource
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from hf_dp import HfDpError
+from hf_dp import DPTrainer, HfDpError
 from hf_dp.run import PrivateRun
 
 NOISY = {"noise_multiplier": 1.0, "debug_seed": 3, "target_delta": 1e-3, "expected_batch_size": 8}
@@ -127,23 +131,81 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 
 def dies(folder: Path) -> dict[str, Any]:
-    """The last process is killed at its third release, before it sends its part; every release that returns is seen."""
-    release = PrivateRun.release
+    """The last process is killed in the middle of its third step."""
+    return at_third_step(folder, lambda: os.kill(os.getpid(), 9))
 
-    def dying(self: PrivateRun, clipped_sum: torch.Tensor, draw_number: int) -> torch.Tensor:
-        if self._taken == 2 and self._process == self._processes - 1:
-            os.kill(os.getpid(), 9)
-        noisy = release(self, clipped_sum, draw_number)
-        with open(folder / f"observed.{self._process}", "ab", buffering=0) as file:
+
+def exhausted(folder: Path) -> dict[str, Any]:
+    """The operating system refuses the last process an allocation in its third step, however few examples there are."""
+    return at_third_step(folder, lambda: torch.empty(1 << 46))
+
+
+def stopped(folder: Path) -> dict[str, Any]:
+    """The last process sleeps in its third step for longer than the others wait (Trainer passes `ddp_timeout` on for GPUs alone)."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    return at_third_step(folder, lambda: time.sleep(15))
+
+
+def at_third_step(folder: Path, act: Callable[[], Any]) -> dict[str, Any]:
+    """A run of six steps in which something happens to the last process; what each is told, and how long it waited for that."""
+    begun: list[float] = []
+
+    def fate(trainer: DPTrainer, batch: dict[str, torch.Tensor]) -> None:
+        begun[:] = [time.monotonic()]
+        if trainer.privacy_spent().num_steps == 2 and trainer.args.process_index == trainer.args.world_size - 1:
+            act()
+
+    def observed(run: PrivateRun, *step: Any) -> None:
+        with open(folder / f"observed.{run._process}", "ab", buffering=0) as file:
             file.write(b"x")
-        return noisy
 
-    PrivateRun.release = dying  # type: ignore[method-assign]
-    return train(folder, {**NOISY, "debug_seed": None}, max_steps=6)
+    with after(DPTrainer, "_add_clipped_gradients", fate), after(PrivateRun, "release", observed):
+        try:
+            train(folder, {**NOISY, "debug_seed": None}, max_steps=6)
+        except HfDpError as error:
+            return {"error": f"{type(error).__name__}: {error}", "waited": time.monotonic() - begun[0]}
+    return {"error": None}
+
+
+def scarce(folder: Path) -> dict[str, Any]:
+    """The operating system lets the last process have 2 x 256 MiB beside what it holds; each example of a pass takes 256 MiB."""
+    if os.environ["RANK"] == "0":
+        return {**one_step(folder), "largest": 4}
+    tried: list[int] = []
+
+    def allocate(trainer: DPTrainer, batch: dict[str, torch.Tensor]) -> None:
+        torch.empty(len(batch["labels"]) << 28, dtype=torch.uint8)
+        tried.append(len(batch["labels"]))
+
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (5 << 27), resource.RLIM_INFINITY))
+    try:
+        with after(DPTrainer, "_add_clipped_gradients", allocate):
+            return {**one_step(folder), "largest": max(tried)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@contextlib.contextmanager
+def after(owner: Any, name: str, act: Callable[..., None]) -> Iterator[None]:
+    """Calls `act` with a method's arguments after each of its calls."""
+    original = getattr(owner, name)
+
+    def method(*args: Any) -> Any:
+        value = original(*args)
+        act(*args)
+        return value
+
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    f.__name__: f for f in (one_step, trajectory, empty_draws, noise, slices, refused, resumed, dies)
+    f.__name__: f
+    for f in (one_step, trajectory, empty_draws, noise, slices, refused, resumed, scarce, dies, exhausted, stopped)
 }
 
 

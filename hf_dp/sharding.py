@@ -1,0 +1,45 @@
+"""A model whose frozen weights lie sharded on the processes (FSDP2) -> what has to be the same everywhere, and what is refused.
+
+Each forward and backward gathers the weights of one layer after another from all processes, so all must take the same number of passes,
+however many examples their slices hold. Trainable parameters stay whole on every process: their gradients are formed example by
+example, and reduced once a step like any others'.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+LOADING = "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=number of processes))"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter lies in parts on several processes."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def missing_passes(own: int, device: torch.device) -> int:
+    """How many passes this process has to add so that all take as many. Every process calls this once before its passes."""
+    most = torch.tensor(own, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most) - own
+
+
+def problems(model: nn.Module) -> Iterator[str]:
+    """What of a sharded model cannot be trained privately, each with the way out."""
+    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    trainable = [name for name, p in sharded.items() if p.requires_grad]
+    if trainable:
+        yield (
+            f"{trainable[0]} and {len(trainable) - 1} more parameters are sharded and trainable: per-example gradients need them whole; "
+            "train an adapter on the sharded base (get_peft_model after loading), or load without distributed_config"
+        )
+    dimensions = {name for p in sharded.values() for name in p.device_mesh.mesh_dim_names or ()}
+    others = sorted(dimensions - {"fsdp"})
+    if others:
+        yield (
+            f"weights sharded over {', '.join(others)}: tensor, pipeline, expert and replicated sharding are not supported; "
+            f"load the base with {LOADING}, or use DDP"
+        )
