@@ -5,20 +5,25 @@ Everything written is public: settings, counts of steps, epsilon. Nothing comput
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hf_dp import accounting, durable
 from hf_dp.card_files import read_readme, to_json, with_front_matter, with_section
-from hf_dp.card_words import released, section, yaml_block
-from hf_dp.errors import LedgerError
+from hf_dp.card_picture import tradeoff_svg
+from hf_dp.card_words import PICTURE, released, section, yaml_block
+from hf_dp.config import MIN_DELTA
+from hf_dp.errors import AccountingError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
-from hf_dp.mechanism import Mechanism, generator_of
+from hf_dp.mechanism import Mechanism, Segment, generator_of
+from hf_dp.tradeoff import RATES, tradeoff
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PRIVACY_JSON = "privacy.json"
 TAGS = ("differential-privacy", "dp-sgd")
+NOISE = "Gaussian of standard deviation noise_multiplier x sensitivity on every coordinate, float32"
 MECHANISM_NAME = "Poisson-subsampled Gaussian (DP-SGD)"
 INFINITE = "infinite"  # what stands for epsilon in JSON and YAML, which have no portable word for infinity
 LIBRARIES = ("hf_dp", "torch", "transformers", "peft", "accelerate", "datasets", "dp-accounting", "numpy")
@@ -30,6 +35,12 @@ ASSUMPTIONS = (
     "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the operating "
     "system, which is never stored.",
     "One person, one record: whoever is in several records is protected less, the more records the less.",
+)
+COVERED = (
+    "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were computed from "
+    "the noisy sums alone.",
+    "Whatever is made from the model without the training records: merged, converted or quantised weights, and all that it "
+    "generates.",
 )
 NOT_COVERED = (
     "What the base model and its tokenizer had learnt before, from whatever data.",
@@ -94,6 +105,7 @@ def privacy_record(
         "epsilon_pld": _number(spent.pld),
         "epsilon_rdp": _number(spent.rdp),
         "delta": mechanism.delta,
+        **_further_bounds(ledger.segments, mechanism.delta, claimed=not reason),
         "accountant": {
             "name": "dp-accounting",
             "version": library_versions(["dp-accounting"]).get("dp-accounting", "unknown"),
@@ -106,17 +118,26 @@ def privacy_record(
         "segments": [s.stated() for s in segments],
         "ledger": {"file": LEDGER_NAME, "head": ledger.head},
         "declared": dict(declared),
-        "assumptions": _assumptions(segments, mechanism),
-        "not_covered": [PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL, *NOT_COVERED],
+        **sentences(declared, [generator_of(s.noise) for s in segments] or [mechanism.generator]),
         "libraries": dict(libraries),
     }
 
 
-def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
-    """Writes `privacy.json` into `folder` and states it in README.md, which is made where there is none.
+def sentences(declared: Mapping[str, Any], generators: Iterable[str]) -> dict[str, list[str]]:
+    """What is assumed, what epsilon holds for and what it does not, given what the user vouched for and the generators used."""
+    named = ", then ".join(GENERATOR_NAMES[name] for name in sorted(set(generators), reverse=True))
+    return {
+        "assumptions": [text.format(generator=named) for text in ASSUMPTIONS],
+        "covered": list(COVERED),
+        "not_covered": [PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL, *NOT_COVERED],
+    }
 
-    In README.md only the `privacy:` block, the two tags (taken away where nothing may be claimed) and the text between
-    hf_dp's own comment marks are touched; every other character stays.
+
+def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Writes `privacy.json` and the picture of its trade-off curve into `folder` and states it in README.md.
+
+    README.md is made where there is none. In it only the `privacy:` block, the two tags (taken away where nothing may be
+    claimed) and the text between hf_dp's own comment marks are touched; every other character stays.
     Writing twice is writing once. Each file is replaced in one piece or not at all.
 
     Raises:
@@ -125,9 +146,38 @@ def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
     """
     folder = Path(folder)
     durable.replace(folder / PRIVACY_JSON, to_json(record).encode())
+    if record["private"]:
+        durable.replace(folder / PICTURE, tradeoff_svg(record).encode())
+    else:
+        (folder / PICTURE).unlink(missing_ok=True)
     readme = folder / "README.md"
     text = with_front_matter(read_readme(readme), yaml_block(record), TAGS, tagged=record["private"])
     durable.replace(readme, with_section(text, section(record)).encode())
+
+
+def _further_bounds(segments: Sequence[Segment], delta: float, *, claimed: bool) -> dict[str, Any]:
+    """Epsilon at several deltas, and the best attacker's rates; nothing where nothing is claimed."""
+    if not claimed:
+        return {"epsilon_at": [], "tradeoff": None}
+    curve = tradeoff(segments, delta)
+    return {
+        "epsilon_at": epsilons_at(segments, delta),
+        "tradeoff": {
+            "advantage": curve.advantage,
+            "false_positive_rates": list(RATES),
+            "true_positive_rates": list(curve.true_positive_rates),
+        },
+    }
+
+
+def epsilons_at(segments: Sequence[Segment], delta: float) -> list[dict[str, float]]:
+    """Epsilon at delta and at a tenth, a hundredth and a thousandth of it, as far down as an accountant has an answer."""
+    found = []
+    for divisor in (1, 10, 100, 1000):
+        if delta / divisor >= MIN_DELTA:
+            with suppress(AccountingError):
+                found.append({"delta": delta / divisor, "epsilon": accounting.spent(segments, delta / divisor).epsilon})
+    return found
 
 
 def _mechanism(m: Mechanism) -> dict[str, Any]:
@@ -140,22 +190,17 @@ def _mechanism(m: Mechanism) -> dict[str, Any]:
         "clipping": "Euclidean norm of each example's whole gradient",
         "sampler": "Poisson: each record by itself, afresh in each step",
         "released": released(m.loss_bound),
-        "noise": "Gaussian of standard deviation noise_multiplier x sensitivity on every coordinate, float32",
+        "loss_bound": m.loss_bound,
         "sensitivity": m.sensitivity,
+        "noise": NOISE,
         "generator": m.generator,
         "noise_generator": GENERATORS[m.generator],
+        "noise_precision": "float32",
         "sample_rate": m.sample_rate,
         "noise_multiplier": m.joint_noise_multiplier,
         "target_epsilon": m.target_epsilon,
         "num_steps_planned": m.num_steps,
     }
-
-
-def _assumptions(segments: Sequence[ExecutedSegment], mechanism: Mechanism) -> list[str]:
-    """Of every kind of noise that was used, or, before the first step, planned."""
-    used = sorted({generator_of(s.noise) for s in segments} or {mechanism.generator}, reverse=True)
-    generator = ", then ".join(GENERATOR_NAMES[name] for name in used)
-    return [text.format(generator=generator) for text in ASSUMPTIONS]
 
 
 def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 from hf_dp.mechanism import METRIC_NOISE
 
+PICTURE = "privacy_tradeoff.svg"
+SHARES = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10"}  # the false-positive rates that the card names
+
 
 def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
     """The `privacy:` block of the model card's YAML. Epsilon is rounded up.
@@ -32,7 +35,8 @@ def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def section(record: Mapping[str, Any]) -> str:
     """The card's section in words, from card.md, or from card_not_private.md where no guarantee may be claimed."""
-    name = "card.md" if record["private"] else "card_not_private.md"
+    old = record["schema_version"] == 1
+    name = ("card.1.md" if old else "card.md") if record["private"] else "card_not_private.md"
     shown = {
         "reason": record["reason"],
         "delta": f"{record['delta']:.6g}",
@@ -52,6 +56,7 @@ def section(record: Mapping[str, Any]) -> str:
     if record["private"]:
         shown |= _in_words(record["epsilon"], record["delta"])
         shown["epsilon_rdp"] = str(_rounded_up(record["epsilon_rdp"], digits=4))
+        shown |= {} if old else _of_attackers(record)
     return Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
 
 
@@ -79,6 +84,28 @@ def _in_words(epsilon: float, delta: float) -> dict[str, str]:
     }
 
 
+def _of_attackers(record: Mapping[str, Any]) -> dict[str, str]:
+    """The trade-off curve in words, each limit rounded up."""
+    curve = record["tradeoff"]
+    limits = dict(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
+    return {
+        "best_guess": percent((1 + curve["advantage"]) / 2),
+        "advantage": percent(curve["advantage"]),
+        "attacker": "\n".join(f"| {share} | {percent(limits[rate])} |" for rate, share in SHARES.items()),
+        "picture": PICTURE,
+        "epsilon_at": "; ".join(
+            f"{_rounded_up(at['epsilon'], digits=3)} at {at['delta']:.3g}" for at in record["epsilon_at"][1:]
+        )
+        or "not computed",
+        "covered": _bullets(record["covered"]),
+    }
+
+
+def percent(share: float) -> str:
+    """With one digit behind the point, rounded up: a limit is never shown below itself."""
+    return f"{min(1000, math.ceil(round(share * 1000, 9))) / 10:.1f} %"
+
+
 def _rounded_up(value: float | str, *, digits: int) -> float | str:
     """To significant digits, never below the value; words stay."""
     if isinstance(value, str) or value == 0:
@@ -88,7 +115,7 @@ def _rounded_up(value: float | str, *, digits: int) -> float | str:
 
 
 def _accountant(record: Mapping[str, Any]) -> str:
-    by = "RDP" if record["private"] and record["epsilon_rdp"] < record["epsilon_pld"] else "PLD"
+    by = "RDP" if record["private"] and record["epsilon"] != record["epsilon_pld"] else "PLD"
     return f"{record['accountant']['name']} {record['accountant']['version']} ({by})"
 
 

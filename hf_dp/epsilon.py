@@ -11,7 +11,7 @@ mu = q sqrt(exp(1/sigma²) - 1), the standard deviation of one step's likelihood
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Integral
@@ -47,7 +47,38 @@ def spent(segments: Sequence[Segment], delta: float) -> Epsilon:
         AccountingError: q outside (0, 1], sigma neither 0 nor within [MIN_SIGMA, MAX_SIGMA], a number of steps that is
             not whole, negative or above MAX_STEPS, delta outside [MIN_DELTA, 1), or an answer that cannot be true.
     """
-    wrong = [*delta_problems(delta), *(p for s in segments for p in segment_problems(s))]
+    return _spent(_merged(segments, delta_problems(delta)), float(delta))
+
+
+def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float]:
+    """The least delta known at each of `epsilons`, by privacy loss distributions: an upper bound, never above 1.
+
+    No steps cost 0; a step without noise, or losses too far for any grid, cost 1.
+
+    Raises:
+        AccountingError: as in `spent`.
+    """
+    merged = _merged(segments, ())
+    if not merged:
+        return [0.0] * len(epsilons)
+    if any(s.noise_multiplier == 0 for s in merged):
+        return [1.0] * len(epsilons)
+    if all(s.sample_rate == 1 for s in merged):
+        return [_gaussian_delta(_one_gaussian(merged), e) for e in epsilons]
+    try:
+        found = _composed(merged, grid(merged)).get_delta_for_epsilon(epsilons)
+    except OverflowError:
+        return [1.0] * len(epsilons)
+    return [min(1.0, float(d) + _rounding(merged)) for d in found]
+
+
+def _merged(segments: Sequence[Segment], problems: Iterable[str]) -> tuple[Segment, ...]:
+    """`segments` with equal (q, sigma) united, sorted, none without steps.
+
+    Raises:
+        AccountingError: `problems`, or something wrong with the segments.
+    """
+    wrong = [*problems, *(p for s in segments for p in segment_problems(s))]
     counts: Counter[tuple[float, float]] = Counter()
     if not wrong:
         for q, sigma, steps, _ in segments:
@@ -56,7 +87,7 @@ def spent(segments: Sequence[Segment], delta: float) -> Epsilon:
             wrong.append(f"steps must be at most {MAX_STEPS:,} in all (got {counts.total():,})")
     if wrong:
         raise AccountingError("Cannot account for these steps: " + "; ".join(wrong) + ".")
-    return _spent(tuple(Segment(q, sigma, t) for (q, sigma), t in sorted(counts.items()) if t), float(delta))
+    return tuple(Segment(q, sigma, t) for (q, sigma), t in sorted(counts.items()) if t)
 
 
 @lru_cache(maxsize=4096)
@@ -112,20 +143,43 @@ def _pld_epsilon(merged: tuple[Segment, ...], delta: float, coarser: float = 1.0
     import dp_accounting as da
 
     if all(s.sample_rate == 1 for s in merged):  # full batches compose to one Gaussian of precision sum T / sigma²
-        sigma = sum(s.num_steps / s.noise_multiplier**2 for s in merged) ** -0.5
-        return float(da.get_epsilon_gaussian(sigma, delta, tol=1e-15)) * (1 + 1e-9)  # 1e-9: the root finder's rounding
-    left = delta - PLD_ROUNDING * (sum(s.num_steps for s in merged) + 64 * len(merged))
+        # 1e-9: the root finder's rounding
+        return float(da.get_epsilon_gaussian(_one_gaussian(merged), delta, tol=1e-15)) * (1 + 1e-9)
+    left = delta - _rounding(merged)
     if left <= 0:  # delta drowns in rounding, and the answer might be too small: leave it to RDP
         return math.inf
-    h = coarser * grid(merged)
     try:
-        parts = [_step_loss(s.sample_rate, s.noise_multiplier, h).self_compose(s.num_steps) for s in merged]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.compose(part)
-        return float(total.get_epsilon_for_delta(left))
+        return float(_composed(merged, coarser * grid(merged)).get_epsilon_for_delta(left))
     except OverflowError:  # grid cells so wide that exp(h) overflows: epsilon is above a billion
         return math.inf
+
+
+def _one_gaussian(merged: tuple[Segment, ...]) -> float:
+    """Sigma of the one Gaussian mechanism that full batches compose to."""
+    return float(sum(s.num_steps / s.noise_multiplier**2 for s in merged) ** -0.5)
+
+
+def _gaussian_delta(sigma: float, epsilon: float) -> float:
+    """Delta of one Gaussian mechanism (Balle and Wang 2018, theorem 8), rounded up."""
+    from scipy.special import log_ndtr
+
+    present = math.exp(log_ndtr(0.5 / sigma - epsilon * sigma))
+    return min(1.0, present - math.exp(epsilon + log_ndtr(-0.5 / sigma - epsilon * sigma)) + 1e-14)
+
+
+def _rounding(merged: tuple[Segment, ...]) -> float:
+    """What rounding may take from delta in composing."""
+    return PLD_ROUNDING * (sum(s.num_steps for s in merged) + 64 * len(merged))
+
+
+@lru_cache(maxsize=2)
+def _composed(merged: tuple[Segment, ...], h: float) -> Any:
+    """Privacy loss distribution of all steps together. The last ones are kept: a card asks for several deltas."""
+    parts = [_step_loss(s.sample_rate, s.noise_multiplier, h).self_compose(s.num_steps) for s in merged]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.compose(part)
+    return total
 
 
 def rough_epsilon(segment: Segment, delta: float) -> float:

@@ -1,46 +1,39 @@
 """A model folder -> what its card, `privacy.json` and ledger claim, each claim checked against a computation of our own.
 
 Nothing in the folder is believed: epsilon is computed again from the steps, the ledger's hash chain is followed, and the card is rendered
-again and compared. What no computation can tell is whether the training did what its ledger says.
+again and compared. The form is that of privacy.schema.json, which knows all versions ever written.
+
+What no computation can tell:
+
+- whether the training did what its ledger says, on the data that were declared, with weights that are these;
+- a folder in which everything (record, card, picture, ledger with its hashes) was made anew to fit together. Without the ledger, which
+  may be left out, it is enough to make record, card and picture anew;
+- what touches no other number: a higher target, another number of steps planned, versions of libraries, the words of a declaration
+  when card and record are both changed.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_dp import accounting
-from hf_dp.card import INFINITE, PRIVACY_JSON, SCHEMA_VERSION, TAGS
+from hf_dp.card import GENERATORS, INFINITE, PRIVACY_JSON, SCHEMA_VERSION, TAGS, epsilons_at, sentences
 from hf_dp.card_files import read_readme, section_of, yaml_of
-from hf_dp.card_words import section, yaml_block
-from hf_dp.config import NOISES
+from hf_dp.card_picture import tradeoff_svg
+from hf_dp.card_words import PICTURE, released, section, yaml_block
 from hf_dp.errors import AccountingError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
-from hf_dp.mechanism import RELATION, Segment, generator_of
+from hf_dp.mechanism import RELATION, Segment, generator_of, release_norm
+from hf_dp.tradeoff import RATES, tradeoff
 
 ROUNDING = 1e-6  # relative; another version's grid may round the other way
+SCHEMA = "privacy.schema.json"
+PLANNED = ("sample_rate", "noise_multiplier", "clip_norm", "expected_batch_size", "loss_bound")
+SEGMENT_OF_VERSION_1 = ("sample_rate", "noise_multiplier", "clip_norm", "expected_batch_size", "num_steps")
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "schema_version": int,
-    "private": bool,
-    "epsilon": (float, int, str),
-    "epsilon_pld": (float, int, str),
-    "epsilon_rdp": (float, int, str),
-    "delta": float,
-    "accountant": dict,
-    "unit": str,
-    "relation": str,
-    "mechanism": dict,
-    "num_steps": int,
-    "segments": list,
-    "ledger": dict,
-    "declared": dict,
-    "assumptions": list,
-    "not_covered": list,
-    "libraries": dict,
-}
-SEGMENT_FIELDS = {"sample_rate", "noise_multiplier", "clip_norm", "expected_batch_size", "num_steps"}
 
 
 class Check(NamedTuple):
@@ -58,59 +51,46 @@ def verify(folder: Path) -> list[Check]:
         ConfigError: the folder has no readable privacy.json at all.
     """
     record = _record(folder)
-    problems = list(_schema_problems(record))
-    checks = [Check("privacy.json has the form of schema 1", not problems, "; ".join(problems) or "as it should be")]
+    problems = schema_problems(record)
+    checks = [
+        Check("the form of privacy.json", not problems, "; ".join(problems) or f"schema {record['schema_version']}")
+    ]
     if problems:
         return checks
     parts = (_settings(record), _epsilon(record), _ledger(folder, record), _readme(folder, record))
     return [*checks, *(check for part in parts for check in part)]
 
 
+def schema_problems(record: Any) -> list[str]:
+    """What keeps `record` from being a privacy.json of a version that is known here: every place, with what is wrong."""
+    from jsonschema import Draft202012Validator
+
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        return [f"schema_version is {version}, at most {SCHEMA_VERSION} is known here: use a newer version of hf_dp"]
+    schema = json.loads(files("hf_dp").joinpath(SCHEMA).read_text(encoding="utf-8"))
+    wrong = Draft202012Validator(schema).iter_errors(record)
+    return sorted(f"{'.'.join(map(str, e.absolute_path)) or 'the record'}: {_shortened(e.message)}" for e in wrong)
+
+
 def _record(folder: Path) -> Any:
     path = folder / PRIVACY_JSON
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # NaN and infinities are no JSON: as words they fail the schema at their place
+        return json.loads(text, parse_constant=str, object_pairs_hook=_without_repetition)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} has no {PRIVACY_JSON}: expected the folder of a model saved by hf_dp") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def _schema_problems(record: Any) -> Iterator[str]:
-    if not isinstance(record, dict):
-        yield f"expected an object, found {type(record).__name__}"
-        return
-    if record.get("schema_version") != SCHEMA_VERSION:
-        found = record.get("schema_version")
-        yield f"expected schema_version {SCHEMA_VERSION}, found {found!r}: use the version of hf_dp that knows it"
-        return
-    for name, kind in FIELDS.items():
-        if name not in record:
-            yield f"{name} is missing"
-        elif not isinstance(record[name], kind) or (isinstance(record[name], bool) and kind is not bool):
-            yield f"{name} is {record[name]!r}"
-    unknown = sorted(set(record) - set(FIELDS) - {"reason"})
-    if unknown:
-        yield f"unknown fields {', '.join(unknown)}"
-    if isinstance(record.get("mechanism"), dict) and not _is_count(record["mechanism"].get("num_examples")):
-        yield f"the number of examples is {record['mechanism'].get('num_examples')!r}"
-    for name in ("epsilon", "epsilon_pld", "epsilon_rdp"):
-        stated: Any = record.get(name)
-        if not (_is_number(stated) and stated >= 0) and (record.get("private") or stated != INFINITE):
-            yield f"{name} is {stated!r} where private is {record.get('private')!r}"
-    segments = record.get("segments")
-    for segment in segments if isinstance(segments, list) else []:
-        if (
-            not isinstance(segment, dict)
-            or set(segment) - {"loss_bound", "noise"} != SEGMENT_FIELDS
-            or segment.get("noise", "gaussian") not in NOISES
-            or not all(_is_number(value) for name, value in segment.items() if name != "noise")
-        ):
-            yield f"a segment is {segment!r}"
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} stands there more than once, and readers would disagree on its value")
+    return dict(pairs)
 
 
 def _is_number(value: Any) -> bool:
@@ -125,20 +105,33 @@ def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
     wrong = [s for s in segments if not math.isclose(s["sample_rate"], s["expected_batch_size"] / n, rel_tol=1e-12)]
     yield Check("q = B / N in every segment", not wrong, f"{len(wrong)} of {len(segments)} segments differ")
     yield _equal("the neighbouring relation is the one accounted for", record["relation"], RELATION)
-    if segments:
-        generator = generator_of(segments[-1].get("noise", "gaussian"))
-        yield _equal("the generator is that of the last segment", mechanism.get("generator"), generator)
-    unclipped = [s for s in segments if s["clip_norm"] <= 0]
-    yield Check("every segment clips", not unclipped, f"{len(unclipped)} of {len(segments)} have no clip norm above 0")
+    planned = math.isclose(mechanism["sample_rate"], mechanism["expected_batch_size"] / n, rel_tol=1e-12)
+    yield Check("q = B / N in the plan", planned, f"q = {mechanism['sample_rate']:g}")
+    last = {name: segments[-1].get(name) for name in PLANNED} if segments else {}
+    yield _equal("the last steps are the plan's", last, {name: mechanism.get(name) for name in last})
+    if record["schema_version"] > 1:
+        yield _release(mechanism, segments)
+        generators = [generator_of(s["noise"]) for s in segments] or [mechanism["generator"]]
+        ours = sentences(record["declared"], generators)
+        different = [name for name in ours if record[name] != ours[name]]
+        yield Check("what is assumed, covered and not", not different, ", ".join(different) or "as it should be")
+
+
+def _release(mechanism: Mapping[str, Any], segments: Sequence[Mapping[str, Any]]) -> Check:
+    """What a step releases, its sensitivity and the noise's source follow from the settings."""
+    bound, generator = mechanism["loss_bound"], mechanism["generator"]
+    expected = {
+        "released": released(bound),
+        "sensitivity": mechanism["clip_norm"] * release_norm(bound),
+        "noise_generator": GENERATORS[generator],
+        "generator": generator_of(segments[-1]["noise"]) if segments else generator,
+    }
+    return _equal("what a step releases, and the noise", {name: mechanism[name] for name in expected}, expected)
 
 
 def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
     if not record["private"]:
-        infinite = record["epsilon"] == record["epsilon_pld"] == record["epsilon_rdp"] == INFINITE
-        reason = record.get("reason")
-        yield Check(
-            "a run without a guarantee says so", infinite and bool(reason), f"epsilon {record['epsilon']}, {reason}"
-        )
+        yield Check("a run without a guarantee says so", True, f"epsilon {record['epsilon']}, {record['reason']}")
         return
     segments = [Segment(**{name: s[name] for name in Segment._fields if name in s}) for s in record["segments"]]
     try:
@@ -148,10 +141,32 @@ def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
         return
     for name, value in (("epsilon", ours.epsilon), ("epsilon_pld", ours.pld), ("epsilon_rdp", ours.rdp)):
         yield _agrees(name, record[name], value)
-    target = record["mechanism"].get("target_epsilon")
+    target = record["mechanism"]["target_epsilon"]
     if target is not None:
-        within = _is_number(target) and ours.epsilon <= target * (1 + ROUNDING)
+        within = ours.epsilon <= target * (1 + ROUNDING)
         yield Check("epsilon is within the target", within, f"{ours.epsilon:.6g} of {target}")
+    if record["schema_version"] > 1:
+        yield _further_bounds(record, segments)
+
+
+def _further_bounds(record: Mapping[str, Any], segments: Sequence[Segment]) -> Check:
+    """Epsilon at other deltas and the attacker's rates, each as `_agrees` has it."""
+    delta, stated = record["delta"], record["tradeoff"]
+    ours, expected = tradeoff(segments, delta), epsilons_at(segments, delta)
+    pairs = [(stated["advantage"], ours.advantage)]
+    pairs += zip(stated["true_positive_rates"], ours.true_positive_rates, strict=False)
+    pairs += ((a["epsilon"], b["epsilon"]) for a, b in zip(record["epsilon_at"], expected, strict=False))
+    same = (
+        stated["false_positive_rates"] == list(RATES)
+        and len(stated["true_positive_rates"]) == len(RATES)
+        and [at["delta"] for at in record["epsilon_at"]] == [at["delta"] for at in expected]
+    )
+    wrong = sum(not b * (1 - ROUNDING) - 1e-9 <= a <= b * (1 + LOOSER) + 1e-6 for a, b in pairs)
+    return Check(
+        "epsilon at other deltas and the attacker's rates, computed again",
+        same and not wrong,
+        f"{wrong} of {len(pairs)} differ" if same else "other deltas or rates than those of this schema",
+    )
 
 
 def _agrees(name: str, stated: Any, computed: float) -> Check:
@@ -165,7 +180,7 @@ def _agrees(name: str, stated: Any, computed: float) -> Check:
 def _ledger(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
     path = folder / LEDGER_NAME
     if not path.is_file():
-        yield Check("the ledger", True, f"not in this folder; {PRIVACY_JSON} names head {record['ledger'].get('head')}")
+        yield Check("the ledger", True, f"not in this folder; {PRIVACY_JSON} names head {record['ledger']['head']}")
         return
     try:
         ledger = read_ledger(path)
@@ -174,8 +189,10 @@ def _ledger(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
         return
     yield Check("the ledger's hash chain holds", True, f"{ledger.num_steps} steps, head {ledger.head[:12]}...")
     yield _equal("steps in the ledger and in privacy.json", ledger.num_steps, record["num_steps"])
-    yield _equal("head of the ledger and in privacy.json", ledger.head, record["ledger"].get("head"))
+    yield _equal("head of the ledger and in privacy.json", ledger.head, record["ledger"]["head"])
     executed = [s.stated() for s in ledger.executed if s.num_steps]
+    if record["schema_version"] == 1:
+        executed = [{name: s[name] for name in SEGMENT_OF_VERSION_1} for s in executed]
     yield Check(
         "segments in the ledger and in privacy.json", executed == record["segments"], f"{len(executed)} in the ledger"
     )
@@ -184,7 +201,7 @@ def _ledger(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
 
 def _header(ledger: LedgerRecord, record: Mapping[str, Any]) -> Iterator[Check]:
     header = ledger.header
-    stated = (record["mechanism"].get("num_examples"), record["unit"], record["relation"], record["delta"])
+    stated = (record["mechanism"]["num_examples"], record["unit"], record["relation"], record["delta"])
     yield _equal("N, unit, relation, delta", (header.num_examples, header.unit, header.relation, header.delta), stated)
     claims = not (header.debug and record["private"])
     yield Check("a debugging run claims nothing", claims, f"debug is {header.debug}, private is {record['private']}")
@@ -202,11 +219,18 @@ def _readme(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
     tagged = [tag for tag in TAGS if tag in tags]
     yield _equal("the card's tags", tagged, list(TAGS) if record["private"] else [])
     same = written is not None and written.split() == section(record).split()
-    yield Check(
-        "the card's section in words",
-        same,
-        "as privacy.json has it" if same else "missing, edited, or of another version",
-    )
+    yield _as_rendered("the card's section in words", same)
+    if record["private"] and record["schema_version"] > 1:
+        picture = folder / PICTURE
+        yield _as_rendered("the card's picture", picture.is_file() and picture.read_text() == tradeoff_svg(record))
+
+
+def _as_rendered(name: str, same: bool) -> Check:
+    return Check(name, same, "as privacy.json has it" if same else "missing, edited, or of another version")
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= 120 else f"{message[:70]} ... {message[-45:]}"
 
 
 def _equal(name: str, found: Any, expected: Any) -> Check:

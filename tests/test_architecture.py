@@ -14,11 +14,11 @@ PACKAGE = ROOT / "hf_dp"
 
 # Data flows down this list: a module (or folder) imports only from those above it. A new one is given its place here.
 ORDER = """
-    errors _compat config mechanism epsilon calibration accounting
+    errors _compat config mechanism epsilon tradeoff calibration accounting
     chacha streams forked_rng sampling microbatch
     losses clipping per_example noise memory forward sharding
     durable ledger_format ledger fingerprint release metrics
-    card_files card_words card verify
+    card_files card_words card_picture card verify
     run options progress trainer
     settings template recipe_yaml recipe data_files data task plots
     cli demo

@@ -188,6 +188,45 @@ def test_the_section_says_what_is_assumed_and_what_is_not_covered(tmp_path):
         assert "$" not in text  # every place of the template is filled
 
 
+def test_the_best_attackers_rates_are_told_rounded_up(tmp_path):
+    """q .02435, sigma .678, 410 steps: advantage .43271, true positives .04327, .15206, .46799 at false ones of .001, .01, .1."""
+    card.write_card(tmp_path, record([(MECHANISM.sample_rate, 0.678, 410)]))
+    text = ModelCard.load(tmp_path / "README.md").text
+    for words in (
+        "**71.7 % of",
+        "at most 43.3 %",
+        "| 1 in 1,000 | 4.4 % |",
+        "| 1 in 100 | 15.3 % |",
+        "| 1 in 10 | 46.8 % |",
+    ):
+        assert words in text
+    assert "(privacy_tradeoff.svg)" in text
+
+
+def test_the_picture_is_a_small_svg_that_needs_nothing_else_and_is_the_same_twice(tmp_path):
+    import xml.etree.ElementTree as ET
+
+    card.write_card(tmp_path, record())
+    picture = tmp_path / "privacy_tradeoff.svg"
+    first = picture.read_bytes()
+    names = {element.tag.rpartition("}")[2] for element in ET.fromstring(first).iter()}
+    assert names == {"svg", "title", "rect", "path", "text", "g"}
+    assert first.count(b"http") == 1  # the name space
+    assert len(first) < 6_000
+    card.write_card(tmp_path, record())
+    assert picture.read_bytes() == first
+    card.write_card(tmp_path, record([(0.1, 0.0, 3)]))
+    assert not picture.exists()  # nothing is claimed, nothing is drawn
+
+
+def test_epsilon_is_stated_at_several_deltas_and_rises_as_they_fall():
+    written = record()
+    assert [at["delta"] for at in written["epsilon_at"]] == pytest.approx([1e-5, 1e-6, 1e-7, 1e-8])
+    assert written["epsilon_at"][0]["epsilon"] == written["epsilon"]
+    epsilons = [at["epsilon"] for at in written["epsilon_at"]]
+    assert epsilons == sorted(epsilons)
+
+
 def test_the_best_guessers_chance_is_the_one_that_epsilon_allows():
     from hf_dp.card_words import _in_words
 

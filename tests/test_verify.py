@@ -8,45 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from folders import N, failures, model_folder
 from typer.testing import CliRunner
 
 from hf_dp import card
 from hf_dp.cli import app
-from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader
-from hf_dp.mechanism import Mechanism
+from hf_dp.ledger import LEDGER_NAME
 from hf_dp.verify import verify
 
-N, STEPS, DELTA = 1000, 12, 1e-4
 Edit = Callable[[dict], object]
-
-
-def model_folder(folder: Path, *, sigma: float = 1.0, debug: bool = False, steps: int = STEPS) -> Path:
-    """What a run leaves: ledger, privacy.json and card, by the code that a run uses."""
-    mechanism = Mechanism(
-        num_examples=N,
-        expected_batch_size=50,
-        num_steps=STEPS,
-        noise_multiplier=sigma,
-        clip_norm=0.1,
-        delta=DELTA,
-        target_epsilon=4.0 if sigma else None,
-        debug=debug,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    header = LedgerHeader(N, mechanism.unit, mechanism.relation, DELTA, None, debug)
-    with Ledger.open(folder / LEDGER_NAME, header) as ledger:
-        ledger.begin(mechanism.sample_rate, sigma, 0.1, 50)
-        for _ in range(steps):
-            ledger.charge()
-        record = card.privacy_record(
-            mechanism, ledger.record(), libraries={"hf_dp": "0"}, declared={"public_eval": True}
-        )
-    card.write_card(folder, record)
-    return folder
-
-
-def failures(folder: Path) -> str:
-    return "; ".join(f"{c.name}: {c.found}" for c in verify(folder) if not c.holds)
 
 
 @pytest.mark.parametrize("settings", [{}, {"sigma": 0.0}, {"debug": True}, {"steps": 0}, {"steps": 3}])
@@ -79,15 +49,15 @@ JSON_EDITS: dict[str, tuple[Edit, str]] = {
     "epsilon-higher": (lambda r: r.update(epsilon=r["epsilon"] * 1.5), "epsilon, computed again"),
     "epsilon-pld": (lambda r: r.update(epsilon_pld=0.1), "epsilon_pld, computed again"),
     "epsilon-rdp": (lambda r: r.update(epsilon_rdp=0.1), "epsilon_rdp, computed again"),
-    "epsilon-nan": (field("epsilon", math.nan), "epsilon is nan"),
-    "epsilon-a-word": (field("epsilon", "infinite"), "epsilon is 'infinite' where private is True"),
-    "epsilon-missing": (lambda r: r.pop("epsilon"), "epsilon is missing"),
+    "epsilon-nan": (field("epsilon", math.nan), "epsilon: 'NaN' is not"),
+    "epsilon-a-word": (field("epsilon", "infinite"), "epsilon: 'infinite' is not of type 'number'"),
+    "epsilon-missing": (lambda r: r.pop("epsilon"), "'epsilon' is a required property"),
     "delta": (field("delta", 5e-4), "epsilon, computed again"),
     "delta-too-large": (field("delta", 0.01), "delta is below 1 / N"),
-    "delta-negative": (field("delta", -1e-4), "delta is below 1 / N"),
+    "delta-negative": (field("delta", -1e-4), "delta: -0.0001 is less than"),
     "sigma": (segment("noise_multiplier", 2.0), "epsilon, computed again"),
-    "sigma-negative": (segment("noise_multiplier", -1.0), "epsilon can be computed"),
-    "sigma-nan": (segment("noise_multiplier", math.nan), "a segment is"),
+    "sigma-negative": (segment("noise_multiplier", -1.0), "noise_multiplier: -1.0 is less than"),
+    "sigma-nan": (segment("noise_multiplier", math.nan), "segments.0.noise_multiplier: 'NaN' is not"),
     "q": (segment("sample_rate", 0.01), "q = B / N in every segment"),
     "q-and-b": (
         lambda r: r["segments"][0].update(sample_rate=0.01, expected_batch_size=10),
@@ -99,19 +69,19 @@ JSON_EDITS: dict[str, tuple[Edit, str]] = {
         "steps in the ledger and in privacy.json",
     ),
     "clip-norm": (segment("clip_norm", 5.0), "segments in the ledger"),
-    "clip-norm-zero": (segment("clip_norm", 0.0), "every segment clips"),
+    "clip-norm-zero": (segment("clip_norm", 0.0), "segments.0.clip_norm: 0.0 is less than or equal"),
     "segment-dropped": (lambda r: r["segments"].clear(), "steps of the segments add up"),
-    "segment-field": (lambda r: r["segments"][0].pop("clip_norm"), "a segment is"),
+    "segment-field": (lambda r: r["segments"][0].pop("clip_norm"), "segments.0: 'clip_norm' is a required"),
     "examples": (setting("num_examples", 10 * N), "q = B / N in every segment"),
-    "examples-a-word": (setting("num_examples", "many"), "the number of examples is 'many'"),
+    "examples-a-word": (setting("num_examples", "many"), "mechanism.num_examples: 'many' is not of type 'integer'"),
     "target": (setting("target_epsilon", 0.5), "epsilon is within the target"),
     "unit": (field("unit", "user"), "N, unit, relation, delta"),
     "relation": (field("relation", "replace-one"), "the neighbouring relation"),
-    "private-off": (field("private", False), "a run without a guarantee says so"),
-    "schema": (field("schema_version", 99), "expected schema_version 1, found 99"),
-    "unknown-field": (field("epsilon_true", 1.0), "unknown fields epsilon_true"),
+    "private-off": (field("private", False), "epsilon: 'infinite' was expected"),
+    "schema": (field("schema_version", 99), "schema_version is 99, at most 2 is known here"),
+    "unknown-field": (field("epsilon_true", 1.0), "'epsilon_true' was unexpected"),
     "ledger-head": (lambda r: r["ledger"].update(head="00" * 32), "head of the ledger"),
-    "assumptions": (lambda r: r["assumptions"].clear(), "the card's section in words"),
+    "assumptions": (lambda r: r["assumptions"].clear(), "assumptions: [] should be non-empty"),
     "not-covered": (lambda r: r["not_covered"].pop(), "the card's section in words"),
 }
 
@@ -130,7 +100,7 @@ def test_an_edited_record_is_caught(name: str, tmp_path: Path) -> None:
 def test_a_record_edited_with_card_and_all_is_caught_by_the_ledger(tmp_path: Path) -> None:
     """Epsilon, segments, card, YAML all made to fit twice the noise: only the ledger tells."""
     folder, other = model_folder(tmp_path / "a"), model_folder(tmp_path / "b", sigma=2.0)
-    for name in (card.PRIVACY_JSON, "README.md"):
+    for name in (card.PRIVACY_JSON, card.PICTURE, "README.md"):
         (folder / name).write_bytes((other / name).read_bytes())
     assert "segments in the ledger and in privacy.json" in failures(folder)
     (folder / LEDGER_NAME).unlink()
@@ -139,7 +109,7 @@ def test_a_record_edited_with_card_and_all_is_caught_by_the_ledger(tmp_path: Pat
 
 def test_a_debugging_run_dressed_up_as_private_is_caught(tmp_path: Path) -> None:
     folder, sound = model_folder(tmp_path / "a", debug=True), model_folder(tmp_path / "b")
-    for name in (card.PRIVACY_JSON, "README.md"):
+    for name in (card.PRIVACY_JSON, card.PICTURE, "README.md"):
         (folder / name).write_bytes((sound / name).read_bytes())
     assert "a debugging run claims nothing" in failures(folder)
 

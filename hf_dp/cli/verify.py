@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-FILES = ["privacy.json", "README.md", "privacy_ledger.jsonl"]
+FILES = ["privacy.json", "privacy_tradeoff.svg", "README.md", "privacy_ledger.jsonl"]
 
 
 def verify(
@@ -31,7 +31,7 @@ def verify(
 
 
 def _folder(model: str) -> Path:
-    """The folder itself, or a copy of the repository's three small files."""
+    """The folder itself, or a copy of the repository's small files."""
     from hf_dp.errors import ConfigError
 
     if Path(model).is_dir():

@@ -1,0 +1,39 @@
+"""What a run leaves in its folder, without the run; and what verification finds wrong in one."""
+
+from pathlib import Path
+
+from hf_dp import card
+from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader
+from hf_dp.mechanism import Mechanism
+from hf_dp.verify import verify
+
+N, STEPS, DELTA = 1000, 12, 1e-4
+
+
+def model_folder(folder: Path, *, sigma: float = 1.0, debug: bool = False, steps: int = STEPS) -> Path:
+    """What a run leaves: ledger, privacy.json and card, by the code that a run uses."""
+    mechanism = Mechanism(
+        num_examples=N,
+        expected_batch_size=50,
+        num_steps=STEPS,
+        noise_multiplier=sigma,
+        clip_norm=0.1,
+        delta=DELTA,
+        target_epsilon=4.0 if sigma else None,
+        debug=debug,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    header = LedgerHeader(N, mechanism.unit, mechanism.relation, DELTA, None, debug)
+    with Ledger.open(folder / LEDGER_NAME, header) as ledger:
+        ledger.begin(mechanism.sample_rate, sigma, 0.1, 50)
+        for _ in range(steps):
+            ledger.charge()
+        record = card.privacy_record(
+            mechanism, ledger.record(), libraries={"hf_dp": "0"}, declared={"public_eval": True}
+        )
+    card.write_card(folder, record)
+    return folder
+
+
+def failures(folder: Path) -> str:
+    return "; ".join(f"{c.name}: {c.found}" for c in verify(folder) if not c.holds)

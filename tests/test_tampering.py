@@ -1,0 +1,254 @@
+"""Every field of privacy.json changed, alone and with the card rendered again; ledgers cut, edited and hashed again; old folders.
+
+What cannot be told is listed here by name, as in the first lines of hf_dp/verify.py, and nothing else passes.
+"""
+
+import contextlib
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from folders import failures, model_folder
+
+from hf_dp import card
+from hf_dp.ledger import LEDGER_NAME
+from hf_dp.ledger_format import GENESIS, HASH_FIELD, encode
+from hf_dp.verify import SCHEMA, verify
+
+Path_ = tuple[str | int, ...]
+DATA = Path(__file__).parent / "data"
+SAMPLED = {"false_positive_rates", "true_positive_rates"}  # of these long lists, first, middle and last are changed
+
+# changed alone, nothing else in the folder says otherwise
+UNTOLD_ALONE = {("libraries", "hf_dp"), ("mechanism", "target_epsilon")}
+# changed with card, picture and YAML rendered again: what was declared or planned, and what was installed
+UNTOLD_WITH_CARD = UNTOLD_ALONE | {("accountant", "version"), ("mechanism", "num_steps_planned")}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+def leaves(value: Any, at: Path_ = ()) -> Iterator[Path_]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(inner, (*at, name))
+    elif isinstance(value, list):
+        some = {0, len(value) // 2, len(value) - 1} if at[-1] in SAMPLED else range(len(value))
+        for index in some:
+            yield from leaves(value[index], (*at, index))
+    else:
+        yield at
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same kind, near by: a half more of a number, another last letter."""
+    if value is None:
+        return "other"
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 1.5 or 0.125
+    return value[:-1] + ("0" if value[-1] != "0" else "1")
+
+
+RECORD = json.loads((DATA / "schema_1" / "privacy.json").read_text()) | {
+    "epsilon_at": [{"delta": 0.0, "epsilon": 0.0}] * 4,
+    "tradeoff": {"advantage": 0.0, "false_positive_rates": [0.0] * 29, "true_positive_rates": [0.0] * 29},
+    "covered": ["a", "b"],
+}
+RECORD["mechanism"] |= {
+    "released": "the gradient",
+    "loss_bound": None,
+    "sensitivity": 1.0,
+    "generator": "philox",
+    "noise_precision": "float32",
+}
+for segment in RECORD["segments"]:
+    segment["noise"] = "gaussian"
+LEAVES = {".".join(map(str, at)): at for at in leaves(RECORD)}
+
+
+def edit(folder: Path, at: Path_) -> dict[str, Any]:
+    record = json.loads((folder / card.PRIVACY_JSON).read_text())
+    place = record
+    for step in at[:-1]:
+        place = place[step]
+    place[at[-1]] = changed(place[at[-1]])
+    (folder / card.PRIVACY_JSON).write_text(json.dumps(record))
+    return record
+
+
+def test_the_fields_to_be_changed_are_all_there_are(sound: Path) -> None:
+    assert {*leaves(json.loads((sound / card.PRIVACY_JSON).read_text()))} == {*LEAVES.values()}
+
+
+@pytest.mark.parametrize("at", LEAVES.values(), ids=LEAVES)
+def test_a_changed_field_is_caught(at: Path_, folder: Path) -> None:
+    edit(folder, at)
+    assert bool(failures(folder)) == (at not in UNTOLD_ALONE)
+
+
+@pytest.mark.parametrize("at", LEAVES.values(), ids=LEAVES)
+def test_a_changed_field_is_caught_with_the_card_rendered_again(at: Path_, folder: Path) -> None:
+    record = edit(folder, at)
+    with contextlib.suppress(ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        card.write_card(folder, record)  # what cannot even be rendered stays an edited record
+    assert bool(failures(folder)) == (at not in UNTOLD_WITH_CARD)
+
+
+@pytest.mark.parametrize("field", RECORD)
+def test_a_missing_field_is_caught(field: str, folder: Path) -> None:
+    record = json.loads((folder / card.PRIVACY_JSON).read_text())
+    del record[field]
+    (folder / card.PRIVACY_JSON).write_text(json.dumps(record))
+    assert "privacy.json" in failures(folder)
+
+
+# ---- the other files -------------------------------------------------------------------------------------------------
+
+
+def rehashed(lines: list[dict[str, Any]]) -> bytes:
+    """A ledger of these records with hashes that are right."""
+    head, data = GENESIS, b""
+    for line in lines:
+        encoded, head = encode(line, head)
+        data += encoded
+    return data
+
+
+def records(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line.decode().rpartition(HASH_FIELD)[0] + "}") for line in data.splitlines()]
+
+
+def with_records(change: Callable[[list[dict[str, Any]]], Any]) -> Callable[[bytes], bytes]:
+    def forged(data: bytes) -> bytes:
+        lines = records(data)
+        change(lines)
+        return rehashed(lines)
+
+    return forged
+
+
+LEDGERS: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "a line less": lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
+    "half of the lines": lambda data: b"".join(data.splitlines(keepends=True)[:7]),
+    "half of the last line": lambda data: data[:-40],
+    "a line twice": lambda data: data + data.splitlines(keepends=True)[-1],
+    "a line from the middle gone": lambda data: b"".join(
+        line for i, line in enumerate(data.splitlines(keepends=True)) if i != 5
+    ),
+    "two lines exchanged": lambda data: b"".join(
+        data.splitlines(keepends=True)[i] for i in (0, 1, 2, 4, 3, *range(5, 14))
+    ),
+    "more noise, hashes as they were": lambda data: data.replace(b'"noise_multiplier":1.0', b'"noise_multiplier":2.0'),
+    "hashed again: more noise": with_records(lambda lines: lines[1].update(noise_multiplier=2.0)),
+    "hashed again: another clip norm": with_records(lambda lines: lines[1].update(clip_norm=1.0)),
+    "hashed again: a step less": with_records(lambda lines: lines.pop()),
+    "hashed again: a step more": with_records(lambda lines: lines.append({"kind": "step", "n": 13})),
+    "hashed again: another delta": with_records(lambda lines: lines[0].update(delta=1e-5)),
+    "hashed again: of other data": with_records(lambda lines: lines[0].update(data_fingerprint="other")),
+    "hashed again: debugging": with_records(lambda lines: lines[0].update(debug=True)),
+}
+
+
+@pytest.mark.parametrize("name", LEDGERS)
+def test_a_tampered_ledger_is_caught(name: str, folder: Path) -> None:
+    path = folder / LEDGER_NAME
+    before = path.read_bytes()
+    path.write_bytes(LEDGERS[name](before))
+    assert path.read_bytes() != before
+    assert "ledger" in failures(folder)
+
+
+def test_hashing_again_changes_nothing_by_itself(folder: Path) -> None:
+    path = folder / LEDGER_NAME
+    assert rehashed(records(path.read_bytes())) == path.read_bytes()
+
+
+def test_a_tampered_picture_is_caught(folder: Path) -> None:
+    picture = folder / card.PICTURE
+    picture.write_text(picture.read_text().replace("L ", "L 1", 1))
+    assert "the card's picture" in failures(folder)
+    picture.unlink()
+    assert "the card's picture" in failures(folder)
+
+
+def test_a_field_that_stands_there_twice_is_refused(folder: Path) -> None:
+    from hf_dp.errors import ConfigError
+
+    path = folder / card.PRIVACY_JSON
+    path.write_text(path.read_text().replace('"epsilon":', '"epsilon": 0.1, "epsilon":', 1))
+    with pytest.raises(ConfigError, match="epsilon stands there more than once"):
+        verify(folder)
+
+
+def test_a_whole_folder_made_anew_cannot_be_told(tmp_path: Path) -> None:
+    """Documented in verify's first lines: record, card, picture and ledger of a training that never was, all consistent."""
+    assert failures(model_folder(tmp_path, sigma=5.0)) == ""
+
+
+# ---- versions and the schema -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["schema_1", "schema_1_not_private"])
+def test_folders_of_version_1_are_verified(name: str, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(DATA / name, tmp_path / "model"))
+    assert failures(old) == ""
+    record = json.loads((old / card.PRIVACY_JSON).read_text())
+    (old / card.PRIVACY_JSON).write_text(json.dumps(record | {"num_steps": 3}))
+    assert "steps" in failures(old)
+    (old / card.PRIVACY_JSON).write_text(json.dumps(record | {"covered": ["all"]}))
+    assert "the form of privacy.json" in failures(old)
+
+
+def test_version_1_in_new_clothes_is_caught(folder: Path) -> None:
+    """A new record that says version 1 would escape the checks of the new fields."""
+    record = json.loads((folder / card.PRIVACY_JSON).read_text())
+    (folder / card.PRIVACY_JSON).write_text(json.dumps(record | {"schema_version": 1}))
+    assert "the form of privacy.json" in failures(folder)
+
+
+def test_the_schema_is_one_and_explains_every_field() -> None:
+    schema = json.loads((Path(card.__file__).parent / SCHEMA).read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["properties"]["schema_version"]["enum"][-1] == card.SCHEMA_VERSION
+    known = copy.deepcopy(RECORD)
+    for name in known["mechanism"]:
+        assert name in schema["properties"]["mechanism"]["properties"]
+    assert known.keys() == schema["properties"].keys()
+
+
+def test_the_schema_is_shipped() -> None:
+    project = (DATA.parents[1] / "pyproject.toml").read_text()
+    assert 'hf_dp = ["py.typed", "*.md", "*.json"]' in project
+
+
+def test_verify_answers_without_torch(sound: Path) -> None:
+    """The whole command, in a process of its own. 2 seconds is what it may take besides the accounting; on a busy machine
+    time says little, so what is imported is the test."""
+    code = (
+        "import sys; from hf_dp.cli import main; sys.argv = ['hf-dp', 'verify', sys.argv[1]]\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
+        "print(*[m for m in ('torch', 'transformers', 'datasets', 'peft', 'accelerate', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(sound)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == ""
+    assert "Verified" in done.stdout
