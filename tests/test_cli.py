@@ -71,7 +71,10 @@ def test_a_classifier_trains_with_its_head(hf_dp, tmp_path):
 
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as weights:
         assert any("classifier" in name for name in weights.keys())  # noqa: SIM118 (no mapping)
-    AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=2)
+    classes = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert sorted(classes) == ["0", "1"]
+    assert f"num_labels={len(classes)}" in out
+    AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=len(classes))
 
 
 def test_full_fine_tuning_without_a_validation_set(hf_dp, tmp_path):
