@@ -52,6 +52,12 @@ class PrivacyConfig:
     public_eval: bool = field(
         default=False, metadata={"help": "Declare the evaluation data public, so that checkpoints may be chosen by it."}
     )
+    budget_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Draw on this budget, which several runs on the same data share (`hf-dp budget` creates one)."
+        },
+    )
     debug_seed: int | None = field(
         default=None, metadata={"help": "For tests only: fixed sampling and noise. Card and ledger say NOT PRIVATE."}
     )
@@ -83,6 +89,8 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         yield f"noise must be one of {', '.join(NOISES)} (got {c.noise!r})"
     if not isinstance(c.public_eval, bool):
         yield f"public_eval must be true or false (got {c.public_eval!r})"
+    if c.budget_file is not None and not (isinstance(c.budget_file, str) and c.budget_file):
+        yield f"budget_file must be a path as text, or left out (got {c.budget_file!r})"
     seed = c.debug_seed
     if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
         yield f"debug_seed must be a whole number, 0 or more, or left out (got {seed!r})"

@@ -2,6 +2,7 @@
 
 HfDpError
 ├── ConfigError (also ValueError)                the user asked for something impossible or unsafe
+│   ├── BudgetError                              ... more than a budget file holds for all runs, or of other data
 │   ├── RecipeError                              ... in a recipe file or its overrides
 │   └── UnsupportedOptionError                   ... by options that would void the guarantee; names all of them
 ├── UnsupportedParameterError (also ValueError)  trainable parameters without an exact per-example rule; names all of them
@@ -19,6 +20,10 @@ class HfDpError(Exception):
 
 class ConfigError(HfDpError, ValueError):
     """A setting that is impossible, contradictory or unsafe."""
+
+
+class BudgetError(ConfigError):
+    """A run that a budget file does not hold, or a budget file that cannot be used."""
 
 
 class RecipeError(ConfigError):

@@ -23,7 +23,7 @@ they would add up to less than was spent. Dividing by the public B, and means ov
 import torch
 from torch import Tensor
 
-from hf_dp.mechanism import METRIC_NOISE, METRICS
+from hf_dp.mechanism import METRIC_NOISE, METRICS, Mechanism
 
 
 def contribution(losses: Tensor, *, clip_norm: float, loss_bound: float) -> Tensor:
@@ -49,6 +49,13 @@ class ReleasedMetrics:
         self._units = METRIC_NOISE / clip_norm * torch.tensor([loss_bound / expected_batch_size, 1.0])
         self._sum = torch.zeros(len(METRICS))
         self._steps = 0
+
+    @classmethod
+    def of(cls, m: Mechanism) -> "ReleasedMetrics | None":
+        """Those of a run of `m`; None where its steps release the gradient alone."""
+        if m.loss_bound is None:
+            return None
+        return cls(clip_norm=m.clip_norm, loss_bound=m.loss_bound, expected_batch_size=m.expected_batch_size)
 
     def add(self, noisy: Tensor) -> None:
         """One step's two coordinates as they were released, [2]."""

@@ -1,6 +1,7 @@
 """One private run while it lasts: ledger, keys and the exit, opened when training starts and closed when it ends."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_dp import accounting, card, durable
-from hf_dp.errors import ConfigError, HfDpError, LedgerError
-from hf_dp.fingerprint import fingerprint
+from hf_dp import budget as budgets
+from hf_dp.errors import BudgetError, ConfigError, HfDpError, LedgerError
+from hf_dp.fingerprint import KEY_NAME, fingerprint
 from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, refuse_rollback
 from hf_dp.mechanism import Mechanism, Segment
 from hf_dp.noise import NoiseSource
@@ -39,7 +41,14 @@ class PrivateRun:
         exhausted: one more step would exceed the target epsilon.
     """
 
-    def __init__(self, mechanism: Mechanism, folder: Path, process_index: int, num_processes: int) -> None:
+    def __init__(
+        self,
+        mechanism: Mechanism,
+        folder: Path,
+        process_index: int,
+        num_processes: int,
+        budget_file: str | None = None,
+    ) -> None:
         self.mechanism = mechanism
         self.folder = folder
         self.sampling_key: Key = 0
@@ -51,6 +60,8 @@ class PrivateRun:
         self._allowed = 0
         self._seed: int | None = None
         self._opened_before = False
+        self._budget_file = None if budget_file is None else Path(budget_file).expanduser().absolute()
+        self._made: list[Path] = []
 
     # ---- opening and closing ---------------------------------------------------------------------------------------
 
@@ -64,7 +75,7 @@ class PrivateRun:
 
         Raises:
             LedgerError: on every process, whatever goes wrong on process 0.
-            ConfigError: the budget is spent.
+            ConfigError: the target epsilon is spent; a BudgetError: the budget file does not hold the plan.
         """
         self._seed = seed
         self._shared(lambda: self._open_ledger(dataset, checkpoint))
@@ -82,17 +93,58 @@ class PrivateRun:
                 f"the budget is spent: epsilon {spent.epsilon:.4g} after {spent.num_steps} steps, target "
                 f"{self.mechanism.target_epsilon}; raise target_epsilon, or start anew in another output_dir"
             )
+        if self._budget_file is not None:
+            done = max(0, _step_of(checkpoint)) if checkpoint else 0
+            most = min(self._allowed, max(1, self.mechanism.num_steps - done))
+            self._allowed = self._shared(lambda: self._reserve(dataset, most))
 
     def close(self) -> None:
-        """Closes the ledger; what was spent can still be asked."""
+        """Closes the ledger; what was spent can still be asked. A part reserved in the budget file stays reserved."""
         if self._ledger is not None:
             self._ledger.close()
+
+    def settle(self) -> None:
+        """Training has ended as planned: gives back to the budget file what was reserved and not charged. On process 0."""
+        if self._budget_file is None or self._ledger is None:
+            return
+        try:
+            budgets.settle(self._budget_file, self.folder, self._ledger.segments())
+        except HfDpError as error:  # too much stays counted, and a finished training is worth more than that
+            print(
+                f"The budget still counts this run's whole plan ({error}). Later: "
+                f"hf-dp budget {self._budget_file} --settle {self.folder}",
+                file=sys.stderr,
+            )
+
+    def _reserve(self, dataset: Any, num_steps: int) -> int:
+        """On process 0: the steps that the budget grants to this session. A refused run takes away what it has made."""
+        assert self._budget_file is not None
+        assert self._ledger is not None
+        m, is_new = self.mechanism, self.folder / LEDGER_NAME in self._made and not self._before
+        try:
+            if not m.is_private:
+                raise BudgetError(
+                    "a run without noise, or with a debug_seed, has an infinite epsilon, which no budget holds: leave budget_file "
+                    "out where the data are public"
+                )
+            budgets.read(self._budget_file)  # before a key is made beside it
+            of = budgets.Of.run(m, fingerprint(dataset, self._budget_file.resolve().parent))
+            asked = m.planned._replace(num_steps=num_steps)
+            return budgets.reserve(self._budget_file, self.folder, of, charged=self._before, asked=asked, is_new=is_new)
+        except HfDpError:
+            if is_new:
+                self._opened_before = False
+                for made in self._made:
+                    made.unlink(missing_ok=True)
+            self._ledger.close()
+            raise
 
     def _open_ledger(self, dataset: Any, checkpoint: Path | None) -> None:
         """On process 0: a new ledger, the one that the checkpoint's run wrote, or this run's own from an earlier train()."""
         if self._process != 0:
             return
         m, path = self.mechanism, self.folder / LEDGER_NAME
+        self._made = [p for p in (path, self.folder / KEY_NAME) if not p.exists()]
         if path.exists() and checkpoint is None and not self._opened_before:
             raise LedgerError(
                 f"{path} holds what another training in this folder spent. Resume it (resume_from_checkpoint=True), or choose "

@@ -216,15 +216,17 @@ class DPTrainerMixin(_Host):
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
         if self._run is None:
-            self._run = PrivateRun(self._planned(), folder, self.args.process_index, self.args.world_size)
+            place = (self.args.process_index, self.args.world_size)
+            self._run = PrivateRun(self._planned(), folder, *place, budget_file=self.privacy.budget_file)
         self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed)
-        self._released_metrics = _metrics_of(self._planned())
+        self._released_metrics = ReleasedMetrics.of(self._planned())
         print_summary(self)
         try:
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         finally:
             self._run.close()
             self._sums, self._flat = {}, torch.zeros(0)
+        self._run.settle()
         metrics = {k: v for k, v in output.metrics.items() if k not in NOT_RELEASED}
         return output._replace(training_loss=float("nan"), metrics=metrics)
 
@@ -388,9 +390,3 @@ def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any) -> 
     return accounting.plan(
         privacy, len(dataset), num_train_epochs=training.num_train_epochs, max_steps=training.max_steps
     )
-
-
-def _metrics_of(m: Mechanism) -> ReleasedMetrics | None:
-    if m.loss_bound is None:
-        return None
-    return ReleasedMetrics(clip_norm=m.clip_norm, loss_bound=m.loss_bound, expected_batch_size=m.expected_batch_size)

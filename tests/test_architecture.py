@@ -17,7 +17,7 @@ ORDER = """
     errors _compat config mechanism epsilon tradeoff calibration accounting
     chacha streams forked_rng sampling microbatch
     losses clipping per_example noise memory forward sharding
-    durable ledger_format ledger fingerprint release metrics
+    durable ledger_format ledger fingerprint budget release metrics
     card_files card_words card_picture card verify
     run options progress trainer
     settings template recipe_yaml recipe data_files data task plots
@@ -27,7 +27,8 @@ PURE = {"losses", "clipping", "per_example", "noise"}  # take tensors and floats
 NOT_FOR_PURE = {"config", "mechanism", "epsilon", "calibration", "accounting"}
 LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.card hf_dp.cli".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
-VERBS = {"train", "check", "plan", "verify"}  # the command line's verbs: each parameter is an option that typer shows
+# The command line's verbs: each parameter is an option that typer shows.
+VERBS = {"train", "check", "plan", "verify", "budget"}
 # They stand in for functions of torch.nn.functional and of torch, whose signatures are not ours.
 MIRRORS = {"embedding", "conv2d", "multi_head_attention", "recurrent"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6
@@ -152,7 +153,8 @@ def test_the_settings_are_these():
     from hf_dp import Mechanism, PrivacyConfig
 
     assert [f.name for f in dataclasses.fields(PrivacyConfig)] == (
-        "target_epsilon noise_multiplier target_delta expected_batch_size clip_norm log_loss_up_to noise public_eval debug_seed".split()
+        "target_epsilon noise_multiplier target_delta expected_batch_size clip_norm log_loss_up_to noise public_eval budget_file "
+        "debug_seed".split()
     )
     assert [f.name for f in dataclasses.fields(Mechanism)] == (
         "num_examples expected_batch_size num_steps noise_multiplier clip_norm delta target_epsilon loss_bound unit relation debug "

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from hf_dp.cli.budget import budget
 from hf_dp.cli.check import check
 from hf_dp.cli.plan import plan
 from hf_dp.cli.train import train
@@ -26,6 +27,7 @@ app.command()(train)
 app.command()(check)
 app.command()(plan)
 app.command()(verify)
+app.command()(budget)
 
 
 def main() -> None:
