@@ -150,6 +150,10 @@ class PrivateRun:
                 f"{path} holds what another training in this folder spent. Resume it (resume_from_checkpoint=True), or choose "
                 "another output_dir; what was spent on the same data adds up either way"
             )
+        if path.exists() and self._budget_file is None and (self.folder / budgets.TOKEN_NAME).exists():
+            raise BudgetError(
+                f"the run in {self.folder} draws on a budget, which would not see its further steps: give budget_file"
+            )
         header = LedgerHeader(
             num_examples=m.num_examples,
             unit=m.unit,

@@ -206,7 +206,8 @@ class DPTrainerMixin(_Host):
         Raises:
             SelfCheckError: something couples examples.
             LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
-            ConfigError: the budget is already spent, or `trial` is given (a search spends privacy nobody accounts for).
+            ConfigError: the target epsilon is already spent, or `trial` is given (a search spends privacy nobody accounts for); a
+                BudgetError: the budget file does not hold this run.
         """
         if trial is not None:
             raise ConfigError(

@@ -87,6 +87,7 @@ class Victim:
         self.out, self.observed_path = folder / "out", folder / "observed"
         self.ledger = self.out / LEDGER_NAME
         self.generator, self.count = generator, Count()
+        self.statuses: list[int] = []  # of the last session's processes
         self._newest = (0, "")  # the newest whole checkpoint: step and digest of its files
 
     def run(self, *expected: int, processes: int = 1, kill_after: float = math.inf, **session: Any) -> int | None:
@@ -102,7 +103,7 @@ class Victim:
             except TimeoutError:
                 self.count.hangs += 1
                 return None
-        ended = max(statuses, key=abs)
+        self.statuses, ended = statuses, max(statuses, key=abs)
         self.count.wrong += ended not in expected
         self.count.refused += ended == REFUSED
         step = self.last_checkpoint()

@@ -25,7 +25,7 @@ ORDER = """
 """.split()
 PURE = {"losses", "clipping", "per_example", "noise"}  # take tensors and floats
 NOT_FOR_PURE = {"config", "mechanism", "epsilon", "calibration", "accounting"}
-LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.card hf_dp.cli".split()
+LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.budget hf_dp.card hf_dp.cli".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
 # The command line's verbs: each parameter is an option that typer shows.
 VERBS = {"train", "check", "plan", "verify", "budget"}

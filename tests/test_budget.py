@@ -119,8 +119,7 @@ def test_a_run_that_was_killed_keeps_its_part_until_it_goes_on_and_takes_no_seco
         take(path, "b", steps(1))
     # 120 steps are in its ledger and its last checkpoint is of step 100: the 20 that are lost are charged again
     assert take(path, "a", steps(200), steps(120), new=False) == 180
-    assert len(budget.read(path).runs) == 1
-    assert total(path) <= ROOM_FOR_THREE
+    assert [run.segments for run in budget.read(path).runs] == [(steps(300),)]  # 120 charged and 180 to come
 
 
 def test_a_run_that_ended_and_goes_on_reserves_the_whole_of_it(path: Path) -> None:
@@ -129,7 +128,7 @@ def test_a_run_that_ended_and_goes_on_reserves_the_whole_of_it(path: Path) -> No
     with pytest.raises(BudgetError, match="room for 200 "):
         take(path, "a", steps(201), PLAN, new=False)
     assert take(path, "a", steps(200), PLAN, new=False) == 200
-    assert len(budget.read(path).runs) == 1
+    assert [run.segments for run in budget.read(path).runs] == [(steps(300),)]
 
 
 def test_a_new_run_in_the_folder_of_an_old_one_is_another(path: Path) -> None:
@@ -397,6 +396,16 @@ def test_a_run_that_failed_keeps_its_part_until_it_is_settled(tmp_path: Path) ->
     assert train(tmp_path / "next", path, max_steps=3).privacy_spent().num_steps == 3
 
 
+def test_a_run_that_began_with_a_budget_does_not_go_on_without_it(tmp_path: Path) -> None:
+    path, out = for_steps(tmp_path / "budget.json", 4), tmp_path / "out"
+    train(out, path, max_steps=1, save_strategy="steps")
+    before = (out / LEDGER_NAME).read_bytes()
+    trainer = runs.trainer(out, None, PRIVATE, **{**SAVING, "max_steps": 2})
+    with pytest.raises(BudgetError, match="would not see its further steps: give budget_file"):
+        trainer.train(resume_from_checkpoint=True)
+    assert (out / LEDGER_NAME).read_bytes() == before
+
+
 def test_other_data_and_runs_without_noise_are_refused(tmp_path: Path) -> None:
     path = for_steps(tmp_path / "budget.json", 9)
     with pytest.raises(BudgetError, match="infinite epsilon"):
@@ -423,7 +432,8 @@ def test_every_process_learns_the_refusal(tmp_path: Path) -> None:
     path = for_steps(tmp_path / "budget.json", 2)
     victim = Victim(tmp_path / "run", random.Random(0))
     drawing = {"budget_file": str(path)}
-    assert victim.run(REFUSED, steps=4, processes=2, privacy=drawing) == REFUSED  # a process that waits in vain hangs
+    victim.run(REFUSED, steps=4, processes=2, privacy=drawing)  # a process that waits in vain hangs
+    assert victim.statuses == [REFUSED, REFUSED]
     assert not victim.ledger.exists()
     assert victim.run(WENT_ON, steps=2, processes=2, privacy=drawing) == WENT_ON
     assert victim.count.clean(), victim.count

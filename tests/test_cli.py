@@ -129,6 +129,7 @@ MISTAKES = {
     "an empty file": (["data.train=EMPTY"], "holds no records"),
     "an override that is none": (["training"], "expected section.key=value"),
     "transformers says no": (["training.eval_strategy=steps", "data.validation=null"], "eval"),
+    "no budget": (["privacy.budget_file=gone.json"], "creates one"),
     "rows too long": (["data.max_length=64"], "at most 32, which the model takes; got 64"),
 }
 
@@ -150,6 +151,19 @@ def test_a_mistake_ends_in_a_few_lines_and_leaves_nothing(mistake, hf_dp, tmp_pa
     assert len(said.splitlines()) <= 4
     assert "Traceback" not in err + out
     assert files(tmp_path) == before
+
+
+def test_a_recipe_draws_on_a_budget_until_it_is_spent(hf_dp, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, drawing = R.write(tmp_path), "privacy.budget_file=all.json"
+    assert hf_dp("budget", "all.json", "--target-epsilon", "9", "--target-delta", "0.017")[0] == 0
+    assert hf_dp("train", recipe, drawing)[0] == 0
+    left = files(tmp_path)
+    status, _, err = hf_dp("train", recipe, drawing, "training.output_dir=second")
+    assert status == 2
+    assert "does not hold this run. Of epsilon 9 at delta 0.017" in err
+    assert files(tmp_path) == left
+    assert hf_dp("budget", "all.json")[1].count("ended") == 1
 
 
 def test_a_folder_with_a_ledger_is_left_alone(hf_dp, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -32,6 +33,7 @@ def test_exactly_one_of_epsilon_and_sigma_is_given() -> None:
         *(("clip_norm", x) for x in [*NO_NUMBERS, None, 0.0, -1.0]),
         *(("log_loss_up_to", x) for x in [*NO_NUMBERS, 0.0, -1.0]),
         *(("public_eval", x) for x in ["yes", 1, None]),
+        *(("budget_file", x) for x in ["", 3, True, Path("all.json")]),
         *(("debug_seed", x) for x in [-1, 1.5, "1", True]),
     ],
 )
@@ -47,7 +49,13 @@ def test_what_is_out_of_range_is_refused_by_name(name: str, bad: object) -> None
 def test_everything_wrong_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as refusal:
         PrivacyConfig(
-            target_delta=2.0, expected_batch_size=0, clip_norm=-1, log_loss_up_to=0, public_eval="no", debug_seed=-1
+            target_delta=2.0,
+            expected_batch_size=0,
+            clip_norm=-1,
+            log_loss_up_to=0,
+            public_eval="no",
+            debug_seed=-1,
+            budget_file="",
         )
     for field in dataclasses.fields(PrivacyConfig):
         assert field.name in str(refusal.value)

@@ -172,6 +172,50 @@ def test_an_example_without_targets_or_with_one_token_is_an_example(tmp_path: Pa
     assert float((with_them - without).norm()) < 1e-6 * float(without.norm())  # nothing to predict: a gradient of zero
 
 
+def test_a_record_too_long_for_the_model_stops_training_and_the_step_counts(tmp_path: Path) -> None:
+    """Cutting records is for whoever tokenises them; here nothing of the step leaves, and what it might have cost is charged."""
+    rows = [*runs.text_rows(6).to_list(), {"input_ids": [5] * 65, "attention_mask": [1] * 65, "labels": [5] * 65}]
+    privacy = {**PRIVATE, "expected_batch_size": 7}
+    trainer = runs.trainer(tmp_path, M.with_lora(M.gpt2), privacy, train_dataset=runs.Dataset.from_list(rows))
+    before = {name: p.clone() for name, p in reference.trainable(trainer.model).items()}
+    with pytest.raises(IndexError):  # the model has 64 positions
+        trainer.train()
+    assert charged(tmp_path) == 1
+    assert all(torch.equal(p, before[name]) for name, p in reference.trainable(trainer.model).items())
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["_privacy_fingerprint.key", LEDGER_NAME]
+
+
+def test_a_data_set_of_one_record(tmp_path: Path) -> None:
+    """Q = 1, its gradient clipped to C, and the noise is all that hides it."""
+    privacy = {"target_epsilon": 3.0, "target_delta": 1e-3, "expected_batch_size": 1}
+    trainer = train(tmp_path, privacy, train_dataset=runs.text_rows(1), max_steps=3)
+    assert trainer.mechanism.sample_rate == 1
+    assert trainer.privacy_spent().num_steps == charged(tmp_path) == 3
+    exact = spent([Segment(1.0, trainer.mechanism.noise_multiplier, 3)], 1e-3).epsilon
+    assert 2.9 < trainer.privacy_spent().epsilon == exact <= 3.0
+
+
+def test_one_record_many_times_counts_each_time(tmp_path: Path) -> None:
+    """The unit is the record: a copy is another one, clipped by itself, and so whoever is in k records moves the sum by k C."""
+    row = runs.text_rows(1).to_list()
+    torch.manual_seed(0)
+    once, _ = gradient_of(tmp_path / "a", M.with_lora(M.llama), row, 1)
+    torch.manual_seed(0)
+    often, _ = gradient_of(tmp_path / "b", M.with_lora(M.llama), row * 3, 1)
+    assert float((often - 3 * once).norm()) < 1e-5 * float(once.norm())  # float32
+    assert float(often.norm()) == pytest.approx(3 * 0.1, rel=1e-5)  # C = 0.1, and each of them is clipped
+
+
+# ---- F16: another place ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_folder_was_moved_goes_on(tmp_path: Path) -> None:
+    interrupted(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    trainer = train(tmp_path / "there", resume=True, max_steps=3)
+    assert trainer.state.global_step == trainer.privacy_spent().num_steps == charged(tmp_path / "there") == 3
+
+
 # ---- F11: empty draws ----------------------------------------------------------------------------------------------------
 
 

@@ -110,6 +110,12 @@ def test_the_output_folder_is_named_after_the_recipe(tmp_path):
     assert read(R.write(tmp_path, training__output_dir=None)).output_dir == Path("out/toy")
 
 
+def test_a_budget_file_is_a_setting_of_privacy(tmp_path):
+    assert read(R.write(tmp_path, privacy__budget_file="all.json")).privacy.budget_file == "all.json"
+    with pytest.raises(RecipeError, match="budget_file must be a path as text, or left out"):
+        read(R.write(tmp_path, privacy__budget_file=3))
+
+
 def test_everything_wrong_is_named_at_once(tmp_path):
     wrong = {
         "model.nmae=x": "model.nmae: there is no such setting; did you mean 'name'?",
