@@ -34,7 +34,9 @@ from hf_dp.mechanism import Mechanism, Segment
 
 VERSION = 1
 TOKEN_NAME = "_privacy_budget_token"  # with an underscore: Trainer does not push it
-LOCK_SECONDS = 120.0  # accounting for some dozens of runs takes seconds; whoever waits longer is told
+LOCK_SECONDS = (
+    600.0  # accounting takes 14 s for 30 runs of different noise, some ten times that to see how many steps fit
+)
 
 
 class Of(NamedTuple):
