@@ -1,6 +1,7 @@
 """A model, or its name and a LoRA rank -> `Shapes`. A named one is built on torch's meta device: its config is read, no weight is."""
 
 import math
+from typing import Any
 
 import peft
 import torch
@@ -35,15 +36,16 @@ def of_name(name: str, lora_r: int | None) -> Shapes:
     return of_model(model)
 
 
-def of_model(model: nn.Module) -> Shapes:
-    """Counts and uses of a model's parameters. A trainable one of another layer than a linear map or a table is taken to be used whole."""
+def of_model(model: Any) -> Shapes:
+    """Counts and uses of a model's parameters. What is neither a linear map nor the table of tokens counts whole, as positions do."""
     linear, tables, used = [], [], set()
     for module in model.modules():
-        if not isinstance(module, nn.Linear | Conv1D | nn.Embedding) or not module.weight.requires_grad:
+        of_tokens = module is model.get_input_embeddings()
+        if not (of_tokens or isinstance(module, nn.Linear | Conv1D)) or not module.weight.requires_grad:
             continue
         weight = module.weight
         used.add(weight)
-        if isinstance(module, nn.Embedding):
+        if of_tokens:
             tables.append(weight.shape[1])
         else:
             d, r = weight.shape if isinstance(module, Conv1D) else (weight.shape[1], weight.shape[0])

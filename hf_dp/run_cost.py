@@ -19,7 +19,7 @@ TAIL = 1e-12  # draws as rare as this are left out of a mean
 class Shapes(NamedTuple):
     """What a model is to its cost; of trainable parameters, how they are used.
 
-    `linear` holds (d, r) of each linear map, `tables` the width of each table that is looked up; `others` counts the rest: biases, scales.
+    `linear` holds (d, r) of each linear map, `tables` the width of the table of tokens; `others` counts the rest: biases, scales.
     """
 
     parameters: int

@@ -22,7 +22,6 @@ from hf_dp.per_example.factors import Dense, Outer
 from hf_dp.run_cost import Shapes, Work
 from hf_dp.sampling import PoissonSampler
 
-
 SIZE: dict[str, Any] = {"num_examples": 1000, "expected_batch_size": 40, "max_steps": 10, "noise_multiplier": 1.0}
 
 
@@ -54,7 +53,9 @@ def test_passes_of_a_run_are_those_of_the_plan(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(DPTrainer, "_add_clipped_gradients", counting)
     privacy = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
-    trainer = runs.trainer(tmp_path, None, privacy, max_steps=steps, learning_rate=0.0, per_device_train_batch_size=3)
+    trainer = runs.trainer(
+        tmp_path, None, privacy, learning_rate=0.0, max_steps=steps, logging_steps=steps, per_device_train_batch_size=3
+    )
     trainer.train()
     expected = run_cost.micro_batches(trainer.mechanism, Work(1, 3, None, 15))
     # n has a variance of at most B; passes n / b, rounded up, spread by a third of that and by rounding, at most 1/2
@@ -86,9 +87,12 @@ def test_memory_is_that_of_the_factors_of_a_run(
     rows = runs.Dataset.from_list([{name: [1, *row[name][1:], *[5] * 20][:12] for name in row} for row in rows])
     for size in (1, 4):
         trainer = runs.trainer(
-            tmp_path / str(size), model, {**runs.NOISELESS, "expected_batch_size": 8}, train_dataset=rows,
+            tmp_path / str(size),
+            model,
+            {**runs.NOISELESS, "expected_batch_size": 8},
+            train_dataset=rows,
             per_device_train_batch_size=size,
-        )  # fmt: skip
+        )
         trainer.train()
         shapes = model_shapes.of_model(trainer.model)
         assert shapes.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
