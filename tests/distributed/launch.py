@@ -29,23 +29,24 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_groups(*groups: list[Any]) -> tuple[list[list[int]], str]:
+def run_groups(*groups: list[Any], seconds: float = SECONDS) -> tuple[list[list[int]], str]:
     """Exit statuses of each group of workers [world, folder, scenario, ...], and their messages. Nobody outlives the time-out."""
     words = [str(word) for group in groups for word in ("--fork", *group)]
-    process = subprocess.Popen(
-        [sys.executable, WORKER, *words],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    done = finish([sys.executable, WORKER, *words], seconds=seconds)[0]
+    return [[int(word) for word in line.split()] for line in done.stdout.splitlines()], done.stderr
+
+
+def finish(*commands: list[str], seconds: float = SECONDS) -> list["subprocess.CompletedProcess[str]"]:
+    """Runs commands at once, each in a session of its own; all that they started ends with them, or with the time-out."""
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(c, env=environment(), start_new_session=True, **streams) for c in commands]
     try:
-        out, errors = process.communicate(timeout=SECONDS)
+        said = [process.communicate(timeout=seconds) for process in started]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return [[int(word) for word in line.split()] for line in out.splitlines()], errors
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return [subprocess.CompletedProcess(p.args, p.returncode, *s) for p, s in zip(started, said, strict=True)]
 
 
 def collected(folder: Path, world: int, *names: str) -> dict[str, list[dict[str, Any]]]:

@@ -90,10 +90,11 @@ def test_the_noise_of_four_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_every_way_gives_the_same_update_in_all_combinations(tmp_path: Path) -> None:
     name = "same_update_in_all_ways"
     groups = {world: [world, tmp_path / str(world), name] for world in (1, 2, 3)}
-    statuses, errors = run_groups(*groups.values())
+    statuses, errors = run_groups(*groups.values(), seconds=1400)
     assert statuses == [[0] * world for world in groups], errors[-2000:]
     check_updates({w: collected(tmp_path / str(w), w, name)[name] for w in groups}, all_of_them=True)
 

@@ -1,7 +1,6 @@
 """Several processes are one: the same draw, one noise, the same parameters everywhere; a death stops all and hides no step."""
 
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import worker
-from launch import SECONDS, WORKER, all_alike, collected, environment, free_port, results, run_groups
+from launch import WORKER, all_alike, collected, finish, free_port, results, run_groups
 from noise_checks import assert_gaussian, assert_uncorrelated
 from reference import relative_difference
 
@@ -238,13 +237,7 @@ def test_the_launchers_that_people_use(launcher: list[str], tmp_path: Path) -> N
     module, *options = launcher
     if module.startswith("accelerate"):
         options += ["--main_process_port", str(free_port()), "--num_machines", "1", "--dynamo_backend", "no"]
-    done = subprocess.run(
-        [sys.executable, "-m", module, *options, WORKER, str(tmp_path), "trajectory"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    done = finish([sys.executable, "-m", module, *options, WORKER, str(tmp_path), "trajectory"])[0]
     assert done.returncode == 0, done.stderr[-2000:]
     found = {"trajectory": [torch.load(tmp_path / f"trajectory.{r}.pt", weights_only=True) for r in range(2)]}
     assert {r["world"] for r in found["trajectory"]} == {2}

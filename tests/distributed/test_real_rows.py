@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from launch import collected, run_groups
 
-REPEATS = 4
+REPEATS = 3
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_one_and_two_processes_end_alike(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path(os.environ.get("HF_DP_MODEL", real_data.parent / "models" / "stories260K"))
     if not (model / "config.json").is_file():
@@ -25,11 +26,11 @@ def test_one_and_two_processes_end_alike(real_data: Path, tmp_path: Path, monkey
     monkeypatch.setenv("REAL_MODEL", str(model))
     folders = {(w, n): tmp_path / f"{w}.{n}" for w, n in itertools.product((1, 2), range(REPEATS))}
     for folder in folders.values():
-        for name, rows in (("train", 2000), ("validation", 100)):
+        for name, rows in (("train", 2000), ("validation", 60)):
             lines = (real_data / "e2e_nlg" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
             (folder / "given").mkdir(parents=True, exist_ok=True)
             (folder / "given" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    statuses, errors = run_groups(*([w, folder, "real_rows"] for (w, _), folder in folders.items()))
+    statuses, errors = run_groups(*([w, folder, "real_rows"] for (w, _), folder in folders.items()), seconds=800)
     assert statuses == [[0] * w for w, _ in folders], errors[-2000:]
     found = {at: collected(folder, at[0], "real_rows")["real_rows"] for at, folder in folders.items()}
     check(found)
@@ -46,6 +47,7 @@ def check(found: dict[tuple[int, int], list[dict[str, Any]]]) -> None:
                 first["before"], rel=1e-5
             )  # float32, summed in batches of another size
             assert (one["weights"] == processes[0]["weights"]).all()
+    print(first["before"], after, first["spent"])
     spread = np.sqrt((after[1].var(ddof=1) + after[2].var(ddof=1)) / 2)
     assert 0 < spread < 0.2 * (first["before"] - after[1].mean())  # they learn, and much more than they differ
     assert abs(after[1].mean() - after[2].mean()) < stats.t.ppf(1 - 5e-5, 2 * REPEATS - 2) * spread * np.sqrt(

@@ -326,7 +326,7 @@ def refused_shards(folder: Path) -> dict[str, Any]:
 
 
 def real_rows(folder: Path) -> dict[str, Any]:
-    """Eight private steps of the E2E recipe, and the loss on validation rows before and after."""
+    """Five private steps of the E2E recipe, and the loss on validation rows before and after."""
     torch.set_num_threads(1)
     given = folder.parent / "given"
     overrides = {
@@ -334,13 +334,13 @@ def real_rows(folder: Path) -> dict[str, Any]:
         "data.train": given / "train.jsonl",
         "data.validation": given / "validation.jsonl",
         "training.output_dir": folder / "out",
-        "training.max_steps": 8,
+        "training.max_steps": 5,
         "training.use_cpu": "true",
         "training.disable_tqdm": "true",
         "training.save_strategy": "no",
         "training.learning_rate": 0.01,
         "training.per_device_train_batch_size": 16,
-        "privacy.expected_batch_size": 64,
+        "privacy.expected_batch_size": 48,
         "privacy.target_delta": "null",
     }
     trainer = task.build(read(RECIPES / "e2e-gpt2.yaml", [f"{name}={value}" for name, value in overrides.items()]))
