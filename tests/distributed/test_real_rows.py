@@ -26,7 +26,7 @@ def test_one_and_two_processes_end_alike(real_data: Path, tmp_path: Path, monkey
     monkeypatch.setenv("REAL_MODEL", str(model))
     folders = {(w, n): tmp_path / f"{w}.{n}" for w, n in itertools.product((1, 2), range(REPEATS))}
     for folder in folders.values():
-        for name, rows in (("train", 2000), ("validation", 60)):
+        for name, rows in (("train", 2000), ("validation", 64)):
             lines = (real_data / "e2e_nlg" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
             (folder / "given").mkdir(parents=True, exist_ok=True)
             (folder / "given" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -43,9 +43,7 @@ def check(found: dict[tuple[int, int], list[dict[str, Any]]]) -> None:
     for processes in found.values():
         for one in processes:
             assert one["spent"] == first["spent"]
-            assert one["before"] == pytest.approx(
-                first["before"], rel=1e-5
-            )  # float32, summed in batches of another size
+            assert one["before"] == pytest.approx(first["before"], rel=1e-5)  # float32 in another order
             assert (one["weights"] == processes[0]["weights"]).all()
     print(first["before"], after, first["spent"])
     spread = np.sqrt((after[1].var(ddof=1) + after[2].var(ddof=1)) / 2)

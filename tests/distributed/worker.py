@@ -340,6 +340,7 @@ def real_rows(folder: Path) -> dict[str, Any]:
         "training.save_strategy": "no",
         "training.learning_rate": 0.01,
         "training.per_device_train_batch_size": 16,
+        "training.per_device_eval_batch_size": 16,  # full batches on both: Trainer weighs a process's batch by its size
         "privacy.expected_batch_size": 48,
         "privacy.target_delta": "null",
     }
