@@ -45,7 +45,6 @@ def check(found: dict[tuple[int, int], list[dict[str, Any]]]) -> None:
             assert one["spent"] == first["spent"]
             assert one["before"] == pytest.approx(first["before"], rel=1e-5)  # float32 in another order
             assert (one["weights"] == processes[0]["weights"]).all()
-    print(first["before"], after, first["spent"])
     spread = np.sqrt((after[1].var(ddof=1) + after[2].var(ddof=1)) / 2)
     assert 0 < spread < 0.2 * (first["before"] - after[1].mean())  # they learn, and much more than they differ
     assert abs(after[1].mean() - after[2].mean()) < stats.t.ppf(1 - 5e-5, 2 * REPEATS - 2) * spread * np.sqrt(
