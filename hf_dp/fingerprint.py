@@ -41,9 +41,14 @@ def fingerprint(dataset: Any, folder: Path | str) -> str:
         ConfigError: a record holds something that has no defined bytes.
         LedgerError: the key can't be written or read, or is not one.
     """
+    return under_key(dataset, key_of(Path(folder)))
+
+
+def under_key(dataset: Any, key: bytes) -> str:
+    """As `fingerprint`, where the key is at hand and the folder need not be: on another machine."""
     import datasets
 
-    digest = hmac.new(_key(Path(folder)), digestmod=hashlib.sha256)
+    digest = hmac.new(key, digestmod=hashlib.sha256)
     if isinstance(dataset, datasets.Dataset):
         _hash_arrow(dataset, digest.update)
     else:
@@ -54,7 +59,12 @@ def fingerprint(dataset: Any, folder: Path | str) -> str:
     return digest.hexdigest()
 
 
-def _key(folder: Path) -> bytes:
+def key_of(folder: Path) -> bytes:
+    """The folder's key, made where it is missing. It is shown to nobody but the other processes of a run.
+
+    Raises:
+        LedgerError: it can't be written or read, or is not one.
+    """
     path = folder / KEY_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)

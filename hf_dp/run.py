@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from hf_dp import accounting, card, durable
 from hf_dp import budget as budgets
 from hf_dp.errors import BudgetError, ConfigError, HfDpError, LedgerError
-from hf_dp.fingerprint import KEY_NAME, fingerprint
+from hf_dp.fingerprint import KEY_NAME, fingerprint, key_of, under_key
 from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, refuse_rollback
 from hf_dp.mechanism import Mechanism, Segment
 from hf_dp.noise import NoiseSource
@@ -75,10 +76,15 @@ class PrivateRun:
 
         Raises:
             LedgerError: on every process, whatever goes wrong on process 0.
-            ConfigError: the target epsilon is spent; a BudgetError: the budget file does not hold the plan.
+            ConfigError: the target epsilon is spent, or the processes were given different plans or data; a BudgetError: the budget
+                file does not hold the plan.
         """
         self._seed = seed
-        self._shared(lambda: self._open_ledger(dataset, checkpoint))
+        self._shared(lambda: self._refuse_another_training(checkpoint))
+        key = self._shared(lambda: key_of(self.folder))
+        found = under_key(dataset, key)
+        self._refuse_differences(found)
+        self._shared(lambda: self._open_ledger(found, checkpoint))
         self._before = self._shared(lambda: self._ledger.segments() if self._ledger else ())
         self.sampling_key = self._shared(lambda: self._key(fresh_key() if seed is None else seed))
         noise = NoiseSource(key=self._key(fresh_key() if seed is None else seed + 1)) if self._process == 0 else None
@@ -139,11 +145,9 @@ class PrivateRun:
             self._ledger.close()
             raise
 
-    def _open_ledger(self, dataset: Any, checkpoint: Path | None) -> None:
-        """On process 0: a new ledger, the one that the checkpoint's run wrote, or this run's own from an earlier train()."""
-        if self._process != 0:
-            return
-        m, path = self.mechanism, self.folder / LEDGER_NAME
+    def _refuse_another_training(self, checkpoint: Path | None) -> None:
+        """On process 0, before any file is made here."""
+        path = self.folder / LEDGER_NAME
         self._made = [p for p in (path, self.folder / KEY_NAME) if not p.exists()]
         if path.exists() and checkpoint is None and not self._opened_before:
             raise LedgerError(
@@ -154,12 +158,39 @@ class PrivateRun:
             raise BudgetError(
                 f"the run in {self.folder} draws on a budget, which would not see its further steps: give budget_file"
             )
+
+    def _refuse_differences(self, data_fingerprint: str) -> None:
+        """The noise of process 0 fits what the others clip, and their slices are one draw, only if plan and data are the same."""
+        if self._processes == 1:
+            return
+        everybodys: list[Any] = [None] * self._processes
+        dist.all_gather_object(everybodys, (asdict(self.mechanism), data_fingerprint))
+        (plan, data), wrong = everybodys[0], []
+        for number, (other, others_data) in enumerate(everybodys):
+            wrong += [
+                f"{name} is {other[name]} on process {number}, {plan[name]} on 0"
+                for name in plan
+                if other[name] != plan[name]
+            ]
+            wrong += (
+                [f"the records of process {number} are not those of 0, in their order"] if others_data != data else []
+            )
+        if wrong:
+            raise ConfigError(
+                f"all processes need one plan and the same data; {'; '.join(wrong)}. Give all of them the same recipe and files"
+            )
+
+    def _open_ledger(self, data_fingerprint: str, checkpoint: Path | None) -> None:
+        """On process 0: a new ledger, the one that the checkpoint's run wrote, or this run's own from an earlier train()."""
+        if self._process != 0:
+            return
+        m, path = self.mechanism, self.folder / LEDGER_NAME
         header = LedgerHeader(
             num_examples=m.num_examples,
             unit=m.unit,
             relation=m.relation,
             delta=m.delta,
-            data_fingerprint=fingerprint(dataset, self.folder),
+            data_fingerprint=data_fingerprint,
             debug=m.debug,
         )
         if checkpoint is not None:

@@ -6,6 +6,8 @@ example, and reduced once a step like any others'.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +17,9 @@ from torch.distributed.tensor import DTensor
 LOADING = "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=number of processes))"
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: Any) -> bool:
     """Whether any parameter lies in parts on several processes."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    return isinstance(model, nn.Module) and any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def missing_passes(own: int, device: torch.device) -> int:
@@ -25,6 +27,20 @@ def missing_passes(own: int, device: torch.device) -> int:
     most = torch.tensor(own, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most) - own
+
+
+@contextmanager
+def checkpoints_allowed(args: Any, model: Any) -> Iterator[None]:
+    """Around Trainer's constructor, which refuses to save the optimizer of a sharded model (transformers 5.23).
+
+    Its reason, that the optimizer's state is sharded too, does not hold here: `problems` lets only whole parameters be trained.
+    """
+    saves_only_model = args.save_only_model
+    args.save_only_model = saves_only_model or is_sharded(model)
+    try:
+        yield
+    finally:
+        args.save_only_model = saves_only_model
 
 
 def problems(model: nn.Module) -> Iterator[str]:

@@ -88,7 +88,8 @@ class DPTrainerMixin(_Host):
         self._flat = torch.zeros(0)
         self._released_metrics: ReleasedMetrics | None = None
         self.mechanism = _plan(privacy, training, options.get("train_dataset"))
-        super().__init__(*given.args, **given.kwargs)
+        with sharding.checkpoints_allowed(options["args"], options.get("model")):
+            super().__init__(*given.args, **given.kwargs)
         self._sharded = sharding.is_sharded(self.model)
         self._room = Room(fixed=self._sharded)
         show_epsilon(self)

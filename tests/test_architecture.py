@@ -19,6 +19,7 @@ ORDER = """
     losses clipping per_example noise memory forward sharding
     durable ledger_format ledger fingerprint budget release metrics
     card_files card_words card_picture card verify
+    run_cost model_shapes
     run options progress trainer
     settings template recipe_yaml recipe data_files data task plots
     cli demo

@@ -67,6 +67,32 @@ def test_what_is_set_on_the_object_is_seen(name: str, tmp_path: Path) -> None:
         check_options(args, public_eval=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("fsdp", ["full_shard"], "fsdp=.*load the base with .*fsdp_size.*adapter on it, or use DDP"),
+        (
+            "deepspeed",
+            "ds.json",
+            "deepspeed=ds.json: it reduces and steps inside backward; use DDP .*, or load the base sharded",
+        ),
+        (
+            "parallelism_config",
+            object(),
+            "parallelism_config=.*tensor, context and sequence parallelism.*; use DDP, or load",
+        ),
+        ("_n_gpu", 2, "DataParallel over 2 GPUs: start one process a GPU"),
+    ],
+)
+def test_other_ways_to_distribute_are_refused_with_a_way_out(
+    name: str, value: Any, way_out: str, tmp_path: Path
+) -> None:
+    args = runs.arguments(tmp_path)
+    vars(args)[name] = value  # the libraries or machines that they need are not all here
+    with pytest.raises(UnsupportedOptionError, match=way_out):
+        check_options(args, public_eval=False)
+
+
 @pytest.mark.parametrize("name", ENVIRONMENT)
 def test_what_the_launcher_says_by_the_environment_is_seen(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

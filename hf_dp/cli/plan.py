@@ -1,7 +1,7 @@
-"""Sizes and a target -> the plan: noise, steps, epsilon, each with its rule. Imports no torch and answers within seconds."""
+"""Sizes and a target -> the plan: noise, steps, epsilon, each with its rule; and what the run costs. Imports torch for a model alone."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,15 +17,31 @@ def plan(
     log_loss_up_to: Annotated[float | None, typer.Option(help="Release loss, up to this, and batch size too.")] = None,
     clip_norm: Annotated[float, typer.Option(help="C; it scales the noise and changes no epsilon.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Draw epsilon against steps into this picture.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Say what a run costs: a folder with config.json, or a name.")
+    ] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Cost: LoRA of this rank on all linear layers; else all.")] = None,
+    num_processes: Annotated[int | None, typer.Option(help="Cost: processes, one a GPU. Default 1.")] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Cost: of a micro-batch. Default 8.")] = None,
+    micro_batch_tokens: Annotated[int | None, typer.Option(help="Cost: the most tokens of a micro-batch.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cost: tokens of an example, padded. Default 256.")] = None,
 ) -> None:
-    """Says what noise a target epsilon needs, or what epsilon a noise gives, before any data or model is there."""
+    """Says what noise a target epsilon needs, or what epsilon a noise gives, before any data or model is there; and what it costs."""
     from hf_dp import accounting
-    from hf_dp.cli.tables import print_derivation
+    from hf_dp.cli.tables import print_derivation, print_table
     from hf_dp.config import PrivacyConfig
     from hf_dp.errors import ConfigError
 
     if (epochs is None) == (max_steps <= 0):
         raise ConfigError("give exactly one of --epochs and --max-steps")
+    work = {
+        "lora_r": lora_r,
+        "num_processes": num_processes,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "micro_batch_tokens": micro_batch_tokens,
+        "max_length": max_length,
+    }
+    _refuse_work(model, work)
     privacy = PrivacyConfig(
         target_epsilon=target_epsilon,
         noise_multiplier=noise_multiplier,
@@ -38,8 +54,36 @@ def plan(
     print_derivation(
         accounting.derivation(privacy, mechanism, num_train_epochs=epochs or 0.0, max_steps=max_steps), mechanism
     )
+    if model is not None:
+        print_table("What a run costs", ("", "value", "rule"), _cost(mechanism, model, work))
     if plot is not None:
         from hf_dp.plots import draw_epsilon
 
         draw_epsilon(mechanism, plot)
         print(f"Epsilon against steps: {plot}")
+
+
+def _refuse_work(model: str | None, work: dict[str, int | None]) -> None:
+    from hf_dp.errors import ConfigError
+
+    given = {f"--{name.replace('_', '-')}": value for name, value in work.items() if value is not None}
+    wrong = [f"{name}: expected 1 or more, got {value}" for name, value in given.items() if value < 1]
+    if given and model is None:
+        wrong.append(f"{', '.join(given)} only say what a model's run costs: add --model")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def _cost(mechanism: Any, model: str, work: dict[str, int | None]) -> list[Any]:
+    from hf_dp import model_shapes, run_cost
+    from hf_dp.cli.libraries import quiet
+
+    quiet()
+    shapes = model_shapes.of_name(model, work["lora_r"])
+    dealt = run_cost.Work(
+        num_processes=work["num_processes"] or 1,
+        max_examples=work["per_device_train_batch_size"] or 8,
+        max_tokens=work["micro_batch_tokens"],
+        length=work["max_length"] or 256,
+    )
+    return run_cost.derivation(mechanism, shapes, dealt)

@@ -1,10 +1,6 @@
 """Several processes are one: the same draw, one noise, the same parameters everywhere; a death stops all and hides no step."""
 
-import contextlib
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import worker
+from launch import WORKER, all_alike, collected, finish, free_port, results, run_groups
 from noise_checks import assert_gaussian, assert_uncorrelated
 from reference import relative_difference
 
@@ -23,54 +20,7 @@ from hf_dp.accounting import spent
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.sampling import PoissonSampler
 
-WORKER = str(Path(worker.__file__))
-SECONDS = 240
-
-
-def environment(**changed: Any) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "TORCHELASTIC"))}
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
-    root = {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), kept.get("PYTHONPATH")]))}
-    return {**kept, **quiet, **root, **{k: str(v) for k, v in changed.items()}}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def run_groups(*groups: list[Any]) -> tuple[list[list[int]], str]:
-    """Exit statuses of each group of workers [world, folder, scenario, ...], and their messages. Nobody outlives the time-out."""
-    words = [str(word) for group in groups for word in ("--fork", *group)]
-    process = subprocess.Popen(
-        [sys.executable, WORKER, *words],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, errors = process.communicate(timeout=SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return [[int(word) for word in line.split()] for line in out.splitlines()], errors
-
-
-def collected(folder: Path, world: int, *names: str) -> dict[str, list[dict[str, Any]]]:
-    """What every process found out, by scenario."""
-    return {n: [torch.load(folder / f"{n}.{r}.pt", weights_only=True) for r in range(world)] for n in names}
-
-
-def results(folder: Path, world: int, *names: str) -> dict[str, list[dict[str, Any]]]:
-    statuses, errors = run_groups([world, folder, *names])
-    assert statuses == [[0] * world], errors
-    return collected(folder, world, *names)
-
-
-ALL = ("one_step", "trajectory", "empty_draws", "noise", "slices", "refused")
+ALL = ("one_step", "trajectory", "empty_draws", "noise", "slices", "refused", "counted", "different")
 MEMORY = ("scarce", "exhausted")
 
 
@@ -99,10 +49,6 @@ def two(groups: Two) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     return results(tmp_path_factory.mktemp("three"), 3, *ALL)
-
-
-def all_alike(values: list[Any]) -> bool:
-    return all(v == values[0] for v in values)
 
 
 def check_against_one_process(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
@@ -144,6 +90,23 @@ def check_slices_are_the_draw(found: dict[str, list[dict[str, Any]]]) -> None:
     assert len(drawn[0]) == 20
 
 
+def check_one_all_reduce_a_step(found: dict[str, list[dict[str, Any]]]) -> None:
+    """From a step's beginning to its end; as large as the plan says."""
+    for result in found["counted"]:
+        assert result["collectives"] == ["c10d::allreduce_"] * 4
+        assert result["sizes"] == [result["planned"]] * 4
+
+
+def check_one_plan_and_one_data_set(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Noise for C = 0.1 under a sum clipped at 5 would protect next to nothing: nobody begins."""
+    last = len(found["different"]) - 1
+    assert all_alike([r["errors"] for r in found["different"]])
+    plan, data = found["different"][0]["errors"]
+    assert f"clip_norm is 5.0 on process {last}, 0.1 on 0. Give all" in plan
+    assert f"ConfigError: all processes need one plan and the same data; the records of process {last} are not" in data
+    assert not any(r["ledger"] for r in found["different"])
+
+
 def check_everybody_is_told(found: dict[str, list[dict[str, Any]]]) -> None:
     errors = [r["error"] for r in found["refused"]]
     assert all_alike(errors)
@@ -167,6 +130,14 @@ def test_the_slices_together_are_one_draw(two: dict[str, list[dict[str, Any]]]) 
     check_slices_are_the_draw(two)
 
 
+def test_a_step_is_one_all_reduce(two: dict[str, list[dict[str, Any]]]) -> None:
+    check_one_all_reduce_a_step(two)
+
+
+def test_processes_with_different_plans_or_data_are_refused(two: dict[str, list[dict[str, Any]]]) -> None:
+    check_one_plan_and_one_data_set(two)
+
+
 def test_empty_slices_do_not_hang_and_are_charged(two: dict[str, list[dict[str, Any]]]) -> None:
     assert [r["charged"] for r in two["empty_draws"]] == [15, 15]
 
@@ -183,6 +154,8 @@ def test_what_process_0_refuses_stops_all_with_its_message(two: dict[str, list[d
         check_noise_is_added_once,
         check_slices_are_the_draw,
         check_everybody_is_told,
+        check_one_all_reduce_a_step,
+        check_one_plan_and_one_data_set,
     ],
 )
 def test_three_processes(check: Any, three: dict[str, list[dict[str, Any]]]) -> None:
@@ -264,13 +237,7 @@ def test_the_launchers_that_people_use(launcher: list[str], tmp_path: Path) -> N
     module, *options = launcher
     if module.startswith("accelerate"):
         options += ["--main_process_port", str(free_port()), "--num_machines", "1", "--dynamo_backend", "no"]
-    done = subprocess.run(
-        [sys.executable, "-m", module, *options, WORKER, str(tmp_path), "trajectory"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    done = finish([sys.executable, "-m", module, *options, WORKER, str(tmp_path), "trajectory"])[0]
     assert done.returncode == 0, done.stderr[-2000:]
     found = {"trajectory": [torch.load(tmp_path / f"trajectory.{r}.pt", weights_only=True) for r in range(2)]}
     assert {r["world"] for r in found["trajectory"]} == {2}

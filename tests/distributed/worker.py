@@ -21,18 +21,24 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import conftest  # noqa: F401  one thread, no network
+import invariance
 import models as M
 import reference
 import runs
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-from hf_dp import DPTrainer, HfDpError
+from hf_dp import DPTrainer, HfDpError, model_shapes, run_cost, task
+from hf_dp.ledger import LEDGER_NAME
+from hf_dp.recipe import read
 from hf_dp.run import PrivateRun
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NOISY = {"noise_multiplier": 1.0, "debug_seed": 3, "target_delta": 1e-3, "expected_batch_size": 8}
 
 
@@ -41,23 +47,27 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
 
 
 class Watch(TrainerCallback):
-    """A hash of the parameters after each step."""
+    """The parameters after each step, and a hash of them."""
 
     def __init__(self) -> None:
         self.hashes: list[str] = []
+        self.path: list[torch.Tensor] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **k: Any) -> None:
-        self.hashes.append(sha256(flat(model).numpy().tobytes()).hexdigest())
+        self.path.append(flat(model))
+        self.hashes.append(sha256(self.path[-1].numpy().tobytes()).hexdigest())
 
 
 def train(folder: Path, privacy: dict[str, Any], *, rank: int = 4, **settings: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     watch, resume = Watch(), settings.pop("resume", None)
-    trainer = runs.trainer(folder, M.with_lora(M.llama, r=rank), privacy, callbacks=[watch], **settings)
+    model = settings.pop("model", None) or M.with_lora(M.llama, r=rank)
+    trainer = runs.trainer(folder, model, privacy, callbacks=[watch], **settings)
     trainer.train(resume_from_checkpoint=resume)
     return {
         "weights": flat(trainer.model),
         "hashes": watch.hashes,
+        "path": torch.stack(watch.path),
         "charged": trainer.privacy_spent().num_steps,
         "epsilon": trainer.privacy_spent().epsilon,
         "logged": [[entry["loss"], entry["batch_size"]] for entry in trainer.state.log_history if "loss" in entry],
@@ -203,9 +213,165 @@ def after(owner: Any, name: str, act: Callable[..., None]) -> Iterator[None]:
         setattr(owner, name, original)
 
 
+def same_update(folder: Path) -> dict[str, Any]:
+    """Every way of the diagonal."""
+    return {str(way): invariance.update(way, folder) for way in invariance.ways(world(), all_of_them=False)}
+
+
+def same_update_in_all_ways(folder: Path) -> dict[str, Any]:
+    return {str(way): invariance.update(way, folder) for way in invariance.ways(world(), all_of_them=True)}
+
+
+def sharded_empty_draws(folder: Path) -> dict[str, Any]:
+    """Most slices hold no example, and every process must pass as often as the others."""
+    runs.arguments(folder)  # joins the processes
+    privacy = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 1}
+    model = invariance.adapter_on("llama", folder, sharded=True)
+    return train(folder, privacy, model=model, train_dataset=runs.text_rows(200), max_steps=15, learning_rate=0.01)
+
+
+SESSIONS: list[tuple[bool, dict[str, Any]]] = [
+    (True, {"per_device_train_batch_size": 4}),
+    (False, {"per_device_train_batch_size": 1}),
+    (False, {"per_device_train_batch_size": 24, "micro_batch_tokens": 40, "bf16": True}),
+]
+
+
+def elastic(folder: Path) -> dict[str, Any]:
+    """Two more steps of one run, sharded or not, with other micro-batches and precision; the fourth is all six at once."""
+    here = folder.parent / "one run"
+    done = len(list(here.glob("checkpoint-*")))
+    sharded, settings = SESSIONS[done] if done < len(SESSIONS) else (False, {})
+    steps = {"max_steps": 2 * done + 2, "save_strategy": "steps", "save_steps": 2, "resume": done > 0}
+    if done == len(SESSIONS):
+        here, steps = folder, {"max_steps": 6}
+    runs.arguments(here)  # joins the processes
+    model = invariance.adapter_on("llama", folder.parent, sharded=sharded)
+    before, options = flat(model), {"optim": "adamw_torch", "learning_rate": 0.01}
+    result = train(here, runs.NOISELESS, model=model, **steps, **settings, **options)
+    result["updates"] = result["path"] - before
+    torch.save(result, folder / f"{done}.{os.environ.get('RANK', '0')}.pt")
+    return result
+
+
+class Collectives(TrainerCallback):
+    """Every collective from the beginning of a step to its end, as torch's profiler sees them."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_step_begin(self, *a: Any, **k: Any) -> None:
+        self.profile = profile(activities=[ProfilerActivity.CPU])
+        self.profile.start()
+
+    def on_step_end(self, *a: Any, **k: Any) -> None:
+        self.profile.stop()
+        self.seen += [event.name for event in self.profile.events() if event.name.startswith("c10d::")]
+
+
+def counted(folder: Path) -> dict[str, Any]:
+    """What the processes say to each other in four steps, and the bytes of one all-reduce: measured and as planned."""
+    watch, sizes, reduce = Collectives(), [], dist.all_reduce
+
+    def measuring(tensor: torch.Tensor, *a: Any, **k: Any) -> Any:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return reduce(tensor, *a, **k)
+
+    dist.all_reduce = measuring
+    try:
+        trainer = runs.trainer(folder, M.with_lora(M.llama), NOISY, callbacks=[watch], max_steps=4)
+        trainer.train()
+    finally:
+        dist.all_reduce = reduce
+    planned = run_cost.all_reduced(trainer.mechanism, model_shapes.of_model(trainer.model))
+    return {"collectives": watch.seen, "sizes": sizes, "planned": planned}
+
+
+def different(folder: Path) -> dict[str, Any]:
+    """The last process was given another clip norm, then another record."""
+    runs.arguments(folder)  # joins the processes
+    last, errors = dist.get_rank() == dist.get_world_size() - 1, []
+    changed = text_rows_with_another_record() if last else runs.text_rows()
+    for settings, rows in (({"clip_norm": 5.0} if last else {}, runs.text_rows()), ({}, changed)):
+        try:
+            train(folder, {**NOISY, **settings}, train_dataset=rows)
+        except HfDpError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return {"errors": errors, "ledger": (folder / LEDGER_NAME).exists()}
+
+
+def text_rows_with_another_record() -> Any:
+    rows = runs.text_rows().to_list()
+    rows[5], rows[6] = rows[6], rows[5]
+    return runs.Dataset.from_list(rows)
+
+
+def refused_shards(folder: Path) -> dict[str, Any]:
+    """Sharded weights that are trained; weights in parts by tensor parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    runs.arguments(folder)  # joins the processes
+    whole = invariance.adapter_on("llama", folder, sharded=True).get_base_model()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    split = torch.nn.Linear(4, 4, bias=False).requires_grad_(False)
+    split.weight = torch.nn.Parameter(distribute_tensor(split.weight.data, mesh, [Shard(0)]), requires_grad=False)
+    errors = []
+    for model in (whole.requires_grad_(True), split):
+        try:
+            runs.trainer(folder, model, NOISY)
+        except HfDpError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return {"errors": errors}
+
+
+def real_rows(folder: Path) -> dict[str, Any]:
+    """Five private steps of the E2E recipe, and the validation loss before and after: a sum over examples, however batched."""
+    torch.set_num_threads(1)
+    given = folder.parent / "given"
+    overrides = {
+        "model.name": os.environ["REAL_MODEL"],
+        "data.train": given / "train.jsonl",
+        "data.validation": given / "validation.jsonl",
+        "training.output_dir": folder / "out",
+        "training.max_steps": 5,
+        "training.use_cpu": "true",
+        "training.disable_tqdm": "true",
+        "training.save_strategy": "no",
+        "training.learning_rate": 0.01,
+        "training.per_device_train_batch_size": 16,
+        "privacy.expected_batch_size": 48,
+        "privacy.target_delta": "null",
+    }
+    trainer = task.build(read(RECIPES / "e2e-gpt2.yaml", [f"{name}={value}" for name, value in overrides.items()]))
+    before = task.evaluate(trainer)["nats_per_character"]
+    trainer.train()
+    spent = trainer.privacy_spent()
+    return {
+        "before": before,
+        "after": task.evaluate(trainer)["nats_per_character"],
+        "spent": tuple(spent),
+        "weights": flat(trainer.model),
+    }
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def noise_again(folder: Path) -> dict[str, Any]:
+    """As `noise`, with the same `args.seed`."""
+    return noise(folder)
+
+
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     f.__name__: f
-    for f in (one_step, trajectory, empty_draws, noise, slices, refused, resumed, scarce, dies, exhausted, stopped)
+    for f in (
+        *(one_step, trajectory, empty_draws, noise, noise_again, slices, refused, resumed),
+        *(dies, exhausted, stopped, scarce),
+        *(same_update, same_update_in_all_ways, sharded_empty_draws, elastic),
+        *(counted, different, refused_shards, real_rows),
+    )
 }
 
 

@@ -1,0 +1,88 @@
+"""One way to run the same mathematics (micro-batches, checkpointing, sharding) -> the adapter's update after three steps."""
+
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import models as M
+import runs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hf_dp import sharding
+
+MICRO_BATCHES: dict[str, dict[str, Any]] = {
+    "1": {"per_device_train_batch_size": 1},
+    "4": {"per_device_train_batch_size": 4},
+    "tokens": {"per_device_train_batch_size": 24, "micro_batch_tokens": 40},
+}
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "none": {},
+    "non-reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+BASES = {"llama": M.llama, "gpt2": M.gpt2}
+
+
+class Way(NamedTuple):
+    base: str
+    micro_batches: str
+    checkpointing: str
+    sharded: bool
+
+
+DIAGONAL = [
+    Way("llama", "4", "none", True),
+    Way("llama", "tokens", "reentrant", False),
+    Way("gpt2", "1", "non-reentrant", False),
+    Way("gpt2", "tokens", "reentrant", True),
+]
+
+
+def ways(world: int, *, all_of_them: bool) -> list[Way]:
+    """The matrix or its diagonal; one process has nothing to shard."""
+    matrix = [Way(*w) for w in itertools.product(BASES, MICRO_BATCHES, CHECKPOINTING, (False, True))]
+    return [way for way in (matrix if all_of_them else DIAGONAL) if world > 1 or not way.sharded]
+
+
+def adapter_on(base: str, folder: Path, *, sharded: bool) -> torch.nn.Module:
+    """The same adapter on the same base in every run; loaded in shards where asked for."""
+    main, together = not dist.is_initialized() or dist.get_rank() == 0, dist.is_initialized()
+    if main and not (folder / base).exists():
+        torch.manual_seed(0)
+        BASES[base]().save_pretrained(folder / base)
+    if together:
+        dist.barrier()
+    extra: dict[str, Any] = {}
+    if sharded:
+        from transformers.distributed import DistributedConfig
+
+        extra = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
+    loaded = AutoModelForCausalLM.from_pretrained(folder / base, **extra)
+    torch.manual_seed(1)
+    model = M.with_lora(lambda: loaded)
+    assert sharding.is_sharded(model) == sharded
+    return model
+
+
+def update(way: Way, folder: Path) -> Tensor:
+    """What three noiseless steps at q = 1/2 change; draws come from the debug seed, and so are the same everywhere."""
+    runs.arguments(folder)  # joins the processes
+    model = adapter_on(way.base, folder, sharded=way.sharded)
+    before = flat(model)
+    trainer = runs.trainer(
+        folder / "-".join(map(str, way)),
+        model,
+        {**runs.NOISELESS, "expected_batch_size": 12},
+        max_steps=3,
+        **MICRO_BATCHES[way.micro_batches],
+        **CHECKPOINTING[way.checkpointing],
+    )
+    trainer.train()
+    return flat(trainer.model) - before
+
+
+def flat(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])

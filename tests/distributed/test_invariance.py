@@ -1,0 +1,122 @@
+"""One update, however it is computed: processes, micro-batches, checkpointing, shards; and one run, whatever it is resumed on."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import invariance
+from launch import collected, results, run_groups
+from noise_checks import assert_gaussian, assert_uncorrelated
+
+from hf_dp.ledger import LEDGER_NAME, read_ledger
+
+Found = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
+    """By number of processes: what the quick tests look at, out of one start of Python."""
+    names = {
+        1: ("same_update", "noise"),
+        2: ("same_update", "noise", "noise_again", "sharded_empty_draws", "refused_shards"),
+    }
+    folders = {world: tmp_path_factory.mktemp(str(world)) for world in names}
+    statuses, errors = run_groups(*([world, folders[world], *names[world]] for world in names))
+    assert statuses == [[0], [0, 0]], errors
+    return {world: collected(folders[world], world, *names[world]) for world in names}
+
+
+def check_updates(by_world: dict[int, list[dict[str, torch.Tensor]]], *, all_of_them: bool) -> None:
+    """Every way on every process against the first on one process; Llama and GPT-2 apart."""
+    references: dict[str, torch.Tensor] = {}
+    for world, processes in sorted(by_world.items()):
+        expected = {str(way): way.base for way in invariance.ways(world, all_of_them=all_of_them)}
+        for updates in processes:
+            assert set(updates) == set(expected)
+            for way, update in updates.items():
+                reference = references.setdefault(expected[way], update)
+                assert float(reference.norm()) > 0.05
+                # float32 sums of 12 gradients in another order; a record twice, missing or clipped elsewhere is 0.01 or more
+                assert float((update - reference).norm() / reference.norm()) < 1e-5, (world, way)
+
+
+def test_every_way_gives_the_same_update(found: dict[int, Found]) -> None:
+    check_updates({world: by_name["same_update"] for world, by_name in found.items()}, all_of_them=False)
+
+
+def test_a_sharded_model_takes_as_many_passes_on_every_process(found: dict[int, Found]) -> None:
+    """Otherwise it hangs. Their results are dropped: all processes stay together, and every step is charged once."""
+    first, last = found[2]["sharded_empty_draws"]
+    assert first["hashes"] == last["hashes"]
+    assert len(first["hashes"]) == first["charged"] == last["charged"] == 15
+
+
+def test_shards_of_another_kind_are_refused_with_a_way_out(found: dict[int, Found]) -> None:
+    for process in found[2]["refused_shards"]:
+        trained, split = process["errors"]
+        assert (
+            "more parameters are sharded and trainable: per-example gradients need them whole; train an adapter"
+            in trained
+        )
+        assert (
+            "weights sharded over tp: tensor, pipeline, expert and replicated sharding are not supported; load" in split
+        )
+
+
+def test_noise_has_nothing_to_do_with_the_seed_or_the_step_before(found: dict[int, Found]) -> None:
+    steps = [step for name in ("noise", "noise_again") for step in found[2][name][0]["noise"].numpy()]
+    for i, a in enumerate(steps):
+        for b in steps[:i]:
+            assert_uncorrelated(a, b)
+
+
+def check_noise(by_name: Found) -> None:
+    for step in by_name["noise"][0]["noise"].numpy():
+        assert_gaussian(step, 1.5 * 0.4)
+
+
+def test_the_noise_of_one_process(found: dict[int, Found]) -> None:
+    check_noise(found[1])
+
+
+@pytest.mark.slow
+def test_the_noise_of_four_processes(tmp_path: Path) -> None:
+    check_noise(results(tmp_path, 4, "noise"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_way_gives_the_same_update_in_all_combinations(tmp_path: Path) -> None:
+    name = "same_update_in_all_ways"
+    groups = {world: [world, tmp_path / str(world), name] for world in (1, 2, 3)}
+    statuses, errors = run_groups(*groups.values(), seconds=1400)
+    assert statuses == [[0] * world for world in groups], errors[-2000:]
+    check_updates({w: collected(tmp_path / str(w), w, name)[name] for w in groups}, all_of_them=True)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_shards_micro_batches_and_precision(tmp_path: Path) -> None:
+    """Two steps on 2 processes in shards, two on one, two on 2 in bfloat16: where six in one session go, and one ledger."""
+    statuses, errors = run_groups(*([world, tmp_path, "elastic"] for world in (2, 1, 2, 1)))
+    assert statuses == [[0, 0], [0], [0, 0], [0]], errors
+    *sessions, at_once = (torch.load(tmp_path / "elastic" / f"{n}.0.pt", weights_only=True) for n in range(4))
+    for number in (0, 2):
+        other = torch.load(tmp_path / "elastic" / f"{number}.1.pt", weights_only=True)
+        assert (other["hashes"], other["world"]) == (sessions[number]["hashes"], 2)
+    assert [s["charged"] for s in sessions] == [2, 4, 6]
+    record = read_ledger(tmp_path / "one run" / LEDGER_NAME)
+    assert [(s.sample_rate, s.noise_multiplier, s.num_steps) for s in record.executed] == [(1.0, 0.0, 6)]
+    expected = at_once["updates"]
+    for number, tolerance in (
+        (0, 1e-5),
+        (1, 1e-5),
+        (2, 1e-2),
+    ):  # float32 sums in another order; a forward pass of 8 bits
+        for ours, theirs in zip(sessions[number]["updates"], expected[2 * number :], strict=False):
+            assert float((ours - theirs).norm() / theirs.norm()) < tolerance
+    assert not torch.equal(sessions[2]["updates"][0], expected[4])  # it did run in bfloat16
