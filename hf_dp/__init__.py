@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_dp.accounting import plan
     from hf_dp.config import PrivacyConfig
     from hf_dp.errors import (
         AccountingError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         UnsupportedParameterError,
     )
+    from hf_dp.loop import PrivateLoop
     from hf_dp.mechanism import Mechanism
     from hf_dp.run import PrivacySpent
     from hf_dp.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
@@ -36,10 +38,12 @@ __all__ = [
     "Mechanism",
     "PrivacyConfig",
     "PrivacySpent",
+    "PrivateLoop",
     "RecipeError",
     "SelfCheckError",
     "UnsupportedOptionError",
     "UnsupportedParameterError",
+    "plan",
 ]
 
 _ELSEWHERE = {
@@ -49,6 +53,8 @@ _ELSEWHERE = {
     "Mechanism": "hf_dp.mechanism",
     "PrivacyConfig": "hf_dp.config",
     "PrivacySpent": "hf_dp.run",
+    "PrivateLoop": "hf_dp.loop",
+    "plan": "hf_dp.accounting",
 }  # every other name of __all__ is an error
 
 
