@@ -17,7 +17,7 @@ ORDER = """
     errors _compat config mechanism epsilon tradeoff calibration accounting
     chacha streams forked_rng sampling microbatch
     losses clipping per_example noise memory forward sharding
-    durable ledger_format ledger fingerprint budget release metrics
+    durable ledger_format ledger fingerprint budget release metrics audit
     card_files card_words card_picture card verify
     run loop options progress trainer
     settings template recipe_yaml recipe data_files data task plots
