@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         UnsupportedParameterError,
     )
+    from hf_dp.loop import PrivateLoop, plan
     from hf_dp.mechanism import Mechanism
     from hf_dp.run import PrivacySpent
     from hf_dp.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
@@ -36,10 +37,12 @@ __all__ = [
     "Mechanism",
     "PrivacyConfig",
     "PrivacySpent",
+    "PrivateLoop",
     "RecipeError",
     "SelfCheckError",
     "UnsupportedOptionError",
     "UnsupportedParameterError",
+    "plan",
 ]
 
 _ELSEWHERE = {
@@ -49,6 +52,8 @@ _ELSEWHERE = {
     "Mechanism": "hf_dp.mechanism",
     "PrivacyConfig": "hf_dp.config",
     "PrivacySpent": "hf_dp.run",
+    "PrivateLoop": "hf_dp.loop",
+    "plan": "hf_dp.loop",
 }  # every other name of __all__ is an error
 
 

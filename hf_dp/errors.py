@@ -7,6 +7,7 @@ HfDpError
 │   └── UnsupportedOptionError                   ... by options that would void the guarantee; names all of them
 ├── UnsupportedParameterError (also ValueError)  trainable parameters without an exact per-example rule; names all of them
 ├── AccountingError (also ValueError)            an accountant's input or output is not a number one may trust
+├── AuditError (also ValueError)              scores or counts from which no bound on epsilon follows
 ├── LedgerError (also RuntimeError)              the record of what was spent is missing, damaged, or of another run
 ├── ReleaseError (also RuntimeError)             a sum that may not leave: wrong arguments, a draw released twice, processes apart
 ├── CaptureError (also RuntimeError)             a gradient was not seen example by example, in the middle of a pass
@@ -40,6 +41,10 @@ class UnsupportedParameterError(HfDpError, ValueError):
 
 class AccountingError(HfDpError, ValueError):
     """An input that an accountant would answer wrongly, or an answer that cannot be true."""
+
+
+class AuditError(HfDpError, ValueError):
+    """Scores or counts of an audit from which no bound on epsilon follows."""
 
 
 class LedgerError(HfDpError, RuntimeError):

@@ -257,6 +257,7 @@ class PrivateRun:
         try:
             yield
         except Exception:
+            self._taken += 1  # abandon charges it
             self._releaser.abandon(own_sum, tell=waiting_in_release)
             raise
 

@@ -17,10 +17,10 @@ ORDER = """
     errors _compat config mechanism epsilon tradeoff calibration accounting
     chacha streams forked_rng sampling microbatch
     losses clipping per_example noise memory forward sharding
-    durable ledger_format ledger fingerprint budget release metrics
+    durable ledger_format ledger fingerprint budget release metrics audit
     card_files card_words card_picture card verify
     run_cost model_shapes
-    run options progress trainer
+    run loop options progress trainer
     settings template recipe_yaml recipe data_files data task plots
     cli demo
 """.split()
@@ -140,7 +140,7 @@ def test_the_public_names_are_these():
         hf_dp.__all__
         == (
             "AccountingError CaptureError ConfigError DPSeq2SeqTrainer DPTrainer DPTrainerMixin HfDpError LedgerError Mechanism "
-            "PrivacyConfig PrivacySpent RecipeError SelfCheckError UnsupportedOptionError UnsupportedParameterError"
+            "PrivacyConfig PrivacySpent PrivateLoop RecipeError SelfCheckError UnsupportedOptionError UnsupportedParameterError plan"
         ).split()
     )
     for name in hf_dp.__all__:

@@ -44,6 +44,38 @@ def synthetic_records(
     ]
 
 
+def records_of_the_same_shape(record: Any, count: int = 3) -> list[Any]:
+    """As many made-up records with the tensors, arrays and numbers of `record`, each in its own shape and type.
+
+    Real numbers are normal, whole ones 0 or 1, which any table of classes or tokens holds. Only shapes and types are looked at.
+
+    Raises:
+        ConfigError: a member of a type that can't be made up.
+    """
+    generator = np.random.default_rng(0)
+    return [_like(record, generator) for _ in range(count)]
+
+
+def _like(value: Any, generator: np.random.Generator) -> Any:
+    if isinstance(value, dict):
+        return {name: _like(member, generator) for name, member in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_like(member, generator) for member in value)
+    if isinstance(value, torch.Tensor):
+        shape, real = tuple(value.shape), value.is_floating_point()
+    elif isinstance(value, (np.ndarray, np.generic, bool, int, float)):
+        shape, real = np.shape(value), np.asarray(value).dtype.kind == "f"
+    else:
+        raise ConfigError(
+            f"cannot make up a {type(value).__name__} for the self-check: let the data set return tensors and numbers, or pass "
+            "check_records=[...], a few public records"
+        )
+    made = np.asarray(generator.standard_normal(shape) if real else generator.integers(2, size=shape))
+    if isinstance(value, torch.Tensor):
+        return torch.from_numpy(made).to(value.dtype)
+    return made.astype(value.dtype) if isinstance(value, np.ndarray) else np.asarray(value).dtype.type(made).item()
+
+
 def _known(value: Any) -> bool:
     return value is None or isinstance(
         value, (torch.Tensor, np.ndarray, np.generic, str, list, tuple, bool, int, float)

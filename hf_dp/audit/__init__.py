@@ -1,0 +1,1 @@
+"""How private a run was, measured: canaries' scores -> a lower bound on epsilon that holds with a stated confidence."""
