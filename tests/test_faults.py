@@ -369,9 +369,7 @@ def interrupt(name: str, folder: Path) -> None:
     if name == "collator":
         settings["data_collator"] = breaking_collator
     elif name == "SIGINT":
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # what a shell starts in the background begins with it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
         settings["callbacks"] = [At("released", 3, lambda: os.kill(os.getpid(), signal.SIGINT))]
     elif name in ("begin", "released", "end"):
         settings["callbacks"] = [At(name, 3, broken)]
