@@ -6,6 +6,8 @@ It has its own light ground, so that it can be read on a page of any colour, and
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_dp.card_words import percent
+
 LEFT, TOP, SIDE = 62, 18, 220  # of the square in which the curve is drawn, in pixels
 WIDTH, HEIGHT = 480, 296
 Point = tuple[float, float]
@@ -16,7 +18,7 @@ def tradeoff_svg(record: Mapping[str, Any]) -> str:
     curve = record["tradeoff"]
     points = list(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
     line = _path([(0.0, 0.0), *points])
-    advantage = f"{100 * curve['advantage']:.1f} %"
+    advantage = percent(curve["advantage"])
     return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" \
 font-family="system-ui, sans-serif" font-size="12" fill="#222">
 <title>The most that any attacker can find, against wrong accusations (advantage {advantage})</title>
@@ -29,7 +31,7 @@ font-family="system-ui, sans-serif" font-size="12" fill="#222">
 <text x="{LEFT + SIDE / 2:g}" y="{HEIGHT - 16}" text-anchor="middle">wrongly accused</text>
 <text transform="translate(18 {TOP + SIDE / 2:g}) rotate(-90)" text-anchor="middle">rightly found</text>
 <g transform="translate({LEFT + SIDE + 18} {TOP + 20})">
-{_legend()}
+{_legend(advantage)}
 </g>
 </svg>
 """
@@ -49,7 +51,8 @@ def _ticks() -> str:
     return "\n".join(lines)
 
 
-def _legend() -> str:
-    return """<rect y="-10" width="20" height="12" fill="#e9edf2" stroke="#bbb"/><text x="28">no attack gets here</text>
+def _legend(advantage: str) -> str:
+    return f"""<rect y="-10" width="20" height="12" fill="#e9edf2" stroke="#bbb"/><text x="28">no attack gets here</text>
 <path d="M 0 18 H 20" stroke="#1f5fa8" stroke-width="2.5"/><text x="28" y="22">limit for this model</text>
-<path d="M 0 40 H 20" stroke="#777" stroke-dasharray="4 4"/><text x="28" y="44">guessing</text>"""
+<path d="M 0 40 H 20" stroke="#777" stroke-dasharray="4 4"/><text x="28" y="44">guessing</text>
+<text y="74">advantage at most {advantage}</text>"""

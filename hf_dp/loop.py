@@ -23,7 +23,7 @@ from hf_dp.mechanism import Mechanism
 from hf_dp.memory import Room
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
 from hf_dp.per_example.batches import Batch, num_examples
-from hf_dp.per_example.capture import clipped_gradient_sum
+from hf_dp.per_example.capture import clipped_gradient_sum, views
 from hf_dp.per_example.inventory import take_inventory
 from hf_dp.per_example.self_check import self_check
 from hf_dp.per_example.synthetic import records_of_the_same_shape
@@ -160,8 +160,8 @@ class PrivateLoop:
         with self._run.told_to_all(flat):
             self._room.until_it_fits(lambda: self._sum_up(draw, trainable, flat))
         mean = self._run.release(flat, draw.number) / self.mechanism.expected_batch_size
-        for p, gradient in zip(trainable.values(), _parts(mean, trainable), strict=True):
-            p.grad = gradient.to(p.dtype)
+        for name, gradient in views(mean, trainable).items():
+            trainable[name].grad = gradient.to(trainable[name].dtype)
         self._written = {p: (p.grad, p.grad._version) for p in trainable.values() if p.grad is not None}
         self._waits_for = STEP
 
@@ -195,7 +195,7 @@ class PrivateLoop:
     def _sum_up(self, draw: Draw[Batch], trainable: dict[str, nn.Parameter], flat: Tensor) -> None:
         flat.zero_()
         _refuse_another_size(draw, self._size)
-        into = dict(zip(trainable, _parts(flat, trainable), strict=True))
+        into = views(flat, trainable)
         clip_norm = self.mechanism.clip_norm
         self.model.train()
         with fork_forward_rng([self._device]):
@@ -226,12 +226,6 @@ class PrivateLoop:
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._waits_for, self._written = None, {}
-
-
-def _parts(flat: Tensor, trainable: dict[str, nn.Parameter]) -> list[Tensor]:
-    """Views of a flat vector, one for each parameter, in its shape."""
-    pieces = flat.split([p.numel() for p in trainable.values()])
-    return [piece.view(p.shape) for piece, p in zip(pieces, trainable.values(), strict=True)]
 
 
 def _as_mapping(batch: Any) -> Batch:

@@ -115,8 +115,9 @@ HANDLED: dict[str, str] = {
     "greater_is_better": "only for load_best_model_at_end",
     "eval_strategy": "evaluation data are not covered: the log says so unless they were declared public",
     "eval_on_start": "as eval_strategy",
+    "hub_token": "refused, never shown: Trainer saves it in training_args.bin, which is pushed",
     "push_to_hub": "the card and privacy.json go along, the fingerprint's key stays",
-    "hub_strategy": "as push_to_hub; checkpoints hold only what was released",
+    "hub_strategy": "as push_to_hub; checkpoints hold only what was released, are sealed first, and are waited for",
     "restore_callback_states_from_checkpoint": "what was spent comes from the ledger, never from a callback's state",
     "resume_from_checkpoint": "train() takes it, and the newest complete checkpoint for True",
     "seed": "initial weights and plain loaders; never draws, noise, dropout or masks",
@@ -143,7 +144,7 @@ SAFE = frozenset(
     logging_steps logging_dir log_on_each_node log_level log_level_replica disable_tqdm run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id
     save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
-    hub_token hub_private_repo hub_model_id hub_always_push hub_revision
+    hub_private_repo hub_model_id hub_always_push hub_revision
     use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
     fsdp_config dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context remove_unused_columns label_names
@@ -190,6 +191,11 @@ def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
     for name, (unsafe, remedy) in REFUSED.items():
         if name in given and unsafe(given[name]):
             yield f"{name}={getattr(given[name], 'value', given[name])}: {remedy}"
+    if given.get("hub_token"):
+        yield (
+            "hub_token: it would be saved in training_args.bin, beside the model and on the Hub; log in with `hf auth login`, or set "
+            "the environment variable HF_TOKEN"
+        )
     if args.n_gpu > 1:
         yield f"DataParallel over {args.n_gpu} GPUs: start one process a GPU (accelerate launch --multi_gpu)"
     config = given.get("accelerator_config") or {}

@@ -26,7 +26,7 @@ from hf_dp.metrics import ReleasedMetrics, contribution
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
 from hf_dp.options import check_options, without_batch_clipping
 from hf_dp.per_example.batches import Batch, example, num_examples, same
-from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
 from hf_dp.per_example.synthetic import synthetic_records
@@ -274,8 +274,18 @@ class DPTrainerMixin(_Host):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, but what leaves is whole and of one step: sealed before, with its card, and waited for before the ledger grows."""
+        self._seal(Path(checkpoint_folder))
+        self._write_card(Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+        self._finish_current_push()
+
+    def _seal(self, checkpoint: Path) -> None:
         if self.args.should_save and self._run is not None:
-            self._run.seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            self._run.seal_checkpoint(checkpoint)
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -288,11 +298,7 @@ class DPTrainerMixin(_Host):
         if [name for name, _ in trainable] != list(self._sums):
             size = sum(p.numel() for _, p in trainable) + (0 if self._planned().loss_bound is None else len(METRICS))
             self._flat = torch.zeros(size, device=self.args.device)
-            start = 0
-            self._sums = {}
-            for name, p in trainable:
-                self._sums[name] = self._flat[start : start + p.numel()].view(p.shape)
-                start += p.numel()
+            self._sums = views(self._flat, dict(trainable))
 
     def _sum_up(self, micro_batches: list[Batch]) -> None:
         self._flat.zero_()
@@ -321,12 +327,10 @@ class DPTrainerMixin(_Host):
 
     def _write_gradients(self, noisy_sum: Tensor) -> None:
         """p.grad = noisy sum / expected batch size: assigned, whatever was there before."""
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         noisy_sum /= self._planned().expected_batch_size
-        start = 0
-        for p in self.model.parameters():
-            if p.requires_grad:
-                p.grad = noisy_sum[start : start + p.numel()].view(p.shape).to(p.dtype)
-                start += p.numel()
+        for name, gradient in views(noisy_sum, trainable).items():
+            trainable[name].grad = gradient.to(trainable[name].dtype)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,12 @@ def test_side_doors_are_refused(settings: dict[str, Any], named: str, tmp_path: 
         check_options(runs.arguments(tmp_path, **settings), public_eval=False)
 
 
+def test_a_token_that_would_be_saved_and_pushed_is_refused_and_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOptionError, match="hub_token: it would be saved in training_args.bin") as refused:
+        check_options(runs.arguments(tmp_path, hub_token="hf_secret_of_mine"), public_eval=False)
+    assert "hf_secret_of_mine" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["sortish_sampler", "tf32", "packing", "padding_free"])
 def test_what_is_set_on_the_object_is_seen(name: str, tmp_path: Path) -> None:
     args = runs.arguments(tmp_path)

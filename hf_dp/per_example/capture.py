@@ -5,7 +5,7 @@ gradient *is* the example's, whatever the layer), forward and backward run, fact
 everybody else calls. The model is left as it was found, also after an exception, and `p.grad` is never written.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -219,3 +219,10 @@ def clipped_gradient_sum(
     for name, uses in factors.items():
         fx.add_weighted_sum(uses, weights, into[name])
     return PerExample(norms, losses)
+
+
+def views(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Parameter name -> its part of a flat vector, in its shape, one behind the other; what is left at the end is nobody's."""
+    sizes = [p.numel() for p in parameters.values()]
+    pieces = flat[: sum(sizes)].split(sizes)
+    return {name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
