@@ -10,6 +10,7 @@ import typer
 from hf_dp.cli.budget import budget
 from hf_dp.cli.check import check
 from hf_dp.cli.plan import plan
+from hf_dp.cli.push import push
 from hf_dp.cli.train import train
 from hf_dp.cli.verify import verify
 from hf_dp.errors import HfDpError
@@ -27,6 +28,7 @@ app.command()(train)
 app.command()(check)
 app.command()(plan)
 app.command()(verify)
+app.command()(push)
 app.command()(budget)
 
 
