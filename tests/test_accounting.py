@@ -233,7 +233,10 @@ def test_the_central_limit_accountant_is_nowhere_and_could_not_be_claimed() -> N
     mu = s.sample_rate * math.sqrt(s.num_steps * math.expm1(s.noise_multiplier**-2))
     assert da.get_epsilon_gaussian(1 / mu, delta) < lower_bound
     assert accounting.Epsilon._fields == ("epsilon", "pld", "rdp")
-    sources = "\n".join(p.read_text().lower() for p in PACKAGE.rglob("*.py"))
+    claiming = [
+        p for p in PACKAGE.rglob("*.py") if "audit" not in p.parts
+    ]  # an audit bounds from below, and claims nothing
+    sources = "\n".join(p.read_text().lower() for p in claiming)
     assert "gdp" not in sources
 
 
