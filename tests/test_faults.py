@@ -391,7 +391,9 @@ def test_an_interruption_is_charged_leaves_nothing_private_and_lets_go_of_the_le
     monkeypatch.setattr(PrivateRun, "release", lambda *a: (released.append(1), release(*a))[1])
     with pytest.raises((Stop, KeyboardInterrupt)):
         interrupt(name, tmp_path)
-    assert charged(tmp_path) == len(released)
+    assert charged(tmp_path) == len(released) + (
+        name == "forward"
+    )  # that a pass fails tells of its draw, so it is charged
     assert len(released) >= {"begin": 3, "released": 4, "end": 3, "SIGINT": 4}.get(name, 0)
     left = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
     assert left == ["_privacy_fingerprint.key", LEDGER_NAME]
