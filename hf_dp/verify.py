@@ -50,7 +50,7 @@ def verify(folder: Path) -> list[Check]:
     Raises:
         ConfigError: the folder has no readable privacy.json at all.
     """
-    record = _record(folder)
+    record = read_record(folder)
     problems = schema_problems(record)
     checks = [
         Check("the form of privacy.json", not problems, "; ".join(problems) or f"schema {record['schema_version']}")
@@ -73,7 +73,12 @@ def schema_problems(record: Any) -> list[str]:
     return sorted(f"{'.'.join(map(str, e.absolute_path)) or 'the record'}: {_shortened(e.message)}" for e in wrong)
 
 
-def _record(folder: Path) -> Any:
+def read_record(folder: Path) -> Any:
+    """privacy.json as it stands, whatever it says.
+
+    Raises:
+        ConfigError: missing, or no JSON.
+    """
     path = folder / PRIVACY_JSON
     try:
         text = path.read_text(encoding="utf-8")

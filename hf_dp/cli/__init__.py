@@ -8,6 +8,7 @@ import sys
 import typer
 
 from hf_dp.cli.budget import budget
+from hf_dp.cli.card import card
 from hf_dp.cli.check import check
 from hf_dp.cli.plan import plan
 from hf_dp.cli.push import push
@@ -28,6 +29,7 @@ app.command()(train)
 app.command()(check)
 app.command()(plan)
 app.command()(verify)
+app.command()(card)
 app.command()(push)
 app.command()(budget)
 

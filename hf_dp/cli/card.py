@@ -1,0 +1,22 @@
+"""A folder with its privacy.json -> README.md with the section, YAML block, tags and picture that belong to it. Imports no torch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="The folder of a model saved by hf_dp.")],
+) -> None:
+    """Writes the card again from privacy.json; what others wrote in README.md stays."""
+    from hf_dp.card import write_card
+    from hf_dp.errors import ConfigError
+    from hf_dp.verify import read_record, schema_problems
+
+    record = read_record(folder)
+    problems = schema_problems(record)
+    if problems:
+        raise ConfigError(f"no card can be made of {folder / 'privacy.json'}: {'; '.join(problems)}")
+    write_card(folder, record)
+    print(f"Card: {folder / 'README.md'}; `hf-dp verify {folder}` says whether it is true")
