@@ -11,7 +11,7 @@ from hf_dp.calibration import calibrate, round_up
 from hf_dp.config import PrivacyConfig, is_number
 from hf_dp.epsilon import MAX_SIGMA, MAX_STEPS, MIN_SIGMA, Epsilon, is_whole, spent, target_problems
 from hf_dp.errors import AccountingError, ConfigError
-from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment, default_delta, release_norm, steps_per_epoch
+from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment, default_delta, release_norm, steps_per_epoch, unit_of
 
 __all__ = ["Derived", "Epsilon", "affordable_steps", "calibrate", "derivation", "plan", "spent"]
 
@@ -27,6 +27,7 @@ class Derived(NamedTuple):
 def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1) -> Mechanism:
     """The mechanism that gives `privacy` on `num_examples` records, its noise calibrated where a target is given.
 
+    With a `unit_column` the examples are groups of records: N is their number.
     Counts steps as `Trainer` does: `max_steps` wins where it is positive, else T = ceil(epochs x round(N / B)).
 
     Raises:
@@ -58,6 +59,7 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
         delta=delta,
         target_epsilon=None if privacy.target_epsilon is None else float(privacy.target_epsilon),
         loss_bound=None if privacy.log_loss_up_to is None else float(privacy.log_loss_up_to),
+        unit=unit_of(privacy.unit_column),
         debug=privacy.debug_seed is not None,
         noise=privacy.noise,
     )

@@ -13,11 +13,11 @@ from typing import Any
 from hf_dp import accounting, durable
 from hf_dp.card_files import read_readme, to_json, with_front_matter, with_section
 from hf_dp.card_picture import tradeoff_svg
-from hf_dp.card_words import PICTURE, released, section, yaml_block
+from hf_dp.card_words import PICTURE, released, section, units, yaml_block
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
-from hf_dp.mechanism import Mechanism, Segment, generator_of
+from hf_dp.mechanism import UNIT, Mechanism, Segment, generator_of
 from hf_dp.tradeoff import RATES, tradeoff
 
 SCHEMA_VERSION = 2
@@ -31,10 +31,14 @@ LIBRARIES = ("hf_dp", "torch", "transformers", "peft", "accelerate", "datasets",
 ASSUMPTIONS = (
     "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No claim "
     "is made against attacks on floating-point rounding.",
-    "The number of training records is public.",
+    "The number of training {units} is public.",
     "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the operating "
     "system, which is never stored.",
-    "One person, one record: whoever is in several records is protected less, the more records the less.",
+    "One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",
+)
+SAMPLER = "Poisson: each record by itself, afresh in each step"
+GROUP_SAMPLER = (
+    "Poisson: each group by itself, afresh in each step; of a drawn group one record, each as likely as another"
 )
 COVERED = (
     "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were computed from "
@@ -118,16 +122,17 @@ def privacy_record(
         "segments": [s.stated() for s in segments],
         "ledger": {"file": LEDGER_NAME, "head": ledger.head},
         "declared": dict(declared),
-        **sentences(declared, [generator_of(s.noise) for s in segments] or [mechanism.generator]),
+        **sentences(declared, [generator_of(s.noise) for s in segments] or [mechanism.generator], mechanism.unit),
         "libraries": dict(libraries),
     }
 
 
-def sentences(declared: Mapping[str, Any], generators: Iterable[str]) -> dict[str, list[str]]:
-    """What is assumed, what epsilon holds for and what it does not, given what the user vouched for and the generators used."""
+def sentences(declared: Mapping[str, Any], generators: Iterable[str], unit: str) -> dict[str, list[str]]:
+    """What is assumed, what epsilon holds for and what it does not, given what the user vouched for, generators used and unit."""
     named = ", then ".join(GENERATOR_NAMES[name] for name in sorted(set(generators), reverse=True))
+    named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s")}
     return {
-        "assumptions": [text.format(generator=named) for text in ASSUMPTIONS],
+        "assumptions": [text.format(generator=named, **named_unit) for text in ASSUMPTIONS],
         "covered": list(COVERED),
         "not_covered": [PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL, *NOT_COVERED],
     }
@@ -188,7 +193,7 @@ def _mechanism(m: Mechanism) -> dict[str, Any]:
         "expected_batch_size": m.expected_batch_size,
         "clip_norm": m.clip_norm,
         "clipping": "Euclidean norm of each example's whole gradient",
-        "sampler": "Poisson: each record by itself, afresh in each step",
+        "sampler": sampler(m.unit),
         "released": released(m.loss_bound),
         "loss_bound": m.loss_bound,
         "sensitivity": m.sensitivity,
@@ -201,6 +206,11 @@ def _mechanism(m: Mechanism) -> dict[str, Any]:
         "target_epsilon": m.target_epsilon,
         "num_steps_planned": m.num_steps,
     }
+
+
+def sampler(unit: str) -> str:
+    """How records come into a step, in words."""
+    return SAMPLER if unit == UNIT else GROUP_SAMPLER
 
 
 def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from hf_dp.mechanism import METRIC_NOISE
+from hf_dp.mechanism import METRIC_NOISE, UNIT
 
 PICTURE = "privacy_tradeoff.svg"
 SHARES = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10"}  # the false-positive rates that the card names
@@ -41,6 +41,7 @@ def section(record: Mapping[str, Any]) -> str:
         "reason": record["reason"],
         "delta": f"{record['delta']:.6g}",
         "unit": record["unit"],
+        "units": units(record["unit"]),
         "relation": record["relation"],
         "num_examples": f"{record['mechanism']['num_examples']:,}",
         "mechanism": record["mechanism"]["name"],
@@ -58,6 +59,11 @@ def section(record: Mapping[str, Any]) -> str:
         shown["epsilon_rdp"] = str(_rounded_up(record["epsilon_rdp"], digits=4))
         shown |= {} if old else _of_attackers(record)
     return Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+
+
+def units(unit: str) -> str:
+    """Several of them, in short."""
+    return "records" if unit == UNIT else "groups"
 
 
 def released(loss_bound: float | None) -> str:

@@ -1,6 +1,7 @@
 """What the user asks for, from flags or keywords; out comes `PrivacyConfig`, frozen and checked."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Real
@@ -10,6 +11,7 @@ from hf_dp.errors import ConfigError
 
 Noise = Literal["gaussian", "gaussian-chacha20"]
 NOISES: tuple[str, ...] = get_args(Noise)
+_COLUMN = re.compile(r"\w([\w .-]*\w)?")  # it stands on the card
 MIN_DELTA = 1e-12  # below it the PLD accountant loses its footing (8.59 for a true 4.25 at 1e-14)
 
 
@@ -49,6 +51,10 @@ class PrivacyConfig:
         default="gaussian",
         metadata={"help": "gaussian: random bits from numpy's Philox; gaussian-chacha20: from the cipher ChaCha20."},
     )
+    unit_column: str | None = field(
+        default=None,
+        metadata={"help": "Protect all records with the same value in this column as one: a person's, an author's."},
+    )
     public_eval: bool = field(
         default=False, metadata={"help": "Declare the evaluation data public, so that checkpoints may be chosen by it."}
     )
@@ -87,6 +93,8 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         yield f"log_loss_up_to must be a number from 0.001 to 1,000,000, or left out (got {c.log_loss_up_to!r})"
     if c.noise not in NOISES:
         yield f"noise must be one of {', '.join(NOISES)} (got {c.noise!r})"
+    if c.unit_column is not None and not (isinstance(c.unit_column, str) and _COLUMN.fullmatch(c.unit_column)):
+        yield f"unit_column must be a column's name, of letters, digits and _ . - or spaces, or left out (got {c.unit_column!r})"
     if not isinstance(c.public_eval, bool):
         yield f"public_eval must be true or false (got {c.public_eval!r})"
     if c.budget_file is not None and not (isinstance(c.budget_file, str) and c.budget_file):

@@ -37,11 +37,12 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
     """What a loop over `num_examples` records will run: as `accounting.plan` says, with sigma calibrated where a target is given.
 
     Raises:
-        ConfigError: settings that do not fit the data, or a `budget_file`, which a mechanism does not hold.
+        ConfigError: settings that do not fit the data, a `budget_file` or a `unit_column`, which a mechanism does not hold.
         AccountingError: a target out of reach.
     """
-    if privacy.budget_file is not None:
-        raise ConfigError("a PrivateLoop does not draw on a budget_file: leave it out, or use DPTrainer")
+    for name, value in (("budget_file", privacy.budget_file), ("unit_column", privacy.unit_column)):
+        if value is not None:
+            raise ConfigError(f"a PrivateLoop takes no {name}: leave it out, or use DPTrainer")
     return accounting.plan(privacy, num_examples, num_train_epochs=num_train_epochs, max_steps=max_steps)
 
 
@@ -126,7 +127,7 @@ class PrivateLoop:
         self._run.open(dataset, None, seed=None)
         self._begun = True
         try:
-            records = DrawnRecords(dataset)
+            records = DrawnRecords(dataset, m.num_examples)
             cut = LogicalBatchCollator(collate, max_examples)
             for kept in PoissonSampler(m.num_examples, m.sample_rate, m.num_steps, key=self._run.sampling_key):
                 container = cut(records.__getitems__(kept))

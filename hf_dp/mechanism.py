@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 UNIT = "record"  # one row of the training set
+GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
 METRIC_NOISE = 10.0  # a released metric's noise over its sensitivity, in units of the gradient's sigma
 METRICS = ("loss", "batch_size")  # what may be released beside the gradient, as further coordinates of the same vector
 RELATION = "zero-out"  # neighbours: one record replaced by one that contributes nothing; N is public
@@ -28,7 +29,7 @@ class Mechanism:
     `expected_batch_size`, a public constant.
 
     Attributes:
-        num_examples: N, public under the zero-out relation.
+        num_examples: N, the number of units; public under the zero-out relation.
         expected_batch_size: B, over all processes; 1 <= B <= N.
         num_steps: T, planned.
         noise_multiplier: sigma. 0 means no noise: epsilon is infinite.
@@ -93,6 +94,11 @@ class Mechanism:
 def release_norm(loss_bound: float | None) -> float:
     """Sensitivity of a step's release in units of C: 1, or sqrt(1 + 2 / 10**2) with both metrics (`metrics.py` has the proof)."""
     return 1.0 if loss_bound is None else math.sqrt(1 + len(METRICS) / METRIC_NOISE**2)
+
+
+def unit_of(column: str | None) -> str:
+    """What is protected as one, as the card and the ledger name it."""
+    return UNIT if column is None else GROUP.format(column=column)
 
 
 def generator_of(noise: str) -> str:

@@ -90,11 +90,13 @@ class DrawnRecords:
     draw, as dropout masks would (see `forked_rng`).
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, num_units: int | None = None) -> None:
         self.dataset = dataset
+        self._num_units = len(dataset) if num_units is None else num_units
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        """N, of units, which is public, and not of records: Trainer logs rates that come from it."""
+        return self._num_units
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]

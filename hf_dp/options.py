@@ -5,6 +5,7 @@ Trainer, or something beside training that must be seen to) or SAFE. A test fail
 """
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -177,6 +178,16 @@ def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")
+
+
+def positional_names(trainer: type, *, after: type) -> list[str]:
+    """What the positional arguments of `trainer`'s bases after `after` are called; one that hands its `*args` on takes them as the next."""
+    hosts = trainer.__mro__[trainer.__mro__.index(after) + 1 :]
+    for init in (host.__dict__["__init__"] for host in hosts if "__init__" in host.__dict__):
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        if all(p.kind is not p.VAR_POSITIONAL for p in parameters):
+            return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return []
 
 
 def without_batch_clipping(args: Any) -> Any:

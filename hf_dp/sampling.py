@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from hf_dp.errors import ConfigError, HfDpError
+from hf_dp.privacy_unit import Groups
 from hf_dp.streams import Key, Role, checked_key, keyed_stream
 
 BLOCK = 1 << 20  # uniforms held at once
@@ -33,13 +34,13 @@ class PoissonSampler(Sampler[list[int]]):
     Guarantee: under a secret key, record i is in draw t with probability `sample_rate`, rounded down to a multiple of 2**-53,
     independently of every other record and draw. There is one global draw; process r of W yields its kept[r::W], so that the slices
     of all processes together are the draw, each record once. Nothing is capped, padded, shuffled or evened out. A slice may be
-    empty: it is yielded as `[]`. The order within a draw is that of the data set.
+    empty: it is yielded as `[]`. The order within a draw is that of the data set, or of the groups.
 
     Iterating again goes on with fresh draws: the number of a draw never comes twice in the life of the object, whether or
     not an iterator was exhausted.
 
     Args:
-        num_examples: N.
+        units: how many records, N; or N `Groups`, of which a kept one yields one of its records (see `privacy_unit`).
         sample_rate: q, 0 < q <= 1; at 1 every draw is the whole set.
         num_batches: length of one iteration, 1 or more.
         key: 128 secret bits, the same on all processes, for Philox, or a `ChaChaKey`; None draws bits for Philox, which is right
@@ -53,7 +54,7 @@ class PoissonSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        num_examples: int,
+        units: int | Groups,
         sample_rate: float,
         num_batches: int,
         *,
@@ -61,6 +62,8 @@ class PoissonSampler(Sampler[list[int]]):
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
+        self._groups = units if isinstance(units, Groups) else None
+        num_examples = units.num_groups if isinstance(units, Groups) else units
         wrong = [
             f"{name} must be {rule} (got {value})"
             for name, value, rule, right in (
@@ -93,14 +96,15 @@ class PoissonSampler(Sampler[list[int]]):
         return self._next - 1 if self._next else None
 
     def draw(self, number: int) -> NDArray[np.int64]:
-        """The whole draw `number`, over all processes: indices in rising order, a function of (key, number) alone."""
+        """The whole draw `number`, over all processes: indices of records, a function of (key, number) alone."""
         uniforms = keyed_stream(self._key, Role.SAMPLING, number)
         threshold = math.floor(self.sample_rate * UNIT) / UNIT
-        kept = [
+        parts = [
             start + np.flatnonzero(uniforms.random(min(BLOCK, self.num_examples - start)) < threshold)
             for start in range(0, self.num_examples, BLOCK)
         ]
-        return np.concatenate(kept)
+        kept = np.concatenate(parts)
+        return kept if self._groups is None else self._groups.one_of_each(kept, uniforms.random(len(kept)))
 
     def __len__(self) -> int:
         return self.num_batches

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from hf_dp import accounting, data_files, losses
 from hf_dp import data as examples
 from hf_dp.errors import HfDpError, RecipeError
+from hf_dp.privacy_unit import groups_by
 from hf_dp.recipe import Recipe, is_folder
 from hf_dp.trainer import DPTrainer
 
@@ -45,7 +46,10 @@ def prepare(recipe: Recipe) -> Parts:
     train, validation = data_files.load(recipe.data, "train"), data_files.load(recipe.data, "validation")
     assert train is not None  # a recipe always names it
     args = training_arguments(recipe)
-    accounting.plan(recipe.privacy, len(train), num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+    column = recipe.privacy.unit_column
+    groups = groups_by(train, column)
+    num_units = len(train) if groups is None else groups.num_groups
+    accounting.plan(recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
     classes = None
     if recipe.model.task == "sequence_classification":
         classes = examples.label_names(recipe.data, train, validation)
@@ -60,6 +64,10 @@ def prepare(recipe: Recipe) -> Parts:
         return examples.classified(records, recipe.data, tokenizer, (max_length, classes), which)
 
     train_rows = make(train, "train").rows
+    if column is not None:
+        if column in train_rows.column_names:
+            raise RecipeError(f"privacy.unit_column={column}: rows have a column of that name already; rename yours")
+        train_rows = train_rows.add_column(column, list(train[column]))
     held_out = None if validation is None else make(validation, "validation")
     characters = held_out.num_characters if held_out else 0
     return Parts(

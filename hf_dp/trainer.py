@@ -1,13 +1,12 @@
 """`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
 
 import copy
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import datasets
+import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,16 +19,18 @@ from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.forward import can_leave_out_logits, decoder_inputs
+from hf_dp.loader import logical_batches
 from hf_dp.mechanism import METRICS, Mechanism, steps_per_epoch
 from hf_dp.memory import Room
 from hf_dp.metrics import ReleasedMetrics, contribution
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
-from hf_dp.options import check_options, without_batch_clipping
+from hf_dp.options import check_options, positional_names, without_batch_clipping
 from hf_dp.per_example.batches import Batch, example, num_examples, same
 from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
 from hf_dp.per_example.synthetic import synthetic_records
+from hf_dp.privacy_unit import Groups, groups_by
 from hf_dp.progress import print_summary, show_epsilon
 from hf_dp.run import PrivacySpent, PrivateRun, checkpoint_to_resume
 from hf_dp.sampling import PoissonSampler
@@ -75,8 +76,7 @@ class DPTrainerMixin(_Host):
         check_records: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
-        options = given.arguments
+        options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
         training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
         check_options(training, public_eval=privacy.public_eval, **{k: v for k, v in options.items() if k != "args"})
         options["args"] = without_batch_clipping(training)
@@ -87,14 +87,16 @@ class DPTrainerMixin(_Host):
         self._sums: dict[str, Tensor] = {}
         self._flat = torch.zeros(0)
         self._released_metrics: ReleasedMetrics | None = None
-        self.mechanism = _plan(privacy, training, options.get("train_dataset"))
+        given_data = options.get("train_dataset")
+        self._groups = groups_by(given_data, privacy.unit_column)
+        self.mechanism = _plan(privacy, training, given_data, self._groups)
         with sharding.checkpoints_allowed(options["args"], options.get("model")):
-            super().__init__(*given.args, **given.kwargs)
+            super().__init__(**options)
         self._sharded = sharding.is_sharded(self.model)
         self._room = Room(fixed=self._sharded)
         show_epsilon(self)
         if self.mechanism is not None:
-            self._refuse_another_number_of_records(self.mechanism.num_examples)
+            self._refuse_other_records(len(cast(Any, given_data)))
             self._example_loss = self._choose_loss()
             self.inventory()
 
@@ -170,33 +172,16 @@ class DPTrainerMixin(_Host):
         mechanism = self._planned()
         dataset, collate = self._columns_for_model()
         sampler = PoissonSampler(
-            mechanism.num_examples,
+            self._groups or mechanism.num_examples,
             mechanism.sample_rate,
             steps_per_epoch(mechanism.num_examples, mechanism.expected_batch_size),
             key=self._run.sampling_key if self._run is not None else None,
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
         )
-        loader: DataLoader[Any] = DataLoader(
-            cast(Any, DrawnRecords(dataset)),
-            batch_sampler=sampler,
-            collate_fn=LogicalBatchCollator(collate, self.args.per_device_train_batch_size, self.micro_batch_tokens),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=getattr(
-                self.args, "dataloader_multiprocessing_context", None
-            ),  # newer transformers only
-        )
-        # num_processes=1: accelerate would otherwise unite two draws, recycle batches and drop empty ones
-        return prepare_data_loader(
-            loader,
-            device=self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            dispatch_batches=False,
+        cut = LogicalBatchCollator(collate, self.args.per_device_train_batch_size, self.micro_batch_tokens)
+        return logical_batches(
+            DrawnRecords(dataset, mechanism.num_examples), sampler, cut, self.args, self.accelerator.device
         )
 
     def train(  # type: ignore[override]
@@ -334,12 +319,18 @@ class DPTrainerMixin(_Host):
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
-    def _refuse_another_number_of_records(self, planned: int) -> None:
+    def _refuse_other_records(self, planned: int) -> None:
         found = len(cast(Any, self.train_dataset))
         if found != planned:
             raise ConfigError(
                 f"{type(self).__name__} made {found:,} training records out of the {planned:,} that it was given (by packing or "
                 "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
+            )
+        again = groups_by(self.train_dataset, self.privacy.unit_column)
+        if self._groups is not None and again is not None and not all(map(np.array_equal, self._groups, again)):
+            raise ConfigError(
+                f"{type(self).__name__} put the training records into another order, so that unit_column={self.privacy.unit_column!r} "
+                "would group others: prepare the data first"
             )
 
     def _planned(self) -> Mechanism:
@@ -388,11 +379,10 @@ class DPSeq2SeqTrainer(DPTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with differential privacy: `predict_with_generate` works in evaluation."""
 
 
-def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any) -> Mechanism | None:
+def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any, groups: Groups | None) -> Mechanism | None:
     if dataset is None:
         return None
     if privacy.noise != "gaussian":
         require_cryptography()
-    return accounting.plan(
-        privacy, len(dataset), num_train_epochs=training.num_train_epochs, max_steps=training.max_steps
-    )
+    units = len(dataset) if groups is None else groups.num_groups
+    return accounting.plan(privacy, units, num_train_epochs=training.num_train_epochs, max_steps=training.max_steps)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_dp import accounting
-from hf_dp.card import GENERATORS, INFINITE, PRIVACY_JSON, SCHEMA_VERSION, TAGS, epsilons_at, sentences
+from hf_dp.card import GENERATORS, INFINITE, PRIVACY_JSON, SCHEMA_VERSION, TAGS, epsilons_at, sampler, sentences
 from hf_dp.card_files import read_readme, section_of, yaml_of
 from hf_dp.card_picture import tradeoff_svg
 from hf_dp.card_words import PICTURE, released, section, yaml_block
@@ -115,23 +115,27 @@ def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
     last = {name: segments[-1].get(name) for name in PLANNED} if segments else {}
     yield _equal("the last steps are the plan's", last, {name: mechanism.get(name) for name in last})
     if record["schema_version"] > 1:
-        yield _release(mechanism, segments)
+        yield _release(record, segments)
         generators = [generator_of(s["noise"]) for s in segments] or [mechanism["generator"]]
-        ours = sentences(record["declared"], generators)
+        ours = sentences(record["declared"], generators, record["unit"])
         different = [name for name in ours if record[name] != ours[name]]
         yield Check("what is assumed, covered and not", not different, ", ".join(different) or "as it should be")
 
 
-def _release(mechanism: Mapping[str, Any], segments: Sequence[Mapping[str, Any]]) -> Check:
-    """What a step releases, its sensitivity and the noise's source follow from the settings."""
+def _release(record: Mapping[str, Any], segments: Sequence[Mapping[str, Any]]) -> Check:
+    """Who is drawn, what a step releases, its sensitivity and the noise's source follow from the settings."""
+    mechanism = record["mechanism"]
     bound, generator = mechanism["loss_bound"], mechanism["generator"]
     expected = {
+        "sampler": sampler(record["unit"]),
         "released": released(bound),
         "sensitivity": mechanism["clip_norm"] * release_norm(bound),
         "noise_generator": GENERATORS[generator],
         "generator": generator_of(segments[-1]["noise"]) if segments else generator,
     }
-    return _equal("what a step releases, and the noise", {name: mechanism[name] for name in expected}, expected)
+    return _equal(
+        "the sampler, what a step releases, and the noise", {name: mechanism[name] for name in expected}, expected
+    )
 
 
 def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:

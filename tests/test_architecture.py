@@ -15,7 +15,7 @@ PACKAGE = ROOT / "hf_dp"
 # Data flows down this list: a module (or folder) imports only from those above it. A new one is given its place here.
 ORDER = """
     errors _compat config mechanism epsilon tradeoff calibration accounting
-    chacha streams forked_rng sampling microbatch
+    privacy_unit chacha streams forked_rng sampling microbatch loader
     losses clipping per_example noise memory forward sharding
     durable ledger_format ledger fingerprint budget release metrics audit
     card_files card_words card_picture card verify
@@ -154,8 +154,8 @@ def test_the_settings_are_these():
     from hf_dp import Mechanism, PrivacyConfig
 
     assert [f.name for f in dataclasses.fields(PrivacyConfig)] == (
-        "target_epsilon noise_multiplier target_delta expected_batch_size clip_norm log_loss_up_to noise public_eval budget_file "
-        "debug_seed".split()
+        "target_epsilon noise_multiplier target_delta expected_batch_size clip_norm log_loss_up_to noise unit_column "
+        "public_eval budget_file debug_seed".split()
     )
     assert [f.name for f in dataclasses.fields(Mechanism)] == (
         "num_examples expected_batch_size num_steps noise_multiplier clip_norm delta target_epsilon loss_bound unit relation debug "

@@ -54,6 +54,7 @@ def test_everything_wrong_is_named_at_once() -> None:
             clip_norm=-1,
             log_loss_up_to=0,
             public_eval="no",
+            unit_column="",
             debug_seed=-1,
             budget_file="",
         )

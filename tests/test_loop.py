@@ -169,7 +169,7 @@ def test_parameters_and_settings_that_do_not_fit_are_named_together(model, tmp_p
 
 
 def test_a_budget_file_is_refused_since_no_mechanism_holds_it():
-    with pytest.raises(ConfigError, match="does not draw on a budget_file"):
+    with pytest.raises(ConfigError, match="takes no budget_file"):
         mechanism(budget_file="budget.json")
 
 

@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import models as M
 import pytest
 import runs
 import torch
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer
 
+from hf_dp import DPTrainerMixin, PrivacyConfig
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.options import ENVIRONMENT, HANDLED, REFUSED, SAFE, check_options
 
@@ -121,3 +123,32 @@ def test_matrix_products_of_fewer_bits_are_refused(precision: str, tmp_path: Pat
             check_options(runs.arguments(tmp_path), public_eval=False)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class TakesAnything(Trainer):
+    """A host as people write them: its own keyword, and the rest handed on."""
+
+    def __init__(self, *args, flavour="plain", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.flavour = flavour
+
+
+class Private(DPTrainerMixin, TakesAnything):
+    pass
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_host_that_hands_its_arguments_on_is_planned_and_checked_as_any(tmp_path, by_name):
+    model, privacy = M.with_lora(M.llama), PrivacyConfig(noise_multiplier=1.0, expected_batch_size=4)
+
+    def build(**options):
+        args = runs.arguments(tmp_path, **options)
+        given = {"train_dataset": runs.text_rows(), "privacy": privacy, "flavour": "sweet"}
+        if by_name:
+            return Private(model=model, args=args, data_collator=runs.collate, **given)
+        return Private(model, args, runs.collate, **given)
+
+    trainer = build()
+    assert (trainer.mechanism.num_examples, trainer.flavour) == (24, "sweet")
+    with pytest.raises(UnsupportedOptionError, match="gradient_accumulation_steps"):
+        build(gradient_accumulation_steps=2)
