@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from hf_dp import durable
 from hf_dp.accounting import affordable_steps, spent
+from hf_dp.calibration import round_up
 from hf_dp.config import NOISES
 from hf_dp.epsilon import delta_problems, segment_problems, target_problems
 from hf_dp.errors import BudgetError
@@ -150,6 +151,24 @@ def read(path: Path) -> Budget:
         raise BudgetError(
             f"{path} is not as hf_dp wrote it ({error!r}), so what was spent is not known. Put the newest undamaged copy back"
         ) from error
+
+
+def try_plan(path: Path, planned: Segment) -> str:
+    """What the budget would come to with one more run of this plan. Reserves nothing, and does not ask which records it is about.
+
+    Raises:
+        BudgetError: it would exceed the total, or there is no budget.
+    """
+    path = path.resolve()
+    budget = read(path)
+    others = budget.segments()
+    if not _fits(budget, [*others, planned]):
+        raise BudgetError(_too_much(path, budget, others, planned))
+    together = round_up(spent([*others, planned], budget.target_delta).epsilon)
+    return (
+        f"The budget {path} has room for this plan: {len(budget.runs)} runs and this one would come to epsilon {together:.5g} of "
+        f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
+    )
 
 
 def reserve(path: Path, folder: Path, of: Of, *, charged: Sequence[Segment], asked: Segment, is_new: bool) -> int:

@@ -157,8 +157,13 @@ def test_a_recipe_draws_on_a_budget_until_it_is_spent(hf_dp, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     recipe, drawing = R.write(tmp_path), "privacy.budget_file=all.json"
     assert hf_dp("budget", "all.json", "--target-epsilon", "9", "--target-delta", "0.017")[0] == 0
+    status, out, _ = hf_dp("check", recipe, drawing)
+    assert status == 0
+    assert "all.json has room for this plan: 0 runs and this one would come to epsilon 7." in out.replace("\n", " ")
     assert hf_dp("train", recipe, drawing)[0] == 0
     left = files(tmp_path)
+    status, _, err = hf_dp("check", recipe, drawing)
+    assert (status, "does not hold this run" in err) == (2, True)
     status, _, err = hf_dp("train", recipe, drawing, "training.output_dir=second")
     assert status == 2
     assert "does not hold this run. Of epsilon 9 at delta 0.017" in err

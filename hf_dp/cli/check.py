@@ -12,7 +12,7 @@ def check(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")] = None,
 ) -> None:
     """Shows every trainable parameter with its rule, proves them on made-up records, and prints the plan."""
-    from hf_dp import accounting, task
+    from hf_dp import accounting, budget, task
     from hf_dp.cli.libraries import quiet
     from hf_dp.cli.tables import print_derivation, print_inventory
     from hf_dp.recipe import read
@@ -35,4 +35,6 @@ def check(
         f"Self-check passed: a batch is the sum of its examples to {report['difference']:.1e} (rounding allows "
         f"{report['tolerance']:.0e}); removing one moves the clipped sum by {report['sensitivity']:.4f} x C, at most 1."
     )
+    if asked.privacy.budget_file is not None:
+        print(f"{budget.try_plan(Path(asked.privacy.budget_file), mechanism.planned)}.")
     print("Nothing was trained, nothing was written.")

@@ -1,0 +1,36 @@
+"""The benchmarks run, and print what they promise. Nothing is asserted about time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_whole_runs() -> None:
+    rows = [line.split(" | ") for line in run("bench_run", "--quick").splitlines() if line.startswith("made-up | ")]
+    assert [row[1] for row in rows] == ["plain", "plain, length-grouped", "ours", "Opacus ghost", "fastDP"]
+    for row in rows:
+        assert row[2].endswith(" s") or row[2].startswith("not installed"), row
+    tokens = {row[1]: float(row[5]) for row in rows if row[5]}
+    assert tokens["plain"] >= tokens["plain, length-grouped"] >= 1  # padding and nothing less
+
+
+def test_data_that_are_missing_are_named(tmp_path: Path) -> None:
+    assert f"E2E | {tmp_path / 'e2e_nlg'} is missing" in run("bench_run", "--data", str(tmp_path), "--sets", "E2E")
+
+
+@pytest.mark.slow
+def test_growth(tmp_path: Path) -> None:
+    printed = run("bench_growth", str(tmp_path / "growth.png"), "--quick")
+    assert all(name in printed for name in ("logical batch", "tokens in a record", "rank of LoRA", "parameters"))
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
