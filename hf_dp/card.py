@@ -109,7 +109,7 @@ def privacy_record(
         "epsilon_pld": _number(spent.pld),
         "epsilon_rdp": _number(spent.rdp),
         "delta": mechanism.delta,
-        **_further_bounds(ledger.segments, mechanism.delta, claimed=not reason),
+        **further_bounds(ledger.segments, mechanism.delta, claimed=not reason),
         "accountant": {
             "name": "dp-accounting",
             "version": library_versions(["dp-accounting"]).get("dp-accounting", "unknown"),
@@ -160,7 +160,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
     durable.replace(readme, with_section(text, section(record)).encode())
 
 
-def _further_bounds(segments: Sequence[Segment], delta: float, *, claimed: bool) -> dict[str, Any]:
+def further_bounds(segments: Sequence[Segment], delta: float, *, claimed: bool) -> dict[str, Any]:
     """Epsilon at several deltas, and the best attacker's rates; nothing where nothing is claimed."""
     if not claimed:
         return {"epsilon_at": [], "tradeoff": None}

@@ -37,6 +37,18 @@ def section(record: Mapping[str, Any]) -> str:
     """The card's section in words, from card.md, or from card_not_private.md where no guarantee may be claimed."""
     old = record["schema_version"] == 1
     name = ("card.1.md" if old else "card.md") if record["private"] else "card_not_private.md"
+    shown = in_words(record) | {
+        "assumptions": _bullets(record["assumptions"]),
+        "not_covered": _bullets(record["not_covered"]),
+        "covered": _bullets(record.get("covered", ())),
+        "attacker": "\n".join(f"| {share} | {limit} |" for share, limit in attackers_limits(record)),
+        "picture": PICTURE,
+    }
+    return Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+
+
+def in_words(record: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> how the card says it, each number on the safe side: what its templates have places for, lists aside."""
     shown = {
         "reason": record["reason"],
         "delta": f"{record['delta']:.6g}",
@@ -51,14 +63,21 @@ def section(record: Mapping[str, Any]) -> str:
         "noise_multiplier": _joined(record, "noise_multiplier"),
         "released": ", then ".join(dict.fromkeys(map(released, _of_segments(record, "loss_bound")))),
         "accountant": _accountant(record),
-        "assumptions": _bullets(record["assumptions"]),
-        "not_covered": _bullets(record["not_covered"]),
     }
     if record["private"]:
         shown |= _in_words(record["epsilon"], record["delta"])
         shown["epsilon_rdp"] = str(_rounded_up(record["epsilon_rdp"], digits=4))
-        shown |= {} if old else _of_attackers(record)
-    return Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+        shown |= _of_attackers(record) if record.get("tradeoff") else {}
+    return shown
+
+
+def attackers_limits(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many are wrongly accused, how many are rightly found at most: three points of the trade-off curve; none without one."""
+    curve = record.get("tradeoff")
+    if not curve:
+        return []
+    limits = dict(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
+    return [(share, percent(limits[rate])) for rate, share in SHARES.items()]
 
 
 def units(unit: str) -> str:
@@ -92,18 +111,14 @@ def _in_words(epsilon: float, delta: float) -> dict[str, str]:
 
 def _of_attackers(record: Mapping[str, Any]) -> dict[str, str]:
     """The trade-off curve in words, each limit rounded up."""
-    curve = record["tradeoff"]
-    limits = dict(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
+    advantage = record["tradeoff"]["advantage"]
     return {
-        "best_guess": percent((1 + curve["advantage"]) / 2),
-        "advantage": percent(curve["advantage"]),
-        "attacker": "\n".join(f"| {share} | {percent(limits[rate])} |" for rate, share in SHARES.items()),
-        "picture": PICTURE,
+        "best_guess": percent((1 + advantage) / 2),
+        "advantage": percent(advantage),
         "epsilon_at": "; ".join(
             f"{_rounded_up(at['epsilon'], digits=3)} at {at['delta']:.3g}" for at in record["epsilon_at"][1:]
         )
         or "not computed",
-        "covered": _bullets(record["covered"]),
     }
 
 

@@ -10,7 +10,15 @@ from hf_dp.verify import verify
 N, STEPS, DELTA = 1000, 12, 1e-4
 
 
-def model_folder(folder: Path, *, sigma: float = 1.0, debug: bool = False, steps: int = STEPS) -> Path:
+def model_folder(
+    folder: Path,
+    *,
+    sigma: float = 1.0,
+    debug: bool = False,
+    steps: int = STEPS,
+    loss_bound: float | None = None,
+    public_eval: bool = True,
+) -> Path:
     """What a run leaves: ledger, privacy.json and card, by the code that a run uses."""
     mechanism = Mechanism(
         num_examples=N,
@@ -21,15 +29,16 @@ def model_folder(folder: Path, *, sigma: float = 1.0, debug: bool = False, steps
         delta=DELTA,
         target_epsilon=4.0 if sigma else None,
         debug=debug,
+        loss_bound=loss_bound,
     )
     folder.mkdir(parents=True, exist_ok=True)
     header = LedgerHeader(N, mechanism.unit, mechanism.relation, DELTA, None, debug)
     with Ledger.open(folder / LEDGER_NAME, header) as ledger:
-        ledger.begin(mechanism.sample_rate, sigma, 0.1, 50)
+        ledger.begin(mechanism.sample_rate, mechanism.joint_noise_multiplier, 0.1, 50, loss_bound=loss_bound)
         for _ in range(steps):
             ledger.charge()
         record = card.privacy_record(
-            mechanism, ledger.record(), libraries={"hf_dp": "0"}, declared={"public_eval": True}
+            mechanism, ledger.record(), libraries={"hf_dp": "0"}, declared={"public_eval": public_eval}
         )
     card.write_card(folder, record)
     return folder

@@ -18,7 +18,7 @@ ORDER = """
     privacy_unit chacha streams forked_rng sampling microbatch loader
     losses clipping per_example noise memory forward sharding
     durable ledger_format ledger fingerprint budget release metrics audit
-    card_files card_words card_picture card verify
+    card_files card_words card_picture card verify report
     run_cost model_shapes
     run loop options progress trainer
     settings template recipe_yaml recipe data_files data task plots
@@ -29,7 +29,7 @@ NOT_FOR_PURE = {"config", "mechanism", "epsilon", "calibration", "accounting"}
 LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.budget hf_dp.card hf_dp.cli".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
 # The command line's verbs: each parameter is an option that typer shows.
-VERBS = {"train", "check", "plan", "verify", "budget", "card", "push"}
+VERBS = {"train", "check", "plan", "verify", "budget", "card", "push", "report"}
 # They stand in for functions of torch.nn.functional and of torch, whose signatures are not ours.
 MIRRORS = {"embedding", "conv2d", "multi_head_attention", "recurrent"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6

@@ -12,6 +12,7 @@ from hf_dp.cli.card import card
 from hf_dp.cli.check import check
 from hf_dp.cli.plan import plan
 from hf_dp.cli.push import push
+from hf_dp.cli.report import report
 from hf_dp.cli.train import train
 from hf_dp.cli.verify import verify
 from hf_dp.errors import HfDpError
@@ -30,6 +31,7 @@ app.command()(check)
 app.command()(plan)
 app.command()(verify)
 app.command()(card)
+app.command()(report)
 app.command()(push)
 app.command()(budget)
 

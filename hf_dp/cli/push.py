@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_dp.cli.hub import first_line, status_of
+
 STAYS = ["_*", "*/_*", "checkpoint-*", "runs/*", "*.lock", ".cache/*"]  # as Trainer: keys, and what only resuming needs
 
 
@@ -44,19 +46,12 @@ def _upload(folder: Path, repository: str, private: bool) -> Any:
         Exception
     ) as error:  # huggingface_hub's own, or of the HTTP library beneath it, which changes with its version
         raise ConfigError(
-            f"{folder} was not pushed to {repository}: {_first_line(error)}. {_remedy(error)}. The folder is as it was; try again any time"
+            f"{folder} was not pushed to {repository}: {first_line(error)}. {_remedy(error)}. The folder is as it was; try again any time"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
 def _remedy(error: Exception) -> str:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    status = status_of(error)
     if status == 401:
         return "Log in with a token that may write: `hf auth login`, or the environment variable HF_TOKEN"
     if status in (403, 404):

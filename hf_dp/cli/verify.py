@@ -1,11 +1,8 @@
 """A model's folder or Hub name -> whether its card is true, as far as computation can tell. Exit status 0 or 1. Imports no torch."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-
-FILES = ["privacy.json", "privacy_tradeoff.svg", "README.md", "privacy_ledger.jsonl"]
 
 
 def verify(
@@ -15,9 +12,10 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
+    from hf_dp.cli.hub import local_copy
     from hf_dp.verify import verify as checks_of
 
-    checks = checks_of(_folder(model))
+    checks = checks_of(local_copy(model))
     table = Table("", "check", "found", title=model, title_justify="left")
     for check in checks:
         table.add_row("ok" if check.holds else "[bold red]NO[/]", check.name, check.found)
@@ -28,17 +26,3 @@ def verify(
         console.print(f"[bold red]NOT VERIFIED[/]: {'; '.join(failed)}.")
         raise typer.Exit(1)
     console.print("Verified: the card says what the record says, and epsilon computed again agrees.")
-
-
-def _folder(model: str) -> Path:
-    """The folder itself, or a copy of the repository's small files."""
-    from hf_dp.errors import ConfigError
-
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=FILES))
-    except (OSError, ValueError) as error:  # all of huggingface_hub's errors are one or the other
-        raise ConfigError(f"{model} is neither a folder nor a repository that can be reached: {error}") from error

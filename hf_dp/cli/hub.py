@@ -1,0 +1,49 @@
+"""A folder, or a repository's name -> a folder here with its small files; and the Hub's errors in a line, with a remedy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+CARD_FILES = ("privacy.json", "privacy_tradeoff.svg", "README.md", "privacy_ledger.jsonl")
+
+
+def local_copy(model: str, files: Sequence[str] = CARD_FILES) -> Path:
+    """The folder itself, or a copy of the repository's `files`.
+
+    Raises:
+        ConfigError: neither; says whether the name, the token or the network is to blame.
+    """
+    from hf_dp.errors import ConfigError
+
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(files)))
+    except Exception as error:  # huggingface_hub's own, or of the HTTP library beneath it
+        status, remedy = status_of(error), "See that the network and the Hub can be reached"
+        if status in (401, 403, 404):  # the Hub answers alike, so that nobody learns which names exist
+            remedy = (
+                "See that the name is right. A private or gated one needs a token that may read it: `hf auth login`, or the "
+                "environment variable HF_TOKEN"
+            )
+        raise ConfigError(
+            f"{model} is neither a folder nor a repository that can be reached: {first_line(error)}. {remedy}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without the pages that follow."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that the Hub answered with, or None: no answer came."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:  # huggingface_hub wraps what went wrong in an error about its cache
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return error.response.status_code
+        error = error.__cause__
+    return None

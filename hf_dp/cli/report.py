@@ -1,0 +1,34 @@
+"""A model's folder or Hub name -> one HTML page of what was trained, claimed and checked. Exit status as of verify. Imports no torch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    model: Annotated[str, typer.Argument(help="A folder, or the name of a repository on the Hub.")],
+    output: Annotated[Path | None, typer.Option(help="The page; default: NAME-privacy.html, here.")] = None,
+) -> None:
+    """Verifies a model's card, and writes a page for people who must know what it promises."""
+    from hf_dp import durable
+    from hf_dp.cli.hub import CARD_FILES, local_copy
+    from hf_dp.errors import ConfigError
+    from hf_dp.report.page import page
+    from hf_dp.report.training import DESCRIPTIONS
+    from hf_dp.verify import read_record, verify
+
+    folder = local_copy(model, [*CARD_FILES, *DESCRIPTIONS])
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    written = output or Path(f"{name.replace('/', '_')}-privacy.html")
+    checks = verify(folder)
+    text = page(folder, name, read_record(folder), checks)
+    try:
+        durable.replace(written, text.encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write the report {written}: {error.strerror or error}") from error
+    failed = [check.name for check in checks if not check.holds]
+    print(f"Report: {written}")
+    if failed:
+        print(f"NOT VERIFIED: {'; '.join(failed)}.")
+        raise typer.Exit(1)
