@@ -51,7 +51,8 @@ def page(folder: Path, name: str, record: Mapping[str, Any], checks: Sequence[Ch
         "again": _again(folder, record, verified=verified),
     }
     if known:
-        parts["mechanism"] = _table(_mechanism(record))
+        words = "" if verified else "<p>As the record states it, which is not verified.</p>\n"
+        parts["mechanism"] = Html(words + _table(_mechanism(record)))
     if verified and record["private"]:
         record = _with_bounds(record)
         parts |= {"figures": _figures(record), "claim": _claim(record)}

@@ -5,7 +5,6 @@ in a local folder only the folder's name.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -81,7 +80,7 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e15
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15  # NaN is not
 
 
 def _json(path: Path) -> dict[str, Any]:
