@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from folders import failures, model_folder
-from hub_server import READ_ONLY_TOKEN, TOKEN, HubServer
+from hub_server import READ_ONLY_TOKEN, TOKEN, HubServer, Repo
 
 HERE = Path(__file__).parent
 COMMAND = """
@@ -39,10 +39,16 @@ def folder(tmp_path):
 
 
 def push(hub, folder, repository, *options, token=TOKEN, **variables):
-    environment = hub.environment(folder.parent / "home", token) | {"PYTHONPATH": f"{HERE.parent}", **variables}
+    return command(hub, folder.parent, "push", str(folder), repository, *options, token=token, **variables)
+
+
+def command(hub, place, *arguments, token=TOKEN, **variables):
+    """`hf-dp` in a process that takes `hub` for the Hub: exit status, stdout, stderr."""
+    environment = hub.environment(place / "home", token) | {"PYTHONPATH": f"{HERE.parent}", **variables}
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, "push", str(folder), repository, *options],
+        [sys.executable, "-c", COMMAND, *arguments],
         env=environment,
+        cwd=place,
         capture_output=True,
         text=True,
         timeout=120,
@@ -122,3 +128,61 @@ def test_an_interrupted_upload_is_told_or_goes_on_and_the_next_one_completes_it(
     assert snapshot(folder) == before
     assert push(hub, folder, repository)[0] == 0
     assert "adapter_model.safetensors" in hub.files(repository)
+
+
+# ---- reading: verify and report of a repository --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(hub, tmp_path_factory):
+    """A private repository with a model, its configuration, and a log in its checkpoint."""
+    made = model_folder(tmp_path_factory.mktemp("published") / "model")
+    files = {p.name: p.read_bytes() for p in made.iterdir()}
+    files["adapter_config.json"] = b'{"base_model_name_or_path": "gpt2", "peft_type": "LORA", "r": 4}'
+    log = {"global_step": 2, "log_history": [{"step": 1, "eval_loss": 3.5}, {"step": 2, "eval_loss": 3.0}]}
+    files["last-checkpoint/trainer_state.json"] = json.dumps(log).encode()
+    hub.repos["me/private"] = Repo(private=True)
+    hub.repos["me/private"].commits.append(("ab" * 20, "model", files))
+    return "me/private"
+
+
+UNREADABLE = {
+    "a private one, without a token": ("me/private", {"token": None}, ["401", "hf auth login"]),
+    "a private one, with a wrong token": ("me/private", {"token": "hf_wrong"}, ["401", "hf auth login"]),
+    "none of this name": ("me/none", {}, ["404", "See that the name is right"]),
+    "no network": ("me/private", {"HF_ENDPOINT": NOBODY}, ["network and the Hub"]),
+    "offline by a setting": ("me/private", {"HF_HUB_OFFLINE": "1"}, ["network and the Hub"]),
+    "a name that is none": ("a b/c/d", {}, ["neither a folder nor a repository"]),
+}
+
+
+@pytest.mark.parametrize("verb", ["verify", "report"])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_repository_that_cannot_be_read_is_told_in_a_few_lines(name, verb, hub, published, tmp_path):
+    repository, changed, words = UNREADABLE[name]
+    status, out, err = command(hub, tmp_path, verb, repository, **changed)
+    assert status == 2, err
+    assert out.strip() == "False"  # no torch, and no verdict
+    for word in [*words, repository, "hf-dp: "]:
+        assert word in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 2, err
+    assert "hf_wrong" not in err
+    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == []
+
+
+def test_a_repository_has_a_report_with_its_base_and_the_log_of_its_checkpoint(hub, published, tmp_path):
+    status, out, err = command(hub, tmp_path, "report", published)
+    assert status == 0, err
+    assert out.split()[:2] == ["Report:", "me_private-privacy.html"]
+    page = (tmp_path / "me_private-privacy.html").read_text(encoding="utf-8")
+    for words in ("Privacy report: me/private", "Verified.", "gpt2", "LoRA of rank 4", "evaluation loss"):
+        assert words in page
+    assert str(tmp_path) not in page
+
+
+def test_a_repository_without_a_record_is_told(hub, tmp_path):
+    hub.repos["me/plain"] = Repo(private=False)
+    status, _, err = command(hub, tmp_path, "verify", "me/plain")
+    assert status == 2
+    assert "me/plain has no privacy.json" in err

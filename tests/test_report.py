@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from hf_dp.cli import app
 from hf_dp.errors import ConfigError
 from hf_dp.report import curves
+from hf_dp.report.page import page
 from hf_dp.report.plot import Axes, line_chart, ticks
 from hf_dp.report.training import losses, trained
-from hf_dp.verify import read_record
+from hf_dp.verify import read_record, verify
 
 DATA = Path(__file__).parent / "data"
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>&amp;$name"
@@ -118,6 +119,14 @@ def test_the_code_on_the_page_computes_epsilon_without_hf_dp(tmp_path, capsys):
     exec(code, {})
     stated = read_record(folder)["epsilon_pld"]
     assert float(capsys.readouterr().out) == pytest.approx(stated, rel=5e-3)  # another grid than the record's
+
+
+def test_an_audit_in_the_record_is_shown_number_by_number(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    record = read_record(folder) | {"audit": {"method": HOSTILE, "epsilon_at_least": 0.25, "guesses": [[1, 1]]}}
+    text = in_words(page(folder, "model", record, verify(folder)))
+    assert "No audit was run" not in text
+    assert f"method {HOSTILE} epsilon at least 0.25" in text
 
 
 @pytest.mark.parametrize("version", ["schema_1", "schema_1_not_private"])

@@ -9,7 +9,9 @@ import pytest
 import reference
 import runs
 import torch
+import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -17,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hf_dp import ConfigError, DPTrainerMixin, PrivacyConfig, UnsupportedOptionError
+from hf_dp.card_files import section_of
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
@@ -86,3 +89,27 @@ def test_a_trainer_that_drops_records_is_refused(tmp_path: Path) -> None:
     long_prompt = {"prompt": " ".join(["w5"] * 40), "completion": " w6"}
     with pytest.raises(ConfigError, match="made 24 training records out of the 25"):
         sft(tmp_path, Dataset.from_list([*rows(), long_prompt]))
+
+
+def test_the_privacy_section_survives_trls_card_and_is_the_same_in_the_checkpoint(tmp_path: Path) -> None:
+    """trl writes README.md from a template of its own, PEFT rewrites its tags at each save."""
+    trainer = sft(tmp_path, rows(), save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    written = section_of((tmp_path / "README.md").read_text())
+    for _ in range(3):
+        trainer.create_model_card(model_name="mine", tags=["mine"])
+        trainer.save_model()
+        loaded = ModelCard.load(tmp_path / "README.md")
+        assert "TRL" in loaded.text
+        assert "Cite TRL as" in loaded.text
+        assert loaded.text.count("## Privacy") == 1
+        assert section_of(loaded.content) == written
+        assert {"trl", "sft", "differential-privacy", "dp-sgd"} <= set(loaded.data.tags)
+        assert loaded.data["privacy"]["num_steps"] == 1
+        again = ModelCardData(**loaded.data.to_dict()).to_dict()
+        assert again["privacy"] == loaded.data["privacy"] == yaml.safe_load(loaded.content.split("---")[1])["privacy"]
+    checkpoint = ModelCard.load(tmp_path / "checkpoint-1" / "README.md")
+    assert section_of(checkpoint.content) == written
+    assert checkpoint.data["privacy"] == loaded.data["privacy"]
+    assert (tmp_path / "checkpoint-1/privacy.json").read_bytes() == (tmp_path / "privacy.json").read_bytes()

@@ -10,7 +10,7 @@ def local_copy(model: str, files: Sequence[str] = CARD_FILES) -> Path:
     """The folder itself, or a copy of the repository's `files`.
 
     Raises:
-        ConfigError: neither; says whether the name, the token or the network is to blame.
+        ConfigError: neither, saying whether the name, the token or the network is to blame; or a repository without a record.
     """
     from hf_dp.errors import ConfigError
 
@@ -19,7 +19,7 @@ def local_copy(model: str, files: Sequence[str] = CARD_FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(files)))
+        copy = Path(snapshot_download(model, allow_patterns=list(files)))
     except Exception as error:  # huggingface_hub's own, or of the HTTP library beneath it
         status, remedy = status_of(error), "See that the network and the Hub can be reached"
         if status in (401, 403, 404):  # the Hub answers alike, so that nobody learns which names exist
@@ -30,6 +30,9 @@ def local_copy(model: str, files: Sequence[str] = CARD_FILES) -> Path:
         raise ConfigError(
             f"{model} is neither a folder nor a repository that can be reached: {first_line(error)}. {remedy}"
         ) from error
+    if not (copy / CARD_FILES[0]).is_file():
+        raise ConfigError(f"{model} has no {CARD_FILES[0]}: expected the repository of a model saved by hf_dp")
+    return copy
 
 
 def first_line(error: Exception) -> str:

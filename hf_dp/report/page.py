@@ -167,6 +167,16 @@ def _ledger(folder: Path) -> list[Cell]:
     ]
 
 
+def _audit(record: Mapping[str, Any]) -> Html:
+    """What the record says of an audit, number by number."""
+    audit = record.get("audit")
+    if not audit:
+        return Html("<p>No audit was run: nobody tried to find out from this model who was in its training data.</p>")
+    return _table(
+        (name.replace("_", " "), value) for name, value in audit.items() if not isinstance(value, list | dict)
+    )
+
+
 def _checks(folder: Path, checks: Sequence[Check]) -> Html:
     rows = [
         f"<tr><td{'' if c.holds else ' class=no'}>{'ok' if c.holds else 'FAILED'}</td><td>{_html(c.name)}</td>"

@@ -71,7 +71,7 @@ def _points(entries: list[dict[str, Any]], name: str, *, needs: str = "step") ->
 
 def _history(folder: Path) -> list[dict[str, Any]]:
     """The log of the state that came furthest."""
-    states = [_json(path) for path in (folder / STATE, *sorted(folder.glob(f"checkpoint-*/{STATE}")))]
+    states = [_json(path) for path in (folder / STATE, *sorted(folder.glob(f"*/{STATE}")))]
     states = [
         state for state in states if _finite(state.get("global_step")) and isinstance(state.get("log_history"), list)
     ]
