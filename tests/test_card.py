@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from hf_dp import card, card_files
 from hf_dp.accounting import spent
@@ -389,6 +389,42 @@ def test_a_hand_written_part_survives_three_saves(adapter, tmp_path):
         adapter.save_pretrained(tmp_path)
         card.write_card(tmp_path, record())
         assert "## Written by hand\n\nIt purrs.\n" in ours_is_there(tmp_path)
+
+
+def test_a_real_run_writes_one_card_into_folder_and_checkpoints_and_goes_on_doing_so(tmp_path):
+    import runs
+
+    trainer = runs.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text() + "\n## Written by hand\n\nIt purrs.\n")
+    written = card_files.section_of(readme.read_text())
+    for _ in range(3):
+        trainer.model.save_pretrained(tmp_path)
+        trainer.create_model_card(tags=["mine"], model_name="mine")
+        readme.write_text(readme.read_text() + "\nMore by hand.\n")
+        trainer.save_model()
+        loaded = ModelCard.load(readme)
+        assert "More by hand." in loaded.text
+        assert card_files.section_of(loaded.content) == written
+        assert loaded.data["privacy"]["num_steps"] == 2
+    last, first = (ModelCard.load(tmp_path / f"checkpoint-{n}" / "README.md") for n in (2, 1))
+    assert card_files.section_of(last.content) == written
+    assert (last.data["privacy"], last.data.library_name) == (loaded.data["privacy"], "peft")
+    assert first.data["privacy"]["num_steps"] == 1
+
+
+def test_the_yaml_survives_the_hubs_own_types(tmp_path):
+    card.write_card(tmp_path, record())
+    loaded = ModelCard.load(tmp_path / "README.md")
+    again = ModelCardData(**yaml.safe_load(loaded.data.to_yaml()), ignore_metadata_errors=False)
+    assert again.to_dict() == loaded.data.to_dict()
+    assert again["privacy"]["delta"] == 1e-5
+    loaded.save(tmp_path / "README.md")
+    assert card_files.yaml_of((tmp_path / "README.md").read_text())["privacy"] == loaded.data["privacy"]
+    card.write_card(tmp_path, record())
+    assert ModelCard.load(tmp_path / "README.md").text.count("## Privacy") == 1
 
 
 def test_the_card_needs_no_torch():

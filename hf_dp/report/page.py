@@ -38,9 +38,7 @@ def page(folder: Path, name: str, record: Mapping[str, Any], checks: Sequence[Ch
         "verdict": _verdict(record, checks),
         "trained": _table(trained(folder).items()),
         "checks": _checks(folder, checks),
-        "audit": Html(
-            "<p>No audit was run: nobody tried to find out from this model who was in its training data.</p>"
-        ),
+        "audit": _audit(record if known else {}),
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "ledger": _table(_ledger(folder)),
         "figures": Html(),

@@ -75,7 +75,8 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     states = [
         state for state in states if _finite(state.get("global_step")) and isinstance(state.get("log_history"), list)
     ]
-    last = max(states, key=lambda state: state["global_step"], default={"log_history": []})
+    nothing: dict[str, Any] = {"log_history": []}
+    last = max(states, key=lambda state: state["global_step"], default=nothing)
     return [entry for entry in last["log_history"] if isinstance(entry, dict)]
 
 
