@@ -44,14 +44,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
 
 
-def sft(folder: Path, data: Dataset, callbacks: Any = None, **k: Any) -> DPSFTTrainer:
+def sft(folder: Path, data: Dataset, callbacks: Any = None, privacy: Any = runs.NOISELESS, **k: Any) -> DPSFTTrainer:
     plain = runs.arguments(folder).to_dict()
     kept = "output_dir use_cpu report_to disable_tqdm max_steps per_device_train_batch_size save_strategy optim lr_scheduler_type"
     settings = {name: plain[name] for name in kept.split()}
     return DPSFTTrainer(
         model=M.llama(),
         args=trl.SFTConfig(**{**settings, "bf16": False, "gradient_checkpointing": False, "max_length": 32, **k}),
-        privacy=PrivacyConfig(**runs.NOISELESS, expected_batch_size=len(data), clip_norm=0.1),
+        privacy=PrivacyConfig(**privacy, expected_batch_size=len(data), clip_norm=0.1),
         train_dataset=data,
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
@@ -93,7 +93,8 @@ def test_a_trainer_that_drops_records_is_refused(tmp_path: Path) -> None:
 
 def test_the_privacy_section_survives_trls_card_and_is_the_same_in_the_checkpoint(tmp_path: Path) -> None:
     """trl writes README.md from a template of its own, PEFT rewrites its tags at each save."""
-    trainer = sft(tmp_path, rows(), save_strategy="steps", save_steps=1)
+    noisy = {"noise_multiplier": 1.0, "target_delta": 1e-3}
+    trainer = sft(tmp_path, rows(), privacy=noisy, save_strategy="steps", save_steps=1)
     trainer.train()
     trainer.save_model()
     written = section_of((tmp_path / "README.md").read_text())
