@@ -11,7 +11,17 @@ from hf_dp.calibration import calibrate, round_up
 from hf_dp.config import PrivacyConfig, is_number
 from hf_dp.epsilon import MAX_SIGMA, MAX_STEPS, MIN_SIGMA, Epsilon, is_whole, spent, target_problems
 from hf_dp.errors import AccountingError, ConfigError
-from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment, default_delta, release_norm, steps_per_epoch, unit_of
+from hf_dp.grid import STD, integer_sensitivity, sigma_problem
+from hf_dp.mechanism import (
+    DISCRETE,
+    METRIC_NOISE,
+    Mechanism,
+    Segment,
+    default_delta,
+    release_norm,
+    steps_per_epoch,
+    unit_of,
+)
 
 __all__ = ["Derived", "Epsilon", "affordable_steps", "calibrate", "derivation", "plan", "spent"]
 
@@ -48,7 +58,11 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
             num_steps=steps,
             delta=delta,
             sensitivity=release_norm(privacy.log_loss_up_to),
+            noise=privacy.noise,
         )
+    problem = sigma_problem(float(sigma or 0)) if privacy.noise == DISCRETE else None
+    if problem:
+        raise ConfigError(f"Cannot plan this run: {problem}.")
     assert sigma is not None  # PrivacyConfig holds exactly one of the two
     return Mechanism(
         num_examples=int(num_examples),
@@ -142,11 +156,30 @@ def derivation(
         ("noise on the mean", f"{m.noise_std / m.expected_batch_size:.5g}", "sigma x C / B"),
         ("epsilon by PLD", pld, "privacy loss distributions, dp-accounting"),
         ("epsilon by RDP", rdp, "Rényi DP, dp-accounting; a looser cross-check"),
-        ("epsilon", e, f"the smaller of the two, after all {m.num_steps:,} steps, at delta"),
+        (
+            "epsilon",
+            e,
+            f"{'that' if m.is_discrete else 'the smaller of the two'}, after all {m.num_steps:,} steps, at delta",
+        ),
     ]
+    if m.is_discrete:
+        rows[9:11] = _of_grid(m, rdp)
     if m.loss_bound is not None:
         rows[9:9] = _of_metrics(m, m.loss_bound)
     return [Derived(*row) for row in rows]
+
+
+def _of_grid(m: Mechanism, rdp: str) -> list[tuple[str, str, str]]:
+    most = integer_sensitivity(m.noise_multiplier)
+    return [
+        (
+            "step of the grid",
+            f"{m.noise_std / STD:.5g}",
+            f"sigma x C / S; noise N_Z(0, S²), S = {STD:,}; one example a pass",
+        ),
+        ("integer sensitivity D", f"{most:,}", "floor(S / sigma): the most, in steps, by which a record moves the sum"),
+        ("epsilon by RDP", rdp, "Rényi DP at whole orders, dp-accounting; PLD is not claimed of discrete noise"),
+    ]
 
 
 def _of_metrics(m: Mechanism, loss_bound: float) -> list[tuple[str, str, str]]:

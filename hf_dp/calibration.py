@@ -22,7 +22,13 @@ UNUSED = 1e-3  # this part of the target may stay unused
 
 
 def calibrate(
-    target_epsilon: float, *, sample_rate: float, num_steps: int, delta: float, sensitivity: float = 1.0
+    target_epsilon: float,
+    *,
+    sample_rate: float,
+    num_steps: int,
+    delta: float,
+    sensitivity: float = 1.0,
+    noise: str = "gaussian",
 ) -> float:
     """The smallest sigma, to 0.1 % of epsilon and five digits, whose epsilon is within the target.
 
@@ -33,7 +39,7 @@ def calibrate(
     Raises:
         AccountingError: an invalid argument, or a target that no sigma in [MIN_SIGMA, MAX_SIGMA] meets.
     """
-    asked = Segment(sample_rate, 1.0, num_steps)
+    asked = Segment(sample_rate, 1.0, num_steps, noise)
     wrong = [*delta_problems(delta), *segment_problems(asked), *target_problems(target_epsilon)]
     if not wrong and num_steps == 0:
         wrong.append("num_steps must be at least 1: without a step there is nothing to calibrate (got 0)")
@@ -56,7 +62,7 @@ def _smallest_within(
     best, x = math.inf, math.log(guess)
     for turn in range(200):
         sigma = round_up(min(max(math.exp(x), MIN_SIGMA), MAX_SIGMA))
-        epsilon = epsilon_of(sigma)
+        epsilon = min(epsilon_of(sigma), 1e300)
         points.append(_Point(math.log(sigma), math.log(max(epsilon, 1e-300) / target)))
         if epsilon <= target:
             best = min(best, sigma)

@@ -17,20 +17,39 @@ from hf_dp.card_words import PICTURE, released, section, units, yaml_block
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
-from hf_dp.mechanism import UNIT, Mechanism, Segment, generator_of
+from hf_dp.mechanism import DISCRETE, UNIT, Mechanism, Segment, generator_of
 from hf_dp.tradeoff import RATES, tradeoff
 
 SCHEMA_VERSION = 2
 PRIVACY_JSON = "privacy.json"
 TAGS = ("differential-privacy", "dp-sgd")
-NOISE = "Gaussian of standard deviation noise_multiplier x sensitivity on every coordinate, float32"
-MECHANISM_NAME = "Poisson-subsampled Gaussian (DP-SGD)"
+GAUSSIAN = {
+    "name": "Poisson-subsampled Gaussian (DP-SGD)",
+    "noise": "Gaussian of standard deviation noise_multiplier x sensitivity on every coordinate, float32",
+    "noise_precision": "float32",
+    "epsilon_is": "the smaller of PLD and RDP, both upper bounds",
+}
+WHOLE_NUMBERS = {
+    "name": "Poisson-subsampled discrete Gaussian (DP-SGD)",
+    "noise": "discrete Gaussian of standard deviation 2**22 steps of the grid on every coordinate; 2**22 steps are noise_multiplier x "
+    "sensitivity",
+    "noise_precision": "whole numbers",
+    "epsilon_is": "RDP at whole orders, an upper bound",
+}
 INFINITE = "infinite"  # what stands for epsilon in JSON and YAML, which have no portable word for infinity
 LIBRARIES = ("hf_dp", "torch", "transformers", "peft", "accelerate", "datasets", "dp-accounting", "numpy")
 
-ASSUMPTIONS = (
+IDEALIZED = (
     "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No claim "
-    "is made against attacks on floating-point rounding.",
+    "is made against attacks on floating-point rounding."
+)
+ON_THE_GRID = (
+    "Each example's clipped gradient is rounded to whole numbers whose norm is bounded exactly, and sum and noise are whole numbers, "
+    "drawn and added without rounding. The floating point before may do what it likes, but it works on one example at a time: what comes "
+    "of an example depends on it, on the released weights and on its own dropout mask, and on no other example.",
+    "The random bits behind draws, noise and dropout masks are as good as independent and uniform.",
+)
+ASSUMPTIONS = (
     "The number of training {units} is public.",
     "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the operating "
     "system, which is never stored.",
@@ -59,6 +78,11 @@ GENERATORS = {
 GENERATOR_NAMES = {"philox": "Philox4x64, which is no cipher", "chacha20": "the cipher ChaCha20"}
 PUBLIC_EVAL = "Evaluation data: whoever trained the model declared them public; numbers and choices made with them are not covered."
 PRIVATE_EVAL = "Evaluation data: not declared public; numbers computed on them are not covered."
+
+
+def kind_of(noises: Iterable[str]) -> dict[str, str]:
+    """The words for a mechanism, or an account, of these kinds of noise: whole numbers where all are, or where one is for an account."""
+    return WHOLE_NUMBERS if DISCRETE in noises else GAUSSIAN
 
 
 def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
@@ -93,6 +117,7 @@ def privacy_record(
     _check_same_run(mechanism, ledger.header)
     segments = [s for s in ledger.executed if s.num_steps]
     assert sum(s.num_steps for s in segments) == ledger.num_steps, "the ledger's own sums differ"
+    noises = [s.noise for s in segments] or [mechanism.noise]
     reason = _reason_against(mechanism, ledger.header, segments)
     spent = (
         accounting.Epsilon(math.inf, math.inf, math.inf)
@@ -113,7 +138,7 @@ def privacy_record(
         "accountant": {
             "name": "dp-accounting",
             "version": library_versions(["dp-accounting"]).get("dp-accounting", "unknown"),
-            "epsilon_is": "the smaller of PLD and RDP, both upper bounds",
+            "epsilon_is": kind_of(noises)["epsilon_is"],
         },
         "unit": mechanism.unit,
         "relation": mechanism.relation,
@@ -122,17 +147,18 @@ def privacy_record(
         "segments": [s.stated() for s in segments],
         "ledger": {"file": LEDGER_NAME, "head": ledger.head},
         "declared": dict(declared),
-        **sentences(declared, [generator_of(s.noise) for s in segments] or [mechanism.generator], mechanism.unit),
+        **sentences(declared, noises, mechanism.unit),
         "libraries": dict(libraries),
     }
 
 
-def sentences(declared: Mapping[str, Any], generators: Iterable[str], unit: str) -> dict[str, list[str]]:
-    """What is assumed, what epsilon holds for and what it does not, given what the user vouched for, generators used and unit."""
-    named = ", then ".join(GENERATOR_NAMES[name] for name in sorted(set(generators), reverse=True))
+def sentences(declared: Mapping[str, Any], noises: Sequence[str], unit: str) -> dict[str, list[str]]:
+    """What is assumed, what epsilon holds for and what it does not, given what the user vouched for, kinds of noise used and unit."""
+    named = ", then ".join(GENERATOR_NAMES[name] for name in sorted({*map(generator_of, noises)}, reverse=True))
     named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s")}
+    arithmetic = ON_THE_GRID if {*noises} == {DISCRETE} else (IDEALIZED,)
     return {
-        "assumptions": [text.format(generator=named, **named_unit) for text in ASSUMPTIONS],
+        "assumptions": [*arithmetic, *(text.format(generator=named, **named_unit) for text in ASSUMPTIONS)],
         "covered": list(COVERED),
         "not_covered": [PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL, *NOT_COVERED],
     }
@@ -187,7 +213,7 @@ def epsilons_at(segments: Sequence[Segment], delta: float) -> list[dict[str, flo
 
 def _mechanism(m: Mechanism) -> dict[str, Any]:
     return {
-        "name": MECHANISM_NAME,
+        "name": kind_of([m.noise])["name"],
         "num_examples": m.num_examples,
         "num_examples_is_public": True,
         "expected_batch_size": m.expected_batch_size,
@@ -197,10 +223,10 @@ def _mechanism(m: Mechanism) -> dict[str, Any]:
         "released": released(m.loss_bound),
         "loss_bound": m.loss_bound,
         "sensitivity": m.sensitivity,
-        "noise": NOISE,
+        "noise": kind_of([m.noise])["noise"],
         "generator": m.generator,
         "noise_generator": GENERATORS[m.generator],
-        "noise_precision": "float32",
+        "noise_precision": kind_of([m.noise])["noise_precision"],
         "sample_rate": m.sample_rate,
         "noise_multiplier": m.joint_noise_multiplier,
         "target_epsilon": m.target_epsilon,

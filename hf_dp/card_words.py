@@ -7,7 +7,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from hf_dp.mechanism import METRIC_NOISE, UNIT
+from hf_dp.mechanism import DISCRETE, METRIC_NOISE, UNIT
 
 PICTURE = "privacy_tradeoff.svg"
 SHARES = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10"}  # the false-positive rates that the card names
@@ -67,6 +67,13 @@ def in_words(record: Mapping[str, Any]) -> dict[str, str]:
     if record["private"]:
         shown |= _in_words(record["epsilon"], record["delta"])
         shown["epsilon_rdp"] = str(_rounded_up(record["epsilon_rdp"], digits=4))
+        discrete = DISCRETE in _of_segments(record, "noise")
+        shown["any_accountant"] = "Rényi accounting at whole orders" if discrete else "any accountant"
+        shown["other_bound"] = (
+            "at whole orders, which discrete noise is proved for; no other bound is claimed"
+            if discrete
+            else f"an independent bound by Rényi accounting is {shown['epsilon_rdp']}"
+        )
         shown |= _of_attackers(record) if record.get("tradeoff") else {}
     return shown
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeGuard, get_args
 
 from hf_dp.errors import ConfigError
 
-Noise = Literal["gaussian", "gaussian-chacha20"]
+Noise = Literal["gaussian", "gaussian-chacha20", "discrete"]
 NOISES: tuple[str, ...] = get_args(Noise)
 _COLUMN = re.compile(r"\w([\w .-]*\w)?")  # it stands on the card
 MIN_DELTA = 1e-12  # below it the PLD accountant loses its footing (8.59 for a true 4.25 at 1e-14)
@@ -49,7 +49,10 @@ class PrivacyConfig:
     )
     noise: Noise = field(
         default="gaussian",
-        metadata={"help": "gaussian: random bits from numpy's Philox; gaussian-chacha20: from the cipher ChaCha20."},
+        metadata={
+            "help": "gaussian: random bits from numpy's Philox; gaussian-chacha20: from the cipher ChaCha20; discrete: on whole "
+            "numbers, from ChaCha20, one example a pass."
+        },
     )
     unit_column: str | None = field(
         default=None,
@@ -93,6 +96,8 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         yield f"log_loss_up_to must be a number from 0.001 to 1,000,000, or left out (got {c.log_loss_up_to!r})"
     if c.noise not in NOISES:
         yield f"noise must be one of {', '.join(NOISES)} (got {c.noise!r})"
+    if c.noise == "discrete" and c.log_loss_up_to is not None:
+        yield "log_loss_up_to has no place on the grid of noise='discrete': leave it out, or choose another noise"
     if c.unit_column is not None and not (isinstance(c.unit_column, str) and _COLUMN.fullmatch(c.unit_column)):
         yield f"unit_column must be a column's name, of letters, digits and _ . - or spaces, or left out (got {c.unit_column!r})"
     if not isinstance(c.public_eval, bool):

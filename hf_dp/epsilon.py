@@ -2,6 +2,7 @@
 
 Every number is dp-accounting's: privacy loss distributions (PLD, Koskela et al. 2020; connect-the-dots discretisation,
 Doroshenko et al. 2022) and Rényi DP (Mironov et al. 2019), each an upper bound, of which the smaller is reported.
+Discrete noise (`grid.py`) is accounted by Rényi DP at whole orders alone, and so is whatever it is composed with.
 Accountants fail open (a NaN gives epsilon 0), so inputs are checked before and answers after.
 
 Symbols: q sample rate, T number of steps, sigma noise multiplier, h width of the PLD grid,
@@ -19,17 +20,24 @@ from typing import Any, NamedTuple
 
 from hf_dp.config import MIN_DELTA, is_number
 from hf_dp.errors import AccountingError
-from hf_dp.mechanism import Segment
+from hf_dp.mechanism import DISCRETE, Segment
 
 MIN_SIGMA, MAX_SIGMA = 0.01, 1e6  # under the first one step costs epsilon 5,000; over the second no grid resolves mu
 MAX_STEPS = 1_000_000  # dp-accounting computes size**T as an integer: seconds at a million, minutes beyond
 GRID_FINEST, GRID_COARSEST = 1e-7, 1e-3
 PLD_ROUNDING = 2.0**-51  # a step: the FFT's T-th power moves the tail's mass by up to T x 2**-53 (measured; x 4 here)
 RDP_ROUNDING = 1e-13  # a step: log A sums 1,024 rounded terms; without it a lost divergence would pass for none
+# The sampler of discrete noise is within 2**-400 a coordinate of the exact law (`discrete.py`): with 2**60 of them in all and epsilon
+# up to 100 that costs (1 + e**100) 2**-340 < 2**-195 of delta, less than the last bit of any delta that is accounted. Beyond 100
+# nothing is claimed.
+DISCRETE_MOST = 100.0
 
 
 class Epsilon(NamedTuple):
-    """Upper bounds on epsilon for one delta. `epsilon` is the smaller of the two and is what is claimed."""
+    """Upper bounds on epsilon for one delta. `epsilon` is the smaller of the two and is what is claimed.
+
+    With discrete noise among the steps `pld` is infinite, and so is all of it where epsilon would be above DISCRETE_MOST.
+    """
 
     epsilon: float
     pld: float
@@ -51,7 +59,7 @@ def spent(segments: Sequence[Segment], delta: float) -> Epsilon:
 
 
 def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float]:
-    """The least delta known at each of `epsilons`, by privacy loss distributions: an upper bound, never above 1.
+    """The least delta known at each of `epsilons`, an upper bound, at most 1; by privacy loss distributions; with discrete noise, Rényi DP.
 
     No steps cost 0; a step without noise, or losses too far for any grid, cost 1.
 
@@ -63,6 +71,8 @@ def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float
         return [0.0] * len(epsilons)
     if any(s.noise_multiplier == 0 for s in merged):
         return [1.0] * len(epsilons)
+    if _is_discrete(merged):
+        return [_discrete_delta(merged, e) for e in epsilons]
     if all(s.sample_rate == 1 for s in merged):
         return [_gaussian_delta(_one_gaussian(merged), e) for e in epsilons]
     try:
@@ -73,21 +83,21 @@ def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float
 
 
 def _merged(segments: Sequence[Segment], problems: Iterable[str]) -> tuple[Segment, ...]:
-    """`segments` with equal (q, sigma) united, sorted, none without steps.
+    """`segments` with equal (q, sigma) united, discrete ones apart, sorted, none without steps.
 
     Raises:
         AccountingError: `problems`, or something wrong with the segments.
     """
     wrong = [*problems, *(p for s in segments for p in segment_problems(s))]
-    counts: Counter[tuple[float, float]] = Counter()
+    counts: Counter[tuple[float, float, str]] = Counter()
     if not wrong:
-        for q, sigma, steps, _ in segments:
-            counts[float(q), float(sigma)] += int(steps)
+        for q, sigma, steps, noise in segments:
+            counts[float(q), float(sigma), DISCRETE if noise == DISCRETE else "gaussian"] += int(steps)
         if counts.total() > MAX_STEPS:
             wrong.append(f"steps must be at most {MAX_STEPS:,} in all (got {counts.total():,})")
     if wrong:
         raise AccountingError("Cannot account for these steps: " + "; ".join(wrong) + ".")
-    return tuple(Segment(q, sigma, t) for (q, sigma), t in sorted(counts.items()) if t)
+    return tuple(Segment(q, sigma, t, noise) for (q, sigma, noise), t in sorted(counts.items()) if t)
 
 
 @lru_cache(maxsize=4096)
@@ -97,7 +107,8 @@ def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
         return Epsilon(0.0, 0.0, 0.0)
     if any(s.noise_multiplier == 0 for s in merged):
         return Epsilon(math.inf, math.inf, math.inf)
-    pld, rdp = _pld_epsilon(merged, delta), _rdp_epsilon(merged, delta)
+    discrete = _is_discrete(merged)
+    pld, rdp = math.inf if discrete else _pld_epsilon(merged, delta), _rdp_epsilon(merged, delta)
     floor = max(_single_step_epsilon(s, delta) for s in merged)
     for name, value in (("PLD", pld), ("RDP", rdp)):
         if not value >= floor * (1 - 1e-6) - 1e-9:  # written so that NaN fails too; the slack is the root finder's
@@ -105,6 +116,8 @@ def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
                 f"The {name} accountant answered epsilon = {value} for {merged} at delta = {delta}; a single one of "
                 f"these steps already costs {floor:.6g}. Do not use this answer; change sigma, q or delta."
             )
+    if discrete and rdp > DISCRETE_MOST:
+        return Epsilon(math.inf, math.inf, math.inf)
     if math.isinf(min(pld, rdp)):
         raise AccountingError(f"No finite epsilon was found for {merged} at delta = {delta}. Use more noise.")
     return Epsilon(min(pld, rdp), pld, rdp)
@@ -241,12 +254,38 @@ def _total_reach(s: Segment) -> float:
 
 
 def _rdp_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
-    """By Rényi DP at dp-accounting's default orders, rounding charged to every step."""
+    """By Rényi DP at dp-accounting's default orders, rounding charged to every step; with discrete noise at the whole ones."""
     from dp_accounting import rdp
 
+    if _is_discrete(merged):
+        return float(rdp.compute_epsilon(*_at_whole_orders(merged), math.nextafter(delta, 0))[0])
     orders = rdp.RdpAccountant().orders
     total = sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
     return float(rdp.compute_epsilon(orders, total, delta)[0])
+
+
+@lru_cache(maxsize=8192)
+def _discrete_delta(merged: tuple[Segment, ...], epsilon: float) -> float:
+    """Delta at an epsilon by Rényi DP at whole orders, its last bit charged to the sampler."""
+    from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
+
+    delta = compute_delta(*_at_whole_orders(merged), min(epsilon, DISCRETE_MOST))[0]
+    return min(1.0, math.nextafter(max(float(delta), 2.0**-100), 1))
+
+
+def _is_discrete(merged: tuple[Segment, ...]) -> bool:
+    return any(s.noise == DISCRETE for s in merged)
+
+
+@lru_cache(maxsize=8)
+def _at_whole_orders(merged: tuple[Segment, ...]) -> tuple[Any, Any]:
+    """The whole ones of dp-accounting's orders, all at least 2, and the divergence of all steps at each."""
+    from dp_accounting import rdp
+
+    orders = rdp.RdpAccountant().orders
+    whole = orders == orders.round()
+    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+    return orders[whole], total[whole]
 
 
 @lru_cache(maxsize=512)
@@ -259,7 +298,7 @@ def _step_rdp(q: float, sigma: float) -> Any:
         accountant.compose(da.PoissonSampledDpEvent(q, da.GaussianDpEvent(sigma)))
     if not (accountant.rdp >= -RDP_ROUNDING).all():  # NaN fails too
         raise AccountingError(f"RDP gave no valid divergence for q = {q}, sigma = {sigma}: {accountant.rdp}.")
-    return accountant.rdp.clip(min=0) + RDP_ROUNDING
+    return accountant.rdp.clip(min=0) * (1 + RDP_ROUNDING) + RDP_ROUNDING
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from hf_dp.memory import Room
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
 from hf_dp.per_example.batches import Batch, num_examples
 from hf_dp.per_example.capture import clipped_gradient_sum, views
+from hf_dp.per_example.integers import add_integer_gradient, grid_of
 from hf_dp.per_example.inventory import take_inventory
 from hf_dp.per_example.self_check import self_check
 from hf_dp.per_example.synthetic import records_of_the_same_shape
@@ -80,6 +81,8 @@ class PrivateLoop:
         if mechanism.generator == "chacha20":
             require_cryptography()
         self.mechanism = mechanism
+        sigma, clip_norm = mechanism.noise_multiplier, mechanism.clip_norm
+        self._grid = grid_of(model, sigma, clip_norm) if mechanism.is_discrete else None
         self._example_losses = example_losses
         self._device = next(model.parameters()).device
         self._run = PrivateRun(mechanism, Path(output_dir), 0, 1)
@@ -128,7 +131,7 @@ class PrivateLoop:
         self._begun = True
         try:
             records = DrawnRecords(dataset, m.num_examples)
-            cut = LogicalBatchCollator(collate, max_examples)
+            cut = LogicalBatchCollator(collate, 1 if m.is_discrete else max_examples)
             for kept in PoissonSampler(m.num_examples, m.sample_rate, m.num_steps, key=self._run.sampling_key):
                 container = cut(records.__getitems__(kept))
                 batches = [_as_mapping(batch) for batch in container[MICRO_BATCHES]]
@@ -157,7 +160,8 @@ class PrivateLoop:
                 "two releases of one draw cost more than two charges say"
             )
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        flat = torch.zeros(sum(p.numel() for p in trainable.values()), device=self._device)
+        kind = torch.int64 if self._grid else torch.float32
+        flat = torch.zeros(sum(p.numel() for p in trainable.values()), dtype=kind, device=self._device)
         with self._run.told_to_all(flat):
             self._room.until_it_fits(lambda: self._sum_up(draw, trainable, flat))
         mean = self._run.release(flat, draw.number) / self.mechanism.expected_batch_size
@@ -201,8 +205,11 @@ class PrivateLoop:
         self.model.train()
         with fork_forward_rng([self._device]):
             for part in self._room.one_by_one(self._room.parts(map(self._on_device, draw))):
-                losses = lambda part=part: self._losses(self.model, part)  # noqa: E731
-                clipped_gradient_sum(self.model, losses, num_examples(part), clip_norm, into)
+                work = (self.model, lambda part=part: self._losses(self.model, part), num_examples(part))
+                if self._grid is not None:
+                    add_integer_gradient(*work, self._grid, into)
+                else:
+                    clipped_gradient_sum(*work, clip_norm, into)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._waits_for != STEP:

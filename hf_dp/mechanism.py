@@ -8,6 +8,7 @@ UNIT = "record"  # one row of the training set
 GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
 METRIC_NOISE = 10.0  # a released metric's noise over its sensitivity, in units of the gradient's sigma
 METRICS = ("loss", "batch_size")  # what may be released beside the gradient, as further coordinates of the same vector
+DISCRETE = "discrete"  # the kind of noise that is drawn and added in whole numbers (`grid.py`)
 RELATION = "zero-out"  # neighbours: one record replaced by one that contributes nothing; N is public
 
 
@@ -79,6 +80,11 @@ class Mechanism:
     def generator(self) -> str:
         """Where the random bits of draws and noise come from: "philox" or "chacha20"."""
         return generator_of(self.noise)
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether sums and noise are whole numbers (`grid.py`), and each example has a pass of its own."""
+        return self.noise == DISCRETE
 
     @property
     def is_private(self) -> bool:

@@ -1,20 +1,23 @@
-"""A number of coordinates and a standard deviation -> fresh Gaussian noise in float32, from a key nobody else has.
+"""A number of coordinates and a standard deviation -> fresh noise, Gaussian in float32 or discrete, from a key nobody else has.
 
 Generator: numpy's ziggurat normals (Marsaglia and Tsang 2000) over Philox4x64-10 with a 128-bit key: float32, 23 random bits within
 each of 256 layers, values up to 8.2 standard deviations. Or, for a `ChaChaKey`, Box-Muller in float64 over ChaCha20, rounded to float32.
 The analysis assumes exact arithmetic: no claim is made against attacks on floating-point noise (Mironov 2012), whatever the
-generator, as for any noise in floating point that is not proved against them.
+generator, as for any noise in floating point that is not proved against them. `discrete` draws whole numbers instead (`discrete.py`).
 """
 
 import itertools
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_dp.chacha import ChaCha20Stream
+from hf_dp.discrete import discrete_gaussian
 from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.streams import Key, Role, checked_key, fresh_key, keyed_stream
@@ -57,11 +60,7 @@ class NoiseSource:
             raise ConfigError(
                 f"noise needs numel >= 0 and std 0 or from {SMALLEST_STD} to {LARGEST_STD} (got numel={numel}, std={std})"
             )
-        if os.getpid() != self._process:
-            raise HfDpError(
-                "this noise source belongs to the parent process, whose noise it would repeat: make one here"
-            )
-        number = next(self._numbers)
+        number = self._next_number()
         if std == 0:
             return torch.zeros(numel, dtype=torch.float32, device=device)
         values = np.empty(numel, dtype=np.float32)
@@ -71,13 +70,44 @@ class NoiseSource:
             keyed_stream(self._key, Role.NOISE, number, block).standard_normal(dtype=np.float32, out=part)
             part *= np.float32(std)
 
-        blocks = range(-(-numel // BLOCK))
-        with ThreadPoolExecutor(max(1, min(len(blocks), torch.get_num_threads()))) as pool:
-            list(pool.map(fill, blocks))
+        _for_each_block(numel, fill)
         return torch.from_numpy(values).to(device)
+
+    def discrete(self, numel: int, *, device: torch.device | str | None = None) -> Tensor:
+        """N_Z(0, S²) in each of `numel` coordinates, S = `grid.STD`, int64, on `device`. Drawn on the CPU, in threads.
+
+        Raises:
+            ConfigError: the key is not a `ChaChaKey`.
+            HfDpError: in a forked copy of the process that made the source.
+        """
+        number = self._next_number()
+        values = np.empty(numel, dtype=np.int64)
+
+        def fill(block: int) -> None:
+            stream = keyed_stream(self._key, Role.NOISE, number, block)
+            if not isinstance(stream, ChaCha20Stream):
+                raise ConfigError("discrete noise takes its random bits from ChaCha20: give a ChaChaKey")
+            part = values[block * BLOCK : (block + 1) * BLOCK]
+            part[:] = discrete_gaussian(stream.words, len(part))
+
+        _for_each_block(numel, fill)
+        return torch.from_numpy(values).to(device)
+
+    def _next_number(self) -> int:
+        if os.getpid() != self._process:
+            raise HfDpError(
+                "this noise source belongs to the parent process, whose noise it would repeat: make one here"
+            )
+        return next(self._numbers)
 
     def __repr__(self) -> str:
         return "NoiseSource(key=<secret>)"
 
     def __reduce__(self) -> str:
         raise HfDpError("a NoiseSource holds a secret key and is not pickled or copied: make one where it is used")
+
+
+def _for_each_block(numel: int, fill: Callable[[int], None]) -> None:
+    blocks = range(-(-numel // BLOCK))
+    with ThreadPoolExecutor(max(1, min(len(blocks), torch.get_num_threads()))) as pool:
+        list(pool.map(fill, blocks))

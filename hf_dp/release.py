@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_dp.errors import HfDpError, ReleaseError
 from hf_dp.ledger import Ledger
+from hf_dp.mechanism import DISCRETE
 from hf_dp.noise import NoiseSource
 
 EXACT = 1 << 24  # whole numbers up to here are exact in float32
@@ -23,7 +24,8 @@ class Releaser:
     """Releases sums under the Gaussian mechanism: `releaser(clipped_sum, sensitivity=C, noise_multiplier=sigma)`.
 
     Process 0 charges the ledger and adds the whole noise, N(0, (sigma C)² I), to its part; then one `all_reduce(SUM)` on every process.
-    The total noise is the same whatever the number of processes, and so are the bits of the result on all of them.
+    The total noise is the same whatever the number of processes, and so are the bits of the result on all of them. A sum of
+    whole numbers (int64) is in steps of `grid.py`, and takes N_Z(0, S²) in each coordinate instead: S steps are sigma C.
 
     The same `all_reduce` carries three more numbers: the draw's number and its square, which show that all processes are at one draw
     (a sum of squares is the square of the sum over W only if all are equal), and a mark of failure. A process that can't go on
@@ -59,13 +61,13 @@ class Releaser:
         """The sum of all processes' `clipped_sum` plus N(0, (sensitivity x noise_multiplier)² I); the argument is left as it was.
 
         Args:
-            clipped_sum: this process's part, float32 [P]; zeros for an empty slice.
+            clipped_sum: this process's part, [P], float32, or int64 where the ledger's noise is "discrete"; zeros for an empty slice.
             sensitivity: the most, in Euclidean norm, that one unit can move the sum of all parts.
             noise_multiplier: sigma. 0 adds nothing, and is charged as what it is: epsilon is infinite.
             draw_number: number of the draw behind the sum, above every earlier one; None counts the calls.
 
         Returns:
-            float32 [P], new memory, on every process; no two calls have noise in common.
+            [P] of the same type, new memory, on every process; no two calls have noise in common.
 
         Raises:
             ReleaseError: an argument out of range; settings that the ledger does not have; a draw released before; processes at
@@ -75,7 +77,7 @@ class Releaser:
         """
         number = self._last_draw + 1 if draw_number is None else draw_number
         size = clipped_sum.numel()
-        buffer = torch.zeros(size + 3, dtype=torch.float32, device=clipped_sum.device)
+        buffer = clipped_sum.new_zeros(size + 3)
         failure: Exception | None = None
         try:
             self._check(clipped_sum, sensitivity, noise_multiplier, number)
@@ -84,7 +86,7 @@ class Releaser:
             failure = error
             buffer.zero_()
         tag = number % _modulus(self._num_processes)
-        buffer[size:] = torch.tensor([tag, tag * tag, failure is not None], dtype=torch.float32)
+        buffer[size:] = torch.tensor([tag, tag * tag, failure is not None])
         self._reduce(buffer)
         if failure is not None:
             raise failure
@@ -136,7 +138,10 @@ class Releaser:
         buffer += clipped_sum
         if self._process_index == 0 and std > 0:
             assert self._noise is not None
-            buffer += self._noise.gaussian(len(buffer), std=std, device=buffer.device)
+            if buffer.dtype == torch.int64:
+                buffer += self._noise.discrete(len(buffer), device=buffer.device)
+            else:
+                buffer += self._noise.gaussian(len(buffer), std=std, device=buffer.device)
 
     def _check(self, clipped_sum: Tensor, sensitivity: float, noise_multiplier: float, number: int) -> None:
         wrong = [*_wrong_arguments(clipped_sum, sensitivity, noise_multiplier), *self._wrong_state(number)]
@@ -147,6 +152,8 @@ class Releaser:
                 wrong.append(
                     f"the ledger would charge (sigma, C) = {charged}, the release has {(noise_multiplier, sensitivity)}: begin a segment"
                 )
+            if current and (current.noise == DISCRETE) != (clipped_sum.dtype == torch.int64):
+                wrong.append(f"the ledger would charge noise {current.noise!r}, the sum is {clipped_sum.dtype}")
         if wrong:
             raise ReleaseError("nothing was charged or released: " + "; ".join(wrong))
         self._last_draw = number
@@ -175,8 +182,8 @@ def _world_size() -> int:
 
 
 def _wrong_arguments(clipped_sum: Tensor, sensitivity: float, noise_multiplier: float) -> Iterator[str]:
-    if clipped_sum.dim() != 1 or clipped_sum.dtype != torch.float32:
-        yield f"expected a flat float32 sum, got {clipped_sum.dtype} {list(clipped_sum.shape)}"
+    if clipped_sum.dim() != 1 or clipped_sum.dtype not in (torch.float32, torch.int64):
+        yield f"expected a flat float32 or int64 sum, got {clipped_sum.dtype} {list(clipped_sum.shape)}"
     if not (math.isfinite(sensitivity) and sensitivity > 0):
         yield f"expected a finite sensitivity above 0, got {sensitivity}"
     if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):

@@ -15,6 +15,7 @@ from hf_dp import accounting, card, durable
 from hf_dp import budget as budgets
 from hf_dp.errors import BudgetError, ConfigError, HfDpError, LedgerError
 from hf_dp.fingerprint import KEY_NAME, fingerprint, key_of, under_key
+from hf_dp.grid import STD
 from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, refuse_rollback
 from hf_dp.mechanism import Mechanism, Segment
 from hf_dp.noise import NoiseSource
@@ -233,7 +234,7 @@ class PrivateRun:
     # ---- while it runs ---------------------------------------------------------------------------------------------
 
     def release(self, clipped_sum: Tensor, draw_number: int) -> Tensor:
-        """The one exit of a step: charged, noised, reduced. `clipped_sum` is this process's part, flat float32."""
+        """The one exit of a step: charged, noised, reduced; float32 [P]. `clipped_sum` is this process's part, flat, float32 or int64."""
         assert self._releaser is not None, "release before open"
         noisy = self._releaser(
             clipped_sum,
@@ -242,7 +243,8 @@ class PrivateRun:
             draw_number=draw_number,
         )
         self._taken += 1
-        return noisy
+        # what follows the noise is post-processing, in whatever arithmetic
+        return (noisy.double() * (self.mechanism.noise_std / STD)).float() if self.mechanism.is_discrete else noisy
 
     @contextmanager
     def told_to_all(self, own_sum: Tensor, *, waiting_in_release: bool = True) -> Iterator[None]:

@@ -63,7 +63,12 @@ def micro_batches(mechanism: Mechanism, work: Work) -> float:
 def all_reduced(mechanism: Mechanism, shapes: Shapes) -> int:
     """Bytes of a step's one all-reduce; 0 is never among them, however the draw fell."""
     metrics = 0 if mechanism.loss_bound is None else len(METRICS)
-    return FLOAT * (shapes.trainable + metrics + BESIDE_THE_SUM)
+    return _number_summed(mechanism) * (shapes.trainable + metrics + BESIDE_THE_SUM)
+
+
+def _number_summed(mechanism: Mechanism) -> int:
+    """Bytes of one coordinate of the sum: whole numbers have 64 bits."""
+    return INDEX * FLOAT if mechanism.is_discrete else FLOAT
 
 
 def per_example_gradients(shapes: Shapes, work: Work) -> int:
@@ -81,8 +86,11 @@ def per_example_gradients(shapes: Shapes, work: Work) -> int:
 
 def derivation(mechanism: Mechanism, shapes: Shapes, work: Work) -> list[Derived]:
     """What the run costs, each number with its rule."""
+    number = _number_summed(mechanism)
+    work = work._replace(max_examples=1) if mechanism.is_discrete else work
     passes, reduced, alone = micro_batches(mechanism, work), all_reduced(mechanism, shapes), work.num_processes == 1
     at_most = f"min({work.max_examples}, {work.max_tokens} // {work.length})" if work.max_tokens else "given"
+    at_most = "noise on whole numbers takes one example a pass" if mechanism.is_discrete else at_most
     sharded = "" if alone else f"; 1/{work.num_processes} of it each, and a layer whole, where FSDP2 shards it"
     return [
         Derived(
@@ -102,7 +110,7 @@ def derivation(mechanism: Mechanism, shapes: Shapes, work: Work) -> list[Derived
             "nothing" if alone else size(reduced),
             "one process"
             if alone
-            else f"4 bytes x (P + {reduced // FLOAT - shapes.trainable}), once; {size(reduced * mechanism.num_steps)} in all",
+            else f"{number} bytes x (P + {reduced // number - shapes.trainable}), once; {size(reduced * mechanism.num_steps)} in all",
         ),
         Derived(
             "per-example gradients",

@@ -19,6 +19,7 @@ from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.forward import can_leave_out_logits, decoder_inputs
+from hf_dp.grid import Grid
 from hf_dp.loader import logical_batches
 from hf_dp.mechanism import METRICS, Mechanism, steps_per_epoch
 from hf_dp.memory import Room
@@ -27,6 +28,7 @@ from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBa
 from hf_dp.options import check_options, positional_names, without_batch_clipping
 from hf_dp.per_example.batches import Batch, example, num_examples, same
 from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors, views
+from hf_dp.per_example.integers import add_integer_gradient, grid_of
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
 from hf_dp.per_example.synthetic import synthetic_records
@@ -86,6 +88,7 @@ class DPTrainerMixin(_Host):
         self._run: PrivateRun | None = None
         self._sums: dict[str, Tensor] = {}
         self._flat = torch.zeros(0)
+        self._grid: Grid | None = None
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column)
@@ -97,6 +100,8 @@ class DPTrainerMixin(_Host):
         show_epsilon(self)
         if self.mechanism is not None:
             self._refuse_other_records(len(cast(Any, given_data)))
+            if self.mechanism.is_discrete:
+                self._grid = grid_of(self.model, self.mechanism.noise_multiplier, self.mechanism.clip_norm)
             self._example_loss = self._choose_loss()
             self.inventory()
 
@@ -179,7 +184,8 @@ class DPTrainerMixin(_Host):
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
         )
-        cut = LogicalBatchCollator(collate, self.args.per_device_train_batch_size, self.micro_batch_tokens)
+        most = 1 if mechanism.is_discrete else self.args.per_device_train_batch_size
+        cut = LogicalBatchCollator(collate, most, self.micro_batch_tokens)
         return logical_batches(
             DrawnRecords(dataset, mechanism.num_examples), sampler, cut, self.args, self.accelerator.device
         )
@@ -275,14 +281,14 @@ class DPTrainerMixin(_Host):
     # ---- one step --------------------------------------------------------------------------------------------------
 
     def _prepare_for_step(self) -> None:
-        """Training mode, and accumulators: one flat float32 buffer with a view for each parameter; metrics come last."""
+        """Training mode, and accumulators: one flat buffer with a view for each parameter; metrics come last."""
         self.model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if [name for name, _ in trainable] != list(self._sums):
             size = sum(p.numel() for _, p in trainable) + (0 if self._planned().loss_bound is None else len(METRICS))
-            self._flat = torch.zeros(size, device=self.args.device)
+            self._flat = torch.zeros(size, dtype=torch.int64 if self._grid else torch.float32, device=self.args.device)
             self._sums = views(self._flat, dict(trainable))
 
     def _sum_up(self, micro_batches: list[Batch]) -> None:
@@ -298,9 +304,10 @@ class DPTrainerMixin(_Host):
     def _add_clipped_gradients(self, batch: Batch) -> None:
         model, clip_norm, loss_bound = self.model, self._planned().clip_norm, self._planned().loss_bound
         with self.compute_loss_context_manager():
-            seen = clipped_gradient_sum(
-                model, lambda: self.example_losses(model, batch), num_examples(batch), clip_norm, self._sums
-            )
+            work = (model, lambda: self.example_losses(model, batch), num_examples(batch))
+            if self._grid is not None:
+                return add_integer_gradient(*work, self._grid, self._sums)
+            seen = clipped_gradient_sum(*work, clip_norm, self._sums)
         if loss_bound is not None:
             self._flat[-len(METRICS) :] += contribution(seen.losses, clip_norm=clip_norm, loss_bound=loss_bound)
 

@@ -20,13 +20,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_dp import accounting
-from hf_dp.card import GENERATORS, INFINITE, PRIVACY_JSON, SCHEMA_VERSION, TAGS, epsilons_at, sampler, sentences
+from hf_dp.card import (
+    GENERATORS,
+    INFINITE,
+    PRIVACY_JSON,
+    SCHEMA_VERSION,
+    TAGS,
+    WHOLE_NUMBERS,
+    epsilons_at,
+    kind_of,
+    sampler,
+    sentences,
+)
 from hf_dp.card_files import read_readme, section_of, yaml_of
 from hf_dp.card_picture import tradeoff_svg
 from hf_dp.card_words import PICTURE, released, section, yaml_block
 from hf_dp.errors import AccountingError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
-from hf_dp.mechanism import RELATION, Segment, generator_of, release_norm
+from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm
 from hf_dp.tradeoff import RATES, tradeoff
 
 ROUNDING = 1e-6  # relative; another version's grid may round the other way
@@ -116,22 +127,32 @@ def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
     yield _equal("the last steps are the plan's", last, {name: mechanism.get(name) for name in last})
     if record["schema_version"] > 1:
         yield _release(record, segments)
-        generators = [generator_of(s["noise"]) for s in segments] or [mechanism["generator"]]
-        ours = sentences(record["declared"], generators, record["unit"])
+        noises = [s["noise"] for s in segments] or [planned_noise(mechanism)]
+        ours = sentences(record["declared"], noises, record["unit"])
         different = [name for name in ours if record[name] != ours[name]]
         yield Check("what is assumed, covered and not", not different, ", ".join(different) or "as it should be")
+        yield _equal("how epsilon is computed", record["accountant"]["epsilon_is"], kind_of(noises)["epsilon_is"])
+
+
+def planned_noise(mechanism: Mapping[str, Any]) -> str:
+    """The kind of noise of a record without steps, from the words for it."""
+    if mechanism["noise_precision"] == WHOLE_NUMBERS["noise_precision"]:
+        return DISCRETE
+    return "gaussian" if mechanism["generator"] == "philox" else "gaussian-chacha20"
 
 
 def _release(record: Mapping[str, Any], segments: Sequence[Mapping[str, Any]]) -> Check:
-    """Who is drawn, what a step releases, its sensitivity and the noise's source follow from the settings."""
+    """Who is drawn, what a step releases, its sensitivity, the noise and its source follow from the settings."""
     mechanism = record["mechanism"]
     bound, generator = mechanism["loss_bound"], mechanism["generator"]
-    expected = {
+    noise = segments[-1]["noise"] if segments else planned_noise(mechanism)
+    words = kind_of([noise])
+    expected = {name: words[name] for name in ("name", "noise", "noise_precision")} | {
         "sampler": sampler(record["unit"]),
         "released": released(bound),
         "sensitivity": mechanism["clip_norm"] * release_norm(bound),
         "noise_generator": GENERATORS[generator],
-        "generator": generator_of(segments[-1]["noise"]) if segments else generator,
+        "generator": generator_of(noise),
     }
     return _equal(
         "the sampler, what a step releases, and the noise", {name: mechanism[name] for name in expected}, expected

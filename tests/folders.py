@@ -18,6 +18,7 @@ def model_folder(
     steps: int = STEPS,
     loss_bound: float | None = None,
     public_eval: bool = True,
+    noise: str = "gaussian",
 ) -> Path:
     """What a run leaves: ledger, privacy.json and card, by the code that a run uses."""
     mechanism = Mechanism(
@@ -30,11 +31,12 @@ def model_folder(
         target_epsilon=4.0 if sigma else None,
         debug=debug,
         loss_bound=loss_bound,
+        noise=noise,
     )
     folder.mkdir(parents=True, exist_ok=True)
     header = LedgerHeader(N, mechanism.unit, mechanism.relation, DELTA, None, debug)
     with Ledger.open(folder / LEDGER_NAME, header) as ledger:
-        ledger.begin(mechanism.sample_rate, mechanism.joint_noise_multiplier, 0.1, 50, loss_bound=loss_bound)
+        ledger.begin(mechanism.sample_rate, mechanism.joint_noise_multiplier, 0.1, 50, noise, loss_bound)
         for _ in range(steps):
             ledger.charge()
         record = card.privacy_record(

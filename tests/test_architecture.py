@@ -14,8 +14,8 @@ PACKAGE = ROOT / "hf_dp"
 
 # Data flows down this list: a module (or folder) imports only from those above it. A new one is given its place here.
 ORDER = """
-    errors _compat config mechanism epsilon tradeoff calibration accounting
-    privacy_unit chacha streams forked_rng sampling microbatch loader
+    errors _compat config mechanism grid epsilon tradeoff calibration accounting
+    privacy_unit chacha discrete streams forked_rng sampling microbatch loader
     losses clipping per_example noise memory forward sharding
     durable ledger_format ledger fingerprint budget release metrics audit
     card_files card_words card_picture card verify report

@@ -161,9 +161,9 @@ def test_without_noise_the_step_is_charged_as_what_it_is(ledger: Ledger, events:
 @pytest.mark.parametrize(
     ("clipped_sum", "changed", "message"),
     [
-        (torch.zeros(2, 3), {}, "flat float32 sum"),
-        (torch.zeros(3, dtype=torch.float64), {}, "flat float32 sum"),
-        (torch.zeros(3, dtype=torch.bfloat16), {}, "flat float32 sum"),
+        (torch.zeros(2, 3), {}, "flat float32 or int64 sum"),
+        (torch.zeros(3, dtype=torch.float64), {}, "flat float32 or int64 sum"),
+        (torch.zeros(3, dtype=torch.bfloat16), {}, "flat float32 or int64 sum"),
         *((torch.zeros(3), {"sensitivity": x}, "finite sensitivity") for x in (0.0, -1.0, math.nan, math.inf)),
         *((torch.zeros(3), {"noise_multiplier": x}, "finite noise_multiplier") for x in (-1.0, math.nan, math.inf)),
         (torch.zeros(3), {"sensitivity": 2 * C}, r"the ledger would charge \(sigma, C\)"),

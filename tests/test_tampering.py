@@ -112,6 +112,28 @@ def test_a_changed_field_is_caught_with_the_card_rendered_again(at: Path_, folde
     assert bool(failures(folder)) == (at not in UNTOLD_WITH_CARD)
 
 
+def test_a_changed_field_of_a_discrete_run_is_caught(tmp_path: Path) -> None:
+    """Every one, alone and with the card rendered again; and the words of the other kind of noise, which the schema knows."""
+    whole = model_folder(tmp_path / "sound", noise="discrete")
+    assert failures(whole) == ""
+    record = json.loads((whole / card.PRIVACY_JSON).read_text())
+    for number, at in enumerate(leaves(record)):
+        copied = Path(shutil.copytree(whole, tmp_path / str(number)))
+        edited = edit(copied, at)
+        assert bool(failures(copied)) == (at not in UNTOLD_ALONE), at
+        with contextlib.suppress(ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            card.write_card(copied, edited)
+        assert bool(failures(copied)) == (at not in UNTOLD_WITH_CARD), at
+    others = [("mechanism", name, card.GAUSSIAN[name]) for name in ("name", "noise", "noise_precision")]
+    others += [("accountant", "epsilon_is", card.GAUSSIAN["epsilon_is"])]
+    for part, name, words in others:
+        card.write_card(whole, record | {part: record[part] | {name: words}})
+        assert failures(whole), name
+    as_gaussian = [segment | {"noise": "gaussian"} for segment in record["segments"]]
+    card.write_card(whole, record | {"segments": as_gaussian})
+    assert failures(whole)
+
+
 @pytest.mark.parametrize("field", RECORD)
 def test_a_missing_field_is_caught(field: str, folder: Path) -> None:
     record = json.loads((folder / card.PRIVACY_JSON).read_text())

@@ -15,6 +15,7 @@ def plan(
     noise_multiplier: Annotated[float | None, typer.Option(help="Or give sigma, and learn its epsilon.")] = None,
     target_delta: Annotated[float | None, typer.Option(help="Default: 1 / N**1.1, rounded down.")] = None,
     log_loss_up_to: Annotated[float | None, typer.Option(help="Release loss, up to this, and batch size too.")] = None,
+    noise: Annotated[str, typer.Option(help="gaussian, gaussian-chacha20, or discrete.")] = "gaussian",
     clip_norm: Annotated[float, typer.Option(help="C; it scales the noise and changes no epsilon.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Draw epsilon against steps into this picture.")] = None,
     model: Annotated[
@@ -49,6 +50,7 @@ def plan(
         expected_batch_size=expected_batch_size,
         clip_norm=clip_norm,
         log_loss_up_to=log_loss_up_to,
+        noise=noise,  # type: ignore[arg-type]  # any text; PrivacyConfig says which there are
     )
     mechanism = accounting.plan(privacy, num_examples, num_train_epochs=epochs or 0.0, max_steps=max_steps)
     print_derivation(

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from hf_dp.card import COVERED, PRIVACY_JSON, further_bounds, library_versions
+from hf_dp.card import COVERED, INFINITE, PRIVACY_JSON, further_bounds, library_versions
 from hf_dp.card_words import attackers_limits, in_words, units
 from hf_dp.errors import LedgerError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
@@ -214,12 +214,17 @@ def _again(folder: Path, record: Mapping[str, Any], *, verified: bool) -> Html:
 
 def _by_hand(record: Mapping[str, Any]) -> Html:
     steps = [(s["sample_rate"], s["noise_multiplier"], s["num_steps"]) for s in record["segments"]]
+    package, made, stated = (
+        ("rdp", "RdpAccountant([*range(2, 64), 128, 256, 512, 1024], ", "epsilon_rdp")
+        if record["epsilon_pld"] == INFINITE  # as with discrete noise, which is accounted at whole orders
+        else ("pld", "PLDAccountant(value_discretization_interval=1e-4, neighboring_relation=", "epsilon_pld")
+    )
     code = f"""\
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.{package} import {made.partition("(")[0]}
 
-accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=1e-4)
+accountant = {made}NeighboringRelation.REPLACE_SPECIAL)
 for q, sigma, steps in {steps}:
     accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
-print(accountant.get_epsilon({record["delta"]}))  # {record["epsilon_pld"]:.6g}, but for the grid"""
+print(accountant.get_epsilon({record["delta"]}))  # {record[stated]:.6g}, but for rounding"""
     return Html(f"<p>Epsilon without hf_dp, in Python with Google's dp-accounting:</p>\n<pre>{escape(code)}</pre>")

@@ -22,8 +22,8 @@ Found = dict[str, list[dict[str, Any]]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
     """By number of processes: what the quick tests look at, out of one start of Python."""
     names = {
-        1: ("same_update", "noise"),
-        2: ("same_update", "noise", "noise_again", "sharded_empty_draws", "refused_shards"),
+        1: ("same_update", "noise", "discrete"),
+        2: ("same_update", "noise", "discrete", "noise_again", "sharded_empty_draws", "refused_shards"),
     }
     folders = {world: tmp_path_factory.mktemp(str(world)) for world in names}
     statuses, errors = run_groups(*([world, folders[world], *names[world]] for world in names))
@@ -47,6 +47,14 @@ def check_updates(by_world: dict[int, list[dict[str, torch.Tensor]]], *, all_of_
 
 def test_every_way_gives_the_same_update(found: dict[int, Found]) -> None:
     check_updates({world: by_name["same_update"] for world, by_name in found.items()}, all_of_them=False)
+
+
+def test_sums_of_whole_numbers_are_the_same_to_the_last_bit(found: dict[int, Found]) -> None:
+    alone, first, second = (process["hashes"] for world in (1, 2) for process in found[world]["discrete"])
+    assert len(alone) == 4
+    assert alone == first == second
+    other = found[1]["noise"][0]["hashes"]
+    assert other != alone
 
 
 def test_a_sharded_model_takes_as_many_passes_on_every_process(found: dict[int, Found]) -> None:

@@ -111,6 +111,10 @@ def noise(folder: Path) -> dict[str, Any]:
     return {**result, "noise": torch.stack(released)}
 
 
+def discrete(folder: Path) -> dict[str, Any]:
+    return train(folder, {**NOISY, "noise": "discrete"}, max_steps=4, learning_rate=0.05)
+
+
 def slices(folder: Path) -> dict[str, Any]:
     """Which records this process reads, step by step, through the trainer's own loader."""
     trainer = runs.trainer(folder, M.with_lora(M.llama), NOISY, train_dataset=runs.text_rows(40))
@@ -367,7 +371,7 @@ def noise_again(folder: Path) -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     f.__name__: f
     for f in (
-        *(one_step, trajectory, empty_draws, noise, noise_again, slices, refused, resumed),
+        *(one_step, trajectory, empty_draws, noise, noise_again, discrete, slices, refused, resumed),
         *(dies, exhausted, stopped, scarce),
         *(same_update, same_update_in_all_ways, sharded_empty_draws, elastic),
         *(counted, different, refused_shards, real_rows),
