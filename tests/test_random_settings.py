@@ -64,7 +64,7 @@ PRIVACY: dict[str, list[Any]] = {
     "expected_batch_size": [1, 6, 12, 24, 24, 25],
     "clip_norm": [1e-3, 0.1, 0.1, 1e3, 0.0],
     "target_delta": [1e-3, 1e-3, None, 0.5],
-    "noise": ["gaussian", "gaussian", "gaussian-chacha20", "discrete"],
+    "noise": [*["gaussian"] * 6, "gaussian-chacha20", "discrete"],
 }
 EXTRA: dict[str, list[Any]] = {"micro_batch_tokens": [None, None, 20, 100]}
 MODELS = [partial(M.with_lora, M.llama), partial(M.with_lora, M.gpt2), M.llama]
