@@ -92,7 +92,7 @@ def test_the_sum_of_squares_is_exact() -> None:
     generator = torch.Generator().manual_seed(1)
     for bound in (1, 1000, 1 << 24):
         z = torch.randint(-bound, bound + 1, (40_000,), generator=generator)
-        z[:20_000] = bound  # 20,000 squares of 2**48 leave int64, were they added at once
+        z[:36_000] = bound  # 36,000 squares of 2**48 would leave int64, were they added at once
         assert squared_norm([z[:11], z[11:].view(-1, 1), z[:0]], bound) == norm_squared([z])
 
 
