@@ -132,7 +132,9 @@ def test_noise_on_whole_numbers_takes_a_pass_an_example(tmp_path: Path, capsys: 
     plan(**SIZE, model=str(tmp_path), lora_r=4, num_processes=2, per_device_train_batch_size=16, noise="discrete")
     text = capsys.readouterr().out
     assert number(text, "examples of a micro-batch b") == 1
-    assert number(text, "micro-batches a step") == pytest.approx(20.5, abs=0.1)  # the larger half of 40 on average
+    assert number(text, "micro-batches a step") == pytest.approx(
+        20.25, abs=0.06
+    )  # half of 40, rounded up where n is odd
     trainable = model_shapes.of_model(M.with_lora(M.llama, r=4)).trainable
     assert f"{run_cost.size(8 * (trainable + 3))} " in re.search(r"all-reduced a step.*", text)[0]
     assert number(text, "integer sensitivity D") == 1 << 22
