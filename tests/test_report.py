@@ -1,5 +1,6 @@
 """`hf-dp report`: one page that needs nothing else, tells nothing private, claims nothing unverified, and can be read anywhere."""
 
+import html
 import json
 import math
 import os
@@ -359,3 +360,13 @@ def test_a_long_line_is_thinned_and_keeps_its_end():
     points = re.search(r'class="line line-0" d="([^"]*)"', chart)[1].split(" L ")
     assert len(points) <= 302
     assert points[-1].split()[0] == "380.0"  # the frame's right side
+
+
+def test_a_discrete_run_is_computed_again_at_whole_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = model_folder(tmp_path, noise="discrete")
+    record = read_record(folder)
+    text = html.unescape(page(folder, "model", record, verify(folder)))
+    code = re.search(r"<pre>(from dp_accounting.*?)</pre>", text, re.DOTALL)[1]
+    exec(code, {})
+    assert float(capsys.readouterr().out) == pytest.approx(record["epsilon"], rel=1e-6)
+    assert "PLDAccountant" not in code
