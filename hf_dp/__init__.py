@@ -8,9 +8,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_dp.config import PrivacyConfig
+    from hf_dp.config import AuditConfig, PrivacyConfig
     from hf_dp.errors import (
         AccountingError,
+        AuditError,
         CaptureError,
         ConfigError,
         HfDpError,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccountingError",
+    "AuditConfig",
+    "AuditError",
     "CaptureError",
     "ConfigError",
     "DPSeq2SeqTrainer",
@@ -50,6 +53,7 @@ _ELSEWHERE = {
     "DPTrainer": "hf_dp.trainer",
     "DPTrainerMixin": "hf_dp.trainer",
     "Mechanism": "hf_dp.mechanism",
+    "AuditConfig": "hf_dp.config",
     "PrivacyConfig": "hf_dp.config",
     "PrivacySpent": "hf_dp.run",
     "PrivateLoop": "hf_dp.loop",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_dp import accounting, durable
+from hf_dp.audit.report import Counts, audit_record
 from hf_dp.card_files import read_readme, to_json, with_front_matter, with_section
 from hf_dp.card_picture import tradeoff_svg
 from hf_dp.card_words import PICTURE, released, section, units, yaml_block
@@ -97,7 +98,12 @@ def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
 
 
 def privacy_record(
-    mechanism: Mechanism, ledger: LedgerRecord, *, libraries: Mapping[str, str], declared: Mapping[str, Any]
+    mechanism: Mechanism,
+    ledger: LedgerRecord,
+    *,
+    libraries: Mapping[str, str],
+    declared: Mapping[str, Any],
+    audit: Counts | None = None,
 ) -> dict[str, Any]:
     """Every number that is needed to compute epsilon again, what is assumed, and what is not covered. All of it public.
 
@@ -109,6 +115,7 @@ def privacy_record(
         ledger: what was charged; of the same N, unit, relation and delta.
         libraries: name -> version, as `library_versions()` gives them.
         declared: what the user vouched for: `public_eval`, and anything else worth recording (public, JSON-able).
+        audit: what the canaries of an audited run showed.
 
     Raises:
         LedgerError: the ledger is not of this mechanism. Names every difference.
@@ -149,6 +156,7 @@ def privacy_record(
         "declared": dict(declared),
         **sentences(declared, noises, mechanism.unit),
         "libraries": dict(libraries),
+        **({} if audit is None else {"audit": audit_record(audit, ledger.segments, mechanism.delta, spent.epsilon)}),
     }
 
 

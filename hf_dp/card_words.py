@@ -7,6 +7,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from hf_dp.audit.report import power
 from hf_dp.mechanism import DISCRETE, METRIC_NOISE, UNIT
 
 PICTURE = "privacy_tradeoff.svg"
@@ -44,7 +45,8 @@ def section(record: Mapping[str, Any]) -> str:
         "attacker": "\n".join(f"| {share} | {limit} |" for share, limit in attackers_limits(record)),
         "picture": PICTURE,
     }
-    return Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+    text = Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+    return _with_audit(text, record["audit"]) if "audit" in record else text
 
 
 def in_words(record: Mapping[str, Any]) -> dict[str, str]:
@@ -85,6 +87,24 @@ def attackers_limits(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     limits = dict(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
     return [(share, percent(limits[rate])) for rate, share in SHARES.items()]
+
+
+def _with_audit(text: str, audit: Mapping[str, Any]) -> str:
+    """The section and its audit: at its end, or, where the audit refutes the claim, at its head."""
+    seen = "the noisy sums of all steps" if audit["kind"] == "gradient" else "the loss of the finished model on them"
+    shares = ", ".join(f"{v} of {r}" for r, v in audit["guesses"])
+    words = (
+        f"{audit['num_canaries']:,} of the records are canaries ({audit['kind']}): made up, each trained on or left out by a fair "
+        f"coin of its own. Guessing the coins from {seen}, right guesses were {shares} (area under the curve "
+        f"{audit['area_under_curve']:.3f}). With a confidence of {audit['confidence']:.0%} epsilon is at least "
+        f"**{audit['epsilon_at_least']:.3f}** ({audit['epsilon_at_least_if_gaussian']:.3f} were its trade-off function Gaussian); so "
+        f"many canaries can show {audit['ceiling']:.3f} at most ({audit['ceiling_if_gaussian']:.3f}). Method: {audit['method']}; "
+        f"{power(audit)}. A bound below the claim is no evidence of more privacy than claimed."
+    )
+    if not audit["refuted"]:
+        return f"{text.rstrip()}\n\n**Audit.** {words}\n"
+    heading, rest = text.split("\n", 1)
+    return f"{heading}: REFUTED\n\n**REFUTED: the claim below is contradicted by this training's own audit.** {words}\n{rest}"
 
 
 def units(unit: str) -> str:

@@ -11,6 +11,8 @@ from hf_dp.errors import ConfigError
 
 Noise = Literal["gaussian", "gaussian-chacha20", "discrete"]
 NOISES: tuple[str, ...] = get_args(Noise)
+CanaryKind = Literal["gradient", "new-token", "random-token"]
+CANARY_KINDS: tuple[str, ...] = get_args(CanaryKind)
 _COLUMN = re.compile(r"\w([\w .-]*\w)?")  # it stands on the card
 MIN_DELTA = 1e-12  # below it the PLD accountant loses its footing (8.59 for a true 4.25 at 1e-14)
 
@@ -75,6 +77,51 @@ class PrivacyConfig:
         wrong = list(_problems(self))
         if wrong:
             raise ConfigError("PrivacyConfig: " + "; ".join(wrong) + ".")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Canaries in a run, from which a lower bound on its epsilon is measured. They are made up; no record is looked at for them.
+
+    Raises:
+        ConfigError: a value out of range. Names everything wrong at once.
+    """
+
+    num_canaries: int = field(
+        default=300,
+        metadata={"help": "m: slots added to the N records. No audit of m canaries shows more than its ceiling."},
+    )
+    kind: CanaryKind = field(
+        default="gradient",
+        metadata={
+            "help": "gradient: vectors of norm C added to the clipped sum, scored by every noisy sum; new-token, random-token: "
+            "rows of tokens, scored by the finished model's loss."
+        },
+    )
+    control: bool = field(
+        default=False,
+        metadata={"help": "A positive control: canaries alone, no record is read; with noise_multiplier=0."},
+    )
+    control_auc: float | None = field(
+        default=None, metadata={"help": "Area under the curve of a positive control of the same kind."}
+    )
+
+    def __post_init__(self) -> None:
+        wrong = list(_audit_problems(self))
+        if wrong:
+            raise ConfigError("AuditConfig: " + "; ".join(wrong) + ".")
+
+
+def _audit_problems(a: AuditConfig) -> Iterator[str]:
+    m, area = a.num_canaries, a.control_auc
+    if not (isinstance(m, int) and not isinstance(m, bool) and 10 <= m <= 100_000):
+        yield f"num_canaries must be a whole number from 10 to 100,000 (got {m!r})"
+    if a.kind not in CANARY_KINDS:
+        yield f"kind must be one of {', '.join(CANARY_KINDS)} (got {a.kind!r})"
+    if not isinstance(a.control, bool):
+        yield f"control must be true or false (got {a.control!r})"
+    if area is not None and not (is_number(area) and 0 <= area <= 1):
+        yield f"control_auc must be a number from 0 to 1, or left out (got {area!r})"
 
 
 def _problems(c: PrivacyConfig) -> Iterator[str]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_dp import accounting, card, durable
 from hf_dp import budget as budgets
-from hf_dp.errors import BudgetError, ConfigError, HfDpError, LedgerError
+from hf_dp.audit.report import Counts, audit_record
+from hf_dp.errors import AuditError, BudgetError, ConfigError, HfDpError, LedgerError
 from hf_dp.fingerprint import KEY_NAME, fingerprint, key_of, under_key
 from hf_dp.grid import STD
 from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, refuse_rollback
@@ -274,12 +275,15 @@ class PrivateRun:
 
     def spent(self) -> PrivacySpent:
         """Everything charged in this folder, this session's steps included."""
-        segments = (*self._before, self.mechanism.planned._replace(num_steps=self._taken))
+        segments = self._segments()
         spent = accounting.spent(segments, self.mechanism.delta)
         steps = sum(s.num_steps for s in segments)
         return PrivacySpent(
             float("inf") if self.mechanism.debug and steps else spent.epsilon, self.mechanism.delta, steps
         )
+
+    def _segments(self) -> tuple[Segment, ...]:
+        return (*self._before, self.mechanism.planned._replace(num_steps=self._taken))
 
     # ---- what is left behind ---------------------------------------------------------------------------------------
 
@@ -289,13 +293,24 @@ class PrivateRun:
             self._ledger.copy_to(folder)
             durable.replace(folder / COMPLETE, json.dumps({"ledger_head": self._ledger.head}).encode())
 
-    def write_card(self, folder: Path, *, public_eval: bool) -> None:
+    def audited(self, counts: Counts | None) -> dict[str, Any]:
+        """What an audit's counts mean for all that was charged.
+
+        Raises:
+            AuditError: there are none.
+        """
+        if counts is None:
+            raise AuditError("nothing was audited: give DPTrainer audit=AuditConfig(), and train")
+        spent = self.spent()
+        return audit_record(counts, self._segments(), spent.delta, spent.epsilon)
+
+    def write_card(self, folder: Path, *, public_eval: bool, audit: Counts | None = None) -> None:
         """README.md's privacy section and privacy.json, from what was charged. On process 0; before any step, nothing."""
         if self._ledger is None:
             return
         declared = {"public_eval": public_eval}
         record = card.privacy_record(
-            self.mechanism, self._ledger.record(), libraries=card.library_versions(), declared=declared
+            self.mechanism, self._ledger.record(), libraries=card.library_versions(), declared=declared, audit=audit
         )
         card.write_card(folder, record)
 

@@ -24,6 +24,7 @@ class Role(IntEnum):
     SAMPLING = 1
     NOISE = 2
     FORWARD = 3
+    CANARIES = 4
 
 
 class ChaChaKey(NamedTuple):

@@ -1,6 +1,5 @@
 """`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,8 +13,9 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_dp import accounting, losses, sharding
+from hf_dp.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.chacha import require_cryptography
-from hf_dp.config import PrivacyConfig
+from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.forward import can_leave_out_logits, decoder_inputs
@@ -26,12 +26,12 @@ from hf_dp.memory import Room
 from hf_dp.metrics import ReleasedMetrics, contribution
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
 from hf_dp.options import check_options, positional_names, without_batch_clipping
-from hf_dp.per_example.batches import Batch, example, num_examples, same
+from hf_dp.per_example.batches import Batch, num_examples
 from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.integers import add_integer_gradient, grid_of
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
-from hf_dp.per_example.synthetic import synthetic_records
+from hf_dp.per_example.synthetic import synthetic_records, together_and_alone
 from hf_dp.privacy_unit import Groups, groups_by
 from hf_dp.progress import print_summary, show_epsilon
 from hf_dp.run import PrivacySpent, PrivateRun, checkpoint_to_resume
@@ -54,6 +54,7 @@ class DPTrainerMixin(_Host):
         micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
             examples. A matter of speed and memory: it never changes the result.
         check_records: a few public records for the self-check, where none can be made up from the data set's columns.
+        audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
         **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` returns one loss an example, [batch].
 
     Attributes:
@@ -76,13 +77,16 @@ class DPTrainerMixin(_Host):
         privacy: PrivacyConfig,
         micro_batch_tokens: int | None = None,
         check_records: list[dict[str, Any]] | None = None,
+        audit: AuditConfig | None = None,
         **kwargs: Any,
     ) -> None:
         options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
         training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
         check_options(training, public_eval=privacy.public_eval, **{k: v for k, v in options.items() if k != "args"})
         options["args"] = without_batch_clipping(training)
+        refuse_audit(audit, privacy)
         self.privacy = privacy
+        self._canaries = Canaries(audit)
         self.micro_batch_tokens = micro_batch_tokens
         self._check_records = check_records
         self._run: PrivateRun | None = None
@@ -92,7 +96,7 @@ class DPTrainerMixin(_Host):
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column)
-        self.mechanism = _plan(privacy, training, given_data, self._groups)
+        self.mechanism = _plan(privacy, training, given_data, self._groups, self._canaries.num)
         with sharding.checkpoints_allowed(options["args"], options.get("model")):
             super().__init__(**options)
         self._sharded = sharding.is_sharded(self.model)
@@ -113,6 +117,14 @@ class DPTrainerMixin(_Host):
         if self._run is None:
             return PrivacySpent(0.0, mechanism.delta, 0)
         return self._run.spent()
+
+    def audit_result(self) -> dict[str, Any]:
+        """What the canaries show, as in privacy.json: a lower bound on epsilon, its confidence, ceiling, and counts.
+
+        Raises:
+            AuditError: no audit was asked for, or nothing was trained yet.
+        """
+        return self._running().audited(self._canaries.counts())
 
     def inventory(self) -> list[Row]:
         """Each trainable parameter, the operations that use it, and how its per-example gradient is formed.
@@ -185,10 +197,9 @@ class DPTrainerMixin(_Host):
             num_processes=self.args.world_size,
         )
         most = 1 if mechanism.is_discrete else self.args.per_device_train_batch_size
-        cut = LogicalBatchCollator(collate, most, self.micro_batch_tokens)
-        return logical_batches(
-            DrawnRecords(dataset, mechanism.num_examples), sampler, cut, self.args, self.accelerator.device
-        )
+        cut = self._canaries.collated(LogicalBatchCollator(collate, most, self.micro_batch_tokens))
+        records = DrawnRecords(self._canaries.among(dataset), mechanism.num_examples)
+        return logical_batches(records, sampler, cut, self.args, self.accelerator.device)
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any
@@ -214,11 +225,13 @@ class DPTrainerMixin(_Host):
         self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed)
         self._released_metrics = ReleasedMetrics.of(self._planned())
         print_summary(self)
+        weigh = begin_audit(self, self._canaries, checkpoint)
         try:
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         finally:
             self._run.close()
             self._sums, self._flat = {}, torch.zeros(0)
+        self._canaries.weigh(weigh)
         self._run.settle()
         metrics = {k: v for k, v in output.metrics.items() if k not in NOT_RELEASED}
         return output._replace(training_loss=float("nan"), metrics=metrics)
@@ -229,7 +242,9 @@ class DPTrainerMixin(_Host):
         self._prepare_for_step()
         with run.told_to_all(self._flat, waiting_in_release=not self._sharded):
             self._room.until_it_fits(lambda: self._sum_up(inputs[MICRO_BATCHES]))
+            self._canaries.add_to(self._flat, inputs, self._planned().clip_norm)
         released = run.release(self._flat, inputs[DRAW_NUMBER])
+        self._canaries.observe(released, self._planned())
         if self._released_metrics is not None:
             self._released_metrics.add(released[-len(METRICS) :])
         self._write_gradients(released)
@@ -366,16 +381,11 @@ class DPTrainerMixin(_Host):
         if records is None:
             vocabulary, labels = losses.public_sizes(type(self._base_model()).__name__, self._base_model().config)
             records = synthetic_records(dataset[0], vocab_size=vocabulary, label_values=labels)
-        whole, again = (collate(copy.deepcopy(records)) for _ in range(2))
-        if same(whole, again):
-            alone = [collate([copy.deepcopy(r)]) for r in records]
-        else:  # a collator that draws, as for masked language modelling, would give each record another target
-            alone = [example(whole, row) for row in range(len(records))]
-        return [self._prepare_inputs(batch) for batch in (whole, *alone)]
+        return [self._prepare_inputs(batch) for batch in together_and_alone(records, collate)]
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
-            self._run.write_card(folder, public_eval=self.privacy.public_eval)
+            self._run.write_card(folder, public_eval=self.privacy.public_eval, audit=self._canaries.counts())
 
 
 class DPTrainer(DPTrainerMixin, Trainer):
@@ -386,10 +396,12 @@ class DPSeq2SeqTrainer(DPTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with differential privacy: `predict_with_generate` works in evaluation."""
 
 
-def _plan(privacy: PrivacyConfig, training: TrainingArguments, dataset: Any, groups: Groups | None) -> Mechanism | None:
+def _plan(
+    privacy: PrivacyConfig, training: TrainingArguments, dataset: Any, groups: Groups | None, num_canaries: int
+) -> Mechanism | None:
     if dataset is None:
         return None
     if privacy.noise != "gaussian":
         require_cryptography()
-    units = len(dataset) if groups is None else groups.num_groups
+    units = num_canaries + (len(dataset) if groups is None else groups.num_groups)
     return accounting.plan(privacy, units, num_train_epochs=training.num_train_epochs, max_steps=training.max_steps)

@@ -8,8 +8,8 @@ What no computation can tell:
 - whether the training did what its ledger says, on the data that were declared, with weights that are these;
 - a folder in which everything (record, card, picture, ledger with its hashes) was made anew to fit together. Without the ledger, which
   may be left out, it is enough to make record, card and picture anew;
-- what touches no other number: a higher target, another number of steps planned, versions of libraries, the words of a declaration
-  when card and record are both changed.
+- what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned, versions of
+  libraries, the words of a declaration when card and record are both changed.
 """
 
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_dp import accounting
+from hf_dp.audit.report import computed_again
 from hf_dp.card import (
     GENERATORS,
     INFINITE,
@@ -35,7 +36,7 @@ from hf_dp.card import (
 from hf_dp.card_files import read_readme, section_of, yaml_of
 from hf_dp.card_picture import tradeoff_svg
 from hf_dp.card_words import PICTURE, released, section, yaml_block
-from hf_dp.errors import AccountingError, ConfigError, LedgerError
+from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
 from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm
 from hf_dp.tradeoff import RATES, tradeoff
@@ -68,7 +69,7 @@ def verify(folder: Path) -> list[Check]:
     ]
     if problems:
         return checks
-    parts = (_settings(record), _epsilon(record), _ledger(folder, record), _readme(folder, record))
+    parts = (_settings(record), _epsilon(record), _audit(record), _ledger(folder, record), _readme(folder, record))
     return [*checks, *(check for part in parts for check in part)]
 
 
@@ -177,6 +178,23 @@ def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
         yield Check("epsilon is within the target", within, f"{ours.epsilon:.6g} of {target}")
     if record["schema_version"] > 1:
         yield _further_bounds(record, segments)
+
+
+def _audit(record: Mapping[str, Any]) -> Iterator[Check]:
+    """The bounds follow from the counts, and do not contradict the claim. Counts and areas under curves are taken as they are."""
+    if "audit" not in record:
+        return
+    segments = [Segment(**{name: s[name] for name in Segment._fields if name in s}) for s in record["segments"]]
+    claim = record["epsilon"] if record["private"] else math.inf
+    try:
+        ours = computed_again(record["audit"], segments, record["delta"], claim)
+    except (AuditError, AccountingError) as error:
+        yield Check("the audit's bounds, computed again", False, str(error))
+        return
+    wrong = [name for name, value in ours.items() if not math.isclose(record["audit"][name], value, rel_tol=ROUNDING)]
+    yield Check("the audit's bounds, computed again", not wrong, ", ".join(wrong) or "as stated")
+    found = f"at least {ours['epsilon_at_least']:.4g}, claimed {record['epsilon']}"
+    yield Check("the audit does not refute the claim", not ours["refuted"], found)
 
 
 def _further_bounds(record: Mapping[str, Any], segments: Sequence[Segment]) -> Check:

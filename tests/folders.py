@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hf_dp import card
+from hf_dp.audit.report import Counts
 from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader
 from hf_dp.mechanism import Mechanism
 from hf_dp.verify import verify
@@ -19,6 +20,7 @@ def model_folder(
     loss_bound: float | None = None,
     public_eval: bool = True,
     noise: str = "gaussian",
+    audit: Counts | None = None,
 ) -> Path:
     """What a run leaves: ledger, privacy.json and card, by the code that a run uses."""
     mechanism = Mechanism(
@@ -40,7 +42,7 @@ def model_folder(
         for _ in range(steps):
             ledger.charge()
         record = card.privacy_record(
-            mechanism, ledger.record(), libraries={"hf_dp": "0"}, declared={"public_eval": public_eval}
+            mechanism, ledger.record(), libraries={"hf_dp": "0"}, declared={"public_eval": public_eval}, audit=audit
         )
     card.write_card(folder, record)
     return folder

@@ -20,7 +20,7 @@ ORDER = """
     durable ledger_format ledger fingerprint budget release metrics audit
     card_files card_words card_picture card verify report
     run_cost model_shapes
-    run loop options progress trainer
+    run loop options progress canaries trainer
     settings template recipe_yaml recipe data_files data task plots
     cli demo
 """.split()
@@ -139,8 +139,9 @@ def test_the_public_names_are_these():
     assert (
         hf_dp.__all__
         == (
-            "AccountingError CaptureError ConfigError DPSeq2SeqTrainer DPTrainer DPTrainerMixin HfDpError LedgerError Mechanism "
-            "PrivacyConfig PrivacySpent PrivateLoop RecipeError SelfCheckError UnsupportedOptionError UnsupportedParameterError plan"
+            "AccountingError AuditConfig AuditError CaptureError ConfigError DPSeq2SeqTrainer DPTrainer DPTrainerMixin HfDpError "
+            "LedgerError Mechanism PrivacyConfig PrivacySpent PrivateLoop RecipeError SelfCheckError "
+            "UnsupportedOptionError UnsupportedParameterError plan"
         ).split()
     )
     for name in hf_dp.__all__:

@@ -18,6 +18,7 @@ import pytest
 from folders import failures, model_folder
 
 from hf_dp import card
+from hf_dp.audit.report import Counts, audit_record
 from hf_dp.ledger import LEDGER_NAME
 from hf_dp.ledger_format import GENESIS, HASH_FIELD, encode
 from hf_dp.verify import SCHEMA, verify
@@ -30,11 +31,15 @@ SAMPLED = {"false_positive_rates", "true_positive_rates"}  # of these long lists
 UNTOLD_ALONE = {("libraries", "hf_dp"), ("mechanism", "target_epsilon")}
 # changed with card, picture and YAML rendered again: what was declared or planned, and what was installed
 UNTOLD_WITH_CARD = UNTOLD_ALONE | {("accountant", "version"), ("mechanism", "num_steps_planned")}
+# what an audit counted, where the bounds do not follow from it, and areas under curves, which need the scores
+UNTOLD_WITH_CARD |= {("audit", "guesses", 0, 1), ("audit", "guesses", 2, 1)}
+UNTOLD_WITH_CARD |= {("audit", "area_under_curve"), ("audit", "control_area_under_curve")}
+COUNTS = Counts("gradient", 300, ((30, 17), (90, 70), (300, 165)), 0.6, 0.6)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("sound"))
+    return model_folder(tmp_path_factory.mktemp("sound"), audit=COUNTS)
 
 
 @pytest.fixture
@@ -71,6 +76,7 @@ RECORD = json.loads((DATA / "schema_1" / "privacy.json").read_text()) | {
     "epsilon_at": [{"delta": 0.0, "epsilon": 0.0}] * 4,
     "tradeoff": {"advantage": 0.0, "false_positive_rates": [0.0] * 29, "true_positive_rates": [0.0] * 29},
     "covered": ["a", "b"],
+    "audit": audit_record(COUNTS, (), 1e-4, float("inf")),
 }
 RECORD["mechanism"] |= {
     "released": "the gradient",
@@ -139,7 +145,7 @@ def test_a_missing_field_is_caught(field: str, folder: Path) -> None:
     record = json.loads((folder / card.PRIVACY_JSON).read_text())
     del record[field]
     (folder / card.PRIVACY_JSON).write_text(json.dumps(record))
-    assert "privacy.json" in failures(folder)
+    assert ("the card's section in words" if field == "audit" else "privacy.json") in failures(folder)
 
 
 # ---- the other files -------------------------------------------------------------------------------------------------
