@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from hf_dp import accounting, data_files, losses
 from hf_dp import data as examples
+from hf_dp.config import AuditConfig
 from hf_dp.errors import HfDpError, RecipeError
 from hf_dp.privacy_unit import groups_by
 from hf_dp.recipe import Recipe, is_folder
@@ -96,7 +97,12 @@ def trainer_keywords(recipe: Recipe, parts: Parts, output_dir: str | Path | None
 
 
 def build(
-    recipe: Recipe, parts: Parts | None = None, *, output_dir: str | Path | None = None, callbacks: Sequence[Any] = ()
+    recipe: Recipe,
+    parts: Parts | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    callbacks: Sequence[Any] = (),
+    audit: AuditConfig | None = None,
 ) -> DPTrainer:
     """The private trainer of a recipe, ready to train. Its construction makes the output folder and nothing in it.
 
@@ -109,6 +115,7 @@ def build(
         "privacy": recipe.privacy,
         "micro_batch_tokens": recipe.micro_batch_tokens,
         "callbacks": list(callbacks),
+        "audit": audit,
     }
     try:
         return DPTrainer(**keywords, **own)

@@ -29,7 +29,7 @@ NOT_FOR_PURE = {"config", "mechanism", "epsilon", "calibration", "accounting"}
 LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.budget hf_dp.card hf_dp.cli".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
 # The command line's verbs: each parameter is an option that typer shows.
-VERBS = {"train", "check", "plan", "verify", "budget", "card", "push", "report"}
+VERBS = {"train", "check", "plan", "verify", "budget", "card", "push", "audit", "report"}
 # They stand in for functions of torch.nn.functional and of torch, whose signatures are not ours.
 MIRRORS = {"embedding", "conv2d", "multi_head_attention", "recurrent"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6

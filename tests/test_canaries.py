@@ -14,14 +14,17 @@ import torch
 from broken import noise_divided_by_the_batch
 from folders import failures
 from scipy import stats
+from typer.testing import CliRunner
 
+import recipes as R
 from hf_dp import AuditConfig, DPTrainer, PrivacyConfig
 from hf_dp.audit.report import CONFIDENCE, audit_record, counted
 from hf_dp.audit.scores import log_likelihood_ratio
 from hf_dp.calibration import calibrate
 from hf_dp.canaries import SLOTS, Canaries
+from hf_dp.cli import app
 from hf_dp.epsilon import spent
-from hf_dp.errors import AuditError, ConfigError
+from hf_dp.errors import AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES
@@ -139,6 +142,24 @@ def test_resuming_and_asking_too_early_are_errors(tmp_path: Path) -> None:
         audited(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
     with pytest.raises(ConfigError, match="resize_token_embeddings"):
         audited(tmp_path / "new", audit={"kind": "new-token"}).train()
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_audits_a_recipe_at_claim_1(tmp_path: Path) -> None:
+    recipe = R.write(tmp_path, training__max_steps=3)
+    done = CliRunner().invoke(app, ["audit", str(recipe), "--num-canaries", "40"])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "privacy.json").read_text())
+    assert 0.9 < record["epsilon"] <= 1
+    assert record["delta"] == 1e-5
+    assert record["mechanism"]["num_examples"] == 80
+    assert record["audit"]["control_area_under_curve"] is not None
+    assert "epsilon at least" in done.output
+    assert "Not refuted" in done.output
+    again = CliRunner().invoke(app, ["audit", str(recipe)])
+    assert isinstance(again.exception, LedgerError)
 
 
 # ---- the figures ----------------------------------------------------------------------------------------------------------

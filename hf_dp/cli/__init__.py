@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from hf_dp.cli.audit import audit
 from hf_dp.cli.budget import budget
 from hf_dp.cli.card import card
 from hf_dp.cli.check import check
@@ -34,6 +35,7 @@ app.command()(card)
 app.command()(report)
 app.command()(push)
 app.command()(budget)
+app.command()(audit)
 
 
 def main() -> None:

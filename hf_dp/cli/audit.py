@@ -1,0 +1,106 @@
+"""A recipe -> the same run with canaries among its records, and what they show of its epsilon, in a table."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CLAIM = (
+    "privacy.target_epsilon",
+    "privacy.noise_multiplier",
+)  # asked for on the command line, they are the claim to audit
+
+
+def audit(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")] = None,
+    num_canaries: Annotated[int, typer.Option(help="m. Fewer than 300 show little; see the ceiling.")] = 300,
+    kind: Annotated[
+        str, typer.Option(help="gradient (any model), random-token or new-token (causal LMs).")
+    ] = "gradient",
+) -> None:
+    """Measures a lower bound on epsilon: trains the recipe with canaries, at claim 1 unless an override says otherwise.
+
+    First a positive control, without noise, on the canaries alone: an audit without power finds nothing in any run.
+    """
+    from hf_dp.cli.folders import no_empty_folder
+    from hf_dp.cli.libraries import quiet
+    from hf_dp.config import AuditConfig
+    from hf_dp.recipe import read
+
+    quiet()
+    asked = read(recipe, overrides or [])
+    if not any(o.startswith(CLAIM) for o in overrides or []):
+        claim = dataclasses.replace(asked.privacy, target_epsilon=1.0, noise_multiplier=None)
+        asked = dataclasses.replace(asked, privacy=claim)
+    if asked.privacy.target_delta is None:  # the general bound's error grows with m x delta
+        asked = dataclasses.replace(asked, privacy=dataclasses.replace(asked.privacy, target_delta=1e-5))
+    config = AuditConfig(num_canaries=num_canaries, kind=kind)  # type: ignore[arg-type]
+    with no_empty_folder(asked.output_dir):
+        _audited(asked, config)
+
+
+def _audited(asked: Any, config: Any) -> None:
+    from hf_dp import task
+    from hf_dp.cli.tables import console, print_table
+    from hf_dp.errors import LedgerError
+    from hf_dp.ledger import LEDGER_NAME
+
+    if (asked.output_dir / LEDGER_NAME).exists():
+        raise LedgerError(
+            f"{asked.output_dir} holds the ledger of another training: choose another folder (training.output_dir=FOLDER)"
+        )
+    control = _control(asked, config)
+    trainer = task.build(asked, audit=dataclasses.replace(config, control_auc=control))
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        found = trainer.audit_result()
+        print_table("The audit", ("", "value", "meaning"), _rows(found, trainer.privacy_spent()))
+        verdict = "[bold red]REFUTED[/]: the claim" if found["refuted"] else "Not refuted: the claim"
+        console().print(
+            f"{verdict} of epsilon {trainer.privacy_spent().epsilon:.4g}. Card: {asked.output_dir / 'README.md'}"
+        )
+        if found["refuted"]:
+            raise typer.Exit(1)
+
+
+def _control(asked: Any, config: Any) -> float:
+    """Area under the curve of the same run without noise, on the canaries alone. Its folder is thrown away."""
+    from hf_dp import task
+
+    print("Positive control: without noise, on the canaries alone.")
+    free = dataclasses.replace(asked.privacy, target_epsilon=None, noise_multiplier=0.0, budget_file=None)
+    with tempfile.TemporaryDirectory() as folder:
+        training = {**asked.training, "output_dir": folder, "save_strategy": "no", "push_to_hub": False}
+        training |= {"eval_strategy": "no", "load_best_model_at_end": False}
+        like = dataclasses.replace(asked, privacy=free, training=training)
+        trainer = task.build(like, audit=dataclasses.replace(config, control=True))
+        trainer.train()
+        return float(trainer.audit_result()["area_under_curve"])
+
+
+def _rows(found: dict[str, Any], spent: Any) -> list[tuple[str, str, str]]:
+    from hf_dp.audit.report import power
+
+    shares = ", ".join(f"{v} of {r}" for r, v in found["guesses"])
+    gaussian = found["epsilon_at_least_if_gaussian"], found["ceiling_if_gaussian"]
+    return [
+        ("claim", f"{spent.epsilon:.4g}", f"epsilon at delta {spent.delta:g}, after {spent.num_steps} steps"),
+        (
+            "epsilon at least",
+            f"{found['epsilon_at_least']:.4g}",
+            f"for any mechanism, with {found['confidence']:.0%} confidence",
+        ),
+        ("the same, if Gaussian", f"{gaussian[0]:.4g}", "were the run's trade-off function a Gaussian one"),
+        (
+            "ceiling",
+            f"{found['ceiling']:.4g}",
+            f"what {found['num_canaries']} canaries can show at most; {gaussian[1]:.4g} if Gaussian",
+        ),
+        ("right guesses", shares, "about the coins of a tenth, three tenths and all of the canaries"),
+        ("area under the curve", f"{found['area_under_curve']:.3f}", "of the canaries' scores; 0.5 is guessing"),
+        ("power", f"{found['control_area_under_curve']:.3f}", power(found)),
+    ]
