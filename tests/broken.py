@@ -163,3 +163,13 @@ def epsilon_three_percent_too_small(patch: Patch) -> None:
     original = epsilon._pld_epsilon
     epsilon._spent.cache_clear()
     patch.setattr(epsilon, "_pld_epsilon", lambda *a, **k: 0.97 * original(*a, **k))
+
+
+def noise_divided_by_the_processes(patch: Patch) -> None:
+    """As where each of 16 processes draws its part from one seed, and the parts are averaged as if they were independent."""
+    original = NoiseSource.gaussian
+    patch.setattr(NoiseSource, "gaussian", lambda self, n, *, std, device=None: original(self, n, std=std / 16))
+
+
+def noise_from_seed_42(patch: Patch) -> None:
+    patch.setattr(run, "NoiseSource", lambda key=None: NoiseSource(key=42))
