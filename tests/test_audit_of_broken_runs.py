@@ -17,6 +17,7 @@ import runs
 import torch
 from test_canaries import audited, small_claim
 
+from hf_dp import DPTrainer
 from hf_dp.audit.report import POWER
 from hf_dp.canaries import Canaries
 from hf_dp.mechanism import Mechanism
@@ -99,6 +100,7 @@ def test_new_token_canaries_see_that_examples_are_not_clipped(bug: Callable[[Any
     for seed in range(5):
         with pytest.MonkeyPatch.context() as patch:
             bug(patch)
+            patch.setattr(DPTrainer, "self_check", lambda self: None)  # it refuses to begin where nothing is clipped
             refuted.append(new_tokens(tmp_path / str(seed), seed)["refuted"])
     assert sum(refuted) >= 4
 
