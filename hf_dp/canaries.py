@@ -209,6 +209,10 @@ def refuse_audit(config: AuditConfig | None, privacy: Any) -> None:
     wrong = []
     if privacy.log_loss_up_to is not None:
         wrong.append("log_loss_up_to would count the canaries: leave it out")
+    if privacy.noise == "discrete":
+        wrong.append(
+            "canaries have no place on the grid of noise='discrete': audit the run with noise='gaussian-chacha20'"
+        )
     if privacy.unit_column is not None:
         wrong.append("with a unit_column a slot is a group of records: leave it out of the audited run")
     if config.control and privacy.noise_multiplier != 0:

@@ -126,11 +126,7 @@ def privacy_record(
     assert sum(s.num_steps for s in segments) == ledger.num_steps, "the ledger's own sums differ"
     noises = [s.noise for s in segments] or [mechanism.noise]
     reason = _reason_against(mechanism, ledger.header, segments)
-    spent = (
-        accounting.Epsilon(math.inf, math.inf, math.inf)
-        if reason
-        else accounting.spent(ledger.segments, mechanism.delta)
-    )
+    spent = accounting.Epsilon(*[math.inf] * 3) if reason else accounting.spent(ledger.segments, mechanism.delta)
     if not reason and not math.isfinite(spent.epsilon):
         reason = "the noise is too weak for any finite epsilon at this delta"
     return {

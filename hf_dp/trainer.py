@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import datasets
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -12,9 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hf_dp import accounting, losses, sharding
+from hf_dp import losses, sharding
 from hf_dp.canaries import Canaries, begin_audit, refuse_audit
-from hf_dp.chacha import require_cryptography
 from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
@@ -32,7 +30,8 @@ from hf_dp.per_example.integers import add_integer_gradient, grid_of
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
 from hf_dp.per_example.synthetic import synthetic_records, together_and_alone
-from hf_dp.privacy_unit import Groups, groups_by
+from hf_dp.planning import plan_training, refuse_other_records
+from hf_dp.privacy_unit import groups_by
 from hf_dp.progress import print_summary, show_epsilon
 from hf_dp.run import PrivacySpent, PrivateRun, checkpoint_to_resume
 from hf_dp.sampling import PoissonSampler
@@ -96,14 +95,14 @@ class DPTrainerMixin(_Host):
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column)
-        self.mechanism = _plan(privacy, training, given_data, self._groups, self._canaries.num)
+        self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num)
         with sharding.checkpoints_allowed(options["args"], options.get("model")):
             super().__init__(**options)
         self._sharded = sharding.is_sharded(self.model)
         self._room = Room(fixed=self._sharded)
         show_epsilon(self)
         if self.mechanism is not None:
-            self._refuse_other_records(len(cast(Any, given_data)))
+            refuse_other_records(self, len(cast(Any, given_data)), self._groups)
             if self.mechanism.is_discrete:
                 self._grid = grid_of(self.model, self.mechanism.noise_multiplier, self.mechanism.clip_norm)
             self._example_loss = self._choose_loss()
@@ -341,20 +340,6 @@ class DPTrainerMixin(_Host):
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
-    def _refuse_other_records(self, planned: int) -> None:
-        found = len(cast(Any, self.train_dataset))
-        if found != planned:
-            raise ConfigError(
-                f"{type(self).__name__} made {found:,} training records out of the {planned:,} that it was given (by packing or "
-                "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
-            )
-        again = groups_by(self.train_dataset, self.privacy.unit_column)
-        if self._groups is not None and again is not None and not all(map(np.array_equal, self._groups, again)):
-            raise ConfigError(
-                f"{type(self).__name__} put the training records into another order, so that unit_column={self.privacy.unit_column!r} "
-                "would group others: prepare the data first"
-            )
-
     def _planned(self) -> Mechanism:
         if self.mechanism is None:
             raise ConfigError("there is nothing to plan or train without a train_dataset")
@@ -394,14 +379,3 @@ class DPTrainer(DPTrainerMixin, Trainer):
 
 class DPSeq2SeqTrainer(DPTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with differential privacy: `predict_with_generate` works in evaluation."""
-
-
-def _plan(
-    privacy: PrivacyConfig, training: TrainingArguments, dataset: Any, groups: Groups | None, num_canaries: int
-) -> Mechanism | None:
-    if dataset is None:
-        return None
-    if privacy.noise != "gaussian":
-        require_cryptography()
-    units = num_canaries + (len(dataset) if groups is None else groups.num_groups)
-    return accounting.plan(privacy, units, num_train_epochs=training.num_train_epochs, max_steps=training.max_steps)

@@ -20,7 +20,7 @@ ORDER = """
     durable ledger_format ledger fingerprint budget release metrics audit
     card_files card_words card_picture card verify report
     run_cost model_shapes
-    run loop options progress canaries trainer
+    run loop options progress planning canaries trainer
     settings template recipe_yaml recipe data_files data task plots
     cli demo
 """.split()

@@ -123,6 +123,7 @@ def test_a_positive_control_reads_no_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"privacy": {"noise": "discrete"}}, "no place on the grid"),
         ({"privacy": {"log_loss_up_to": 4.0}}, "log_loss_up_to"),
         ({"audit": {"num_canaries": 3}}, "from 10 to"),
         ({"audit": {"kind": "dirac"}}, "kind must be one of"),

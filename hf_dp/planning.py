@@ -1,0 +1,49 @@
+"""What a trainer is given (settings, options, records) -> its mechanism; and whether the records that it made of them are still those."""
+
+from typing import Any
+
+import numpy as np
+
+from hf_dp import accounting
+from hf_dp.chacha import require_cryptography
+from hf_dp.config import PrivacyConfig
+from hf_dp.errors import ConfigError
+from hf_dp.mechanism import Mechanism
+from hf_dp.privacy_unit import Groups, groups_by
+
+
+def plan_training(
+    privacy: PrivacyConfig, args: Any, dataset: Any, groups: Groups | None, num_canaries: int
+) -> Mechanism | None:
+    """The mechanism of a training on `dataset`, or its groups, with so many canaries' slots; None without a data set.
+
+    Raises:
+        ConfigError, AccountingError: as `accounting.plan`, or the noise needs a library that is not installed.
+    """
+    if dataset is None:
+        return None
+    if privacy.noise != "gaussian":
+        require_cryptography()
+    units = num_canaries + (len(dataset) if groups is None else groups.num_groups)
+    return accounting.plan(privacy, units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+
+
+def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> None:
+    """Trainers that prepare their data may pack, filter or sort them.
+
+    Raises:
+        ConfigError: `trainer.train_dataset` has another number of records than `planned`, or other groups.
+    """
+    name, found = type(trainer).__name__, len(trainer.train_dataset)
+    if found != planned:
+        raise ConfigError(
+            f"{name} made {found:,} training records out of the {planned:,} that it was given (by packing or "
+            "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
+        )
+    column = trainer.privacy.unit_column
+    again = groups_by(trainer.train_dataset, column)
+    if groups is not None and again is not None and not all(map(np.array_equal, groups, again)):
+        raise ConfigError(
+            f"{name} put the training records into another order, so that unit_column={column!r} would group others: prepare the "
+            "data first"
+        )
