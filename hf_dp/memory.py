@@ -6,11 +6,13 @@ again from zero, whatever had been added. What fits depends on private lengths: 
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_dp.dry_run import buffers_put_back
 from hf_dp.errors import ConfigError
 from hf_dp.per_example.batches import Batch, num_examples, rows, unambiguous
 
@@ -32,6 +34,7 @@ class Room:
         self._fixed = fixed
         self._tokens = math.inf  # padded, of one part; secret
         self._part: tuple[int, int] = (0, 0)
+        self._tried = False
 
     def parts(self, batches: Iterable[Batch]) -> list[Batch]:
         """The batches in parts that fit and whose size is none of their other dimensions (see `unambiguous`)."""
@@ -64,6 +67,31 @@ class Room:
                 if not (_out_of_memory(error) and self._part[0]):
                     raise
             self._halve()  # out here: the exception held on to the tensors of the pass
+
+    def try_out(self, model: nn.Module, make: Callable[[], Batch], sum_all: Callable[[list[Batch]], None]) -> None:
+        """Before the first sum of a session: halves what fits until the sum of the largest micro-batch, made up, can be formed.
+
+        Never an error: it would tell that a long record exists, which no draw has been charged for. What fails for one example, or for
+        another reason than memory, is left to the step that draws such a record. Where the number of passes is fixed, nothing is tried.
+        """
+        if self._tried or self._fixed:
+            return
+        self._tried = True
+        with buffers_put_back(model), suppress(Exception):
+            batch = make()
+            while not self._fits(batch, sum_all) and self._part[0] > 1:
+                self._halve()
+        clear_device_cache(garbage_collection=True)
+
+    def _fits(self, batch: Batch, sum_all: Callable[[list[Batch]], None]) -> bool:
+        self._part = (0, 0)
+        try:
+            sum_all([batch])
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _halve(self) -> None:
         size, width = self._part

@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_dp import losses, sharding
 from hf_dp.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.config import AuditConfig, PrivacyConfig
+from hf_dp.dry_run import largest_micro_batch
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.forward import can_leave_out_logits, decoder_inputs
@@ -29,7 +30,7 @@ from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors,
 from hf_dp.per_example.integers import add_integer_gradient, grid_of
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
-from hf_dp.per_example.synthetic import synthetic_records, together_and_alone
+from hf_dp.per_example.synthetic import LENGTHS, synthetic_records, together_and_alone
 from hf_dp.planning import plan_training, refuse_other_records
 from hf_dp.privacy_unit import groups_by
 from hf_dp.progress import print_summary, show_epsilon
@@ -240,6 +241,7 @@ class DPTrainerMixin(_Host):
         run = self._running()
         self._prepare_for_step()
         with run.told_to_all(self._flat, waiting_in_release=not self._sharded):
+            self._room.try_out(self.model, self._largest_batch, self._sum_up)
             self._room.until_it_fits(lambda: self._sum_up(inputs[MICRO_BATCHES]))
             self._canaries.add_to(self._flat, inputs, self._planned().clip_norm)
         released = run.release(self._flat, inputs[DRAW_NUMBER])
@@ -361,12 +363,21 @@ class DPTrainerMixin(_Host):
 
     def _synthetic_batches(self) -> list[Batch]:
         """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
+        _, collate = self._columns_for_model()
+        return [self._prepare_inputs(batch) for batch in together_and_alone(self._made_up_records(), collate)]
+
+    def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Any]:
+        if self._check_records is not None:
+            return self._check_records
+        vocabulary, labels = losses.public_sizes(type(self._base_model()).__name__, self._base_model().config)
+        record = self._columns_for_model()[0][0]
+        return synthetic_records(record, vocab_size=vocabulary, label_values=labels, lengths=lengths)
+
+    def _largest_batch(self) -> Batch:
         dataset, collate = self._columns_for_model()
-        records = self._check_records
-        if records is None:
-            vocabulary, labels = losses.public_sizes(type(self._base_model()).__name__, self._base_model().config)
-            records = synthetic_records(dataset[0], vocab_size=vocabulary, label_values=labels)
-        return [self._prepare_inputs(batch) for batch in together_and_alone(records, collate)]
+        bounds = self.args.per_device_train_batch_size, self.micro_batch_tokens
+        with fork_forward_rng([self.args.device]):  # a collator may draw
+            return collate(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hf_dp"
 ORDER = """
     errors _compat config mechanism grid epsilon tradeoff calibration accounting
     privacy_unit chacha discrete streams forked_rng sampling microbatch loader
-    losses clipping per_example noise memory forward sharding
+    losses clipping per_example noise dry_run memory forward sharding
     durable ledger_format ledger fingerprint budget release metrics audit
     card_files card_words card_picture card verify report
     run_cost model_shapes
