@@ -74,7 +74,7 @@ def test_results_and_files_are_those_of_a_run_without_it(
             assert "dry" not in path.read_text().lower()
 
 
-def test_generators_gradients_and_buffers_stand_as_before() -> None:
+def test_generators_and_buffers_stand_as_before() -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("seen", torch.zeros(3))
     before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
@@ -84,6 +84,18 @@ def test_generators_gradients_and_buffers_stand_as_before() -> None:
 
     Room().try_out(model, lambda: {"labels": torch.zeros(2)}, writes)
     assert torch.equal(model.get_buffer("seen"), torch.zeros(3))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), str(np.random.get_state()))
+
+
+def test_a_collator_that_draws_leaves_the_generators_alone(tmp_path: Path) -> None:
+    def drawing(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        torch.rand(3), np.random.random(), random.random()
+        return runs.collate(features)
+
+    trainer = runs.trainer(tmp_path, data_collator=drawing)
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    assert trainer._largest_batch()["labels"].shape[0] == 4
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), str(np.random.get_state()))
 
