@@ -196,8 +196,7 @@ class DPTrainerMixin(_Host):
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
         )
-        most = 1 if mechanism.is_discrete else self.args.per_device_train_batch_size
-        cut = self._canaries.collated(LogicalBatchCollator(collate, most, self.micro_batch_tokens))
+        cut = self._canaries.collated(LogicalBatchCollator(collate, self._most_examples(), self.micro_batch_tokens))
         records = DrawnRecords(self._canaries.among(dataset), mechanism.num_examples)
         return logical_batches(records, sampler, cut, self.args, self.accelerator.device)
 
@@ -373,9 +372,13 @@ class DPTrainerMixin(_Host):
         record = self._columns_for_model()[0][0]
         return synthetic_records(record, vocab_size=vocabulary, label_values=labels, lengths=lengths)
 
+    def _most_examples(self) -> int:
+        """Of one pass."""
+        return 1 if self._grid is not None else int(self.args.per_device_train_batch_size)
+
     def _largest_batch(self) -> Batch:
         dataset, collate = self._columns_for_model()
-        bounds = self.args.per_device_train_batch_size, self.micro_batch_tokens
+        bounds = self._most_examples(), self.micro_batch_tokens
         with fork_forward_rng([self.args.device]):  # a collator may draw
             return collate(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))
 
