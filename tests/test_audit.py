@@ -1,6 +1,5 @@
 """The audit's mathematics: against published figures, naive sums, an independent implementation, and simulated audits."""
 
-import importlib
 import itertools
 import math
 
@@ -43,12 +42,16 @@ def test_p_values_are_the_theorems_sums():
         )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_privacy") is None, reason="jax_privacy is not installed")
-def test_p_values_are_those_of_jax_privacy():
-    theirs = importlib.import_module("jax_privacy.auditing.canary_score_auditor")
+def test_p_values_and_bounds_are_those_of_jax_privacy():
+    theirs = pytest.importorskip("jax_privacy.auditing", reason="jax_privacy is not installed")  # 2.0
     for m, r, v, epsilon, delta in GRID:
         ours = p_value(Guesses(m, r, v), epsilon, delta)
         assert ours == pytest.approx(theirs._one_run_p_value(m, r, v, epsilon, delta), rel=1e-10, abs=1e-12)
+    for guesses in (Guesses(1000, 100, 95), Guesses(300, 300, 300), Guesses(400, 60, 45), Guesses(400, 60, 31)):
+        one_run, gaussian = (
+            bound(0.0, *guesses, 0.05, 1e-5) for bound in (theirs._epsilon_one_run, theirs._epsilon_one_run_fdp)
+        )
+        assert bounds(guesses, 1e-5) == pytest.approx((one_run, gaussian), abs=1e-5)
 
 
 def test_bounds_are_the_figures_that_were_published_or_computed_independently():
