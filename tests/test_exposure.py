@@ -10,7 +10,7 @@ from scipy import stats
 
 from hf_dp.audit.exposure import CHANCE, are_given_away, exposures
 from hf_dp.demo.records import write_records
-from hf_dp.demo.secrets import NUM_OTHERS, NUM_SECRETS, Exposure, make_secrets, measure
+from hf_dp.demo.secrets import NUM_OTHERS, NUM_SECRETS, Exposure, given_away, make_secrets
 from hf_dp.errors import AuditError
 from hf_dp.recipe import DataSection
 
@@ -70,7 +70,7 @@ def test_a_model_that_learnt_a_secret_by_heart_gives_it_away(tmp_path: Path) -> 
     tokenizer = train_tokenizer([r["note"] for group in make_secrets(1) for r in group[:5]])
     torch.manual_seed(0)
     model = small_llama(tokenizer)
-    before = measure(model, tokenizer, data, hidden)
+    before = given_away(model, tokenizer, data, hidden)
     rows = completions(datasets.Dataset.from_list([g[0] for g in hidden]), data, tokenizer, MAX_TOKENS).rows
     batch = PadRight(tokenizer.pad_token_id)(rows.to_list())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -78,9 +78,10 @@ def test_a_model_that_learnt_a_secret_by_heart_gives_it_away(tmp_path: Path) -> 
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-    after = measure(model, tokenizer, data, hidden)
-    assert after.tolist() == [np.log2(NUM_OTHERS + 1)] * 2
-    assert before.max() < np.log2(NUM_OTHERS + 1)
+    after = given_away(model, tokenizer, data, hidden)
+    assert after[0].tolist() == [np.log2(NUM_OTHERS + 1)] * 2
+    assert before[0].max() < np.log2(NUM_OTHERS + 1)
+    assert (before[1], after[1]) == (0, 2)
     assert Exposure.of(before, after).has_power
     assert "No power" not in Exposure.of(before, after).in_words()
     assert "No power" in Exposure.of(after, before).in_words()

@@ -74,7 +74,7 @@ def run(folder: Path, size: Size, recipe_path: Path = RECIPE) -> report.Result:
     private = tune_private(recipe)
     assert private.spent is not None
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
-    exposed = [secrets.measure(one.model, tokenizer, recipe.data, hidden) for one in (private, plain)]
+    exposed = [secrets.given_away(one.model, tokenizer, recipe.data, hidden) for one in (private, plain)]
     result = report.Result(
         base=private.losses[0][1],
         private=private.losses[-1][1],
