@@ -59,6 +59,12 @@ def test_it_spends_no_more_than_its_target_and_says_so(finished):
     assert result.spent.num_steps == result.num_steps == 4
 
 
+def test_it_says_how_exposed_the_planted_secrets_are(finished):
+    folder, result = finished
+    assert json.loads((folder / "results.json").read_text())["exposure"] == result.exposure._asdict()
+    assert all(0 <= bits <= 8.65 for bits in result.exposure[:2])  # log2 of 401
+
+
 def test_the_losses_in_the_files_are_those_of_the_models(finished):
     folder, result = finished
     written = json.loads((folder / "results.json").read_text())

@@ -6,7 +6,7 @@ number, a telephone number and an amount. Nobody in here exists.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,15 +62,22 @@ class Halves(NamedTuple):
     private_heldout: Path
 
 
-def write_records(folder: Path, *, num_public: int, num_private: int, num_heldout: int, seed: int = 0) -> Halves:
-    """Writes the three files; the same arguments give the same bytes. No person is in two of them."""
+def write_records(
+    folder: Path, *, num_public: int, num_private: int, num_heldout: int, planted: Sequence[Record] = (), seed: int = 0
+) -> Halves:
+    """Writes the three files; the same arguments give the same bytes. No person is in two of them.
+
+    The last of the private records to train on are those `planted`.
+    """
     names = _names(random.Random(f"{seed} names"))
     halves = Halves(*(folder / f"{name}.jsonl" for name in Halves._fields))
     folder.mkdir(parents=True, exist_ok=True)
     sizes = (num_public, num_private, num_heldout)
     for path, size, templates in zip(halves, sizes, (PUBLIC, PRIVATE, PRIVATE), strict=True):
         rng = random.Random(f"{seed} {path.stem}")
-        records = (_record(rng, templates, next(names)) for _ in range(size))
+        records = [_record(rng, templates, next(names)) for _ in range(size)]
+        if path == halves.private_train:
+            records[len(records) - len(planted) :] = planted
         path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return halves
 

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hf_dp.demo.secrets import Exposure
 from hf_dp.run import PrivacySpent
 
 
@@ -18,6 +19,7 @@ class Result(NamedTuple):
     non_private: float
     spent: PrivacySpent
     num_steps: int
+    exposure: Exposure
     seconds: float
 
 
@@ -74,6 +76,7 @@ The demo is done, in {result.seconds:.0f} s. A small Llama was trained on made-u
 {num_private:,} made-up private ones, twice, with the same settings and {result.num_steps} optimizer steps: by Trainer and by DPTrainer.
 The private run spent epsilon {spent.epsilon:.4g} at delta {spent.delta:g}, over {spent.num_steps} noisy steps; nothing bounds the other's.
 The held-out records are declared public (privacy.public_eval): their losses are exact and no part of the guarantee.
+{result.exposure.in_words()}
 
   table in numbers   {folder / "results.json"}
   loss and epsilon   {folder / "loss_and_epsilon.png"}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dp import recipe as recipes
 from hf_dp.cli.libraries import quiet
-from hf_dp.demo import picture, report
+from hf_dp.demo import picture, report, secrets
 from hf_dp.demo.base import train_base
 from hf_dp.demo.compare import Tuned, tune_plain, tune_private
 from hf_dp.demo.folder import fresh_folder
@@ -55,8 +55,13 @@ def run(folder: Path, size: Size, recipe_path: Path = RECIPE) -> report.Result:
     if fresh_folder(folder):
         console.print(f"Starting from an empty {folder}; what an earlier demo left there is gone.")
     console.rule("1. Made-up records, and a base model from the public half")
+    hidden = secrets.make_secrets()
     halves = write_records(
-        folder, num_public=size.num_public, num_private=size.num_private, num_heldout=size.num_heldout
+        folder,
+        num_public=size.num_public,
+        num_private=size.num_private,
+        num_heldout=size.num_heldout,
+        planted=[group[0] for group in hidden],
     )
     overrides = [*_overrides(folder, halves), *size.overrides]
     templates = nested(recipe_path.read_text(encoding="utf-8"), str(recipe_path), overrides)["data"]
@@ -68,15 +73,19 @@ def run(folder: Path, size: Size, recipe_path: Path = RECIPE) -> report.Result:
     console.rule("3. The same by DPTrainer")
     private = tune_private(recipe)
     assert private.spent is not None
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
+    exposed = [secrets.given_away(one.model, tokenizer, recipe.data, hidden) for one in (private, plain)]
     result = report.Result(
         base=private.losses[0][1],
         private=private.losses[-1][1],
         non_private=plain.losses[-1][1],
         spent=private.spent,
         num_steps=private.losses[-1][0],
+        exposure=secrets.Exposure.of(*exposed),
         seconds=time.monotonic() - started,
     )
-    (folder / "results.json").write_text(json.dumps(result._asdict() | {"spent": private.spent._asdict()}, indent=2))
+    nested_ones = {"spent": private.spent._asdict(), "exposure": result.exposure._asdict()}
+    (folder / "results.json").write_text(json.dumps(result._asdict() | nested_ones, indent=2))
     picture.draw(
         folder / "loss_and_epsilon.png", plain=plain, private=private, target_epsilon=recipe.privacy.target_epsilon
     )
