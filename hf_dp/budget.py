@@ -31,7 +31,7 @@ from hf_dp.config import NOISES
 from hf_dp.epsilon import delta_problems, segment_problems, target_problems
 from hf_dp.errors import BudgetError
 from hf_dp.ledger import LEDGER_NAME
-from hf_dp.mechanism import Mechanism, Segment
+from hf_dp.mechanism import Mechanism, Segment, first_steps
 
 VERSION = 1
 TOKEN_NAME = "_privacy_budget_token"  # with an underscore: Trainer does not push it
@@ -153,7 +153,7 @@ def read(path: Path) -> Budget:
         ) from error
 
 
-def try_plan(path: Path, planned: Segment) -> str:
+def try_plan(path: Path, planned: Sequence[Segment]) -> str:
     """What the budget would come to with one more run of this plan. Reserves nothing, and does not ask which records it is about.
 
     Raises:
@@ -162,16 +162,18 @@ def try_plan(path: Path, planned: Segment) -> str:
     path = path.resolve()
     budget = read(path)
     others = budget.segments()
-    if not _fits(budget, [*others, planned]):
+    if not _fits(budget, [*others, *planned]):
         raise BudgetError(_too_much(path, budget, others, planned))
-    together = round_up(spent([*others, planned], budget.target_delta).epsilon)
+    together = round_up(spent([*others, *planned], budget.target_delta).epsilon)
     return (
         f"The budget {path} has room for this plan: {len(budget.runs)} runs and this one would come to epsilon {together:.5g} of "
         f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
     )
 
 
-def reserve(path: Path, folder: Path, of: Of, *, charged: Sequence[Segment], asked: Segment, is_new: bool) -> int:
+def reserve(
+    path: Path, folder: Path, of: Of, *, charged: Sequence[Segment], asked: Sequence[Segment], is_new: bool
+) -> int:
     """Reserves the steps `asked` beside what the run's ledger has `charged`, in place of what it had reserved.
 
     A run that goes on after it was killed gets as many of them as fit, because the steps that it lost are charged again.
@@ -199,13 +201,13 @@ def reserve(path: Path, folder: Path, of: Of, *, charged: Sequence[Segment], ask
         if wrong:
             raise BudgetError(f"this run can't draw on the budget {path}: {'; '.join(wrong)}")
         others = [*budget.segments(but=known), *charged]
-        granted = asked.num_steps if _fits(budget, [*others, asked]) else 0
+        granted = _steps(asked) if _fits(budget, [*others, *asked]) else 0
         if known is not None and not known.ended and not granted:
             granted = _room(budget, others, asked)
         if granted:
             token = known.token if known is not None else secrets.token_hex(16)
             durable.replace(folder / TOKEN_NAME, token.encode())  # first: a kill in between is a run that is not known
-            segments = _merged([*charged, asked._replace(num_steps=granted)])
+            segments = _merged([*charged, *first_steps(asked, granted)])
             run = Drawn(token, str(folder), False, _steps(charged), segments)
             durable.replace(path, _encoded(replace(budget, of=budget.of or of).after(run, instead_of=known)))
             return granted
@@ -263,20 +265,17 @@ def _fits(budget: Budget, segments: Sequence[Segment]) -> bool:
     return spent(segments, budget.target_delta).epsilon <= budget.target_epsilon
 
 
-def _room(budget: Budget, others: Sequence[Segment], asked: Segment) -> int:
+def _room(budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> int:
     """How many of the steps that are asked fit beside the others."""
-    most = asked.num_steps
-    return affordable_steps(
-        others, asked, target_epsilon=budget.target_epsilon, delta=budget.target_delta, at_most=most
-    )
+    return affordable_steps(others, asked, target_epsilon=budget.target_epsilon, delta=budget.target_delta)
 
 
-def _too_much(path: Path, budget: Budget, others: Sequence[Segment], asked: Segment) -> str:
+def _too_much(path: Path, budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> str:
     """Spent, asked, left, and what would fit."""
     total, delta, fits = budget.target_epsilon, budget.target_delta, _room(budget, others, asked)
-    before, alone, after = (spent(s, delta).epsilon for s in (others, [asked], [*others, asked]))
+    before, alone, after = (spent(s, delta).epsilon for s in (others, asked, [*others, *asked]))
     remedy = (
-        f"There is room for {fits:,} such steps of the {asked.num_steps:,}: lower num_train_epochs or max_steps to them, or raise the noise"
+        f"There is room for {fits:,} such steps of the {_steps(asked):,}: lower num_train_epochs or max_steps to them, or raise the noise"
         if fits
         else "There is room for no such step: raise the noise, or wait until a run that is under way ends"
     )

@@ -1,7 +1,7 @@
 """A target epsilon and the steps planned go in, the smallest noise multiplier within the target comes out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -52,6 +52,27 @@ def calibrate(
     guess = _first_guess(float(target_epsilon), asked._replace(sample_rate=float(sample_rate)), float(delta))
     guess *= sensitivity
     return _smallest_within(float(target_epsilon), epsilon_of, guess)
+
+
+def calibrate_course(target_epsilon: float, course: Callable[[float], Sequence[Segment]], delta: float) -> float:
+    """The same for steps that differ: the smallest first sigma whose whole `course(sigma)` is within the target.
+
+    `course` gives the segments of all steps, each sigma in proportion to the first.
+
+    Raises:
+        AccountingError: an invalid argument, or a target that no sigma in [MIN_SIGMA, MAX_SIGMA] meets.
+    """
+    wrong = [*delta_problems(delta), *target_problems(target_epsilon)]
+    if wrong:
+        raise AccountingError("Cannot calibrate the noise: " + "; ".join(wrong) + ".")
+    unit, steps = course(1.0), sum(s.num_steps for s in course(1.0))
+    # a constant course that costs as much in the normal limit: the mean of q²/sigma² is the same
+    q = math.sqrt(sum(s.num_steps * s.sample_rate**2 for s in unit) / steps)
+    scale = math.sqrt(sum(s.num_steps * (s.sample_rate / s.noise_multiplier) ** 2 for s in unit) / steps) / q
+    guess = _first_guess(float(target_epsilon), Segment(q, 1.0, steps), float(delta)) * scale
+    with suppress(AccountingError):  # quickly, on a coarse grid; one that only the fine grid may reach: as it stands
+        guess = _smallest_within(target_epsilon, lambda sigma: rough_epsilon(course(sigma), delta), guess, unused=0.02)
+    return _smallest_within(float(target_epsilon), lambda sigma: spent(course(sigma), delta).epsilon, guess)
 
 
 def _smallest_within(
@@ -119,7 +140,7 @@ def _first_guess(target_epsilon: float, s: Segment, delta: float) -> float:
         return guess
     with suppress(AccountingError):  # a target that only the fine grid may reach: start from the limit after all
         return _smallest_within(
-            target_epsilon, lambda sigma: rough_epsilon(s._replace(noise_multiplier=sigma), delta), guess, unused=0.02
+            target_epsilon, lambda sigma: rough_epsilon([s._replace(noise_multiplier=sigma)], delta), guess, unused=0.02
         )
     return guess
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,22 @@ def _mechanism(m: Mechanism) -> dict[str, Any]:
         "noise_multiplier": m.joint_noise_multiplier,
         "target_epsilon": m.target_epsilon,
         "num_steps_planned": m.num_steps,
+        **({"levels": _levels(m)} if m.levels else {}),
     }
+
+
+def _levels(m: Mechanism) -> list[dict[str, Any]]:
+    starts = accumulate((level.num_steps for level in m.levels), initial=0)
+    return [
+        {
+            "num_steps": level.num_steps,
+            "sample_rate": level.sample_rate,
+            "noise_multiplier": level.joint_noise_multiplier,
+            "clip_norm": level.clip_norm,
+            "expected_batch_size": level.expected_batch_size,
+        }
+        for level in (m.at(start) for start, _ in zip(starts, m.levels, strict=False))
+    ]
 
 
 def sampler(unit: str) -> str:

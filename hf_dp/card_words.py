@@ -11,6 +11,7 @@ from hf_dp.audit.report import power
 from hf_dp.mechanism import DISCRETE, METRIC_NOISE, UNIT
 
 PICTURE = "privacy_tradeoff.svg"
+MOST_SHOWN = 4  # values of one setting that followed upon each other; privacy.json has them all
 SHARES = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10"}  # the false-positive rates that the card names
 
 
@@ -176,8 +177,17 @@ def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def in_turn(values: Iterable[float]) -> str:
+    """One after another, or, where they are many, their range."""
+    found = [f"{value:.6g}" for value in values]
+    if len(found) <= MOST_SHOWN:
+        return ", then ".join(found)
+    least, most = (f"{value:.6g}" for value in (min(map(float, found)), max(map(float, found))))
+    return f"{least} to {most}, one after another in {len(found)} runs of steps" if least != most else least
+
+
 def _joined(record: Mapping[str, Any], name: str) -> str:
-    return ", then ".join(f"{value:.6g}" for value in _of_segments(record, name))
+    return in_turn(_of_segments(record, name))
 
 
 def _bullets(sentences: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal, TypeGuard, get_args
 
+from hf_dp import schedule
 from hf_dp.errors import ConfigError
 
 Noise = Literal["gaussian", "gaussian-chacha20", "discrete"]
@@ -60,6 +61,16 @@ class PrivacyConfig:
         default=None,
         metadata={"help": "Protect all records with the same value in this column as one: a person's, an author's."},
     )
+    noise_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "sigma goes on in levels from its first value: SHAPE:RATIO, such as exponential:0.5 (ends at half)."
+        },
+    )
+    clip_schedule: str | None = field(default=None, metadata={"help": "The same of clip_norm."})
+    batch_schedule: str | None = field(
+        default=None, metadata={"help": "The same of expected_batch_size; linear:4 ends at four times the first."}
+    )
     public_eval: bool = field(
         default=False, metadata={"help": "Declare the evaluation data public, so that checkpoints may be chosen by it."}
     )
@@ -72,6 +83,11 @@ class PrivacyConfig:
     debug_seed: int | None = field(
         default=None, metadata={"help": "For tests only: fixed sampling and noise. Card and ledger say NOT PRIVATE."}
     )
+
+    @property
+    def schedules(self) -> schedule.Schedules:
+        """How sigma, C and B go on."""
+        return schedule.Schedules(self.noise_schedule, self.clip_schedule, self.batch_schedule)
 
     def __post_init__(self) -> None:
         wrong = list(_problems(self))
@@ -147,6 +163,12 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         yield "log_loss_up_to has no place on the grid of noise='discrete': leave it out, or choose another noise"
     if c.unit_column is not None and not (isinstance(c.unit_column, str) and _COLUMN.fullmatch(c.unit_column)):
         yield f"unit_column must be a column's name, of letters, digits and _ . - or spaces, or left out (got {c.unit_column!r})"
+    for name, text in c.schedules._asdict().items():
+        expected = None if text is None else schedule.problem(text)
+        if expected:
+            yield f"{name}_schedule must be {expected} (got {text!r})"
+    if c.noise == "discrete" and any(c.schedules):
+        yield "noise='discrete' has one grid for the whole run: leave the schedules out, or choose another noise"
     if not isinstance(c.public_eval, bool):
         yield f"public_eval must be true or false (got {c.public_eval!r})"
     if c.budget_file is not None and not (isinstance(c.budget_file, str) and c.budget_file):

@@ -188,17 +188,23 @@ def _rounding(merged: tuple[Segment, ...]) -> float:
 @lru_cache(maxsize=2)
 def _composed(merged: tuple[Segment, ...], h: float) -> Any:
     """Privacy loss distribution of all steps together. The last ones are kept: a card asks for several deltas."""
-    parts = [_step_loss(s.sample_rate, s.noise_multiplier, h).self_compose(s.num_steps) for s in merged]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.compose(part)
-    return total
+    first, *others = (_part(s, h) for s in merged)
+    for part in others:
+        first = first.compose(part)
+    return first
 
 
-def rough_epsilon(segment: Segment, delta: float) -> float:
-    """Epsilon of one segment on a grid 16 times as wide: quick, still an upper bound, only good for finding a start."""
-    pld = _pld_epsilon((segment,), delta, coarser=16.0)
-    return pld if math.isfinite(pld) else _rdp_epsilon((segment,), delta)
+@lru_cache(maxsize=16)
+def _part(s: Segment, h: float) -> Any:
+    """Of one segment. Kept, since of a schedule's levels only the present one grows."""
+    return _step_loss(s.sample_rate, s.noise_multiplier, h).self_compose(s.num_steps)
+
+
+def rough_epsilon(segments: Sequence[Segment], delta: float) -> float:
+    """Epsilon on a grid 16 times as wide: quick, still an upper bound, only good for finding a start."""
+    merged = _merged(segments, delta_problems(delta))
+    pld = _pld_epsilon(merged, delta, coarser=16.0)
+    return pld if math.isfinite(pld) else _rdp_epsilon(merged, delta)
 
 
 @lru_cache(maxsize=16)

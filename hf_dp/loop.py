@@ -132,7 +132,7 @@ class PrivateLoop:
         try:
             records = DrawnRecords(dataset, m.num_examples)
             cut = LogicalBatchCollator(collate, 1 if m.is_discrete else max_examples)
-            for kept in PoissonSampler(m.num_examples, m.sample_rate, m.num_steps, key=self._run.sampling_key):
+            for kept in PoissonSampler(m.num_examples, self._rate, m.num_steps, key=self._run.sampling_key):
                 container = cut(records.__getitems__(kept))
                 batches = [_as_mapping(batch) for batch in container[MICRO_BATCHES]]
                 self._draw, self._size, self._waits_for = Draw(batches, container[DRAW_NUMBER]), len(kept), BACKWARD
@@ -162,9 +162,9 @@ class PrivateLoop:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         kind = torch.int64 if self._grid else torch.float32
         flat = torch.zeros(sum(p.numel() for p in trainable.values()), dtype=kind, device=self._device)
-        with self._run.told_to_all(flat):
+        with self._run.told_to_all(flat, draw.number):
             self._room.until_it_fits(lambda: self._sum_up(draw, trainable, flat))
-        mean = self._run.release(flat, draw.number) / self.mechanism.expected_batch_size
+        mean = self._run.release(flat, draw.number) / self._run.level.expected_batch_size
         for name, gradient in views(mean, trainable).items():
             trainable[name].grad = gradient.to(trainable[name].dtype)
         self._written = {p: (p.grad, p.grad._version) for p in trainable.values() if p.grad is not None}
@@ -184,6 +184,9 @@ class PrivateLoop:
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
+    def _rate(self, draw_number: int) -> float:
+        return self._run.at_draw(draw_number).sample_rate
+
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._example_losses(model, tuple(batch.values()) if all(k.isdigit() for k in batch) else batch)
 
@@ -201,7 +204,7 @@ class PrivateLoop:
         flat.zero_()
         _refuse_another_size(draw, self._size)
         into = views(flat, trainable)
-        clip_norm = self.mechanism.clip_norm
+        clip_norm = self._run.level.clip_norm
         self.model.train()
         with fork_forward_rng([self._device]):
             for part in self._room.one_by_one(self._room.parts(map(self._on_device, draw))):

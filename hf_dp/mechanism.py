@@ -1,8 +1,12 @@
 """What will be run: the numbers of the subsampled Gaussian mechanism, all of them public, none of them changeable."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import NamedTuple
+
+from hf_dp.schedule import Level
 
 UNIT = "record"  # one row of the training set
 GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
@@ -19,6 +23,15 @@ class Segment(NamedTuple):
     noise_multiplier: float
     num_steps: int
     noise: str = "gaussian"
+
+
+def first_steps(segments: Iterable[Segment], num_steps: int) -> tuple[Segment, ...]:
+    """The first so many steps of `segments`, or all where they have fewer; none of length 0."""
+    found = []
+    for s in segments:
+        found.append(s._replace(num_steps=min(num_steps, s.num_steps)))
+        num_steps -= found[-1].num_steps
+    return tuple(s for s in found if s.num_steps)
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Mechanism:
             None where the gradient alone is.
         debug: the randomness came from a fixed seed; nothing about the run is private.
         noise: its kind, one of `config.NOISES`.
+        levels: of a schedule, T steps in all: sigma, C and B above are then those of the first. Empty where they stay.
     """
 
     num_examples: int
@@ -55,6 +69,7 @@ class Mechanism:
     relation: str = RELATION
     debug: bool = False
     noise: str = "gaussian"
+    levels: tuple[Level, ...] = ()
 
     @property
     def sample_rate(self) -> float:
@@ -91,10 +106,31 @@ class Mechanism:
         """Whether any guarantee can be stated at all."""
         return self.noise_multiplier > 0 and not self.debug
 
-    @property
-    def planned(self) -> Segment:
-        """The whole plan as one run-length segment."""
-        return Segment(self.sample_rate, self.joint_noise_multiplier, self.num_steps, self.noise)
+    def at(self, step: int) -> "Mechanism":
+        """The mechanism of step number `step`, from 0, and of the others in its level; behind the last step, of the last level."""
+        if not self.levels:
+            return self
+        ends = accumulate(level.num_steps for level in self.levels)
+        level = next((level for level, end in zip(self.levels, ends, strict=True) if step < end), self.levels[-1])
+        return replace(self, levels=(), **level._asdict())
+
+    def segments(self, start: int = 0, num_steps: int | None = None) -> tuple[Segment, ...]:
+        """What so many steps from number `start` on release, run-length encoded; all T by default. The last level goes on and on."""
+        levels = self.levels or (
+            Level(self.num_steps, self.noise_multiplier, self.clip_norm, self.expected_batch_size),
+        )
+        left, found = self.num_steps if num_steps is None else num_steps, []
+        for begin, level in zip(accumulate((x.num_steps for x in levels), initial=0), levels, strict=False):
+            end = math.inf if level is levels[-1] else begin + level.num_steps
+            taken = int(max(0, min(left, end - max(begin, start))))
+            left -= taken
+            found.append(self.at(begin).steps(taken))
+        runs = groupby((s for s in found if s.num_steps), key=lambda s: s._replace(num_steps=0))
+        return tuple(kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs)
+
+    def steps(self, num_steps: int) -> Segment:
+        """So many steps at the values above."""
+        return Segment(self.sample_rate, self.joint_noise_multiplier, num_steps, self.noise)
 
 
 def release_norm(loss_bound: float | None) -> float:
@@ -112,7 +148,7 @@ def generator_of(noise: str) -> str:
     return "philox" if noise == "gaussian" else "chacha20"
 
 
-def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:
+def steps_per_epoch(num_examples: int, expected_batch_size: float) -> int:
     """round(N / B), at least 1: the logical batches that count as one pass over the data."""
     return max(1, round(num_examples / expected_batch_size))
 

@@ -37,35 +37,28 @@ def contribution(losses: Tensor, *, clip_norm: float, loss_bound: float) -> Tens
 
 
 class ReleasedMetrics:
-    """Noisy coordinates, step by step -> their means since the last time that they were asked for.
+    """Noisy coordinates, step by step -> their means since the last time that they were asked for."""
 
-    Args:
-        clip_norm: C.
-        loss_bound: L.
-        expected_batch_size: B, by which the loss sum is divided.
-    """
-
-    def __init__(self, *, clip_norm: float, loss_bound: float, expected_batch_size: int) -> None:
-        self._units = METRIC_NOISE / clip_norm * torch.tensor([loss_bound / expected_batch_size, 1.0])
+    def __init__(self) -> None:
         self._sum = torch.zeros(len(METRICS))
         self._steps = 0
 
     @classmethod
     def of(cls, m: Mechanism) -> "ReleasedMetrics | None":
         """Those of a run of `m`; None where its steps release the gradient alone."""
-        if m.loss_bound is None:
-            return None
-        return cls(clip_norm=m.clip_norm, loss_bound=m.loss_bound, expected_batch_size=m.expected_batch_size)
+        return None if m.loss_bound is None else cls()
 
-    def add(self, noisy: Tensor) -> None:
-        """One step's two coordinates as they were released, [2]."""
-        self._sum = self._sum.to(noisy.device) + noisy
+    def add(self, noisy: Tensor, m: Mechanism) -> None:
+        """One step's two coordinates as a step of `m` released them, [2]: read in units of a loss's mean over B, and of records."""
+        assert m.loss_bound is not None
+        units = METRIC_NOISE / m.clip_norm * noisy.new_tensor([m.loss_bound / m.expected_batch_size, 1.0])
+        self._sum = self._sum.to(noisy.device) + noisy * units
         self._steps += 1
 
     def take(self) -> dict[str, float]:
         """Name -> mean over the steps since the last call; nothing where there was none."""
         if not self._steps:
             return {}
-        means = (self._sum.cpu() * self._units / self._steps).tolist()
+        means = (self._sum.cpu() / self._steps).tolist()
         self._sum, self._steps = torch.zeros(len(METRICS)), 0
         return dict(zip(METRICS, means, strict=True))

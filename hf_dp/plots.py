@@ -23,7 +23,7 @@ def draw_epsilon(mechanism: Mechanism, path: Path) -> None:
     from matplotlib import pyplot
 
     steps = sorted({max(1, round(mechanism.num_steps * (i / POINTS) ** 2)) for i in range(1, POINTS + 1)})
-    spent = [accounting.spent([mechanism.planned._replace(num_steps=t)], mechanism.delta) for t in steps]
+    spent = [accounting.spent(mechanism.segments(0, t), mechanism.delta) for t in steps]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     axes.plot(steps, [e.rdp for e in spent], color="0.6", label="by RDP, looser")
     axes.plot(steps, [e.epsilon for e in spent], marker="o", markersize=3, label="epsilon")

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_dp import accounting, card, durable
 from hf_dp import budget as budgets
 from hf_dp.audit.report import Counts, audit_record
-from hf_dp.errors import AuditError, BudgetError, ConfigError, HfDpError, LedgerError
+from hf_dp.errors import AuditError, BudgetError, ConfigError, HfDpError, LedgerError, ReleaseError
 from hf_dp.fingerprint import KEY_NAME, fingerprint, key_of, under_key
 from hf_dp.grid import STD
 from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, refuse_rollback
@@ -42,6 +42,7 @@ class PrivateRun:
     Attributes:
         sampling_key: 128 secret bits, the same on all processes, new at every `open`.
         exhausted: one more step would exceed the target epsilon.
+        level: the mechanism of the step under way; that of `mechanism` where it has no schedule.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class PrivateRun:
         self._ledger: Ledger | None = None
         self._releaser: Releaser | None = None
         self._before: tuple[Segment, ...] = ()
-        self._taken = 0
+        self.level = mechanism
+        self._first_step = self._first_draw = 0  # of this session, the number of the step and of the draw that it took
+        self._taken: list[Segment] = []
         self._allowed = 0
         self._seed: int | None = None
         self._opened_before = False
@@ -68,13 +71,14 @@ class PrivateRun:
 
     # ---- opening and closing ---------------------------------------------------------------------------------------
 
-    def open(self, dataset: Any, checkpoint: Path | None, *, seed: int | None) -> None:
+    def open(self, dataset: Any, checkpoint: Path | None, *, seed: int | None, epoch_length: int = 1) -> None:
         """Opens or continues the ledger on process 0, shares key and segments, and sees what the budget still allows.
 
         Args:
             dataset: the training set; its keyed fingerprint must be the ledger's.
             checkpoint: what training resumes from, or None.
             seed: for tests alone; marks the ledger as not private.
+            epoch_length: draws of an epoch. A Trainer that resumes within one passes over the draws before, unread.
 
         Raises:
             LedgerError: on every process, whatever goes wrong on process 0.
@@ -82,16 +86,19 @@ class PrivateRun:
                 file does not hold the plan.
         """
         self._seed = seed
+        self._first_step = max(0, _step_of(checkpoint)) if checkpoint else 0
+        self._first_draw = self._first_step % epoch_length
+        self._taken = []
         self._shared(lambda: self._refuse_another_training(checkpoint))
         key = self._shared(lambda: key_of(self.folder))
         found = under_key(dataset, key)
         self._refuse_differences(found)
         self._shared(lambda: self._open_ledger(found, checkpoint))
+        self.level = self.at_draw(self._first_draw)
         self._before = self._shared(lambda: self._ledger.segments() if self._ledger else ())
         self.sampling_key = self._shared(lambda: self._key(fresh_key() if seed is None else seed))
         noise = NoiseSource(key=self._key(fresh_key() if seed is None else seed + 1)) if self._process == 0 else None
         self._releaser = Releaser(self._ledger, noise, process_index=self._process, num_processes=self._processes)
-        self._taken = 0
         self._allowed = self._affordable()
         self._opened_before = True
         if self._allowed == 0:
@@ -102,8 +109,7 @@ class PrivateRun:
                 f"{self.mechanism.target_epsilon}; raise target_epsilon, or start anew in another output_dir"
             )
         if self._budget_file is not None:
-            done = max(0, _step_of(checkpoint)) if checkpoint else 0
-            most = min(self._allowed, max(1, self.mechanism.num_steps - done))
+            most = min(self._allowed, max(1, self.mechanism.num_steps - self._first_step))
             self._allowed = self._shared(lambda: self._reserve(dataset, most))
 
     def close(self) -> None:
@@ -137,7 +143,7 @@ class PrivateRun:
                 )
             budgets.read(self._budget_file)  # before a key is made beside it
             of = budgets.Of.run(m, fingerprint(dataset, self._budget_file.resolve().parent))
-            asked = m.planned._replace(num_steps=num_steps)
+            asked = m.segments(self._first_step, num_steps)
             return budgets.reserve(self._budget_file, self.folder, of, charged=self._before, asked=asked, is_new=is_new)
         except HfDpError:
             if is_new:
@@ -198,8 +204,7 @@ class PrivateRun:
         if checkpoint is not None:
             refuse_rollback(path, checkpoint)
         self._ledger = Ledger.open(path, header)
-        begin = self._ledger.begin
-        begin(m.sample_rate, m.joint_noise_multiplier, m.clip_norm, m.expected_batch_size, m.noise, m.loss_bound)
+        self._begin(self._first_draw)
 
     def _key(self, secret: int) -> Key:
         """For the generator that the mechanism names."""
@@ -209,13 +214,8 @@ class PrivateRun:
         m = self.mechanism
         if m.target_epsilon is None:
             return m.num_steps
-        return accounting.affordable_steps(
-            self._before,
-            m.planned._replace(num_steps=1),
-            target_epsilon=m.target_epsilon,
-            delta=m.delta,
-            at_most=m.num_steps,
-        )
+        upcoming = m.segments(self._first_step, m.num_steps)
+        return accounting.affordable_steps(self._before, upcoming, target_epsilon=m.target_epsilon, delta=m.delta)
 
     def _shared(self, on_process_0: Any) -> Any:
         """The value that process 0 computes, on every process; its error, on every process too."""
@@ -234,44 +234,66 @@ class PrivateRun:
 
     # ---- while it runs ---------------------------------------------------------------------------------------------
 
+    def at_draw(self, number: int) -> Mechanism:
+        """The mechanism of the step that takes draw `number` of this session: draws and steps are counted alike."""
+        return self.mechanism.at(self._first_step + number - self._first_draw)
+
     def release(self, clipped_sum: Tensor, draw_number: int) -> Tensor:
-        """The one exit of a step: charged, noised, reduced; float32 [P]. `clipped_sum` is this process's part, flat, float32 or int64."""
+        """The one exit of a step: charged, noised, reduced; float32 [P]. `clipped_sum` is this process's part, flat, float32 or int64.
+
+        Raises:
+            ReleaseError: not the draw that `told_to_all` was given, or as `Releaser`.
+        """
         assert self._releaser is not None, "release before open"
         noisy = self._releaser(
             clipped_sum,
-            sensitivity=self.mechanism.sensitivity,
-            noise_multiplier=self.mechanism.joint_noise_multiplier,
+            sensitivity=self.level.sensitivity,
+            noise_multiplier=self.level.joint_noise_multiplier,
             draw_number=draw_number,
         )
-        self._taken += 1
+        self._taken.append(self.level.steps(1))
         # what follows the noise is post-processing, in whatever arithmetic
         return (noisy.double() * (self.mechanism.noise_std / STD)).float() if self.mechanism.is_discrete else noisy
 
     @contextmanager
-    def told_to_all(self, own_sum: Tensor, *, waiting_in_release: bool = True) -> Iterator[None]:
-        """Around a process's work on its part of a step: where it fails, the step is charged and the others learn it.
+    def told_to_all(self, own_sum: Tensor, draw_number: int, *, waiting_in_release: bool = True) -> Iterator[None]:
+        """Around a process's work on its part of a step, at its `level`: where it fails, the step is charged and the others learn it.
 
         Args:
             own_sum: of the shape of what will be released.
+            draw_number: of the draw that the step takes.
             waiting_in_release: the others go on to `release`. Not so where weights are sharded: there they wait for ours, and
                 learn by our end.
         """
         assert self._releaser is not None, "a step before open"
         try:
+            self._begin(draw_number)
             yield
         except Exception:
-            self._taken += 1  # abandon charges it
+            self._taken.append(self.level.steps(1))  # abandon charges it
             self._releaser.abandon(own_sum, tell=waiting_in_release)
             raise
+
+    def _begin(self, draw_number: int) -> None:
+        """The ledger's segment, and `level`, are those of this draw from here on."""
+        if self.mechanism.levels and draw_number != self._first_draw + len(self._taken):
+            raise ReleaseError(
+                f"expected draw {self._first_draw + len(self._taken)} for the next step of the schedule, got {draw_number}: draws must "
+                "come in their order, none left out"
+            )
+        self.level = m = self.at_draw(draw_number)
+        if self._ledger is not None:
+            begin = self._ledger.begin
+            begin(m.sample_rate, m.joint_noise_multiplier, m.clip_norm, m.expected_batch_size, m.noise, m.loss_bound)
 
     @property
     def exhausted(self) -> bool:
         """Whether one more step would exceed the target epsilon."""
-        return self._taken >= self._allowed
+        return len(self._taken) >= self._allowed
 
     def forward_seed(self) -> int | None:
         """None: the forward pass draws its dropout from the operating system. A number only in debugging."""
-        return None if self._seed is None else self._seed + 1000 * (self._taken + 1) + self._process
+        return None if self._seed is None else self._seed + 1000 * (len(self._taken) + 1) + self._process
 
     def spent(self) -> PrivacySpent:
         """Everything charged in this folder, this session's steps included."""
@@ -283,7 +305,7 @@ class PrivateRun:
         )
 
     def _segments(self) -> tuple[Segment, ...]:
-        return (*self._before, self.mechanism.planned._replace(num_steps=self._taken))
+        return (*self._before, *self._taken)
 
     # ---- what is left behind ---------------------------------------------------------------------------------------
 

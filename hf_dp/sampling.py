@@ -1,7 +1,7 @@
 """N, q, a secret key and a step's number -> this process's slice of one global Poisson draw."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -41,7 +41,7 @@ class PoissonSampler(Sampler[list[int]]):
 
     Args:
         units: how many records, N; or N `Groups`, of which a kept one yields one of its records (see `privacy_unit`).
-        sample_rate: q, 0 < q <= 1; at 1 every draw is the whole set.
+        sample_rate: q, 0 < q <= 1; at 1 every draw is the whole set. Or a function that gives it for a draw's number.
         num_batches: length of one iteration, 1 or more.
         key: 128 secret bits, the same on all processes, for Philox, or a `ChaChaKey`; None draws bits for Philox, which is right
             for one process alone.
@@ -55,7 +55,7 @@ class PoissonSampler(Sampler[list[int]]):
     def __init__(
         self,
         units: int | Groups,
-        sample_rate: float,
+        sample_rate: float | Callable[[int], float],
         num_batches: int,
         *,
         key: Key | None = None,
@@ -64,11 +64,12 @@ class PoissonSampler(Sampler[list[int]]):
     ) -> None:
         self._groups = units if isinstance(units, Groups) else None
         num_examples = units.num_groups if isinstance(units, Groups) else units
+        first_rate = sample_rate(0) if callable(sample_rate) else sample_rate
         wrong = [
             f"{name} must be {rule} (got {value})"
             for name, value, rule, right in (
                 ("num_examples", num_examples, "1 or more", num_examples >= 1),
-                ("sample_rate", sample_rate, "above 0 and at most 1", 0 < sample_rate <= 1),
+                ("sample_rate", first_rate, "above 0 and at most 1", 0 < first_rate <= 1),
                 ("num_batches", num_batches, "1 or more", num_batches >= 1),
                 ("num_processes", num_processes, "1 or more", num_processes >= 1),
                 ("process_index", process_index, "from 0 to num_processes - 1", 0 <= process_index < num_processes),
@@ -98,7 +99,8 @@ class PoissonSampler(Sampler[list[int]]):
     def draw(self, number: int) -> NDArray[np.int64]:
         """The whole draw `number`, over all processes: indices of records, a function of (key, number) alone."""
         uniforms = keyed_stream(self._key, Role.SAMPLING, number)
-        threshold = math.floor(self.sample_rate * UNIT) / UNIT
+        rate = self.sample_rate(number) if callable(self.sample_rate) else self.sample_rate
+        threshold = math.floor(rate * UNIT) / UNIT
         parts = [
             start + np.flatnonzero(uniforms.random(min(BLOCK, self.num_examples - start)) < threshold)
             for start in range(0, self.num_examples, BLOCK)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hf_dp import losses, sharding
+from hf_dp import accounting, losses, sharding
 from hf_dp.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.dry_run import largest_micro_batch
@@ -20,7 +20,7 @@ from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.forward import can_leave_out_logits, decoder_inputs
 from hf_dp.grid import Grid
 from hf_dp.loader import logical_batches
-from hf_dp.mechanism import METRICS, Mechanism, steps_per_epoch
+from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.memory import Room
 from hf_dp.metrics import ReleasedMetrics, contribution
 from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
@@ -190,8 +190,8 @@ class DPTrainerMixin(_Host):
         dataset, collate = self._columns_for_model()
         sampler = PoissonSampler(
             self._groups or mechanism.num_examples,
-            mechanism.sample_rate,
-            steps_per_epoch(mechanism.num_examples, mechanism.expected_batch_size),
+            self._rate,
+            accounting.epoch_length(self.privacy, mechanism.num_examples),
             key=self._run.sampling_key if self._run is not None else None,
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
@@ -221,7 +221,8 @@ class DPTrainerMixin(_Host):
         if self._run is None:
             place = (self.args.process_index, self.args.world_size)
             self._run = PrivateRun(self._planned(), folder, *place, budget_file=self.privacy.budget_file)
-        self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed)
+        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
+        self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed, epoch_length=epoch)
         self._released_metrics = ReleasedMetrics.of(self._planned())
         print_summary(self)
         weigh = begin_audit(self, self._canaries, checkpoint)
@@ -239,14 +240,14 @@ class DPTrainerMixin(_Host):
         """One logical batch: clip and sum every example's gradient, release the sum, write `p.grad`. Returns 0, not the loss."""
         run = self._running()
         self._prepare_for_step()
-        with run.told_to_all(self._flat, waiting_in_release=not self._sharded):
+        with run.told_to_all(self._flat, inputs[DRAW_NUMBER], waiting_in_release=not self._sharded):
             self._room.try_out(self.model, self._largest_batch, self._sum_up)
             self._room.until_it_fits(lambda: self._sum_up(inputs[MICRO_BATCHES]))
-            self._canaries.add_to(self._flat, inputs, self._planned().clip_norm)
+            self._canaries.add_to(self._flat, inputs, run.level.clip_norm)
         released = run.release(self._flat, inputs[DRAW_NUMBER])
-        self._canaries.observe(released, self._planned())
+        self._canaries.observe(released, run.level)
         if self._released_metrics is not None:
-            self._released_metrics.add(released[-len(METRICS) :])
+            self._released_metrics.add(released[-len(METRICS) :], run.level)
         self._write_gradients(released)
         if run.exhausted:
             self.control.should_training_stop = True
@@ -317,7 +318,7 @@ class DPTrainerMixin(_Host):
                 self._pass_for_the_others()
 
     def _add_clipped_gradients(self, batch: Batch) -> None:
-        model, clip_norm, loss_bound = self.model, self._planned().clip_norm, self._planned().loss_bound
+        model, clip_norm, loss_bound = self.model, self._level().clip_norm, self._planned().loss_bound
         with self.compute_loss_context_manager():
             work = (model, lambda: self.example_losses(model, batch), num_examples(batch))
             if self._grid is not None:
@@ -335,7 +336,7 @@ class DPTrainerMixin(_Host):
     def _write_gradients(self, noisy_sum: Tensor) -> None:
         """p.grad = noisy sum / expected batch size: assigned, whatever was there before."""
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        noisy_sum /= self._planned().expected_batch_size
+        noisy_sum /= self._level().expected_batch_size
         for name, gradient in views(noisy_sum, trainable).items():
             trainable[name].grad = gradient.to(trainable[name].dtype)
 
@@ -346,10 +347,18 @@ class DPTrainerMixin(_Host):
             raise ConfigError("there is nothing to plan or train without a train_dataset")
         return self.mechanism
 
+    def _level(self) -> Mechanism:
+        """The mechanism of the step under way; before training, of the first."""
+        return self._planned() if self._run is None else self._run.level
+
     def _running(self) -> PrivateRun:
         if self._run is None:
             raise ConfigError("training_step belongs to train(): outside of it there is no ledger to charge")
         return self._run
+
+    def _rate(self, draw_number: int) -> float:
+        """Q of a draw; outside of training, of the plan's."""
+        return (self._planned().at(draw_number) if self._run is None else self._run.at_draw(draw_number)).sample_rate
 
     def _base_model(self) -> nn.Module:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model

@@ -8,8 +8,8 @@ What no computation can tell:
 - whether the training did what its ledger says, on the data that were declared, with weights that are these;
 - a folder in which everything (record, card, picture, ledger with its hashes) was made anew to fit together. Without the ledger, which
   may be left out, it is enough to make record, card and picture anew;
-- what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned, versions of
-  libraries, the words of a declaration when card and record are both changed.
+- what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned, levels of a schedule
+  that are not the last taken, versions of libraries, the words of a declaration when card and record are both changed.
 """
 
 import json
@@ -44,6 +44,7 @@ from hf_dp.tradeoff import RATES, tradeoff
 ROUNDING = 1e-6  # relative; another version's grid may round the other way
 SCHEMA = "privacy.schema.json"
 PLANNED = ("sample_rate", "noise_multiplier", "clip_norm", "expected_batch_size", "loss_bound")
+LEVEL = PLANNED[:4]
 SEGMENT_OF_VERSION_1 = ("sample_rate", "noise_multiplier", "clip_norm", "expected_batch_size", "num_steps")
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
 
@@ -124,8 +125,7 @@ def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
     yield _equal("the neighbouring relation is the one accounted for", record["relation"], RELATION)
     planned = math.isclose(mechanism["sample_rate"], mechanism["expected_batch_size"] / n, rel_tol=1e-12)
     yield Check("q = B / N in the plan", planned, f"q = {mechanism['sample_rate']:g}")
-    last = {name: segments[-1].get(name) for name in PLANNED} if segments else {}
-    yield _equal("the last steps are the plan's", last, {name: mechanism.get(name) for name in last})
+    yield from _plan(mechanism, segments)
     if record["schema_version"] > 1:
         yield _release(record, segments)
         noises = [s["noise"] for s in segments] or [planned_noise(mechanism)]
@@ -133,6 +133,21 @@ def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
         different = [name for name in ours if record[name] != ours[name]]
         yield Check("what is assumed, covered and not", not different, ", ".join(different) or "as it should be")
         yield _equal("how epsilon is computed", record["accountant"]["epsilon_is"], kind_of(noises)["epsilon_is"])
+
+
+def _plan(mechanism: Mapping[str, Any], segments: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """The last steps are of the plan; where it has levels, of one of them, and they are those of one plan."""
+    levels = mechanism.get("levels", [mechanism])
+    if segments:
+        last = {name: segments[-1].get(name) for name in PLANNED}
+        plans = [{"loss_bound": mechanism.get("loss_bound")} | {k: x[k] for k in last if k in x} for x in levels]
+        yield _equal("the last steps are the plan's", last, last if last in plans else plans[0])
+    if "levels" in mechanism:
+        n, first = mechanism["num_examples"], {name: mechanism[name] for name in LEVEL}
+        same = first == {name: levels[0][name] for name in LEVEL}
+        right = all(math.isclose(x["sample_rate"], x["expected_batch_size"] / n, rel_tol=1e-12) for x in levels)
+        steps = sum(x["num_steps"] for x in levels) == mechanism["num_steps_planned"]
+        yield Check("the schedule's levels are one plan", same and right and steps, f"{len(levels)} levels")
 
 
 def planned_noise(mechanism: Mapping[str, Any]) -> str:

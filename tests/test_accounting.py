@@ -277,7 +277,7 @@ def test_a_run_of_1000_steps_is_accounted_for_in_a_second() -> None:
 @pytest.mark.parametrize("before", [[], [Segment(0.02, 0.9, 150)], [Segment(0.02, 0.9, 50), Segment(0.04, 1.2, 50)]])
 def test_affordable_steps_are_the_most_that_fit(before: list[Segment]) -> None:
     step, target, delta = Segment(0.03, 1.0, 1), 3.0, 1e-5
-    n = affordable_steps(before, step, target_epsilon=target, delta=delta, at_most=2000)
+    n = affordable_steps(before, [step._replace(num_steps=2000)], target_epsilon=target, delta=delta)
     assert 0 < n < 2000
     within, beyond = (spent([*before, step._replace(num_steps=m)], delta).epsilon for m in (n, n + 1))
     assert within <= target < beyond
@@ -286,20 +286,19 @@ def test_affordable_steps_are_the_most_that_fit(before: list[Segment]) -> None:
 def test_affordable_steps_at_the_ends() -> None:
     step = Segment(0.03, 1.0, 1)
     options = {"target_epsilon": 3.0, "delta": 1e-5}
-    assert affordable_steps([], step, at_most=0, **options) == 0
-    assert affordable_steps([], step, at_most=7, **options) == 7
-    assert affordable_steps([step._replace(num_steps=5000)], step, at_most=7, **options) == 0
-    assert affordable_steps([], step._replace(noise_multiplier=0.0), at_most=7, **options) == 0
-    assert affordable_steps([], step._replace(num_steps=-99), at_most=7, **options) == 7  # not read
+    few = step._replace(num_steps=7)
+    assert affordable_steps([], [], **options) == 0
+    assert affordable_steps([], [few], **options) == 7
+    assert affordable_steps([step._replace(num_steps=5000)], [few], **options) == 0
+    assert affordable_steps([], [few._replace(noise_multiplier=0.0)], **options) == 0
+    assert affordable_steps([], [few, few._replace(noise_multiplier=0.0), few], **options) == 7
 
 
-@pytest.mark.parametrize(
-    "changed", [{"target_epsilon": math.nan}, {"target_epsilon": 0}, {"delta": 2.0}, {"at_most": -1}, {"at_most": 1.5}]
-)
+@pytest.mark.parametrize("changed", [{"target_epsilon": math.nan}, {"target_epsilon": 0}, {"delta": 2.0}])
 def test_affordable_steps_refuses_nonsense(changed: dict[str, float]) -> None:
-    options = {"target_epsilon": 3.0, "delta": 1e-5, "at_most": 7, **changed}
+    options = {"target_epsilon": 3.0, "delta": 1e-5, **changed}
     with pytest.raises(AccountingError):
-        affordable_steps([], Segment(0.03, 1.0, 1), **options)
+        affordable_steps([], [Segment(0.03, 1.0, 1)], **options)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -364,7 +363,7 @@ def test_the_derivation_has_every_number_with_its_rule_and_rounds_epsilon_up() -
     config = PrivacyConfig(target_epsilon=3.0, expected_batch_size=100, clip_norm=0.5)
     mechanism = plan(config, 5000, num_train_epochs=2)
     rows = {row.name: row for row in derivation(config, mechanism, num_train_epochs=2)}
-    exact = spent([mechanism.planned], mechanism.delta)
+    exact = spent(mechanism.segments(), mechanism.delta)
     assert rows["examples N"].value == "5,000"
     assert float(rows["sample rate q"].value) == pytest.approx(0.02)
     assert (rows["steps T"].value, rows["steps T"].rule[:4]) == ("100", "ceil")

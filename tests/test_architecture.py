@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hf_dp"
 
 # Data flows down this list: a module (or folder) imports only from those above it. A new one is given its place here.
 ORDER = """
-    errors _compat config mechanism grid epsilon tradeoff calibration accounting
+    errors _compat schedule config mechanism grid epsilon tradeoff calibration accounting
     privacy_unit chacha discrete streams forked_rng sampling microbatch loader
     losses clipping per_example noise dry_run memory forward sharding
     durable ledger_format ledger fingerprint budget release metrics audit

@@ -65,8 +65,8 @@ def test_published_settings_get_the_noise_that_is_known_for_them() -> None:
 def test_mechanism_and_plan_hold_the_very_float_that_was_evaluated() -> None:
     config = PrivacyConfig(target_epsilon=2.0, expected_batch_size=64)
     mechanism = plan(config, 3000, num_train_epochs=3)
-    assert spent([mechanism.planned], mechanism.delta).epsilon <= 2.0
-    assert mechanism.planned[:3] == (64 / 3000, mechanism.noise_multiplier, mechanism.num_steps)
+    assert spent(mechanism.segments(), mechanism.delta).epsilon <= 2.0
+    assert mechanism.segments()[0][:3] == (64 / 3000, mechanism.noise_multiplier, mechanism.num_steps)
 
 
 def test_smaller_targets_longer_runs_and_smaller_deltas_need_more_noise() -> None:

@@ -24,7 +24,7 @@ MECHANISM = Mechanism(
     delta=1e-5,
     target_epsilon=5.2,
 )
-PLAN = (MECHANISM.planned,)
+PLAN = MECHANISM.segments()
 
 
 def ledger(segments=PLAN, mechanism=MECHANISM, **changed):

@@ -244,11 +244,11 @@ def test_a_target_is_met_and_not_wasted() -> None:
     for noise in ("gaussian", "discrete"):
         m = accounting.plan(PrivacyConfig(**size, noise=noise), 42061, num_train_epochs=10)
         sigmas[noise] = m.noise_multiplier
-        assert 7.99 < spent([m.planned], m.delta).epsilon <= 8
+        assert 7.99 < spent(m.segments(), m.delta).epsilon <= 8
     assert sigmas == {"gaussian": 0.68264, "discrete": 0.71815}
     rows = {r.name: r for r in accounting.derivation(PrivacyConfig(**size, noise="discrete"), m, num_train_epochs=10)}
     assert rows["integer sensitivity D"].value == f"{integer_sensitivity(0.71815):,}"
     assert rows["epsilon"].value == rows["epsilon by RDP"].value
     assert "epsilon by PLD" not in rows
-    step = accounting.affordable_steps([], m.planned, target_epsilon=8.0, delta=8e-6, at_most=1000)
+    step = accounting.affordable_steps([], m.segments(0, 1000), target_epsilon=8.0, delta=8e-6)
     assert 410 <= step <= 412

@@ -14,7 +14,7 @@ MECHANISM = Mechanism(
 def test_derived_numbers() -> None:
     assert MECHANISM.sample_rate == 0.05
     assert MECHANISM.noise_std == 1.5 * 0.2  # on the sum: B is no part of it
-    assert MECHANISM.planned == Segment(0.05, 1.5, 60)
+    assert MECHANISM.segments() == (Segment(0.05, 1.5, 60),)
     assert (MECHANISM.unit, MECHANISM.relation) == ("record", "zero-out")
 
 

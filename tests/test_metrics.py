@@ -71,9 +71,9 @@ def test_what_the_metrics_cost_at_the_published_setting() -> None:
         num_train_epochs=10,
     )
     assert (without.noise_multiplier, with_metrics.noise_multiplier) == (0.68264, 0.68943)  # 1 % more noise
-    assert spent([with_metrics.planned], DELTA).epsilon == pytest.approx(7.996, abs=0.005)
+    assert spent(with_metrics.segments(), DELTA).epsilon == pytest.approx(7.996, abs=0.005)
     same_noise = dataclasses.replace(without, loss_bound=10.0)
-    assert spent([same_noise.planned], DELTA).epsilon == pytest.approx(8.2126, abs=0.001)
+    assert spent(same_noise.segments(), DELTA).epsilon == pytest.approx(8.2126, abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_calibration_with_metrics_never_exceeds_the_target(target: float, n: int
     """Of what is charged, the joint multiplier, and as the very float that is charged."""
     config = PrivacyConfig(target_epsilon=target, expected_batch_size=batch, log_loss_up_to=2.0)
     m = plan(config, n, num_train_epochs=1, max_steps=steps)
-    assert target * 0.998 <= spent([m.planned], m.delta).epsilon <= target
-    assert m.planned.noise_multiplier == m.joint_noise_multiplier < m.noise_multiplier
+    assert target * 0.998 <= spent(m.segments(), m.delta).epsilon <= target
+    assert m.segments()[0].noise_multiplier == m.joint_noise_multiplier < m.noise_multiplier
     assert spent([Segment(m.sample_rate, m.noise_multiplier, steps)], m.delta).epsilon < 0.995 * target
 
 
@@ -138,10 +138,13 @@ def test_one_example_moves_each_coordinate_by_a_tenth_of_c_at_most() -> None:
 
 
 def test_means_are_read_back_in_their_own_units() -> None:
-    metrics = ReleasedMetrics(clip_norm=0.7, loss_bound=2.0, expected_batch_size=10)
+    metrics, m = (
+        ReleasedMetrics(),
+        dataclasses.replace(MECHANISM, clip_norm=0.7, loss_bound=2.0, expected_batch_size=10),
+    )
     assert metrics.take() == {}
     for losses in (torch.tensor([1.0, 0.5, 5.0]), torch.tensor([2.0])):
-        metrics.add(contribution(losses, clip_norm=0.7, loss_bound=2.0))
+        metrics.add(contribution(losses, clip_norm=0.7, loss_bound=2.0), m)
     assert metrics.take() == pytest.approx({"loss": (3.5 + 2.0) / 2 / 10, "batch_size": (3 + 1) / 2})
     assert metrics.take() == {}
 
@@ -174,12 +177,12 @@ def test_every_coordinate_has_the_stated_noise(tmp_path: Path) -> None:
     m, steps = dataclasses.replace(MECHANISM, num_steps=1500), 1500
     run = PrivateRun(m, tmp_path, 0, 1)
     run.open([0] * 1000, None, seed=None)
-    metrics = ReleasedMetrics(clip_norm=m.clip_norm, loss_bound=4.0, expected_batch_size=m.expected_batch_size)
+    metrics = ReleasedMetrics()
     exact = torch.cat([torch.zeros(25), contribution(torch.full((40,), 1.5), clip_norm=m.clip_norm, loss_bound=4.0)])
     gradients, logged = [], []
     for number in range(steps):
         noisy = run.release(exact, number)
-        metrics.add(noisy[-2:])
+        metrics.add(noisy[-2:], m)
         gradients.append(noisy[:-2].numpy().copy())
         logged.append(list(metrics.take().values()))
     run.close()

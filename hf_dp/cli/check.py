@@ -36,5 +36,5 @@ def check(
         f"{report['tolerance']:.0e}); removing one moves the clipped sum by {report['sensitivity']:.4f} x C, at most 1."
     )
     if asked.privacy.budget_file is not None:
-        print(f"{budget.try_plan(Path(asked.privacy.budget_file), mechanism.planned)}.")
+        print(f"{budget.try_plan(Path(asked.privacy.budget_file), mechanism.segments())}.")
     print("Nothing was trained, nothing was written.")

@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from hf_dp.card import COVERED, INFINITE, PRIVACY_JSON, further_bounds, library_versions
-from hf_dp.card_words import attackers_limits, in_words, units
+from hf_dp.card_words import attackers_limits, in_turn, in_words, units
 from hf_dp.errors import LedgerError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
@@ -123,7 +123,7 @@ def _mechanism(record: Mapping[str, Any]) -> list[Cell]:
     segments = record["segments"] or [m]
 
     def each(name: str) -> str:
-        return ", then ".join(f"{s[name]:.6g}" for s in segments)
+        return in_turn(s[name] for s in segments)
 
     rows = [
         ("mechanism", m["name"]),

@@ -1,0 +1,113 @@
+"""A schedule in words ("exponential:0.5") and a number of steps -> levels: runs of steps with the same sigma, C and B.
+
+A schedule is a staircase, so that what is executed is what is charged: each level is one segment of the ledger and one
+(q, sigma) of the accounting, exactly, and nothing is rounded on the way. Legend: x from 0 (first level) to 1 (last), r the last
+value over the first.
+
+    linear       1 + (r - 1) x
+    exponential  r^x
+    cosine       r + (1 - r) (1 + cos(pi x)) / 2
+    step         as exponential, in two levels, or in as many as are asked for ("step:0.25:3" is 1, 1/2, 1/4)
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+MOST_LEVELS = 8  # of one schedule: an evaluation of epsilon costs about a tenth of a second for each
+LEAST_RATIO, MOST_RATIO = 0.01, 100.0
+SHAPES = ("linear", "exponential", "cosine", "step")
+
+
+class Level(NamedTuple):
+    """`num_steps` steps in a row with the same noise multiplier, clip norm and expected batch size."""
+
+    num_steps: int
+    noise_multiplier: float
+    clip_norm: float
+    expected_batch_size: int
+
+
+class Schedules(NamedTuple):
+    """How sigma, C and B go on from their first values, each in words, or None where it stays."""
+
+    noise: str | None = None
+    clip: str | None = None
+    batch: str | None = None
+
+
+def problem(text: object) -> str | None:
+    """What is wrong with a schedule in words; None where nothing is."""
+    try:
+        factors(str(text) if isinstance(text, str) else "")
+    except ValueError:
+        return (
+            f"SHAPE:RATIO, the shape one of {', '.join(SHAPES)}, the ratio of last to first value from {LEAST_RATIO:g} to "
+            f"{MOST_RATIO:g}, such as exponential:0.5; or step:RATIO:LEVELS, with 2 to {MOST_LEVELS} levels"
+        )
+    return None
+
+
+def factors(text: str | None, most: int = MOST_LEVELS) -> list[float]:
+    """Each level's value over the first one's; no more levels than `most`, the steps that there are.
+
+    Raises:
+        ValueError: no schedule, or a ratio or number of levels out of range.
+    """
+    if text is None or most < 2:
+        return [1.0]
+    shape, ratio, *rest = text.split(":")
+    r, count = float(ratio), int(rest[0]) if rest else 2 if shape == "step" else MOST_LEVELS
+    if shape not in SHAPES or not LEAST_RATIO <= r <= MOST_RATIO or len(rest) > (shape == "step"):
+        raise ValueError(text)
+    if not 2 <= count <= MOST_LEVELS:
+        raise ValueError(text)
+    count = min(count, most)
+    return [_factor(shape, r, i / (count - 1)) for i in range(count)]
+
+
+def _factor(shape: str, r: float, x: float) -> float:
+    if shape == "linear":
+        return 1 + (r - 1) * x
+    if shape == "cosine":
+        return r + (1 - r) * (1 + math.cos(math.pi * x)) / 2
+    return float(r**x)
+
+
+def mean_batch(expected_batch_size: int, text: str | None) -> float:
+    """Mean of B over levels of equal length: what an epoch is counted by."""
+    sizes = [_size(expected_batch_size * f) for f in factors(text)]
+    return sum(sizes) / len(sizes)
+
+
+def levels(first: Level, schedules: Schedules) -> tuple[Level, ...]:
+    """The whole course, from `first` (its values those of the first level, its num_steps T); equal neighbours united.
+
+    Step t of T is in level floor(t L / T) of a schedule with L levels. Sigma and C are rounded to five digits, B to a whole number
+    from 1 up, before anything is computed with them.
+    """
+    total = first.num_steps
+    noise, clip, batch = (factors(text, total) for text in schedules)
+    starts = sorted({-(-i * total // len(f)) for f in (noise, clip, batch) for i in range(len(f))})
+
+    def of_step(t: int) -> tuple[float, float, int]:
+        sigma, c, size = (f[t * len(f) // total] for f in (noise, clip, batch))
+        return (
+            _digits(first.noise_multiplier * sigma) if sigma != 1 else first.noise_multiplier,
+            _digits(first.clip_norm * c) if c != 1 else first.clip_norm,
+            _size(first.expected_batch_size * size),
+        )
+
+    runs: Iterator[tuple[int, tuple[float, float, int]]] = (
+        (end - start, of_step(start)) for start, end in pairwise([*starts, total]) if end > start
+    )
+    return tuple(Level(sum(n for n, _ in run), *values) for values, run in groupby(runs, key=lambda run: run[1]))
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.5g}")
+
+
+def _size(x: float) -> int:
+    return max(1, round(x))
