@@ -131,8 +131,9 @@ class PrivateLoop:
         self._begun = True
         try:
             records = DrawnRecords(dataset, m.num_examples)
+            rate = lambda number: self._run.at(number).sample_rate  # noqa: E731  # of a schedule each level has its own
             cut = LogicalBatchCollator(collate, 1 if m.is_discrete else max_examples)
-            for kept in PoissonSampler(m.num_examples, self._rate, m.num_steps, key=self._run.sampling_key):
+            for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=self._run.sampling_key):
                 container = cut(records.__getitems__(kept))
                 batches = [_as_mapping(batch) for batch in container[MICRO_BATCHES]]
                 self._draw, self._size, self._waits_for = Draw(batches, container[DRAW_NUMBER]), len(kept), BACKWARD
@@ -183,9 +184,6 @@ class PrivateLoop:
         self._run.write_card(Path(folder), public_eval=public_eval)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
-
-    def _rate(self, draw_number: int) -> float:
-        return self._run.at_draw(draw_number).sample_rate
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._example_losses(model, tuple(batch.values()) if all(k.isdigit() for k in batch) else batch)

@@ -114,6 +114,12 @@ class Mechanism:
         level = next((level for level, end in zip(self.levels, ends, strict=True) if step < end), self.levels[-1])
         return replace(self, levels=(), **level._asdict())
 
+    @property
+    def largest(self) -> "Mechanism":
+        """Of the level with the greatest B."""
+        sizes = [level.expected_batch_size for level in self.levels] or [0]
+        return self.at(sum(level.num_steps for level in self.levels[: sizes.index(max(sizes))]))
+
     def segments(self, start: int = 0, num_steps: int | None = None) -> tuple[Segment, ...]:
         """What so many steps from number `start` on release, run-length encoded; all T by default. The last level goes on and on."""
         levels = self.levels or (

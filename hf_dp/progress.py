@@ -52,7 +52,7 @@ def print_summary(trainer: Any) -> None:
 def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
     args, mechanism = trainer.args, trainer.mechanism
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
-    share = mechanism.expected_batch_size / args.world_size
+    share = mechanism.largest.expected_batch_size / args.world_size
     most = 1 if mechanism.is_discrete else args.per_device_train_batch_size
     micro = math.ceil(share / most)
     budget = f", at most {trainer.micro_batch_tokens} padded tokens each" if trainer.micro_batch_tokens else ""
@@ -61,7 +61,7 @@ def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
         (
             "micro-batches a step",
             f"about {micro}",
-            f"ceil(B / {args.world_size} processes / {most} examples){budget}; speed only",
+            f"ceil({'greatest ' if mechanism.levels else ''}B / {args.world_size} processes / {most} examples){budget}; speed only",
         ),
         ("max_grad_norm", "0", "clipping is per example (clip_norm); Trainer's batch clipping is off"),
     ]

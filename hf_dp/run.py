@@ -94,7 +94,7 @@ class PrivateRun:
         found = under_key(dataset, key)
         self._refuse_differences(found)
         self._shared(lambda: self._open_ledger(found, checkpoint))
-        self.level = self.at_draw(self._first_draw)
+        self.level = self.at(self._first_draw)
         self._before = self._shared(lambda: self._ledger.segments() if self._ledger else ())
         self.sampling_key = self._shared(lambda: self._key(fresh_key() if seed is None else seed))
         noise = NoiseSource(key=self._key(fresh_key() if seed is None else seed + 1)) if self._process == 0 else None
@@ -234,9 +234,9 @@ class PrivateRun:
 
     # ---- while it runs ---------------------------------------------------------------------------------------------
 
-    def at_draw(self, number: int) -> Mechanism:
-        """The mechanism of the step that takes draw `number` of this session: draws and steps are counted alike."""
-        return self.mechanism.at(self._first_step + number - self._first_draw)
+    def at(self, draw_number: int) -> Mechanism:
+        """The mechanism of the step that takes this draw of this session: draws and steps are counted alike."""
+        return self.mechanism.at(self._first_step + draw_number - self._first_draw)
 
     def release(self, clipped_sum: Tensor, draw_number: int) -> Tensor:
         """The one exit of a step: charged, noised, reduced; float32 [P]. `clipped_sum` is this process's part, flat, float32 or int64.
@@ -281,7 +281,7 @@ class PrivateRun:
                 f"expected draw {self._first_draw + len(self._taken)} for the next step of the schedule, got {draw_number}: draws must "
                 "come in their order, none left out"
             )
-        self.level = m = self.at_draw(draw_number)
+        self.level = m = self.at(draw_number)
         if self._ledger is not None:
             begin = self._ledger.begin
             begin(m.sample_rate, m.joint_noise_multiplier, m.clip_norm, m.expected_batch_size, m.noise, m.loss_bound)

@@ -53,7 +53,7 @@ def micro_batches(mechanism: Mechanism, work: Work) -> float:
     import numpy as np
     from scipy.stats import binom
 
-    drawn = binom(mechanism.num_examples, mechanism.sample_rate)
+    drawn = binom(mechanism.num_examples, mechanism.largest.sample_rate)
     low, high = (int(n) for n in drawn.ppf([TAIL, 1 - TAIL]))
     n = np.arange(low, high + 1)
     passes = np.ceil(np.ceil(n / work.num_processes) / work.examples)

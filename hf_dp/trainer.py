@@ -190,7 +190,7 @@ class DPTrainerMixin(_Host):
         dataset, collate = self._columns_for_model()
         sampler = PoissonSampler(
             self._groups or mechanism.num_examples,
-            self._rate,
+            lambda number: (self._run or mechanism).at(number).sample_rate,
             accounting.epoch_length(self.privacy, mechanism.num_examples),
             key=self._run.sampling_key if self._run is not None else None,
             process_index=self.args.process_index,
@@ -355,10 +355,6 @@ class DPTrainerMixin(_Host):
         if self._run is None:
             raise ConfigError("training_step belongs to train(): outside of it there is no ledger to charge")
         return self._run
-
-    def _rate(self, draw_number: int) -> float:
-        """Q of a draw; outside of training, of the plan's."""
-        return (self._planned().at(draw_number) if self._run is None else self._run.at_draw(draw_number)).sample_rate
 
     def _base_model(self) -> nn.Module:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model

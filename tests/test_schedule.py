@@ -370,3 +370,11 @@ def test_it_is_printed_level_by_level() -> None:
     assert rows["sigma, level by level"].value == "2, 1.4142, 1"
     assert "C, level by level" not in rows
     assert asdict(m)["levels"][0] == (10, 2.0, 1.0, 100)
+
+
+def test_the_level_with_the_greatest_batch_is_what_memory_is_planned_for() -> None:
+    first = Mechanism(1000, 10, 20, 1.0, 0.5, 1e-5)
+    assert first.largest is first
+    for text, greatest in (("linear:4", 40), ("linear:0.5", 10), ("cosine:2", 20)):
+        course = levels(Level(20, 1.0, 0.5, 10), Schedules(batch=text))
+        assert replace(first, levels=course).largest.expected_batch_size == greatest

@@ -16,11 +16,11 @@ def plan(
     target_delta: Annotated[float | None, typer.Option(help="Default: 1 / N**1.1, rounded down.")] = None,
     log_loss_up_to: Annotated[float | None, typer.Option(help="Release loss, up to this, and batch size too.")] = None,
     noise: Annotated[str, typer.Option(help="gaussian, gaussian-chacha20, or discrete.")] = "gaussian",
+    noise_schedule: Annotated[str | None, typer.Option(help="How sigma goes on, such as exponential:0.5.")] = None,
+    batch_schedule: Annotated[str | None, typer.Option(help="How B goes on, such as linear:4.")] = None,
     clip_norm: Annotated[float, typer.Option(help="C; it scales the noise and changes no epsilon.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Draw epsilon against steps into this picture.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Say what a run costs: a folder with config.json, or a name.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Say what a run costs: a model's folder or name.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Cost: LoRA of this rank on all linear layers; else all.")] = None,
     num_processes: Annotated[int | None, typer.Option(help="Cost: processes, one a GPU. Default 1.")] = None,
     per_device_train_batch_size: Annotated[int | None, typer.Option(help="Cost: of a micro-batch. Default 8.")] = None,
@@ -50,6 +50,8 @@ def plan(
         expected_batch_size=expected_batch_size,
         clip_norm=clip_norm,
         log_loss_up_to=log_loss_up_to,
+        noise_schedule=noise_schedule,
+        batch_schedule=batch_schedule,
         noise=noise,  # type: ignore[arg-type]  # any text; PrivacyConfig says which there are
     )
     mechanism = accounting.plan(privacy, num_examples, num_train_epochs=epochs or 0.0, max_steps=max_steps)
