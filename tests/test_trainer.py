@@ -34,6 +34,7 @@ LMS = (
     M.llama, M.mistral, M.qwen2, M.qwen3, M.gemma, M.gemma2, M.gemma3, M.phi3, M.gpt2, M.gpt_neox, M.opt, M.bloom
 )  # fmt: skip
 CLASSIFIERS = (partial(M.bert, pad_token_id=0), M.distilbert, M.modernbert, M.electra, M.albert, M.deberta)
+QUICK = (M.llama, M.gpt2, M.qwen3, M.gemma3, M.bloom, M.modernbert, M.deberta)  # the others are marked slow
 
 
 def brute_force(model: nn.Module, rows: Any, loss: Any, clip_norm: float) -> dict[str, Tensor]:
@@ -77,7 +78,11 @@ def test_one_step_at_q_1_without_noise_is_the_clipped_mean(case: str, micro_batc
     assert reference.relative_difference(gradients, brute_force(model, rows, loss, 0.1)) < 1e-5  # float32
 
 
-@pytest.mark.parametrize("build", [*LMS, *CLASSIFIERS], ids=lambda b: getattr(b, "__name__", "bert"))
+@pytest.mark.parametrize(
+    "build",
+    [build if build in QUICK else pytest.param(build, marks=pytest.mark.slow) for build in (*LMS, *CLASSIFIERS)],
+    ids=lambda b: getattr(b, "__name__", "bert"),
+)
 def test_and_so_it_is_for_all_weights_of_many_architectures(build: Any, tmp_path: Path) -> None:
     model = build()
     rows, loss = (
