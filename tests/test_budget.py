@@ -44,7 +44,7 @@ def take(path: Path, name: str, asked: Segment = PLAN, *charged: Segment, of: Of
     folder = path.parent / name
     folder.mkdir(exist_ok=True)
     (folder / LEDGER_NAME).touch()  # what tells a folder that was left from one that is there
-    return budget.reserve(path, folder, of, charged=charged, asked=asked, is_new=new)
+    return budget.reserve(path, folder, of, charged=charged, asked=[asked], is_new=new)
 
 
 def steps(count: int, sigma: float = PLAN.noise_multiplier) -> Segment:
@@ -478,7 +478,7 @@ def test_settling_needs_a_ledger_that_nobody_writes_and_a_run_that_is_known(path
     header = LedgerHeader(1000, "record", "zero-out", DELTA, None, False)
     with Ledger.open(folder / LEDGER_NAME, header) as ledger:
         ledger.begin(0.1, 2.0, 1.0, 100)
-        assert budget.reserve(path, folder, OF, charged=(), asked=PLAN, is_new=True) == 100
+        assert budget.reserve(path, folder, OF, charged=(), asked=[PLAN], is_new=True) == 100
         ledger.charge()
         assert "in use by another process" in str(hf_dp(path, "--settle", folder).exception)
     assert hf_dp(path, "--settle", folder).exit_code == 0
