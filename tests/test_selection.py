@@ -266,7 +266,7 @@ def test_one_run_gets_what_leaves_the_best_within_the_total():
     assert one in asked
     assert 6.0 * 0.985 < selection.spent(selection_at(one), 1e-5) <= 6.0
     assert float(f"{one:.5g}") == one
-    with pytest.raises(AccountingError, match="out of reach: 0[.]005 for the best of"):
+    with pytest.raises(AccountingError, match=r"out of reach: 0[.]005 for the best of"):
         selection.target_of_one_run(0.005, 1e-5, selection_at)
 
 

@@ -1,25 +1,24 @@
 """`hf-dp sweep`: a real little sweep from outside, what it leaves and tells, being cut off, and how it says no."""
 
+import contextlib
+import html
+import io
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import recipes as R
-import torch
 from folders import failures
 from safetensors.torch import load_file
 
-from hf_dp import accounting
+import recipes as R
+from hf_dp import accounting, selection
 from hf_dp.calibration import round_up
 from hf_dp.cli import main
 from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.selection import Selection
 from hf_dp.sweep import folder as folders
 from hf_dp.sweep import grid, outcome, run, trial
-from hf_dp.sweep.plan import Plan
 
 GRID = ["--grid", "training.learning_rate=1e-2,1", "--grid", "privacy.clip_norm=0.1,1"]
 DRAWS = (3, 0, 3)  # combinations of the trials: the second is not trained twice
@@ -54,6 +53,12 @@ def drawn(monkeypatch):
 
     of(*DRAWS)
     return of
+
+
+@pytest.fixture
+def a_quarter(monkeypatch):
+    """Each trial gets a quarter of the total, without a search for the most that it may have."""
+    monkeypatch.setattr(selection, "target_of_one_run", lambda total, *_: total / 4)
 
 
 def files(folder: Path) -> set[str]:
@@ -118,14 +123,10 @@ def test_a_sweep_leaves_one_model_with_the_epsilon_of_the_choice(hf_dp, drawn, t
     assert status == 0, out
     page = (tmp_path / "page.html").read_text()
     assert "best of a random number of runs, geometric with mean 3" in page
-    exec_ = page[page.index("import numpy as np") : page.index("  # ", page.index("import numpy as np"))]
-    import contextlib
-    import html
-    import io
-
+    by_hand = page[page.index("import numpy as np") : page.index("  # ", page.index("import numpy as np"))]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        exec(html.unescape(exec_), {})
+        exec(html.unescape(by_hand), {})
     assert float(said.getvalue()) == pytest.approx(record["epsilon"], rel=1e-5)
 
     # it has ended: no second one here
@@ -137,7 +138,7 @@ def test_a_sweep_leaves_one_model_with_the_epsilon_of_the_choice(hf_dp, drawn, t
     assert files(place) == before
 
 
-def test_a_sweep_that_is_cut_off_goes_on_where_it_was(hf_dp, drawn, tmp_path, monkeypatch):
+def test_a_sweep_that_is_cut_off_goes_on_where_it_was(hf_dp, drawn, a_quarter, tmp_path, monkeypatch):
     recipe, train = R.write(tmp_path), trial.run
     calls = []
 
@@ -174,9 +175,16 @@ def test_a_sweep_that_is_cut_off_goes_on_where_it_was(hf_dp, drawn, tmp_path, mo
     assert (place / folders.STATE).read_bytes() == state
 
     drawn()  # nothing is drawn any more
+    of_selection = outcome.card.with_selection
+    monkeypatch.setattr(outcome.card, "with_selection", lambda *_: (_ for _ in ()).throw(HfDpError("disk full")))
+    status, out, err = hf_dp(*command, "--resume")  # cut off once more, between picture and model
+    assert (status, "disk full" in err) == (2, True)
+    assert "1 trials have ended" in out
+    assert not (place / "selected").exists()
+    monkeypatch.setattr(outcome.card, "with_selection", of_selection)
     status, out, err = hf_dp(*command, "--resume")
     assert status == 0, err
-    assert "1 trials have ended" in out
+    assert "3 trials have ended" in out
     assert calls == [1, 0.01, 0.01, 1]  # the second again, the first not
     assert (place / "trials" / "01" / "trial.json").read_bytes() == first
     assert (place / folders.STATE).read_bytes() == state
@@ -190,7 +198,7 @@ def test_a_sweep_that_is_cut_off_goes_on_where_it_was(hf_dp, drawn, tmp_path, mo
     assert found["epsilon_all_published"] == all_of_them.epsilon
 
 
-def test_the_number_drawn_may_be_none(hf_dp, drawn, tmp_path):
+def test_the_number_drawn_may_be_none(hf_dp, drawn, a_quarter, tmp_path):
     drawn()
     status, out, _ = hf_dp("sweep", R.write(tmp_path), *GRID, "--distribution", "poisson", "--trials", 2)
     assert status == 1
@@ -204,7 +212,9 @@ def test_a_sweep_over_batches_steps_noise_and_lora_of_a_classifier(hf_dp, drawn,
     axes = "privacy.expected_batch_size=8,16 training.max_steps=2,4 lora.r=1,2".split()
     drawn(0, 3, 5, 7)
     recipe = R.write_classifier(tmp_path)
-    status, out, err = hf_dp("sweep", recipe, *(x for a in axes for x in ("--grid", a)), "--distribution", "logarithmic")
+    status, out, err = hf_dp(
+        "sweep", recipe, *(x for a in axes for x in ("--grid", a)), "--distribution", "logarithmic"
+    )
     assert status == 0, err
     selected = tmp_path / "out" / "selected"
     record, found = (json.loads(p.read_text()) for p in (selected / "privacy.json", tmp_path / "out" / "sweep.json"))
@@ -223,20 +233,35 @@ MISTAKES = {
     "no values": (["--grid", "training.learning_rate"], "expected section.key=value,value"),
     "an unknown key": (["--grid", "training.learning_rat=1,2"], "did you mean 'training.learning_rate'?"),
     "an unknown setting of lora": (["--grid", "lora.rr=1,2"], "lora.rr: there is no such setting"),
-    "a wrong type": (["--grid", "training.learning_rate=fast,slow"], "training.learning_rate: expected a number, got 'fast'"),
-    "a key that makes no other model": (["--grid", "training.output_dir=a,b"], "not a setting that trials may differ in"),
+    "a wrong type": (
+        ["--grid", "training.learning_rate=fast,slow"],
+        "training.learning_rate: expected a number, got 'fast'",
+    ),
+    "a key that makes no other model": (
+        ["--grid", "training.output_dir=a,b"],
+        "not a setting that trials may differ in",
+    ),
     "sigma": (["--grid", "privacy.noise_multiplier=1,2"], "all trials have the same epsilon, and the noise follows"),
     "a value twice": ([*GRID, "--grid", "lora.r=2,4,2"], "2 stands there twice"),
     "a key twice": ([*GRID, "--grid", "privacy.clip_norm=3"], "given twice"),
     "a key that is overridden": ([*GRID, "privacy.clip_norm=3"], "also given as an override"),
     "wrong values": (["--grid", "privacy.clip_norm=0,1,-1"], "clip_norm must be a finite number above 0 (got -1)"),
     "a batch above N": (["--grid", "privacy.expected_batch_size=10,41"], "at most the number of examples, 40"),
-    "a distribution": ([*GRID, "--distribution", "uniform"], "distribution must be one of geometric, logarithmic, poisson"),
+    "a distribution": (
+        [*GRID, "--distribution", "uniform"],
+        "distribution must be one of geometric, logarithmic, poisson",
+    ),
     "too few": ([*GRID, "--trials", "0"], "the mean number of trials must be a number from 1"),
-    "a fixed sigma": ([*GRID, "privacy.target_epsilon=null", "privacy.noise_multiplier=1"], "it is the total of a sweep"),
+    "a fixed sigma": (
+        [*GRID, "privacy.target_epsilon=null", "privacy.noise_multiplier=1"],
+        "it is the total of a sweep",
+    ),
     "a seed": ([*GRID, "privacy.debug_seed=1"], "privacy.debug_seed: not for a sweep"),
     "a budget file": ([*GRID, "privacy.budget_file=b.json"], "privacy.budget_file: not for a sweep"),
-    "resuming a trial": ([*GRID, "training.resume_from_checkpoint=true"], "training.resume_from_checkpoint: not for a sweep"),
+    "resuming a trial": (
+        [*GRID, "training.resume_from_checkpoint=true"],
+        "training.resume_from_checkpoint: not for a sweep",
+    ),
     "pushing": ([*GRID, "training.push_to_hub=true"], "training.push_to_hub: not for a sweep"),
     "a tracker": ([*GRID, "training.report_to=tensorboard"], "tensorboard would be told of all trials"),
     "no validation": ([*GRID, "data.validation=null"], "data.validation: missing"),
@@ -267,9 +292,18 @@ def test_a_mistake_ends_in_a_few_lines_and_leaves_nothing(mistake, hf_dp, tmp_pa
 
 
 def test_everything_wrong_is_named_at_once(hf_dp, tmp_path):
-    arguments = ["--grid", "lora.r=1,1", "--grid", "training.logging_steps=1,2", "privacy.debug_seed=1", "data.validation=null"]
+    arguments = [
+        "--grid",
+        "lora.r=1,1",
+        "--grid",
+        "training.logging_steps=1,2",
+        "privacy.debug_seed=1",
+        "data.validation=null",
+    ]
     _, _, err = hf_dp("sweep", R.write(tmp_path), *arguments)
-    assert all(word in err for word in ("stands there twice", "training.logging_steps", "debug_seed", "data.validation"))
+    assert all(
+        word in err for word in ("stands there twice", "training.logging_steps", "debug_seed", "data.validation")
+    )
 
 
 def test_a_folder_with_something_in_it_is_left_alone(hf_dp, tmp_path):
@@ -290,19 +324,27 @@ def test_several_processes_are_refused(hf_dp, tmp_path, monkeypatch):
 
 
 def test_combinations_are_the_product_of_the_grid(tmp_path):
-    found = grid.combinations(R.write(tmp_path), [], ["lora.r=1,2", 'data.prompt="{mr} ","{mr}: "', "lora.lora_dropout=0"])
+    found = grid.combinations(
+        R.write(tmp_path), [], ["lora.r=1,2", 'data.prompt="{mr} ","{mr}: "', "lora.lora_dropout=0"]
+    )
     assert [tuple(c.values.values()) for c in found] == [(r, p, 0) for r in (1, 2) for p in ("{mr} ", "{mr}: ")]
     assert [c.recipe.data.prompt for c in found[:2]] == ["{mr} ", "{mr}: "]
     assert found[3].recipe.lora == {"r": 2, "target_modules": "all-linear", "lora_dropout": 0}
 
 
-@pytest.mark.parametrize(("scores", "chosen"), [((3.0, 1.0, 2.0), 1), ((None, 5.0), 1), ((None, None), 0), ((2.0, 2.0), 0)])
+@pytest.mark.parametrize(
+    ("scores", "chosen"), [((3.0, 1.0, 2.0), 1), ((None, 5.0), 1), ((None, None), 0), ((2.0, 2.0), 0)]
+)
 def test_the_least_loss_is_the_best_and_none_is_the_worst(scores, chosen):
     assert folders.best([(Path(), {"score": s}) for s in scores]) == chosen
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    with folders.locked(tmp_path), pytest.raises(ConfigError, match="in use by another sweep"), folders.locked(tmp_path):
+    with (
+        folders.locked(tmp_path),
+        pytest.raises(ConfigError, match="in use by another sweep"),
+        folders.locked(tmp_path),
+    ):
         pass
 
 
@@ -313,20 +355,3 @@ def test_a_trial_that_charges_otherwise_than_planned_does_not_run(drawn, tmp_pat
     with pytest.raises(HfDpError, match="none of the planned"):
         trial.run(asked, ())
     assert not list(tmp_path.rglob(LEDGER_NAME))
-
-
-def test_concluding_twice_is_concluding_once(tmp_path, drawn, hf_dp, monkeypatch):
-    """Cut off between picture and model: what was half made is made again."""
-    recipe = R.write(tmp_path)
-
-    def cut_off(*_):
-        raise HfDpError("disk full")
-
-    write = outcome.card.write_card
-    monkeypatch.setattr(outcome.card, "write_card", cut_off)
-    command = ("sweep", recipe, *GRID, "--trials", 3)
-    assert "disk full" in hf_dp(*command)[2]
-    assert not (tmp_path / "out" / "selected").exists()
-    monkeypatch.setattr(outcome.card, "write_card", write)
-    assert hf_dp(*command, "--resume")[0] == 0
-    assert failures(tmp_path / "out" / "selected") == ""

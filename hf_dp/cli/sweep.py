@@ -61,7 +61,9 @@ def _swept(asked: "Asked", *, resume: bool) -> None:
         plan = run.planned(asked)
         print_table("The sweep", ("", "value", "rule"), derivation(plan, len(asked.combinations)))
         state = run.begun(asked, plan)
-        print("Begun. Should it be cut off: the same command with --resume goes on. A trial that was cut off is run anew.")
+        print(
+            "Begun. Should it be cut off: the same command with --resume goes on. A trial that was cut off is run anew."
+        )
     with _progress() as tell:
         found = run.run(asked, state, tell)
     if found is None:
