@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from hf_dp import accounting
 from hf_dp.accounting import Epsilon
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, ConfigError
-from hf_dp.mechanism import Mechanism, steps_per_epoch
+from hf_dp.mechanism import Mechanism, Segment, steps_per_epoch
 
 POINTS = 16
 AGAINST = ("steps", "sigma", "batch", "delta")
@@ -58,8 +57,14 @@ def draw_epsilon(
     if against != "steps":
         axes.axvline(curve.planned, color="0.3", linewidth=0.8, label="as planned")
     at_delta = "epsilon" if against == "delta" else f"epsilon at delta {mechanism.delta:g}"
-    axes.set(ylim=(0, None), xlabel=curve.name, ylabel=at_delta)
-    axes.set(**({"xscale": "log"} if curve.logarithmic else {"xlim": (0, None)}))
+    axes.set(xlabel=curve.name, ylabel=at_delta)
+    if curve.logarithmic:
+        axes.set(xscale="log", yscale="log" if against == "sigma" else "linear")
+    else:
+        axes.set(xlim=(0, None))
+    if against in ("sigma", "batch"):  # the only ticks: a quarter of the plan's value to four times it
+        axes.set_xticks([], minor=True)
+        axes.set_xticks([x for x in values[:: POINTS // 4]], labels=[f"{x:.3g}" for x in values[:: POINTS // 4]])
     axes.set_title(_what_is_fixed(mechanism, against, num_train_epochs), fontsize=10)
     axes.legend(frameon=False)
     try:
@@ -78,27 +83,21 @@ def curve_of(m: Mechanism, against: str, num_train_epochs: float | None = None) 
     """
     if against not in AGAINST:
         raise ConfigError(f"cannot draw epsilon against {against!r}: expected {', '.join(AGAINST)}")
-    step = m.planned
+    first = " at first" if m.levels else ""
     if against == "steps":
         steps = sorted({max(1, round(m.num_steps * (i / POINTS) ** 2)) for i in range(1, POINTS + 1)})
-        points = _points(steps, lambda t: accounting.spent([step._replace(num_steps=round(t))], m.delta))
+        points = _points(steps, lambda t: accounting.spent(m.segments(0, round(t)), m.delta))
         return Curve("steps", m.num_steps, list(points))
     if against == "sigma":
-        ratio = m.noise_multiplier / step.noise_multiplier  # of the gradient's to that of all that is released
-        points = _points(
-            _around(m.noise_multiplier),
-            lambda s: accounting.spent([step._replace(noise_multiplier=s / ratio)], m.delta),
-        )
-        return Curve("noise multiplier sigma", m.noise_multiplier, list(points), True)
+        points = _points(_around(m.noise_multiplier), lambda s: accounting.spent(_with_sigma(m, s), m.delta))
+        return Curve(f"noise multiplier sigma{first}", m.noise_multiplier, list(points), True)
     if against == "batch":
         sizes = sorted({max(1, min(m.num_examples, round(b))) for b in _around(m.expected_batch_size)})
-        points = _points(
-            sizes, lambda b: accounting.spent([_with_batch(m, round(b), num_train_epochs).planned], m.delta)
-        )
-        return Curve("expected batch size", m.expected_batch_size, list(points), True)
+        points = _points(sizes, lambda b: accounting.spent(_with_batch(m, round(b), num_train_epochs), m.delta))
+        return Curve(f"expected batch size{first}", m.expected_batch_size, list(points), True)
     low, high = max(MIN_DELTA, m.delta * 1e-4), max(m.delta, 0.999 / m.num_examples)
     deltas = [low * (high / low) ** (i / POINTS) for i in range(POINTS + 1)]
-    return Curve("delta", m.delta, list(_points(deltas, lambda d: accounting.spent([step], d))), True)
+    return Curve("delta", m.delta, list(_points(deltas, lambda d: accounting.spent(m.segments(), d))), True)
 
 
 def _points(values: list[float] | list[int], epsilon_at: Callable[[float], Epsilon]) -> Iterator[tuple[float, Epsilon]]:
@@ -113,9 +112,21 @@ def _around(value: float) -> list[float]:
     return [value * 4 ** (2 * i / POINTS - 1) for i in range(POINTS + 1)]
 
 
-def _with_batch(m: Mechanism, batch: int, epochs: float | None) -> Mechanism:
-    steps = m.num_steps if epochs is None else math.ceil(epochs * steps_per_epoch(m.num_examples, batch))
-    return replace(m, expected_batch_size=batch, num_steps=steps)
+def _with_sigma(m: Mechanism, sigma: float) -> list[Segment]:
+    """Another first sigma; those that follow in a schedule are in proportion."""
+    factor = sigma / m.noise_multiplier
+    return [s._replace(noise_multiplier=s.noise_multiplier * factor) for s in m.segments()]
+
+
+def _with_batch(m: Mechanism, batch: int, epochs: float | None) -> list[Segment]:
+    """Another first B, in proportion as well; with `epochs` so many steps that the passes over the data stay, level by level."""
+    factor = batch / m.expected_batch_size
+    if epochs is None or not m.levels:
+        steps = m.num_steps if epochs is None else math.ceil(epochs * steps_per_epoch(m.num_examples, batch))
+        found = m.segments(0, steps) if not m.levels else m.segments()
+    else:
+        found = tuple(s._replace(num_steps=max(1, round(s.num_steps / factor))) for s in m.segments())
+    return [s._replace(sample_rate=min(1.0, s.sample_rate * factor)) for s in found]
 
 
 def _what_is_fixed(m: Mechanism, against: str, epochs: float | None) -> str:

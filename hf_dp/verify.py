@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,6 +223,7 @@ def _selection(record: Mapping[str, Any], segments: Sequence[Segment]) -> Iterat
 
 def _is_begun(segments: Sequence[Segment], run: Sequence[Segment]) -> bool:
     """Whether `segments` are the plan `run`, or its beginning."""
+    segments, run = _united(segments), _united(run)
     if len(segments) > len(run):
         return False
     pairs = list(zip(segments, run, strict=False))
@@ -229,6 +231,12 @@ def _is_begun(segments: Sequence[Segment], run: Sequence[Segment]) -> bool:
     return whole and all(
         s.num_steps <= p.num_steps and s._replace(num_steps=0) == p._replace(num_steps=0) for s, p in pairs
     )
+
+
+def _united(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbours that are accounted alike as one: the ledger also tells C and B apart."""
+    runs = groupby(segments, key=lambda s: s._replace(num_steps=0))
+    return [kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs]
 
 
 def _within(epsilon: float, target: float | None, name: str) -> Iterator[Check]:

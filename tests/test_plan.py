@@ -11,6 +11,7 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
 from hf_dp import accounting
+from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import Mechanism, Segment
 from hf_dp.plots import curve_of, draw_epsilon
 
@@ -136,7 +137,7 @@ def test_a_curve_goes_through_the_plan_in_the_right_direction(against):
     assert values == sorted(set(values))
     assert values[0] < curve.planned <= values[-1]
     assert epsilons == sorted(epsilons, reverse=FALLS[against])
-    planned = accounting.spent([PLANNED.planned], PLANNED.delta).epsilon
+    planned = accounting.spent(PLANNED.segments(), PLANNED.delta).epsilon
     if curve.planned in values:  # delta's points are not among the plan's
         assert epsilons[values.index(curve.planned)] == planned
     assert epsilons[0] != epsilons[-1]
@@ -155,8 +156,8 @@ def test_with_epochs_another_batch_has_other_steps():
 def test_sigma_is_the_gradients_where_losses_are_released_with_it():
     mechanism = dataclasses.replace(PLANNED, loss_bound=5.0)
     at = dict(curve_of(mechanism, "sigma").points)[1.0]
-    assert at == accounting.spent([mechanism.planned], 5e-4)
-    assert at.epsilon > accounting.spent([PLANNED.planned], 5e-4).epsilon
+    assert at == accounting.spent(mechanism.segments(), 5e-4)
+    assert at.epsilon > accounting.spent(PLANNED.segments(), 5e-4).epsilon
 
 
 @pytest.mark.parametrize("against", FALLS)
@@ -165,3 +166,24 @@ def test_each_picture_says_what_it_is_of(against, tmp_path):
     with_text = (tmp_path / "p.svg").read_text()
     axis = {"sigma": "noise multiplier sigma", "batch": "expected batch size"}.get(against, against)
     assert f"<!-- {axis} -->" in with_text
+
+
+@pytest.mark.parametrize("against", FALLS)
+def test_a_schedule_goes_on_in_proportion(against):
+    privacy = PrivacyConfig(
+        noise_multiplier=1.0,
+        target_delta=5e-4,
+        expected_batch_size=50,
+        noise_schedule="step:0.5",
+        batch_schedule="step:2",
+    )
+    mechanism = accounting.plan(privacy, 1000, num_train_epochs=0, max_steps=40)
+    curve = curve_of(mechanism, against)
+    epsilons = [e.epsilon for _, e in curve.points]
+    assert epsilons == sorted(epsilons, reverse=FALLS[against])
+    planned = accounting.spent([Segment(0.05, 1.0, 20), Segment(0.1, 0.5, 20)], 5e-4)
+    if against in ("steps", "sigma", "batch"):
+        assert dict(curve.points)[curve.planned] == planned
+    if against == "batch":
+        doubled = accounting.spent([Segment(0.1, 1.0, 10), Segment(0.2, 0.5, 10)], 5e-4)
+        assert dict(curve_of(mechanism, "batch", 3.0).points)[100.0] == doubled

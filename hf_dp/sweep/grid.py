@@ -14,7 +14,10 @@ from hf_dp.recipe_yaml import nested, parse
 from hf_dp.settings import nearest
 
 MOST = 1000  # combinations
-PRIVACY = ("privacy.clip_norm", "privacy.expected_batch_size", "privacy.noise")
+PRIVACY = tuple(
+    f"privacy.{name}"
+    for name in "clip_norm expected_batch_size noise noise_schedule clip_schedule batch_schedule".split()
+)
 TRAINING = (
     "learning_rate weight_decay num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type "
     "lr_scheduler_kwargs warmup_steps warmup_ratio seed"

@@ -55,7 +55,7 @@ def plan(combinations: Sequence[Combination], num_units: int, distribution: str,
 
 def segments_of(mechanism: Mechanism) -> tuple[Segment, ...]:
     """What a whole run charges."""
-    return (mechanism.planned,)
+    return mechanism.segments()
 
 
 def derivation(p: Plan, num_combinations: int) -> list[Derived]:
@@ -108,6 +108,8 @@ def _planner(combinations: Sequence[Combination], num_units: int) -> Callable[[i
 
     def mechanism_of(index: int, epsilon: float) -> Mechanism:
         privacy = combinations[index].recipe.privacy
+        if any(privacy.schedules):
+            return calibrated(replace(privacy, target_epsilon=epsilon), *steps[index])
         like = calibrated(replace(privacy, target_epsilon=epsilon, clip_norm=1.0), *steps[index])
         return replace(like, clip_norm=float(privacy.clip_norm))
 
