@@ -58,13 +58,12 @@ def draw_epsilon(
         axes.axvline(curve.planned, color="0.3", linewidth=0.8, label="as planned")
     at_delta = "epsilon" if against == "delta" else f"epsilon at delta {mechanism.delta:g}"
     axes.set(xlabel=curve.name, ylabel=at_delta)
-    if curve.logarithmic:
-        axes.set(xscale="log", yscale="log" if against == "sigma" else "linear")
-    else:
-        axes.set(xlim=(0, None))
-    if against in ("sigma", "batch"):  # the only ticks: a quarter of the plan's value to four times it
+    axes.set(**({"yscale": "log"} if against == "sigma" else {"ylim": (0, None)}))
+    axes.set(**({"xscale": "log"} if curve.logarithmic else {"xlim": (0, None)}))
+    if against in ("sigma", "batch"):
+        ticks = values[:: POINTS // 4]
         axes.set_xticks([], minor=True)
-        axes.set_xticks([x for x in values[:: POINTS // 4]], labels=[f"{x:.3g}" for x in values[:: POINTS // 4]])
+        axes.set_xticks(ticks, labels=[f"{x:,.0f}" if against == "batch" else f"{x:.3g}" for x in ticks])
     axes.set_title(_what_is_fixed(mechanism, against, num_train_epochs), fontsize=10)
     axes.legend(frameon=False)
     try:

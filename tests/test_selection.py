@@ -20,6 +20,7 @@ from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
 from hf_dp.selection import SHAPES, Selection, best_of, draw_number, halting
 from hf_dp.tradeoff import RATES
+from hf_dp.verify import _is_begun
 
 E2E = Segment(0.0243, 0.8, 410)
 OTHER = Segment(0.1, 2.0, 400)  # cheaper than E2E at high orders, dearer at low ones
@@ -305,3 +306,24 @@ def test_what_is_stated_can_be_read_back():
     for distribution in SHAPES:
         whole = Selection(distribution, 5.0, ((E2E,), (OTHER, E2E._replace(noise="discrete"))), 8.0)
         assert Selection.of(json.loads(json.dumps(whole.stated(1e-5)))) == whole
+
+
+def test_the_kept_run_is_one_of_those_planned_or_its_beginning():
+    """The ledger tells clip norms apart, the plan of a selection does not."""
+    planned = (Segment(0.05, 1.0, 10), Segment(0.1, 0.5, 20))
+    sound = [
+        planned,
+        (Segment(0.05, 1.0, 4), Segment(0.05, 1.0, 6), *planned[1:]),
+        planned[:1],
+        (Segment(0.05, 1.0, 3),),
+    ]
+    wrong = [
+        (Segment(0.05, 1.0, 11),),
+        (Segment(0.05, 1.0, 9), planned[1]),
+        (*planned, planned[0]),
+        (Segment(0.05, 1.1, 10), planned[1]),
+        (planned[0], Segment(0.1, 0.5, 20, "discrete")),
+        planned[1:],
+    ]
+    assert all(_is_begun(run, planned) for run in sound)
+    assert not any(_is_begun(run, planned) for run in wrong)
