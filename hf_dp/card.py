@@ -4,14 +4,14 @@ Everything written is public: settings, counts of steps, epsilon. Nothing comput
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from hf_dp import accounting, durable
+from hf_dp import accounting, durable, selection
 from hf_dp.audit.report import Counts, audit_record
 from hf_dp.card_files import read_readme, to_json, with_front_matter, with_section
 from hf_dp.card_picture import tradeoff_svg
@@ -20,7 +20,8 @@ from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
 from hf_dp.mechanism import DISCRETE, UNIT, Mechanism, Segment, generator_of
-from hf_dp.tradeoff import RATES, tradeoff
+from hf_dp.selection import Selection
+from hf_dp.tradeoff import RATES, Tradeoff, tradeoff, tradeoff_below
 
 SCHEMA_VERSION = 2
 PRIVACY_JSON = "privacy.json"
@@ -38,6 +39,7 @@ WHOLE_NUMBERS = {
     "noise_precision": "whole numbers",
     "epsilon_is": "RDP at whole orders, an upper bound",
 }
+EPSILON_OF_SELECTION = "RDP of the best of a random number of runs, an upper bound"
 INFINITE = "infinite"  # what stands for epsilon in JSON and YAML, which have no portable word for infinity
 LIBRARIES = ("hf_dp", "torch", "transformers", "peft", "accelerate", "datasets", "dp-accounting", "numpy")
 
@@ -57,6 +59,12 @@ ASSUMPTIONS = (
     "system, which is never stored.",
     "One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",
 )
+RUN_AS_DRAWN = (
+    "The number of runs was drawn, once, by the randomness of the operating system and nobody knew it before the last one had ended; each "
+    "run drew its settings from a fixed list; none was left out, repeated or stopped because of what it showed."
+)
+OTHER_RUNS = "The other runs that this model was selected from: their models, scores, curves and number, none of which is given away."
+SCORES = "The score by which this model was selected is computed on evaluation data, whose own records this epsilon does not protect."
 SAMPLER = "Poisson: each record by itself, afresh in each step"
 GROUP_SAMPLER = (
     "Poisson: each group by itself, afresh in each step; of a drawn group one record, each as likely as another"
@@ -157,15 +165,46 @@ def privacy_record(
     }
 
 
-def sentences(declared: Mapping[str, Any], noises: Sequence[str], unit: str) -> dict[str, list[str]]:
+def with_selection(record: Mapping[str, Any], selected: Selection) -> dict[str, Any]:
+    """The record of one run -> that of the run which a selection kept: epsilon is that of the whole.
+
+    Raises:
+        AccountingError: the selection has no finite epsilon.
+    """
+    delta = record["delta"]
+    epsilon = selection.spent(selected, delta)
+    noises = [s["noise"] for s in record["segments"]]
+    return {
+        **record,
+        "epsilon": epsilon,
+        "epsilon_pld": INFINITE,
+        "epsilon_rdp": epsilon,
+        **bounds_of_selection(selected, delta),
+        "accountant": record["accountant"] | {"epsilon_is": EPSILON_OF_SELECTION},
+        **sentences(record["declared"], noises, record["unit"], selected=True),
+        "selection": selected.stated(delta),
+    }
+
+
+def sentences(
+    declared: Mapping[str, Any], noises: Sequence[str], unit: str, *, selected: bool = False
+) -> dict[str, list[str]]:
     """What is assumed, what epsilon holds for and what it does not, given what the user vouched for, kinds of noise used and unit."""
     named = ", then ".join(GENERATOR_NAMES[name] for name in sorted({*map(generator_of, noises)}, reverse=True))
     named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s")}
     arithmetic = ON_THE_GRID if {*noises} == {DISCRETE} else (IDEALIZED,)
     return {
-        "assumptions": [*arithmetic, *(text.format(generator=named, **named_unit) for text in ASSUMPTIONS)],
+        "assumptions": [
+            *arithmetic,
+            *(text.format(generator=named, **named_unit) for text in ASSUMPTIONS),
+            *([RUN_AS_DRAWN] if selected else []),
+        ],
         "covered": list(COVERED),
-        "not_covered": [PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL, *NOT_COVERED],
+        "not_covered": [
+            PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL,
+            *([OTHER_RUNS, SCORES] if selected else []),
+            *NOT_COVERED,
+        ],
     }
 
 
@@ -195,25 +234,31 @@ def further_bounds(segments: Sequence[Segment], delta: float, *, claimed: bool) 
     """Epsilon at several deltas, and the best attacker's rates; nothing where nothing is claimed."""
     if not claimed:
         return {"epsilon_at": [], "tradeoff": None}
-    curve = tradeoff(segments, delta)
+    return _bounds(tradeoff(segments, delta), delta, lambda d: accounting.spent(segments, d).epsilon)
+
+
+def bounds_of_selection(selected: Selection, delta: float) -> dict[str, Any]:
+    """The same of the run that a selection kept."""
+    top = selection.spent(selected, delta)
+    curve = tradeoff_below(top, delta, lambda epsilons: selection.deltas(selected, epsilons))
+    return _bounds(curve, delta, lambda d: selection.spent(selected, d))
+
+
+def _bounds(curve: Tradeoff, delta: float, epsilon_at: Callable[[float], float]) -> dict[str, Any]:
+    """Epsilon at delta and at a tenth, a hundredth and a thousandth of it, as far down as an accountant has an answer; and the curve."""
+    found = []
+    for divisor in (1, 10, 100, 1000):
+        if delta / divisor >= MIN_DELTA:
+            with suppress(AccountingError):
+                found.append({"delta": delta / divisor, "epsilon": epsilon_at(delta / divisor)})
     return {
-        "epsilon_at": epsilons_at(segments, delta),
+        "epsilon_at": found,
         "tradeoff": {
             "advantage": curve.advantage,
             "false_positive_rates": list(RATES),
             "true_positive_rates": list(curve.true_positive_rates),
         },
     }
-
-
-def epsilons_at(segments: Sequence[Segment], delta: float) -> list[dict[str, float]]:
-    """Epsilon at delta and at a tenth, a hundredth and a thousandth of it, as far down as an accountant has an answer."""
-    found = []
-    for divisor in (1, 10, 100, 1000):
-        if delta / divisor >= MIN_DELTA:
-            with suppress(AccountingError):
-                found.append({"delta": delta / divisor, "epsilon": accounting.spent(segments, delta / divisor).epsilon})
-    return found
 
 
 def _mechanism(m: Mechanism) -> dict[str, Any]:

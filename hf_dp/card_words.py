@@ -32,6 +32,7 @@ def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
         "num_steps": _one_or_all(_of_segments(record, "num_steps")),
         "clip_norm": _one_or_all(_of_segments(record, "clip_norm")),
         "accountant": _accountant(record),
+        **({"selection": selection_in_short(record["selection"])} if "selection" in record else {}),
     } | ({} if record["private"] else {"not_private": record["reason"]})
 
 
@@ -47,6 +48,7 @@ def section(record: Mapping[str, Any]) -> str:
         "picture": PICTURE,
     }
     text = Template(files("hf_dp").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+    text = _with_selection(text, record["selection"]) if "selection" in record else text
     return _with_audit(text, record["audit"]) if "audit" in record else text
 
 
@@ -72,13 +74,38 @@ def in_words(record: Mapping[str, Any]) -> dict[str, str]:
         shown["epsilon_rdp"] = str(_rounded_up(record["epsilon_rdp"], digits=4))
         discrete = DISCRETE in _of_segments(record, "noise")
         shown["any_accountant"] = "Rényi accounting at whole orders" if discrete else "any accountant"
+        shown["whence"] = "the segments and delta"
         shown["other_bound"] = (
             "at whole orders, which discrete noise is proved for; no other bound is claimed"
             if discrete
             else f"an independent bound by Rényi accounting is {shown['epsilon_rdp']}"
         )
+        if "selection" in record:
+            shown["any_accountant"] = (
+                "Rényi accounting of repeated selection (dp-accounting's `RepeatAndSelectDpEvent`)"
+            )
+            shown["whence"] = "the runs, the distribution and delta"
+            shown["other_bound"] = "the selection included; no other bound is claimed"
         shown |= _of_attackers(record) if record.get("tradeoff") else {}
     return shown
+
+
+def selection_in_short(selection: Mapping[str, Any]) -> str:
+    """In a line."""
+    return f"best of a random number of runs, {selection['distribution']} with mean {selection['mean']:g}"
+
+
+def _with_selection(text: str, selection: Mapping[str, Any]) -> str:
+    """The section and, after its first paragraph, what was selected from what."""
+    head, first, rest = text.split("\n\n", 2)
+    words = (
+        "**Selected from a random number of runs.** This training was run a number of times drawn from the "
+        f"{selection['distribution']} distribution with mean {selection['mean']:g}, each time with settings drawn from a fixed list "
+        "and fresh randomness, and the model with the best score was kept. Epsilon, and all that follows from it here, is that of "
+        "the whole: the runs, their number and the choice. A single run by itself has epsilon "
+        f"{_rounded_up(selection['epsilon_of_one_run'], digits=3)}. What else the runs gave is not part of this model and not covered."
+    )
+    return f"{head}\n\n{first}\n\n{words}\n\n{rest}"
 
 
 def attackers_limits(record: Mapping[str, Any]) -> list[tuple[str, str]]:

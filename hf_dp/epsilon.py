@@ -82,6 +82,23 @@ def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float
     return [min(1.0, float(d) + _rounding(merged)) for d in found]
 
 
+def divergences(segments: Sequence[Segment]) -> tuple[Any, Any]:
+    """Rényi orders, and the divergence of all steps together at each, an upper bound; with discrete noise the whole orders alone.
+
+    Raises:
+        AccountingError: as in `spent`, or there are no steps, or one without noise.
+    """
+    from dp_accounting import rdp
+
+    merged = _merged(segments, ())
+    if not merged or any(s.noise_multiplier == 0 for s in merged):
+        raise AccountingError(f"Divergences are of steps with noise (got {tuple(segments)!r}).")
+    if _is_discrete(merged):
+        return _at_whole_orders(merged)
+    orders = rdp.RdpAccountant().orders
+    return orders, sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+
+
 def _merged(segments: Sequence[Segment], problems: Iterable[str]) -> tuple[Segment, ...]:
     """`segments` with equal (q, sigma) united, discrete ones apart, sorted, none without steps.
 

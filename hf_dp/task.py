@@ -1,5 +1,6 @@
 """Recipe -> everything that a training needs: model with LoRA, tokenizer, data sets, collator, metrics; and `DPTrainer` over it."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_dp import accounting, data_files, losses
+from hf_dp import accounting, data_files, durable, losses
 from hf_dp import data as examples
 from hf_dp.config import AuditConfig
 from hf_dp.errors import HfDpError, RecipeError
@@ -150,6 +151,15 @@ def evaluate(trainer: Any) -> Metrics:
     measured = trainer.evaluate()
     wanted = ("loss", "nats_per_character", "accuracy")
     return {name: measured[f"eval_{name}"] for name in wanted if f"eval_{name}" in measured}
+
+
+def save_class_names(trainer: Any, recipe: Recipe) -> None:
+    """A classifier's adapter has no config.json in its folder, so that the names of its classes would be lost."""
+    if recipe.lora is None or recipe.model.task != "sequence_classification":
+        return
+    names, path = trainer.model.config.id2label, recipe.output_dir / "classes.json"
+    durable.replace(path, (json.dumps(names, indent=2, ensure_ascii=False) + "\n").encode())
+    print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={len(names)}")
 
 
 # ---- model and tokenizer --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ gives an upper bound too.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from hf_dp.epsilon import deltas, spent
@@ -40,11 +40,15 @@ def tradeoff(segments: Sequence[Segment], delta: float) -> Tradeoff:
     Raises:
         AccountingError: as in `epsilon.spent`.
     """
-    top = spent(segments, delta).epsilon
+    return tradeoff_below(spent(segments, delta).epsilon, delta, lambda epsilons: deltas(segments, epsilons))
+
+
+def tradeoff_below(top: float, delta: float, deltas_at: Callable[[Sequence[float]], Sequence[float]]) -> Tradeoff:
+    """The same of any mechanism that is (top, delta)-DP, and (e, deltas_at([e]))-DP for each e below."""
     if math.isinf(top):
         return Tradeoff(1.0, (1.0,) * len(RATES))
     epsilons = [top * i / PAIRS for i in range(PAIRS)]
-    pairs = [*zip(epsilons, deltas(segments, epsilons), strict=True), (top, delta if top else 0.0)]
+    pairs = [*zip(epsilons, deltas_at(epsilons), strict=True), (top, delta if top else 0.0)]
     return Tradeoff(pairs[0][1], tuple(min(_bound(a, e, d) for e, d in pairs) for a in RATES))
 
 

@@ -8,6 +8,7 @@ What no computation can tell:
 - whether the training did what its ledger says, on the data that were declared, with weights that are these;
 - a folder in which everything (record, card, picture, ledger with its hashes) was made anew to fit together. Without the ledger, which
   may be left out, it is enough to make record, card and picture anew;
+- whether a model that was selected from several runs was selected as it says, and from no other runs than it lists;
 - what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned, levels of a schedule
   that are not the last taken, versions of libraries, the words of a declaration when card and record are both changed.
 """
@@ -16,19 +17,22 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_dp import accounting
+from hf_dp import accounting, selection
 from hf_dp.audit.report import computed_again
 from hf_dp.card import (
+    EPSILON_OF_SELECTION,
     GENERATORS,
     INFINITE,
     PRIVACY_JSON,
     SCHEMA_VERSION,
     TAGS,
     WHOLE_NUMBERS,
-    epsilons_at,
+    bounds_of_selection,
+    further_bounds,
     kind_of,
     sampler,
     sentences,
@@ -39,7 +43,8 @@ from hf_dp.card_words import PICTURE, released, section, yaml_block
 from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
 from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm
-from hf_dp.tradeoff import RATES, tradeoff
+from hf_dp.selection import Selection
+from hf_dp.tradeoff import RATES
 
 ROUNDING = 1e-6  # relative; another version's grid may round the other way
 SCHEMA = "privacy.schema.json"
@@ -129,10 +134,12 @@ def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
     if record["schema_version"] > 1:
         yield _release(record, segments)
         noises = [s["noise"] for s in segments] or [planned_noise(mechanism)]
-        ours = sentences(record["declared"], noises, record["unit"])
+        selected = "selection" in record
+        ours = sentences(record["declared"], noises, record["unit"], selected=selected)
         different = [name for name in ours if record[name] != ours[name]]
         yield Check("what is assumed, covered and not", not different, ", ".join(different) or "as it should be")
-        yield _equal("how epsilon is computed", record["accountant"]["epsilon_is"], kind_of(noises)["epsilon_is"])
+        epsilon_is = EPSILON_OF_SELECTION if selected else kind_of(noises)["epsilon_is"]
+        yield _equal("how epsilon is computed", record["accountant"]["epsilon_is"], epsilon_is)
 
 
 def _plan(mechanism: Mapping[str, Any], segments: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
@@ -185,14 +192,57 @@ def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
     except AccountingError as error:
         yield Check("epsilon can be computed from the segments", False, str(error))
         return
+    yield from _within(ours.epsilon, record["mechanism"]["target_epsilon"], "epsilon")
+    if "selection" in record:
+        yield from _selection(record, segments)
+        return
     for name, value in (("epsilon", ours.epsilon), ("epsilon_pld", ours.pld), ("epsilon_rdp", ours.rdp)):
         yield _agrees(name, record[name], value)
-    target = record["mechanism"]["target_epsilon"]
-    if target is not None:
-        within = ours.epsilon <= target * (1 + ROUNDING)
-        yield Check("epsilon is within the target", within, f"{ours.epsilon:.6g} of {target}")
     if record["schema_version"] > 1:
-        yield _further_bounds(record, segments)
+        yield _further_bounds(record, further_bounds(segments, record["delta"], claimed=True))
+
+
+def _selection(record: Mapping[str, Any], segments: Sequence[Segment]) -> Iterator[Check]:
+    """Epsilon of the whole, from the runs that were planned; the one that was kept is one of them, as its own segments say."""
+    stated, delta = record["selection"], record["delta"]
+    try:
+        selected = Selection.of(stated)
+        ours, again = selection.spent(selected, delta), selected.stated(delta)
+    except AccountingError as error:
+        yield Check("epsilon of the selection can be computed", False, str(error))
+        return
+    yield from _within(ours, stated["target_epsilon"], "epsilon of the selection")
+    for name, value in (("epsilon", ours), ("epsilon_pld", math.inf), ("epsilon_rdp", ours)):
+        yield _agrees(name, record[name], value)
+    yield _agrees("epsilon of one run", stated["epsilon_of_one_run"], again["epsilon_of_one_run"])
+    yield _equal("shape of the distribution", stated["shape"], again["shape"])
+    kept = any(_is_begun(segments, run) for run in selected.mechanisms)
+    yield Check("the run that was kept is one of the runs planned", kept, f"{len(selected.mechanisms)} kinds of run")
+    yield _further_bounds(record, bounds_of_selection(selected, delta))
+
+
+def _is_begun(segments: Sequence[Segment], run: Sequence[Segment]) -> bool:
+    """Whether `segments` are the plan `run`, or its beginning."""
+    segments, run = _united(segments), _united(run)
+    if len(segments) > len(run):
+        return False
+    pairs = list(zip(segments, run, strict=False))
+    whole = all(s == planned for s, planned in pairs[:-1])
+    return whole and all(
+        s.num_steps <= p.num_steps and s._replace(num_steps=0) == p._replace(num_steps=0) for s, p in pairs
+    )
+
+
+def _united(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbours that are accounted alike as one: the ledger also tells C and B apart."""
+    runs = groupby(segments, key=lambda s: s._replace(num_steps=0))
+    return [kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs]
+
+
+def _within(epsilon: float, target: float | None, name: str) -> Iterator[Check]:
+    if target is not None:
+        within = epsilon <= target * (1 + ROUNDING)
+        yield Check(f"{name} is within the target", within, f"{epsilon:.6g} of {target}")
 
 
 def _audit(record: Mapping[str, Any]) -> Iterator[Check]:
@@ -212,12 +262,11 @@ def _audit(record: Mapping[str, Any]) -> Iterator[Check]:
     yield Check("the audit does not refute the claim", not ours["refuted"], found)
 
 
-def _further_bounds(record: Mapping[str, Any], segments: Sequence[Segment]) -> Check:
+def _further_bounds(record: Mapping[str, Any], computed: Mapping[str, Any]) -> Check:
     """Epsilon at other deltas and the attacker's rates, each as `_agrees` has it."""
-    delta, stated = record["delta"], record["tradeoff"]
-    ours, expected = tradeoff(segments, delta), epsilons_at(segments, delta)
-    pairs = [(stated["advantage"], ours.advantage)]
-    pairs += zip(stated["true_positive_rates"], ours.true_positive_rates, strict=False)
+    stated, ours, expected = record["tradeoff"], computed["tradeoff"], computed["epsilon_at"]
+    pairs = [(stated["advantage"], ours["advantage"])]
+    pairs += zip(stated["true_positive_rates"], ours["true_positive_rates"], strict=False)
     pairs += ((a["epsilon"], b["epsilon"]) for a, b in zip(record["epsilon_at"], expected, strict=False))
     same = (
         stated["false_positive_rates"] == list(RATES)

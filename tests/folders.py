@@ -6,6 +6,7 @@ from hf_dp import card
 from hf_dp.audit.report import Counts
 from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader
 from hf_dp.mechanism import Mechanism
+from hf_dp.selection import Selection
 from hf_dp.verify import verify
 
 N, STEPS, DELTA = 1000, 12, 1e-4
@@ -21,6 +22,7 @@ def model_folder(
     public_eval: bool = True,
     noise: str = "gaussian",
     audit: Counts | None = None,
+    selection: Selection | None = None,
 ) -> Path:
     """What a run leaves: ledger, privacy.json and card, by the code that a run uses."""
     mechanism = Mechanism(
@@ -44,7 +46,7 @@ def model_folder(
         record = card.privacy_record(
             mechanism, ledger.record(), libraries={"hf_dp": "0"}, declared={"public_eval": public_eval}, audit=audit
         )
-    card.write_card(folder, record)
+    card.write_card(folder, record if selection is None else card.with_selection(record, selection))
     return folder
 
 

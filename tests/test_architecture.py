@@ -14,22 +14,22 @@ PACKAGE = ROOT / "hf_dp"
 
 # Data flows down this list: a module (or folder) imports only from those above it. A new one is given its place here.
 ORDER = """
-    errors _compat schedule config mechanism grid epsilon tradeoff calibration accounting
+    errors _compat schedule config mechanism grid epsilon tradeoff calibration accounting selection
     privacy_unit chacha discrete streams forked_rng sampling microbatch loader
     losses clipping per_example noise dry_run memory forward sharding
     durable ledger_format ledger fingerprint budget release metrics audit
     card_files card_words card_picture card verify report
     run_cost model_shapes
     run loop options progress planning canaries trainer
-    settings template recipe_yaml recipe data_files data task plots
+    settings template recipe_yaml recipe data_files data task plots sweep
     cli demo
 """.split()
 PURE = {"losses", "clipping", "per_example", "noise"}  # take tensors and floats
 NOT_FOR_PURE = {"config", "mechanism", "epsilon", "calibration", "accounting"}
-LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.ledger hf_dp.budget hf_dp.card hf_dp.cli".split()
+LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.accounting hf_dp.selection hf_dp.ledger hf_dp.budget hf_dp.card hf_dp.cli".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
 # The command line's verbs: each parameter is an option that typer shows.
-VERBS = {"train", "check", "plan", "verify", "budget", "card", "push", "audit", "report"}
+VERBS = {"train", "check", "plan", "verify", "budget", "card", "push", "audit", "report", "sweep"}
 # They stand in for functions of torch.nn.functional and of torch, whose signatures are not ours.
 MIRRORS = {"embedding", "conv2d", "multi_head_attention", "recurrent"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6

@@ -21,6 +21,8 @@ from hf_dp import card
 from hf_dp.audit.report import Counts, audit_record
 from hf_dp.ledger import LEDGER_NAME
 from hf_dp.ledger_format import GENESIS, HASH_FIELD, encode
+from hf_dp.mechanism import Segment
+from hf_dp.selection import Selection
 from hf_dp.verify import SCHEMA, verify
 
 Path_ = tuple[str | int, ...]
@@ -34,6 +36,9 @@ UNTOLD_WITH_CARD = UNTOLD_ALONE | {("accountant", "version"), ("mechanism", "num
 # what an audit counted, where the bounds do not follow from it, and areas under curves, which need the scores
 UNTOLD_WITH_CARD |= {("audit", "guesses", 0, 1), ("audit", "guesses", 2, 1)}
 UNTOLD_WITH_CARD |= {("audit", "area_under_curve"), ("audit", "control_area_under_curve")}
+# what a sweep was planned to stay within
+UNTOLD_ALONE |= {("selection", "target_epsilon")}
+UNTOLD_WITH_CARD |= UNTOLD_ALONE
 COUNTS = Counts("gradient", 300, ((30, 17), (90, 70), (300, 165)), 0.6, 0.6)
 
 
@@ -138,6 +143,32 @@ def test_a_changed_field_of_a_discrete_run_is_caught(tmp_path: Path) -> None:
     as_gaussian = [segment | {"noise": "gaussian"} for segment in record["segments"]]
     card.write_card(whole, record | {"segments": as_gaussian})
     assert failures(whole)
+
+
+def test_a_changed_field_of_a_selected_run_is_caught(tmp_path: Path) -> None:
+    """Every one, alone and with the card rendered again; the words that say how epsilon was computed; and the block left out."""
+    selection = Selection("geometric", 4.0, ((Segment(0.05, 1.0, 12),),), 30.0)
+    whole = model_folder(tmp_path / "sound", selection=selection)
+    assert failures(whole) == ""
+    record = json.loads((whole / card.PRIVACY_JSON).read_text())
+    for number, at in enumerate(leaves(record)):
+        copied = Path(shutil.copytree(whole, tmp_path / str(number)))
+        edited = edit(copied, at)
+        assert bool(failures(copied)) == (at not in UNTOLD_ALONE), at
+        with contextlib.suppress(ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            card.write_card(copied, edited)
+        assert bool(failures(copied)) == (at not in UNTOLD_WITH_CARD), at
+    forged = {
+        "epsilon_is": record | {"accountant": record["accountant"] | {"epsilon_is": card.GAUSSIAN["epsilon_is"]}},
+        "not_covered": record | {"not_covered": [s for s in record["not_covered"] if "other runs" not in s]},
+        "selection": {name: value for name, value in record.items() if name != "selection"},
+        "distribution": record | {"selection": record["selection"] | {"distribution": "logarithmic", "shape": 0.0}},
+        "other runs": record
+        | {"selection": Selection("geometric", 4.0, ((Segment(0.05, 1.01, 12),),), 30.0).stated(1e-4)},
+    }
+    for name, changed_record in forged.items():
+        card.write_card(whole, changed_record)
+        assert failures(whole), name
 
 
 @pytest.mark.parametrize("field", RECORD)
@@ -260,7 +291,7 @@ def test_the_schema_is_one_and_explains_every_field() -> None:
     known = copy.deepcopy(RECORD)
     for name in known["mechanism"]:
         assert name in schema["properties"]["mechanism"]["properties"]
-    assert known.keys() == schema["properties"].keys()
+    assert {*known, "selection"} == {*schema["properties"]}
 
 
 def test_the_schema_is_shipped() -> None:

@@ -14,6 +14,7 @@ from hf_dp.cli.check import check
 from hf_dp.cli.plan import plan
 from hf_dp.cli.push import push
 from hf_dp.cli.report import report
+from hf_dp.cli.sweep import sweep
 from hf_dp.cli.train import train
 from hf_dp.cli.verify import verify
 from hf_dp.errors import HfDpError
@@ -36,6 +37,7 @@ app.command()(report)
 app.command()(push)
 app.command()(budget)
 app.command()(audit)
+app.command()(sweep)
 
 
 def main() -> None:

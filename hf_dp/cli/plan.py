@@ -19,7 +19,10 @@ def plan(
     noise_schedule: Annotated[str | None, typer.Option(help="How sigma goes on, such as exponential:0.5.")] = None,
     batch_schedule: Annotated[str | None, typer.Option(help="How B goes on, such as linear:4.")] = None,
     clip_norm: Annotated[float, typer.Option(help="C; it scales the noise and changes no epsilon.")] = 1.0,
-    plot: Annotated[Path | None, typer.Option(help="Draw epsilon against steps into this picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw epsilon into this picture (png, svg, pdf).")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="--plot: against steps (default), sigma, batch or delta; all else as planned.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Say what a run costs: a model's folder or name.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Cost: LoRA of this rank on all linear layers; else all.")] = None,
     num_processes: Annotated[int | None, typer.Option(help="Cost: processes, one a GPU. Default 1.")] = None,
@@ -35,6 +38,8 @@ def plan(
 
     if (epochs is None) == (max_steps <= 0):
         raise ConfigError("give exactly one of --epochs and --max-steps")
+    if against and not plot:
+        raise ConfigError("--against says what a picture is of: add --plot FILE")
     work = {
         "lora_r": lora_r,
         "num_processes": num_processes,
@@ -61,10 +66,14 @@ def plan(
     if model is not None:
         print_table("What a run costs", ("", "value", "rule"), _cost(mechanism, model, work))
     if plot is not None:
-        from hf_dp.plots import draw_epsilon
+        _draw(mechanism, plot, against or "steps", epochs)
 
-        draw_epsilon(mechanism, plot)
-        print(f"Epsilon against steps: {plot}")
+
+def _draw(mechanism: Any, plot: Path, against: str, epochs: float | None) -> None:
+    from hf_dp.plots import draw_epsilon
+
+    draw_epsilon(mechanism, plot, against, epochs)
+    print(f"Epsilon against {against}: {plot}")
 
 
 def _refuse_work(model: str | None, work: dict[str, int | None]) -> None:

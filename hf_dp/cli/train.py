@@ -1,6 +1,5 @@
 """A recipe -> a private model with its card in the output folder: the whole run."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,17 +42,7 @@ def _run(asked: Any) -> None:
         if after:
             print_metrics(before, after)
         _print_end(trainer, asked)
-        if asked.lora is not None and asked.model.task == "sequence_classification":
-            _name_classes(trainer.model.config.id2label, asked.output_dir)
-
-
-def _name_classes(names: dict[int, str], folder: Path) -> None:
-    """An adapter's folder has no config.json, so that the names of its classes would be lost."""
-    from hf_dp import durable
-
-    path = folder / "classes.json"
-    durable.replace(path, (json.dumps(names, indent=2, ensure_ascii=False) + "\n").encode())
-    print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={len(names)}")
+        task.save_class_names(trainer, asked)
 
 
 def _print_end(trainer: Any, asked: Any) -> None:

@@ -58,7 +58,8 @@ def _epsilon(record: Mapping[str, Any]) -> str:
     axes = Axes("Epsilon over steps", "steps charged", f"epsilon at delta {delta:g}")
     target = record["mechanism"]["target_epsilon"]
     guide = None if target is None else (f"target {target:g}", [(0.0, target), (points[-1][0], target)])
-    return line_chart({"epsilon spent, computed from the record": points}, axes, guide)
+    name = "epsilon of this run by itself" if "selection" in record else "epsilon spent, computed from the record"
+    return line_chart({name: points}, axes, guide)
 
 
 def epsilons(segments: Sequence[Mapping[str, Any]], delta: float) -> list[Point]:

@@ -13,10 +13,10 @@ from string import Template
 from typing import Any
 
 from hf_dp.card import COVERED, INFINITE, PRIVACY_JSON, further_bounds, library_versions
-from hf_dp.card_words import attackers_limits, in_turn, in_words, units
+from hf_dp.card_words import attackers_limits, in_turn, in_words, selection_in_short, units
 from hf_dp.errors import LedgerError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.mechanism import Segment
+from hf_dp.mechanism import DISCRETE, Segment
 from hf_dp.report.curves import curves
 from hf_dp.report.training import trained
 from hf_dp.verify import Check
@@ -115,7 +115,12 @@ def _figures(record: Mapping[str, Any]) -> Html:
 
 def _claim(record: Mapping[str, Any]) -> Html:
     lists = {name: _list(record[name]) for name in ("covered", "assumptions", "not_covered")}
-    return _filled("claim.html", in_words(record) | lists)
+    selected = (
+        f"<p><b>Selected</b>: {escape(selection_in_short(record['selection']))}. Epsilon is that of the whole, the choice included.</p>\n"
+        if "selection" in record
+        else ""
+    )
+    return _filled("claim.html", in_words(record) | lists | {"selected": Html(selected)})
 
 
 def _mechanism(record: Mapping[str, Any]) -> list[Cell]:
@@ -142,11 +147,20 @@ def _mechanism(record: Mapping[str, Any]) -> list[Cell]:
         ("epsilon", f"{record['epsilon']} (stated)"),
         ("by privacy loss distributions; by Rényi accounting", f"{record['epsilon_pld']}; {record['epsilon_rdp']}"),
         ("delta", record["delta"]),
-        ("target epsilon", "none" if m["target_epsilon"] is None else m["target_epsilon"]),
+        ("target epsilon", _target(record)),
         ("accountant", f"{record['accountant']['name']} {record['accountant']['version']}"),
     ]
+    if "selection" in record:
+        of_one = f"{record['selection']['epsilon_of_one_run']:.4g}"
+        rows.append(("selected", f"{selection_in_short(record['selection'])}; a run by itself has epsilon {of_one}"))
     further = "; ".join(f"{at['epsilon']:.4g} at {at['delta']:.3g}" for at in record.get("epsilon_at", ())[1:])
     return [*rows, ("epsilon at other deltas", further)] if further else rows
+
+
+def _target(record: Mapping[str, Any]) -> Any:
+    if "selection" in record:
+        return f"{record['selection']['target_epsilon']} of the whole, {record['mechanism']['target_epsilon']} of a run"
+    return "none" if record["mechanism"]["target_epsilon"] is None else record["mechanism"]["target_epsilon"]
 
 
 def _ledger(folder: Path) -> list[Cell]:
@@ -205,7 +219,8 @@ def _again(folder: Path, record: Mapping[str, Any], *, verified: bool) -> Html:
         (f"SHA-256 of {name}", Html(f"<code>{hashlib.sha256((folder / name).read_bytes()).hexdigest()}</code>"))
         for name in names
     )
-    by_hand = _by_hand(record) if verified and record["private"] and record["segments"] else ""
+    write = _selection_by_hand if "selection" in record else _by_hand
+    by_hand = write(record) if verified and record["private"] and record["segments"] else ""
     return Html(
         "<p><code>hf-dp verify FOLDER_OR_REPOSITORY</code> repeats the checks, and <code>hf-dp report FOLDER_OR_REPOSITORY</code> "
         f"makes this page again. The files that were looked at:</p>\n{digests}\n{by_hand}"
@@ -227,4 +242,31 @@ accountant = {made}NeighboringRelation.REPLACE_SPECIAL)
 for q, sigma, steps in {steps}:
     accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
 print(accountant.get_epsilon({record["delta"]}))  # {record[stated]:.6g}, but for rounding"""
+    return _as_code(code)
+
+
+def _selection_by_hand(record: Mapping[str, Any]) -> Html:
+    s = record["selection"]
+    runs = [[(g["sample_rate"], g["noise_multiplier"], g["num_steps"]) for g in run] for run in s["mechanisms"]]
+    whole = any(g["noise"] == DISCRETE for run in s["mechanisms"] for g in run)
+    orders = "[*range(2, 64), 128, 256, 512, 1024]" if whole else "RdpAccountant().orders"
+    shape = 'float("inf")' if s["shape"] == INFINITE else s["shape"]
+    code = f"""\
+import numpy as np
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp.rdp_privacy_accountant import _compute_rdp_repeat_and_select, compute_epsilon
+
+orders, curves = {orders}, []
+for run in {runs}:
+    accountant = RdpAccountant(orders, NeighboringRelation.REPLACE_SPECIAL)
+    for q, sigma, steps in run:
+        accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
+    curves.append(accountant.rdp)
+best = _compute_rdp_repeat_and_select(orders, np.max(curves, axis=0), mean={s["mean"]}, shape={shape})
+print(compute_epsilon(orders, best, {record["delta"]})[0])  # {record["epsilon_rdp"]:.6g}, but for rounding"""
+    return _as_code(code)
+
+
+def _as_code(code: str) -> Html:
     return Html(f"<p>Epsilon without hf_dp, in Python with Google's dp-accounting:</p>\n<pre>{escape(code)}</pre>")

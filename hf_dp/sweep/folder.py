@@ -1,0 +1,174 @@
+"""The folder of a sweep: what was drawn for it, and its trials, each there whole or not at all.
+
+    _sweep.json         what was asked, the plan, and the secret draws: how many trials, and of which combinations
+    running/            the trial that is under way; every one of them runs here, so that no file of a model tells its number
+    trials/03/          one that has ended: ledger, log and trial.json; the models of all but the best are removed
+    unfinished/01/      one that was cut off: its ledger; another draw of the same combination takes its place
+    selected/           the model with its card: all that the epsilon on the card covers
+
+Everything but `selected` is private. A sweep goes on where it was cut off, and is never begun twice.
+"""
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+
+from hf_dp import durable
+from hf_dp.errors import ConfigError, LedgerError
+from hf_dp.fingerprint import KEY_NAME
+from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.mechanism import Segment
+from hf_dp.selection import Selection, draw_number
+from hf_dp.sweep.plan import Plan
+
+STATE, LOCK = "_sweep.json", "_sweep.lock"  # Trainer and `hf-dp push` leave such names out of what they upload
+TRIAL = "trial.json"
+SELECTED = "selected"
+KEPT = (TRIAL, LEDGER_NAME, "log.txt")  # of a trial that was not selected
+
+
+class State(NamedTuple):
+    """What is fixed before the first trial. `draws` is secret: for each trial the number of its combination."""
+
+    asked: Mapping[str, Any]
+    plan: Plan
+    draws: tuple[int, ...]
+    data: str
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time.
+
+    Raises:
+        ConfigError: another one has it.
+    """
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(f"{folder} is in use by another sweep: wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises:
+    ConfigError: there is something in the folder already.
+    """
+    if (folder / STATE).exists():
+        raise ConfigError(
+            f"{folder} holds a sweep already: go on with it by --resume. A sweep in another folder (training.output_dir=FOLDER) is a "
+            "second one on the same data, and what both tell adds up; beginning anew until the result pleases is covered by neither"
+        )
+    if folder.exists() and any(path.name not in (LOCK, KEY_NAME) for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: choose another folder (training.output_dir=FOLDER)")
+
+
+def begin(folder: Path, asked: Mapping[str, Any], plan: Plan, num_combinations: int, data: str) -> State:
+    """Draws the number of trials and their combinations, and keeps them before anything is run."""
+    number = draw_number(plan.selection.distribution, plan.selection.mean)
+    draws = tuple(secrets.randbelow(num_combinations) for _ in range(number))
+    kept = {
+        "asked": dict(asked),
+        "selection": plan.selection.stated(plan.delta),
+        "delta": plan.delta,
+        "target_of_one": plan.target_of_one,
+        "draws": list(draws),
+        "data": data,
+    }
+    if not durable.create(folder / STATE, json.dumps(kept).encode(), mode=0o600):
+        refuse_used(folder)
+    return State(asked, plan, draws, data)
+
+
+def resume(folder: Path, asked: Mapping[str, Any]) -> State:
+    """The sweep that was begun here; a trial that was cut off is put aside.
+
+    Raises:
+        ConfigError: there is none, or another one, naming each difference; or it has ended.
+    """
+    try:
+        kept = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        plan = Plan(Selection.of(kept["selection"]), kept["delta"], kept["target_of_one"])
+        state = State(kept["asked"], plan, tuple(kept["draws"]), kept["data"])
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no sweep to go on with: begin one, without --resume") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / STATE} cannot be read as a sweep's state: {error}") from error
+    different = [f"{k}: begun with {state.asked.get(k)}, now {v}" for k, v in asked.items() if state.asked.get(k) != v]
+    if different:
+        raise ConfigError(
+            f"{folder} holds another sweep: {'; '.join(different)}. Go on with the same recipe and options"
+        )
+    if (folder / SELECTED).exists():
+        raise ConfigError(f"the sweep in {folder} has ended: {folder / SELECTED} holds the selected model")
+    return state
+
+
+def set_aside(folder: Path) -> int:
+    """Puts a trial that was cut off out of the way, its model removed; how many there are by now."""
+    running, aside = folder / "running", folder / "unfinished"
+    if running.exists():
+        aside.mkdir(exist_ok=True)
+        prune(running)
+        running.rename(aside / f"{len(list(aside.iterdir())) + 1:02d}")
+    return len(list(aside.iterdir())) if aside.exists() else 0
+
+
+def finish(folder: Path, result: Mapping[str, Any]) -> None:
+    """The trial that is running has ended: from here on it is one of the finished ones."""
+    running, trials = folder / "running", folder / "trials"
+    trials.mkdir(exist_ok=True)
+    durable.replace(running / TRIAL, json.dumps(result, indent=1).encode())
+    running.rename(trials / f"{len(list(trials.iterdir())) + 1:02d}")
+    durable.sync_folder(trials)
+
+
+def finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, result) of each trial that has ended, in order.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    found = []
+    for place in sorted((folder / "trials").glob("*"), key=lambda p: int(p.name)):
+        try:
+            found.append((place, json.loads((place / TRIAL).read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{place / TRIAL} cannot be read: {error}. Put it back from a backup") from error
+    return found
+
+
+def best(trials: list[tuple[Path, dict[str, Any]]]) -> int:
+    """Number of the trial with the least loss, the first of equals; one that diverged comes last."""
+    return min(range(len(trials)), key=lambda i: math.inf if trials[i][1]["score"] is None else trials[i][1]["score"])
+
+
+def prune(trial: Path) -> None:
+    """Removes the model of a trial; its ledger, log and result stay."""
+    for path in trial.iterdir():
+        if path.name in KEPT:
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def charged(folder: Path) -> list[Segment]:
+    """What all trials charged, those that were cut off among them."""
+    ledgers = sorted((*folder.glob(f"trials/*/{LEDGER_NAME}"), *folder.glob(f"unfinished/*/{LEDGER_NAME}")))
+    found: list[Segment] = []
+    for path in ledgers:
+        try:
+            found += read_ledger(path).segments
+        except LedgerError as error:
+            raise ConfigError(f"what a trial spent is not known: {error}") from error
+    return found

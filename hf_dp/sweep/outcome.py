@@ -1,0 +1,49 @@
+"""The trials of a sweep that has ended -> the selected model's folder with its card, and, for the user alone, sweep.json and sweep.png."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_dp import accounting, card, durable, selection
+from hf_dp.sweep import folder as folders
+from hf_dp.sweep import picture
+from hf_dp.sweep.folder import SELECTED, State
+from hf_dp.verify import read_record
+
+STAYS = ("_*", "log.txt", folders.TRIAL)  # of the trial's folder, what is not the model's
+
+
+def conclude(folder: Path, state: State) -> dict[str, Any] | None:
+    """Makes OUT/selected, whole or not at all, after sweep.json and sweep.png; returns what sweep.json holds. None without trials.
+
+    The other models are gone by then, and the selected one is in its folder alone.
+    """
+    trials = folders.finished(folder)
+    if not trials:
+        return None
+    chosen = folders.best(trials)
+    found = _for_the_user(folder, state, [result for _, result in trials], chosen)
+    durable.replace(folder / "sweep.json", json.dumps(found, indent=1).encode())
+    picture.draw(found, folder / "sweep.png")
+    place, staged = trials[chosen][0], folder / f"_{SELECTED}"
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(place, staged, ignore=shutil.ignore_patterns(*STAYS))
+    card.write_card(staged, card.with_selection(read_record(staged), state.plan.selection))
+    staged.rename(folder / SELECTED)
+    durable.sync_folder(folder)
+    folders.prune(place)
+    return found
+
+
+def _for_the_user(folder: Path, state: State, results: Sequence[Mapping[str, Any]], chosen: int) -> dict[str, Any]:
+    charged, delta = folders.charged(folder), state.plan.delta
+    return {
+        "note": picture.NOTE,
+        "delta": delta,
+        "epsilon_selected": selection.spent(state.plan.selection, delta),
+        "epsilon_all_published": accounting.spent(charged, delta).epsilon,
+        "selected": chosen,
+        "trials": [dict(result) for result in results],
+    }

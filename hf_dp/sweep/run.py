@@ -1,0 +1,102 @@
+"""Combinations and a law for their number -> a sweep, begun or gone on with, up to its selected model."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_dp import data_files, task
+from hf_dp.errors import ConfigError
+from hf_dp.fingerprint import key_of, under_key
+from hf_dp.options import check_options
+from hf_dp.privacy_unit import groups_by
+from hf_dp.sweep import folder as folders
+from hf_dp.sweep import trial as trials
+from hf_dp.sweep.grid import Combination
+from hf_dp.sweep.outcome import conclude
+from hf_dp.sweep.plan import Plan, plan
+
+Tell = Callable[[int, int, int], None]
+
+
+class Asked(NamedTuple):
+    """What the user asked for. `texts` are the recipe and options as they were given; resuming needs the same."""
+
+    combinations: Sequence[Combination]
+    distribution: str
+    mean: float
+    texts: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Of the sweep."""
+        return self.combinations[0].recipe.output_dir
+
+
+def planned(asked: Asked) -> Plan:
+    """The plan, after everything was tried that can be wrong before the first run. Leaves nothing on disk.
+
+    Raises:
+        HfDpError: what is wrong.
+    """
+    base = asked.combinations[0].recipe
+    records = data_files.load(base.data, "train")
+    assert records is not None  # a recipe always names it
+    groups = groups_by(records, base.privacy.unit_column)
+    found = plan(
+        asked.combinations, len(records) if groups is None else groups.num_groups, asked.distribution, asked.mean
+    )
+    built: list[Any] = []
+    with tempfile.TemporaryDirectory() as place:
+        for combination in asked.combinations:
+            trial = trials.as_trial(combination.recipe, found.target_of_one, Path(place))
+            check_options(task.training_arguments(trial), public_eval=trial.privacy.public_eval)
+            shape = (trial.lora, trial.data, trial.training.get("optim"), trial.privacy.noise)
+            if shape not in built:  # what makes another model, or another way through it
+                built.append(shape)
+                task.build(trial)
+    return found
+
+
+def begun(asked: Asked, found: Plan) -> folders.State:
+    """Draws the trials of a sweep that was planned, in its folder, which must not have been used."""
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    with folders.locked(asked.folder):
+        folders.refuse_used(asked.folder)
+        return folders.begin(asked.folder, asked.texts, found, len(asked.combinations), _fingerprint(asked))
+
+
+def run(asked: Asked, state: folders.State, tell: Tell) -> dict[str, Any] | None:
+    """Runs the trials that are left, then selects; what sweep.json holds, or None where the number drawn is 0.
+
+    Args:
+        asked: what was asked for.
+        state: what was drawn.
+        tell: (number of the trial, steps taken, steps planned). How many trials there will be is told to nobody.
+
+    Raises:
+        HfDpError: whatever stops a training; or ConfigError: other records than those that the sweep was begun with.
+    """
+    folder = asked.folder
+    with folders.locked(folder):
+        if _fingerprint(asked) != state.data:
+            raise ConfigError(
+                f"{folder}: the training or validation records are not those that the sweep was begun with"
+            )
+        folders.set_aside(folder)
+        for number in range(len(folders.finished(folder)), len(state.draws)):
+            chosen = asked.combinations[state.draws[number]]
+            trial = trials.as_trial(chosen.recipe, state.plan.target_of_one, folder / "running")
+            result = trials.run(trial, state.plan.selection.mechanisms, lambda *steps, n=number + 1: tell(n, *steps))
+            folders.finish(folder, {"combination": dict(chosen.values), **result})
+            done = folders.finished(folder)
+            for index, (place, _) in enumerate(done):
+                if index != folders.best(done):
+                    folders.prune(place)
+        return conclude(folder, state)
+
+
+def _fingerprint(asked: Asked) -> str:
+    """Of training and validation records, under the folder's key."""
+    key, data = key_of(asked.folder), asked.combinations[0].recipe.data
+    return " ".join(under_key(data_files.load(data, which), key) for which in ("train", "validation"))
