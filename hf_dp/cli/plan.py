@@ -20,9 +20,7 @@ def plan(
     batch_schedule: Annotated[str | None, typer.Option(help="How B goes on, such as linear:4.")] = None,
     clip_norm: Annotated[float, typer.Option(help="C; it scales the noise and changes no epsilon.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Draw epsilon into this picture (png, svg, pdf).")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="--plot: against steps (default), sigma, batch or delta; all else as planned.")
-    ] = None,
+    against: Annotated[str | None, typer.Option(help="Of --plot: steps (default), sigma, batch or delta.")] = None,
     model: Annotated[str | None, typer.Option(help="Say what a run costs: a model's folder or name.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Cost: LoRA of this rank on all linear layers; else all.")] = None,
     num_processes: Annotated[int | None, typer.Option(help="Cost: processes, one a GPU. Default 1.")] = None,
