@@ -17,6 +17,7 @@ from hf_dp.calibration import round_up
 from hf_dp.cli import main
 from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.report import curves
 from hf_dp.sweep import folder as folders
 from hf_dp.sweep import grid, outcome, run, trial
 
@@ -99,6 +100,9 @@ def test_a_sweep_leaves_one_model_with_the_epsilon_of_the_choice(hf_dp, drawn, t
     together = accounting.spent([s for p in ledgers for s in read_ledger(p).segments], DELTA).epsilon
     assert found["epsilon_all_published"] == together
     assert f"Were all 3 trials published: {round_up(together):.5g}." in out
+    assert "so many trainings within a budget file (hf-dp budget) cost less than a sweep" in " ".join(
+        out.replace("│", " ").split()
+    )
     assert "PRIVATE: not covered by the model's epsilon, do not publish" in out.replace("\n", " ")
     assert "(selected)" in out
     assert (place / "sweep.png").read_bytes()[:4] == b"\x89PNG"
@@ -117,6 +121,7 @@ def test_a_sweep_leaves_one_model_with_the_epsilon_of_the_choice(hf_dp, drawn, t
 
     # the other commands take it for what it is
     written = (selected / "README.md").read_text()
+    monkeypatch.setattr(curves, "POINTS", 2)  # each costs two accountants' time
     assert hf_dp("card", selected)[0] == 0
     assert (selected / "README.md").read_text() == written
     status, out, _ = hf_dp("report", selected, "--output", tmp_path / "page.html")

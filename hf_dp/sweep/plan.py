@@ -70,10 +70,12 @@ def derivation(p: Plan, num_combinations: int) -> list[Derived]:
         for number, run in enumerate(s.mechanisms, start=1)
     ]
     whole = max(1, round(s.mean))
-    published = [
+    together = max(
         accounting.spent([g._replace(num_steps=g.num_steps * whole) for g in run], p.delta).epsilon
         for run in s.mechanisms
-    ]
+    )
+    selected = selection.spent(s, p.delta)
+    less = "; less than the selection: so many trainings within a budget file (hf-dp budget) cost less than a sweep"
     return [
         Derived("combinations", f"{num_combinations:,}", "product of the grid; each trial draws one, with replacement"),
         Derived(
@@ -87,11 +89,11 @@ def derivation(p: Plan, num_combinations: int) -> list[Derived]:
             "the most that keeps the selected model within the target; all alike",
         ),
         *kinds,
-        Derived("epsilon, selected", f"{round_up(selection.spent(s, p.delta)):.5g}", selection.METHOD),
+        Derived("epsilon, selected", f"{round_up(selected):.5g}", selection.METHOD),
         Derived(
             "epsilon, all published",
-            f"{round_up(max(published)):.5g}",
-            f"{whole} trials composed: what publishing every one would cost",
+            f"{round_up(together):.5g}",
+            f"{whole} trials composed: what publishing every one would cost{less if together < selected else ''}",
         ),
     ]
 
