@@ -1,22 +1,26 @@
 """Attacks on private models and on others, and a guarantee -> a picture: true against false positives, both axes logarithmic."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from hf_dp.audit.membership import Attack, ceilings
+from hf_dp.epsilon import spent
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import Segment
 
 
-def draw_attacks(attacks: Mapping[str, Attack], segments: Sequence[Segment], delta: float, path: Path) -> None:
+def draw_attacks(
+    attacks: Mapping[str, Attack], guarantees: Sequence[Sequence[Segment]], delta: float, path: Path
+) -> None:
     """Writes the picture; the format is the file name's ending (png, svg, pdf).
 
     Args:
         attacks: by the name in the legend.
-        segments: steps whose guarantee is drawn.
-        delta: of the epsilon that stands beside it.
+        guarantees: steps, each with a limit of its own; infinite ones have none.
+        delta: of the epsilons that stand beside them.
         path: of the picture.
 
     Raises:
@@ -27,14 +31,15 @@ def draw_attacks(attacks: Mapping[str, Attack], segments: Sequence[Segment], del
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from hf_dp.epsilon import spent
-
     figure, axes = pyplot.subplots(figsize=(5.6, 5.0), layout="constrained")
     rates = np.geomspace(1e-4, 1, 200)
-    most = ceilings(segments, delta, [float(a) for a in rates])
-    epsilon = spent(segments, delta).epsilon
-    axes.fill_between(rates, most, 1, color="0.9", label=f"ruled out by epsilon {epsilon:.3g} at {delta:g}")
-    axes.plot(rates, most, color="0.3")
+    for segments in guarantees:
+        epsilon = spent(segments, delta).epsilon
+        if math.isfinite(epsilon):
+            most = ceilings(segments, delta, [float(a) for a in rates])
+            axes.fill_between(rates, most, 1, color="0.5", alpha=0.15, linewidth=0)
+            axes.plot(rates, most, color="0.3", linewidth=1)
+            axes.text(1.2e-4, most[0] * 1.1, f"ruled out by epsilon {epsilon:.3g}", fontsize=8, color="0.3")
     axes.plot(rates, rates, color="0.6", linestyle=":", label="guessing")
     for name, attack in attacks.items():
         label = f"{name}: area {attack.area.estimate:.3f}"

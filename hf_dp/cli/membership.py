@@ -66,7 +66,7 @@ def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None)
     epsilon = spent(private.segments, private.delta).epsilon
     _print(found, control, private, epsilon)
     if plot is not None:
-        draw_attacks({"without noise": control, "private": found}, private.segments, private.delta, plot)
+        draw_attacks({"without noise": control, "private": found}, [private.segments], private.delta, plot)
         print(f"Rates on logarithmic axes: {plot}")
     print("These numbers were computed on the records themselves: no epsilon covers them.")
     if np.isfinite(epsilon) and is_refuted(scores, included, private.segments, private.delta):
