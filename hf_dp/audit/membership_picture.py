@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,12 @@ def draw_attacks(
 
     figure, axes = pyplot.subplots(figsize=(5.6, 5.0), layout="constrained")
     rates = np.geomspace(1e-4, 1, 200)
-    for segments in guarantees:
+    for segments, style in zip(guarantees, cycle(("-", "--", "-.")), strict=False):
         epsilon = spent(segments, delta).epsilon
         if math.isfinite(epsilon):
             most = ceilings(segments, delta, [float(a) for a in rates])
             axes.fill_between(rates, most, 1, color="0.5", alpha=0.15, linewidth=0)
-            axes.plot(rates, most, color="0.3", linewidth=1)
-            axes.text(1.2e-4, most[0] * 1.1, f"ruled out by epsilon {epsilon:.3g}", fontsize=8, color="0.3")
+            axes.plot(rates, most, color="0.3", linewidth=1, linestyle=style, label=f"limit at epsilon {epsilon:.3g}")
     axes.plot(rates, rates, color="0.6", linestyle=":", label="guessing")
     for name, attack in attacks.items():
         label = f"{name}: area {attack.area.estimate:.3f}"
