@@ -6,6 +6,7 @@ recipe's, and so is what the guarantee allows. The models are never saved.
 
 import dataclasses
 import io
+import os
 import tempfile
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -56,7 +57,9 @@ def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None)
     parts = task.prepare(recipe)
     included = np.random.default_rng().random((num_models, len(parts.train))) < 0.5
     private = _trained(recipe, included, parts)
-    free = dataclasses.replace(recipe.privacy, target_epsilon=None, noise_multiplier=0.0, noise="gaussian")
+    free = dataclasses.replace(
+        recipe.privacy, target_epsilon=None, noise_multiplier=0.0, noise="gaussian", noise_schedule=None
+    )
     scores = lira_scores(private.losses, included)
     found = measured(scores, included)
     control = found
@@ -82,6 +85,8 @@ def _refuse(recipe: Recipe, num_models: int) -> None:
         wrong.append("with a unit_column a member is a group of records: leave it out")
     if recipe.privacy.debug_seed is not None:
         wrong.append("with a debug_seed all models draw the same noise: leave it out")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        wrong.append("each process would toss coins of its own: start one process")
     if wrong:
         raise ConfigError("Cannot attack this recipe: " + "; ".join(wrong) + ".")
 
