@@ -20,18 +20,33 @@ def audit(
     kind: Annotated[
         str, typer.Option(help="gradient (any model), random-token or new-token (causal LMs).")
     ] = "gradient",
+    membership: Annotated[
+        int | None, typer.Option(help="In place of canaries: train so many models on halves of the records; see below.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --membership: draw true against false positives.")] = None,
 ) -> None:
     """Measures a lower bound on epsilon: trains the recipe with canaries, at claim 1 unless an override says otherwise.
 
     First a positive control, without noise, on the canaries alone: an audit without power finds nothing in any run.
+
+    With --membership 16: LiRA, an attack on the recipe as it stands, at its own epsilon. Sixteen models, and sixteen more without
+    noise, each on a random half of the records; none is kept.
     """
     from hf_dp.cli.folders import no_empty_folder
     from hf_dp.cli.libraries import quiet
     from hf_dp.config import AuditConfig
+    from hf_dp.errors import ConfigError
     from hf_dp.recipe import read
 
     quiet()
     asked = read(recipe, overrides or [])
+    if membership is not None:
+        from hf_dp.cli.membership import attack_membership
+
+        attack_membership(asked, membership, plot)
+        return
+    if plot is not None:
+        raise ConfigError("--plot draws what --membership N finds: give both")
     if not any(o.startswith(CLAIM) for o in overrides or []):
         claim = dataclasses.replace(asked.privacy, target_epsilon=1.0, noise_multiplier=None)
         asked = dataclasses.replace(asked, privacy=claim)

@@ -1,0 +1,158 @@
+"""A recipe -> models trained on random halves of its records, the losses of all on all, and how well members are told from others.
+
+Each record is in a model's data by a coin of its own, and where it is not an empty one stands in its place: N, q, sigma and T are the
+recipe's, and so is what the guarantee allows. The models are never saved.
+"""
+
+import dataclasses
+import io
+import os
+import tempfile
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+import typer
+
+from hf_dp import task
+from hf_dp.audit.membership import FEWEST_MODELS, Attack, Coins, ceilings, is_refuted, lira_scores, measured
+from hf_dp.audit.membership_picture import draw_attacks
+from hf_dp.audit.scores import Floats
+from hf_dp.cli.tables import console, print_table
+from hf_dp.epsilon import spent
+from hf_dp.errors import ConfigError
+from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.losses import IGNORED
+from hf_dp.mechanism import Segment
+from hf_dp.recipe import Recipe
+
+IN_TURN = {
+    "save_strategy": "no",
+    "push_to_hub": False,
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "disable_tqdm": True,
+}
+
+
+class Trained(NamedTuple):
+    """Losses of all models on all records [M, n]; what each of them spent, at delta."""
+
+    losses: Floats
+    segments: tuple[Segment, ...]
+    delta: float
+
+
+def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None) -> None:
+    """Trains the models, then as many without noise on the same halves, attacks both, and prints what was found.
+
+    Raises:
+        ConfigError: fewer than `FEWEST_MODELS`, or a recipe whose halves cannot be trained.
+        typer.Exit: with status 1, where the claim is refuted.
+    """
+    _refuse(recipe, num_models)
+    parts = task.prepare(recipe)
+    included = np.random.default_rng().random((num_models, len(parts.train))) < 0.5
+    private = _trained(recipe, included, parts)
+    free = dataclasses.replace(
+        recipe.privacy, target_epsilon=None, noise_multiplier=0.0, noise="gaussian", noise_schedule=None
+    )
+    scores = lira_scores(private.losses, included)
+    found = measured(scores, included)
+    control = found
+    if recipe.privacy.noise_multiplier != 0:
+        without_noise = _trained(dataclasses.replace(recipe, privacy=free), included, parts)
+        control = measured(lira_scores(without_noise.losses, included), included)
+    epsilon = spent(private.segments, private.delta).epsilon
+    _print(found, control, private, epsilon)
+    if plot is not None:
+        draw_attacks({"without noise": control, "private": found}, [private.segments], private.delta, plot)
+        print(f"Rates on logarithmic axes: {plot}")
+    print("These numbers were computed on the records themselves: no epsilon covers them.")
+    if np.isfinite(epsilon) and is_refuted(scores, included, private.segments, private.delta):
+        console().print(f"[bold red]REFUTED[/]: the claim of epsilon {epsilon:.4g}")
+        raise typer.Exit(1)
+
+
+def _refuse(recipe: Recipe, num_models: int) -> None:
+    wrong = []
+    if num_models < FEWEST_MODELS:
+        wrong.append(f"expected at least {FEWEST_MODELS} models, got {num_models}")
+    if recipe.privacy.unit_column is not None:
+        wrong.append("with a unit_column a member is a group of records: leave it out")
+    if recipe.privacy.debug_seed is not None:
+        wrong.append("with a debug_seed all models draw the same noise: leave it out")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        wrong.append("each process would toss coins of its own: start one process")
+    if wrong:
+        raise ConfigError("Cannot attack this recipe: " + "; ".join(wrong) + ".")
+
+
+def _trained(recipe: Recipe, included: Coins, parts: task.Parts) -> Trained:
+    """One model after the other, each in a folder that is thrown away."""
+    found, last = [], None
+    noise = "without noise" if recipe.privacy.noise_multiplier == 0 else "private"
+    recipe = dataclasses.replace(recipe, privacy=dataclasses.replace(recipe.privacy, budget_file=None))
+    for number, members in enumerate(included, start=1):
+        print(f"Model {number} of {len(included)}, {noise}, on {members.sum()} of {members.size} records.")
+        fresh = task.prepare(recipe)._replace(train=_half(parts.train, members), validation=None)
+        with tempfile.TemporaryDirectory() as folder:
+            training = {**recipe.training, **IN_TURN, "output_dir": folder}
+            trainer = task.build(dataclasses.replace(recipe, training=training), fresh)
+            with redirect_stdout(io.StringIO()) if number > 1 else nullcontext():  # the plan is that of all
+                trainer.train()
+            last = read_ledger(Path(folder) / LEDGER_NAME)
+            found.append(_losses(trainer, parts.train))
+    assert last is not None
+    return Trained(np.stack(found), last.segments, last.header.delta)
+
+
+def _half(rows: datasets.Dataset, members: Coins) -> datasets.Dataset:
+    """The rows with those that are no members left empty: one token, no target, so that loss and gradient are 0."""
+
+    def emptied(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if members[index]:
+            return row
+        labels = IGNORED if isinstance(row["labels"], int) else [IGNORED]
+        return {**row, "input_ids": row["input_ids"][:1], "labels": labels}
+
+    return datasets.Dataset.from_list([emptied(row, i) for i, row in enumerate(rows)], features=rows.features)
+
+
+def _losses(trainer: Any, rows: datasets.Dataset) -> Floats:
+    """The model's loss on each row, [n], in evaluation mode, rows of like length together."""
+    trainer.model.eval()
+    size, order = trainer.args.per_device_train_batch_size, np.argsort([len(ids) for ids in rows["input_ids"]])
+    found = np.zeros(len(rows))
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        for start in range(0, len(rows), size):
+            some = order[start : start + size]
+            batch = trainer._prepare_inputs(trainer.data_collator([rows[int(i)] for i in some]))
+            found[some] = trainer.example_losses(trainer.model, batch).double().cpu().numpy()
+    return found
+
+
+def _print(found: Attack, control: Attack, private: Trained, epsilon: float) -> None:
+    most = ceilings(private.segments, private.delta, [a for a, _ in found.rates])
+    rows = [("area under the curve", _words(found.area), _words(control.area), "")]
+    for (a, rate), (_, free), bound in zip(found.rates, control.rates, most, strict=True):
+        rows.append((f"true positives at {a:.1%} false ones", _words(rate), _words(free), f"{bound:.4f}"))
+    print_table(
+        "Membership inference",
+        ("", "private", "without noise", f"epsilon {epsilon:.4g} allows at most"),
+        rows,
+    )
+    if control.has_power:
+        console().print(f"Positive control: without noise the area under the curve is {control.area.estimate:.3f}.")
+    else:
+        console().print(
+            "No power: even without noise members are not told from others, so nothing follows for private models."
+        )
+
+
+def _words(interval: tuple[float, float, float]) -> str:
+    estimate, low, high = interval
+    return f"{estimate:.4f} [{low:.4f}, {high:.4f}]"
