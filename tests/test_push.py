@@ -115,7 +115,9 @@ def test_a_failure_is_told_in_a_few_lines_and_the_folder_stays_as_it_was(name, h
     assert repository not in hub.repos
 
 
-@pytest.mark.parametrize("fault", ["cut", "refuse"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param("cut", marks=pytest.mark.slow), "refuse"]
+)  # cut: the client tries on for half a minute
 def test_an_interrupted_upload_is_told_or_goes_on_and_the_next_one_completes_it(fault, hub, folder):
     before, repository = snapshot(folder), f"me/after-{fault}"
     hub.faults[:] = [fault] * 20

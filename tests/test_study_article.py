@@ -47,6 +47,7 @@ def runs_of(folder: Path) -> dict[str, dict[str, Any]]:
     return json.loads((folder / "results.json").read_text())["runs"]
 
 
+@pytest.mark.slow
 def test_it_states_the_epsilon_of_each_way_of_clipping(finished: tuple[Path, str]) -> None:
     runs, q = runs_of(finished[0]), BATCH / RECORDS
     delta = runs["made-up|per-example|1.5|0"]["delta"]
@@ -68,6 +69,7 @@ def test_it_states_the_epsilon_of_each_way_of_clipping(finished: tuple[Path, str
     assert tiny["epsilon"] <= 1e-3 < 1.01 * tiny["epsilon"]
 
 
+@pytest.mark.slow
 def test_noise_that_falls_spends_as_much_as_constant_noise(finished: tuple[Path, str]) -> None:
     runs = runs_of(finished[0])
     falling = [runs[f"made-up|{noise}, rate linear|falling|0"] for noise in ("constant", "exponential:0.5")]
@@ -75,6 +77,7 @@ def test_noise_that_falls_spends_as_much_as_constant_noise(finished: tuple[Path,
     assert falling[1]["noise_multiplier"] > falling[0]["noise_multiplier"]  # that of the first level
 
 
+@pytest.mark.slow
 def test_audits_have_power_and_refute_no_correct_run(finished: tuple[Path, str]) -> None:
     runs = runs_of(finished[0])
     assert runs["audit|control|0|0"]["area_under_curve"] > 0.9
@@ -88,6 +91,7 @@ def test_audits_have_power_and_refute_no_correct_run(finished: tuple[Path, str])
     )
 
 
+@pytest.mark.slow
 def test_it_leaves_results_and_a_picture_and_no_card_or_ledger(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
