@@ -73,9 +73,17 @@ def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice | Tensor]:
         yield from targets.split(step)
 
 
-def token_mean(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """[B, T, V], [B, T] -> mean cross entropy over each example's own targets, [B]."""
-    losses: Tensor = TokenCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), smoothing)
+def token_mean(logits: Tensor, labels: Tensor, smoothing: float = 0.0, positions: Tensor | None = None) -> Tensor:
+    """[B, T, V], [B, T] -> mean cross entropy over each example's own targets, [B].
+
+    With `positions` [N], of the B T, logits are those of these positions alone, [1, N, V]; the others have no target.
+    """
+    flat = labels.flatten()
+    if positions is None:
+        losses: Tensor = TokenCrossEntropy.apply(logits.flatten(0, 1), flat, smoothing)
+    else:
+        there: Tensor = TokenCrossEntropy.apply(logits.squeeze(0), flat[positions], smoothing)
+        losses = there.new_zeros(len(flat)).index_copy(0, positions, there)
     return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
 
 
@@ -85,8 +93,12 @@ def causal_lm(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     labels = labels.to(logits.device)
     if logits.shape[1] > labels.shape[1]:
         labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return token_mean(logits, shifted, smoothing)
+    return token_mean(logits, shifted(labels), smoothing)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """[B, T] -> what each position is to predict, [B, T]: the next label, and nothing at the end."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

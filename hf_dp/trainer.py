@@ -17,7 +17,7 @@ from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.dry_run import largest_micro_batch
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
-from hf_dp.forward import can_leave_out_logits, decoder_inputs
+from hf_dp.forward import decoder_inputs, next_token_losses
 from hf_dp.grid import Grid
 from hf_dp.loader import logical_batches
 from hf_dp.mechanism import METRICS, Mechanism
@@ -163,10 +163,7 @@ class DPTrainerMixin(_Host):
             )
         inputs.update(decoder_inputs(self._base_model(), inputs, labels))
         if self._loss_kind() == "ForCausalLM":
-            labels = losses.predictable(labels, inputs.get("attention_mask"))
-            if can_leave_out_logits(model, self._base_model()):
-                start = losses.first_needed(labels)
-                inputs["logits_to_keep"], labels = labels.shape[1] - start, labels[:, start:]
+            return next_token_losses(model, self._base_model(), inputs, labels, self.args.label_smoothing_factor)
         return self._example_loss(model(**inputs), labels)
 
     def _choose_loss(self) -> losses.ExampleLoss:

@@ -120,9 +120,11 @@ def last_micro_batch_dropped(patch: Patch) -> None:
 def divided_by_the_tokens_of_the_batch(patch: Patch) -> None:
     """Trainer's `num_items_in_batch`: an example's weight depends on the lengths of the others."""
 
-    def token_mean(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-        each = losses.TokenCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), smoothing)
-        return each.view(labels.shape).sum(1) / (labels != losses.IGNORED).sum().clamp_min(1)
+    original = losses.token_mean
+
+    def token_mean(logits: torch.Tensor, labels: torch.Tensor, *args: Any) -> torch.Tensor:
+        own = (labels != losses.IGNORED).sum(1).clamp_min(1)
+        return original(logits, labels, *args) * own / (labels != losses.IGNORED).sum().clamp_min(1)
 
     patch.setattr(losses, "token_mean", token_mean)
 

@@ -469,6 +469,18 @@ def test_a_packed_sequence_is_refused_by_name() -> None:
         per_example_factors(layer, lambda: layer(x)[1][0][0].square().sum(1), 3)
 
 
+class _AsksWhetherItIsTrained(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.weight.requires_grad else torch.zeros_like(x)
+
+
+def test_a_layer_that_asks_whether_its_weight_is_trained_hears_yes() -> None:
+    layer, x = _AsksWhetherItIsTrained(4, 4), torch.randn(3, 4)
+    factors, losses_ = per_example_factors(layer, lambda: layer(x).square().sum(1), 3)
+    assert set(factors) == {"weight", "bias"}
+    assert bool((losses_ > 0).all())
+
+
 def test_a_gradient_that_was_there_before_is_neither_used_nor_lost() -> None:
     model, batch = M.llama().double(), M.token_batch()
     clean, _ = engine_sum(model, batch, "ForCausalLM", 0.05)

@@ -32,6 +32,7 @@ ASKING = frozenset(
     "result_type is_tensor".split()
 )
 _REFLECTED = {"rmul": "mul", "radd": "add", "imul": "mul", "iadd": "add", "isub": "sub", "itruediv": "truediv"}
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 class ParameterProxy(torch.Tensor):
@@ -83,6 +84,8 @@ class ParameterProxy(torch.Tensor):
         if func.__name__ == "__set__" and args[1] is not None:
             return args[0].capture.refuse([args[0].parameter], "an assignment to one of its attributes", lambda: None)
         name = operation_name(func)
+        if func == _REQUIRES_GRAD:
+            return True
         if name in ASKING or not torch.is_grad_enabled():
             return func(*plain(args), **plain(kwargs))
         return apply_rule(name, func, tuple(args), kwargs)
