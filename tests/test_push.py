@@ -9,6 +9,9 @@ import pytest
 from folders import failures, model_folder
 from hub_server import READ_ONLY_TOKEN, TOKEN, HubServer, Repo
 
+from hf_dp.mechanism import Segment
+from hf_dp.selection import Selection
+
 HERE = Path(__file__).parent
 COMMAND = """
 import sys
@@ -90,6 +93,23 @@ def test_a_folder_that_does_not_verify_is_not_uploaded(hub, folder):
     assert status == 2
     assert "nothing was uploaded" in err
     assert "me/liar" not in hub.repos
+
+
+def test_a_model_that_a_sweep_selected_arrives_with_the_epsilon_of_the_choice(hub, tmp_path):
+    selection = Selection("geometric", 4.0, ((Segment(0.05, 1.0, 12),),), 30.0)
+    whole = model_folder(tmp_path / "selected", selection=selection)
+    (whole / "adapter_model.safetensors").write_bytes(str(tmp_path).encode() * 100)
+    status, _, err = push(hub, whole, "me/selected")
+    assert status == 0, err
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in hub.files("me/selected").items():
+        (copy / name).write_bytes(content)
+    assert failures(copy) == ""
+    stated = json.loads((copy / "privacy.json").read_text())
+    assert stated["selection"]["distribution"] == "geometric"
+    one_run = json.loads((model_folder(tmp_path / "alone") / "privacy.json").read_text())
+    assert stated["epsilon"] > one_run["epsilon"]
 
 
 FAILURES = {
