@@ -1,5 +1,6 @@
 """What every test shares: one thread, a fixed seed, no network, quiet libraries."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,3 +28,9 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}: set HF_DP_DATA to run this test")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Trainer collects garbage twice a run: it need not walk through the libraries each time."""
+    gc.collect()
+    gc.freeze()

@@ -210,4 +210,6 @@ def poisoned(layer: str, bad: float) -> nn.Module:
     base = model.get_base_model()
     base.register_forward_pre_hook(look, with_kwargs=True)
     base.get_submodule(layer).register_forward_hook(poison)
+    if layer == "lm_head":  # unknown as the output layer, it gets every position: `poison` needs the examples apart
+        base.get_output_embeddings = lambda: None
     return model
