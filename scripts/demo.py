@@ -6,7 +6,7 @@ logging.getLogger("bitsandbytes").setLevel(
     logging.ERROR
 )  # peft loads it, and it complains of kernels nobody needs here
 
-from hf_dp.demo.run import main  # noqa: E402
+from hf_dp.demo.run import main
 
 if __name__ == "__main__":
     main()
