@@ -106,7 +106,9 @@ class Canaries:
 
     def collated(self, cut: LogicalBatchCollator) -> LogicalBatchCollator:
         """The collator of logical batches, which hands gradient canaries on by their numbers."""
-        return WithSlots(cut.collate, cut.max_examples, cut.max_tokens, cut.length_of) if self.num else cut
+        if not self.num:
+            return cut
+        return WithSlots(cut.collate, cut.max_examples, cut.max_tokens, cut.pass_cost, cut.length_of)
 
     # ---- in a step -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from hf_dp.errors import CaptureError, ConfigError, ReleaseError
 from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.mechanism import Mechanism
 from hf_dp.memory import Room
-from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
+from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator, tokens_of_a_pass
 from hf_dp.per_example.batches import Batch, num_examples
 from hf_dp.per_example.capture import clipped_gradient_sum, views
 from hf_dp.per_example.integers import add_integer_gradient, grid_of
@@ -132,7 +132,8 @@ class PrivateLoop:
         try:
             records = DrawnRecords(dataset, m.num_examples)
             rate = lambda number: self._run.at(number).sample_rate  # noqa: E731  # of a schedule each level has its own
-            cut = LogicalBatchCollator(collate, 1 if m.is_discrete else max_examples)
+            size = 1 if m.is_discrete else max_examples
+            cut = LogicalBatchCollator(collate, size, pass_cost=tokens_of_a_pass(self._device))
             for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=self._run.sampling_key):
                 container = cut(records.__getitems__(kept))
                 batches = [_as_mapping(batch) for batch in container[MICRO_BATCHES]]

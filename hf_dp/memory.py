@@ -72,9 +72,10 @@ class Room:
         """Before the first sum of a session: halves what fits until the sum of the largest micro-batch, made up, can be formed.
 
         Never an error: it would tell that a long record exists, which no draw has been charged for. What fails for one example, or for
-        another reason than memory, is left to the step that draws such a record. Where the number of passes is fixed, nothing is tried.
+        another reason than memory, is left to the step that draws such a record. Nothing is tried where the number of passes is fixed,
+        and where a pass that is too large would not fail (see `refuses_memory`).
         """
-        if self._tried or self._fixed:
+        if self._tried or self._fixed or not refuses_memory(model):
             return
         self._tried = True
         with buffers_put_back(model), suppress(Exception):
@@ -101,6 +102,11 @@ class Room:
         if self._fixed:
             raise ConfigError(f"a micro-batch does not fit in memory beside sharded weights: {SMALLER}, {REMEDY}")
         self._tokens = -(-size // 2) * width
+
+
+def refuses_memory(model: nn.Module) -> bool:
+    """Whether the model's device says so where memory runs out: a CPU's system grants what it does not have, and ends the process later."""
+    return next(model.parameters()).device.type != "cpu"
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

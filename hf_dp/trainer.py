@@ -23,7 +23,7 @@ from hf_dp.loader import logical_batches
 from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.memory import Room
 from hf_dp.metrics import ReleasedMetrics, contribution
-from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator
+from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator, tokens_of_a_pass
 from hf_dp.options import check_options, positional_names, without_batch_clipping
 from hf_dp.per_example.batches import Batch, num_examples
 from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors, views
@@ -193,7 +193,8 @@ class DPTrainerMixin(_Host):
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
         )
-        cut = self._canaries.collated(LogicalBatchCollator(collate, self._most_examples(), self.micro_batch_tokens))
+        bounds = self._most_examples(), self.micro_batch_tokens, tokens_of_a_pass(self.args.device)
+        cut = self._canaries.collated(LogicalBatchCollator(collate, *bounds))
         records = DrawnRecords(self._canaries.among(dataset), mechanism.num_examples)
         return logical_batches(records, sampler, cut, self.args, self.accelerator.device)
 

@@ -111,8 +111,8 @@ def batches_evened_out(patch: Patch) -> None:
 def last_micro_batch_dropped(patch: Patch) -> None:
     original = microbatch.split
 
-    def split(lengths: Any, max_examples: int, max_tokens: int | None) -> list[list[int]]:
-        return [g for g in original(lengths, max_examples, max_tokens) if len(g) == max_examples]
+    def split(lengths: Any, max_examples: int, *bounds: Any) -> list[list[int]]:
+        return [g for g in original(lengths, max_examples, *bounds) if len(g) == max_examples]
 
     patch.setattr(microbatch, "split", split)
 

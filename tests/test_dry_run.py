@@ -13,9 +13,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from hf_dp import memory
 from hf_dp.dry_run import greatest_lengths, largest_micro_batch
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.memory import Room
+
+
+@pytest.fixture(autouse=True)
+def _as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "refuses_memory", lambda model: True)
 
 
 class Watched(test_memory.Scarce):
@@ -117,6 +123,14 @@ def test_one_record_too_long_stops_no_run_that_does_not_draw_it(
     trainer.room = 39
     trainer.train()
     assert read_ledger(tmp_path / LEDGER_NAME).num_steps == 1
+
+
+def test_a_cpu_would_not_fail_and_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    tried: list[Any] = []
+    for device in ("cpu", "meta"):
+        Room().try_out(nn.Linear(1, 1, device=device), lambda: {"labels": torch.zeros(2)}, tried.append)
+        assert len(tried) == (device != "cpu")
 
 
 def test_another_failure_is_left_to_the_step() -> None:

@@ -173,4 +173,6 @@ def test_nothing_about_memory_is_left_in_files(tmp_path: Path, monkeypatch: pyte
     logs = [
         [{k: v for k, v in entry.items() if k not in own} for entry in t.state.log_history] for t in (plenty, scarce)
     ]
-    assert logs[0] == logs[1]
+    assert len(logs[0]) == len(logs[1])
+    for one, other in zip(*logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)  # float32 sums in another order

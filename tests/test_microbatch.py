@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from hf_dp.errors import ConfigError
-from hf_dp.microbatch import TOKENS_OF_A_PASS, DrawnRecords, LogicalBatchCollator, feature_length, split
+from hf_dp.microbatch import DrawnRecords, LogicalBatchCollator, feature_length, split, tokens_of_a_pass
 from hf_dp.sampling import Draw, PoissonSampler
 
 
@@ -19,9 +19,10 @@ from hf_dp.sampling import Draw, PoissonSampler
     st.lists(st.integers(0, 40), max_size=50),
     st.integers(1, 9),
     st.none() | st.integers(1, 100),
+    st.integers(0, 600),
 )
-def test_split_keeps_every_index_once_within_its_budgets(lengths, max_examples, max_tokens):
-    groups = split(lengths, max_examples, max_tokens)
+def test_split_keeps_every_index_once_within_its_budgets(lengths, max_examples, max_tokens, pass_cost):
+    groups = split(lengths, max_examples, max_tokens, pass_cost)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert 1 <= len(group) <= max_examples
@@ -31,12 +32,16 @@ def test_split_keeps_every_index_once_within_its_budgets(lengths, max_examples, 
     assert in_order == sorted(lengths, reverse=True)
 
 
-def cost(groups, lengths):
-    return sum(len(group) * max(lengths[i] for i in group) + TOKENS_OF_A_PASS for group in groups)
+@given(
+    st.lists(st.integers(0, 2000), max_size=9),
+    st.integers(1, 6),
+    st.none() | st.integers(1, 4000),
+    st.sampled_from([0, 64, 512]),
+)
+def test_no_other_cut_of_the_sorted_examples_costs_less(lengths, max_examples, max_tokens, pass_cost):
+    def cost(groups):
+        return sum(len(group) * max(lengths[i] for i in group) + pass_cost for group in groups)
 
-
-@given(st.lists(st.integers(0, 2000), max_size=9), st.integers(1, 6), st.none() | st.integers(1, 4000))
-def test_no_other_cut_of_the_sorted_examples_costs_less(lengths, max_examples, max_tokens):
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     def cuts(rest):
@@ -46,33 +51,41 @@ def test_no_other_cut_of_the_sorted_examples_costs_less(lengths, max_examples, m
             if size == 1 or max_tokens is None or size * lengths[rest[0]] <= max_tokens:
                 yield from ([rest[:size], *others] for others in cuts(rest[size:]))
 
-    assert cost(split(lengths, max_examples, max_tokens), lengths) == min(cost(cut, lengths) for cut in cuts(ordered))
+    found = split(lengths, max_examples, max_tokens, pass_cost)
+    assert cost(found) == min(map(cost, cuts(ordered)))
 
 
 def test_split_in_small():
-    assert split([3, 9, 5, 4, 1], 8, 10) == [[1], [2, 3], [0, 4]]  # 9; 5 + 4 padded to 10; 3 + 1 padded to 6
-    assert split([3, 9, 5, 4, 1], 2, None) == [
+    assert split([3, 9, 5, 4, 1], 8, 10, 512) == [[1], [2, 3], [0, 4]]  # 9; 5 + 4 padded to 10; 3 + 1 padded to 6
+    assert split([3, 9, 5, 4, 1], 2, None, 512) == [
         [1],
         [2, 3],
         [0, 4],
     ]  # three passes it takes; the single one is the longest
-    assert split([10, 10, 2000, 10, 1990], 5, None) == [
+    assert split([10, 10, 2000, 10, 1990], 5, None, 512) == [
         [2, 4],
         [0, 1, 3],
     ]  # a pass of its own is less than 3 x 1,990 of padding
-    assert split([], 3, 7) == []
+    assert split([], 3, 7, 512) == []
+
+
+def test_more_and_smaller_passes_where_starting_one_is_cheap():
+    lengths = [1 + (i * 37) % 100 for i in range(1000)]
+    padded = [sum(len(g) * lengths[g[0]] for g in split(lengths, 64, None, cost)) for cost in (0, 64, 512)]
+    assert padded[0] == sum(lengths) < padded[1] < padded[2]
+    assert tokens_of_a_pass(torch.device("cpu")) < tokens_of_a_pass(torch.device("cuda"))
 
 
 def test_sorting_by_length_saves_padding():
     lengths = [1 + (i * 37) % 100 for i in range(1000)]
-    groups = split(lengths, 16, 800)
+    groups = split(lengths, 16, 800, 512)
     padded = sum(len(g) * lengths[g[0]] for g in groups)
     assert padded < 1.05 * sum(lengths)  # in the order given, groups of 16 pad to about twice the tokens
 
 
 def test_a_few_long_records_do_not_pad_the_rest():
     lengths = [20] * 500 + [500, 400, 300, 250, 200, 150, 120, 100]
-    groups = split(lengths, 64, 8192)
+    groups = split(lengths, 64, 8192, 512)
     padded = sum(len(g) * lengths[g[0]] for g in groups)
     assert padded < 1.15 * sum(lengths)  # filled up from the front: 1.48 times
     assert len(groups) <= 10

@@ -91,7 +91,8 @@ def merge(factors: Sequence[Factor]) -> list[Factor]:
 
 def squared_norms(factors: Sequence[Factor]) -> Tensor:
     """|sum of factors|^2 for each example, [B]; `factors` as `merge` returns them (one of a kind)."""
-    total = torch.stack([_squared_norm(f) for f in factors]).sum(0)
+    first, *rest = map(_squared_norm, factors)
+    total = sum(rest, first)
     for a, b in combinations(factors, 2):
         total = total + 2.0 * _inner(a, b)
     return total
