@@ -16,8 +16,10 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_whole_runs() -> None:
-    rows = [line.split(" | ") for line in run("bench_run", "--quick").splitlines() if line.startswith("made-up | ")]
+def test_whole_runs(tmp_path: Path) -> None:
+    printed = run("bench_run", "--quick", "--picture", str(tmp_path / "runs.png"))
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("made-up | ")]
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     assert [row[1] for row in rows] == ["plain", "plain, length-grouped", "ours", "Opacus ghost", "fastDP"]
     for row in rows:
         assert row[2].endswith(" s") or row[2].startswith("not installed"), row
