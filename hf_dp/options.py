@@ -20,7 +20,10 @@ DEFAULT_MAX_GRAD_NORM = (
     1.0  # Trainer's default, which nobody chose; it rescaled private updates 12-fold, so it is switched off
 )
 
-COMPILED = "torch.compile cannot trace the stand-ins that watch the trainable parameters (torch 2.13 stops with an internal error)"
+COMPILED = (
+    "torch.compile cannot trace the stand-ins that watch the trainable parameters; pass the model as it was before torch.compile, and "
+    "TrainingArguments(torch_compile=True)"
+)
 
 # option -> (is this value unsafe?, why and what to do instead)
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -74,7 +77,10 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it follows private numbers; use a schedule fixed in advance, such as linear or cosine",
     ),
     "use_liger_kernel": (bool, "its fused kernels hide the head's gradient from the per-example rules; leave it off"),
-    "torch_compile": (bool, f"{COMPILED}; leave it off"),
+    "torch_compile_mode": (
+        lambda v: v not in (None, "default"),
+        "the blocks are compiled with dynamic shapes, which CUDA graphs and tuning for one shape do not go with; leave it out",
+    ),
     "tf32": (
         bool,
         "norms would have ten bits, and clipped gradients exceed C by 1e-3; use bf16=True, which keeps them in float32",
@@ -127,8 +133,8 @@ HANDLED: dict[str, str] = {
     "accelerator_config": "split_batches, dispatch_batches and num_steps are refused; even_batches is not read",
     "dataloader_num_workers": "records are read under secret randomness in each worker",
     "dataloader_in_order": "not read: draws arrive in their order",
-    "torch_compile_backend": "turns torch_compile on, which is refused",
-    "torch_compile_mode": "turns torch_compile on, which is refused",
+    "torch_compile": "the repeated blocks are compiled, where LoRA on linear layers is all that is trained in them",
+    "torch_compile_backend": "as torch_compile; the self-check goes through what it made",
     "liger_kernel_config": "only for use_liger_kernel, which is refused",
     "length_column_name": "only for grouping by length, which is refused",
 }
@@ -269,7 +275,7 @@ def _of_model(model: Any) -> Iterator[str]:
         return
     compiled = [n or type(m).__name__ for n, m in model.named_modules() if _is_compiled(m)]
     if compiled:
-        yield f"{compiled[0]} is compiled: {COMPILED}; pass the model as it was before torch.compile"
+        yield f"{compiled[0]} is compiled: {COMPILED}"
     normalised = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if normalised:
         yield (

@@ -1,15 +1,20 @@
-"""What a trainer is given (settings, options, records) -> its mechanism; and whether the records that it made of them are still those."""
+"""What a trainer is given (settings, options, records) -> its mechanism, its passes; and whether the records it made are still those."""
 
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from hf_dp import accounting
 from hf_dp.chacha import require_cryptography
 from hf_dp.config import PrivacyConfig
-from hf_dp.errors import ConfigError
+from hf_dp.errors import ConfigError, UnsupportedOptionError
 from hf_dp.mechanism import Mechanism
+from hf_dp.per_example.capture import Pass, per_example_factors
+from hf_dp.per_example.compiled import CompiledBlocks
+from hf_dp.per_example.inventory import Row
 from hf_dp.privacy_unit import Groups, groups_by
+from hf_dp.sharding import is_sharded
 
 
 def plan_training(
@@ -47,3 +52,22 @@ def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> N
             f"{name} put the training records into another order, so that unit_column={column!r} would group others: prepare the "
             "data first"
         )
+
+
+def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, each_alone: bool) -> Pass:
+    """What forms the per-example factors: the blocks compiled where `TrainingArguments` ask for it.
+
+    Raises:
+        UnsupportedOptionError: as `CompiledBlocks`, or where nothing would be compiled or could be.
+    """
+    if not args.torch_compile:
+        return per_example_factors
+    against = {
+        "noise='discrete'": each_alone,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "a sharded base": is_sharded(model),
+    }
+    if any(against.values()):
+        names = ", ".join(name for name, there in against.items() if there)
+        raise UnsupportedOptionError(f"torch_compile cannot be combined with {names}: leave one of them off")
+    return CompiledBlocks(model, inventory, args.torch_compile_backend)

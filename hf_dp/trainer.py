@@ -31,7 +31,7 @@ from hf_dp.per_example.integers import add_integer_gradient, grid_of
 from hf_dp.per_example.inventory import Row, take_inventory
 from hf_dp.per_example.self_check import Report, self_check
 from hf_dp.per_example.synthetic import LENGTHS, synthetic_records, together_and_alone
-from hf_dp.planning import plan_training, refuse_other_records
+from hf_dp.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.privacy_unit import groups_by
 from hf_dp.progress import print_summary, show_epsilon
 from hf_dp.run import PrivacySpent, PrivateRun, checkpoint_to_resume
@@ -107,7 +107,7 @@ class DPTrainerMixin(_Host):
             if self.mechanism.is_discrete:
                 self._grid = grid_of(self.model, self.mechanism.noise_multiplier, self.mechanism.clip_norm)
             self._example_loss = self._choose_loss()
-            self.inventory()
+            self._factors_of = passes_for(self.model, self.inventory(), self.args, each_alone=self._grid is not None)
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
@@ -144,7 +144,8 @@ class DPTrainerMixin(_Host):
             SelfCheckError: something couples the examples of a batch.
         """
         with self.compute_loss_context_manager():
-            return self_check(self.model, self._synthetic_batches(), self.example_losses, self._planned().clip_norm)
+            batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
+            return self_check(self.model, batches, self.example_losses, clip_norm, self._factors_of)
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 
@@ -321,7 +322,7 @@ class DPTrainerMixin(_Host):
             work = (model, lambda: self.example_losses(model, batch), num_examples(batch))
             if self._grid is not None:
                 return add_integer_gradient(*work, self._grid, self._sums)
-            seen = clipped_gradient_sum(*work, clip_norm, self._sums)
+            seen = clipped_gradient_sum(*work, clip_norm, self._sums, self._factors_of)
         if loss_bound is not None:
             self._flat[-len(METRICS) :] += contribution(seen.losses, clip_norm=clip_norm, loss_bound=loss_bound)
 

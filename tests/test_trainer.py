@@ -404,7 +404,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "accelerator_config.dispatch_batches": {"accelerator_config": {"dispatch_batches": True}},
     "optim": {"optim": "lomo"},
     "use_liger_kernel": {"use_liger_kernel": True},
-    "torch_compile": {"torch_compile": True},
+    "torch_compile_mode": {"torch_compile_mode": "max-autotune"},
     "save_strategy='best'": {
         "save_strategy": "best",
         "eval_strategy": "steps",

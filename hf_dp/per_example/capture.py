@@ -7,7 +7,7 @@ everybody else calls. The model is left as it was found, also after an exception
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -189,9 +189,17 @@ class PerExample(NamedTuple):
     losses: Tensor
 
 
+Pass: TypeAlias = Callable[[nn.Module, Callable[[], Tensor], int], tuple[dict[str, list[Factor]], Tensor]]
+
+
 @torch.no_grad()
 def clipped_gradient_sum(
-    model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, clip_norm: float, into: dict[str, Tensor]
+    model: nn.Module,
+    example_losses: Callable[[], Tensor],
+    batch_size: int,
+    clip_norm: float,
+    into: dict[str, Tensor],
+    factors_of: Pass = per_example_factors,
 ) -> PerExample:
     """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`, and returns the norms |g_b| and the losses, which are secret.
 
@@ -204,13 +212,14 @@ def clipped_gradient_sum(
         batch_size: B.
         clip_norm: C, above 0.
         into: parameter name -> accumulator of the parameter's shape, contiguous, float32 or better.
+        factors_of: does the pass; another one than `per_example_factors` must give the same.
 
     Raises:
         UnsupportedParameterError, CaptureError: as `per_example_factors`.
     """
     if batch_size == 0:
         return PerExample(torch.zeros(0), torch.zeros(0))
-    factors, losses = per_example_factors(model, example_losses, batch_size)
+    factors, losses = factors_of(model, example_losses, batch_size)
     norms = squared_norms(factors, batch_size, losses).sqrt()
     weights = clip_factors(norms, clip_norm)
     finite = torch.isfinite(norms)

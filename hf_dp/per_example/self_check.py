@@ -6,7 +6,7 @@ layers that mix examples, gradients that reach a parameter unseen, and layers th
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_dp.errors import SelfCheckError
 from hf_dp.per_example.batches import Batch, num_examples, rows
-from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors
 from hf_dp.per_example.factors import Factor, add_weighted_sum, exact
 from hf_dp.per_example.inventory import ExampleLosses
 
@@ -42,7 +42,13 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def self_check(model: nn.Module, collated: Sequence[Batch], example_losses: ExampleLosses, clip_norm: float) -> Report:
+def self_check(
+    model: nn.Module,
+    collated: Sequence[Batch],
+    example_losses: ExampleLosses,
+    clip_norm: float,
+    factors_of: Pass = per_example_factors,
+) -> Report:
     """Compares the gradient sum of a batch with that of its examples alone, and clipped sums of neighbours.
 
     Args:
@@ -50,6 +56,7 @@ def self_check(model: nn.Module, collated: Sequence[Batch], example_losses: Exam
         collated: the whole batch first, then each of its examples collated alone, in the same order.
         example_losses: (model, batch) -> one loss an example.
         clip_norm: C.
+        factors_of: what will do the passes over several examples.
 
     Raises:
         SelfCheckError: with the measured difference and the usual causes.
@@ -58,11 +65,23 @@ def self_check(model: nn.Module, collated: Sequence[Batch], example_losses: Exam
     was_training = model.training
     model.train()
     try:
-        with _state_put_back(model), torch.random.fork_rng(devices=_devices(model)), _NoDropout():
+        with _state_put_back(model), torch.random.fork_rng(devices=_devices(model)), ExitStack() as stack:
+            if _draws(model, alone[0], example_losses):
+                stack.enter_context(_NoDropout())
             _refuse_what_is_written(model, alone, example_losses)
-            return _compare(model, batch, alone, example_losses, clip_norm)
+            return _compare(model, batch, alone, example_losses, clip_norm, factors_of)
     finally:
         model.train(was_training)
+
+
+def _draws(model: nn.Module, batch: Batch, example_losses: ExampleLosses) -> bool:
+    """Whether a pass takes random numbers. Where it does not, a compiled model is checked as it will be trained."""
+    devices = _devices(model)
+    before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    with _state_put_back(model):
+        per_example_factors(model, lambda: example_losses(model, batch), num_examples(batch))
+    after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return not all(map(torch.equal, before, after))
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -104,15 +123,20 @@ def _refuse_what_is_written(model: nn.Module, alone: Sequence[Batch], example_lo
 
 
 def _compare(
-    model: nn.Module, batch: Batch, alone: Sequence[Batch], example_losses: ExampleLosses, clip_norm: float
+    model: nn.Module,
+    batch: Batch,
+    alone: Sequence[Batch],
+    example_losses: ExampleLosses,
+    clip_norm: float,
+    factors_of: Pass,
 ) -> Report:
-    differences, sizes = _squared_differences(model, batch, alone, example_losses)
+    differences, sizes = _squared_differences(model, batch, alone, example_losses, factors_of)
     tiny = torch.finfo(sizes.dtype).tiny
     difference = float((differences.max() / sizes.max().clamp_min(tiny)).sqrt())
     tolerance = TOLERANCE[_precision(model)]
     if not difference <= tolerance:
         raise SelfCheckError(_explanation(difference, tolerance))
-    sensitivity = _largest_move(model, batch, example_losses, clip_norm) / clip_norm
+    sensitivity = _largest_move(model, batch, example_losses, clip_norm, factors_of) / clip_norm
     if not sensitivity <= 1 + tolerance:
         raise SelfCheckError(
             f"removing one example moved the clipped sum by {sensitivity:.3f} x C; at most 1 is allowed."
@@ -121,11 +145,11 @@ def _compare(
 
 
 def _squared_differences(
-    model: nn.Module, batch: Batch, alone: Sequence[Batch], example_losses: ExampleLosses
+    model: nn.Module, batch: Batch, alone: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass
 ) -> tuple[Tensor, Tensor]:
     """|g_b in the batch - g_b alone|^2 and |g_b alone|^2 for each example, [B] each; one parameter of one example at a time."""
     size = num_examples(batch)
-    together, losses = per_example_factors(model, lambda: example_losses(model, batch), size)
+    together, losses = factors_of(model, lambda: example_losses(model, batch), size)
     totals = torch.zeros(2, size, dtype=exact(losses).dtype, device=losses.device)
     for row, one in enumerate(alone):
         singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
@@ -152,25 +176,30 @@ def _precision(model: nn.Module) -> torch.dtype:
     return min(dtypes, key=lambda d: torch.finfo(d).bits * 100 - torch.finfo(d).eps)
 
 
-def _largest_move(model: nn.Module, batch: Batch, example_losses: ExampleLosses, clip_norm: float) -> float:
+def _largest_move(
+    model: nn.Module, batch: Batch, example_losses: ExampleLosses, clip_norm: float, factors_of: Pass
+) -> float:
     """max over examples of |clipped sum with it - clipped sum without it|: at most C."""
-    whole = _clipped_sum(model, batch, example_losses, clip_norm)
+    whole = _clipped_sum(model, batch, example_losses, clip_norm, factors_of)
     size = num_examples(batch)
     moves = []
     for row in range(size):
         parts = [rows(batch, slice(0, row)), rows(batch, slice(row + 1, size))]
-        without = sum(_clipped_sum(model, p, example_losses, clip_norm) for p in parts if num_examples(p))
+        clipped = [_clipped_sum(model, p, example_losses, clip_norm, factors_of) for p in parts if num_examples(p)]
+        without = sum(clipped)
         moves.append(float((whole - without).norm()))
     return max(moves)
 
 
-def _clipped_sum(model: nn.Module, batch: Batch, example_losses: ExampleLosses, clip_norm: float) -> Tensor:
+def _clipped_sum(
+    model: nn.Module, batch: Batch, example_losses: ExampleLosses, clip_norm: float, factors_of: Pass
+) -> Tensor:
     into = {
         name: torch.zeros(p.shape, dtype=exact(p).dtype, device=p.device)
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    clipped_gradient_sum(model, lambda: example_losses(model, batch), num_examples(batch), clip_norm, into)
+    clipped_gradient_sum(model, lambda: example_losses(model, batch), num_examples(batch), clip_norm, into, factors_of)
     return torch.cat([g.reshape(-1) for g in into.values()])
 
 

@@ -1,0 +1,171 @@
+"""A model whose repeated blocks are compiled by torch.compile -> the same per-example gradients, in fewer and larger kernels.
+
+What is traced must not look at parameters through stand-ins, so within the blocks each trained linear map is lent a stand-in *module*
+for the pass: y = x W^T with W constant, and a second argument without values or memory, `anchor` (one zero, expanded to [B, r, d]),
+whose gradient is what W's would be for each example, g_b^T x_b. The graph is an ordinary one, and autograd adds up the uses. Trained
+parameters outside the blocks go through `capture`, and one example alone runs as it is.
+
+Legend: B examples, T positions, d inputs, r outputs.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_dp.errors import UnsupportedOptionError
+from hf_dp.per_example.capture import per_example_factors
+from hf_dp.per_example.factors import Dense, Factor, per_example_product
+from hf_dp.per_example.inventory import Row
+
+# Graphs of one class of blocks (first or later, padded or not, checked or trained, ...); beyond, blocks run uncompiled.
+GRAPHS = 32
+
+
+class AnchoredLinear(torch.autograd.Function):
+    """y = x W^T for x [B, ..., d]; the gradient of `anchor` [B, r, d] is g^T x over each example's positions, in float32 or better."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor) -> Tensor:
+        """`anchor` is not read."""
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """(g W, nothing, g^T x of each example)."""
+        (g,) = grads
+        x, weight = ctx.saved_tensors
+        by_example = per_example_product(g.flatten(1, -2), x.flatten(1, -2))
+        return (g @ weight if ctx.needs_input_grad[0] else None), None, by_example
+
+
+class TappedLinear(nn.Module):
+    """Stands in for a linear layer without bias during a pass. `weight` and `anchor` are lent for each pass."""
+
+    weight: Tensor
+    anchor: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ..., d] -> [B, ..., r].
+
+        Raises:
+            UnsupportedOptionError: the examples do not lead.
+        """
+        if x.shape[0] != self.anchor.shape[0] or x.dim() < 3:
+            raise UnsupportedOptionError(
+                f"torch_compile: {list(x.shape)} does not lead with {self.anchor.shape[0]} examples; leave it off"
+            )
+        weight = self.weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        result: Tensor = AnchoredLinear.apply(x, weight, self.anchor)
+        return result
+
+
+class _Leaf(NamedTuple):
+    name: str  # of the weight
+    parent: nn.Module
+    key: str
+    module: nn.Linear
+    stand_in: TappedLinear
+
+
+class CompiledBlocks:
+    """Forms per-example factors as `capture.per_example_factors` does, with the model's repeated blocks compiled.
+
+    Args:
+        model: unwrapped; left as it is between passes.
+        inventory: of the model.
+        backend: of torch.compile.
+
+    Raises:
+        UnsupportedOptionError: nothing to compile, or other trained parameters in the blocks; names all.
+    """
+
+    def __init__(self, model: nn.Module, inventory: Sequence[Row], backend: str = "inductor") -> None:
+        self._blocks = list(_repeated_blocks(model))
+        inside = {id(m) for blocks in self._blocks for m in blocks.modules()}
+        self._leaves = list(_leaves(model, inside))
+        linear = {row.parameter for row in inventory if {*row.operations.split(", ")} <= {"linear", "to", "float"}}
+        wrong = list(_others(model, inside, linear & {leaf.name for leaf in self._leaves}))
+        if wrong or not self._leaves:
+            found = f"in them, {', '.join(wrong)}" if wrong else "no such parameter"
+            raise UnsupportedOptionError(
+                "torch_compile: compiles the model's repeated blocks where only weights of linear layers without bias are trained in "
+                f"them, as LoRA's are; found {found}. Leave it off, or train LoRA on linear layers"
+            )
+        self._own = [list(blocks) for blocks in self._blocks]
+        compiled = partial(torch.compile, dynamic=True, backend=backend)
+        self._compiled: list[list[Any]] = [list(map(compiled, own)) for own in self._own]
+
+    def __call__(
+        self, model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int
+    ) -> tuple[dict[str, list[Factor]], Tensor]:
+        """One forward and backward; see `capture.per_example_factors`."""
+        if batch_size == 1:
+            return per_example_factors(model, example_losses, batch_size)
+        from torch._dynamo import config as dynamo  # 2 s, which only those who compile need to spend
+
+        with self._lent(batch_size) as anchors, dynamo.patch(recompile_limit=GRAPHS):
+            factors, losses = per_example_factors(model, example_losses, batch_size)
+        found = {name: anchor.grad for name, anchor in anchors.items() if anchor.grad is not None}
+        return factors | {name: [Dense(gradient)] for name, gradient in found.items()}, losses
+
+    @contextmanager
+    def _lent(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Puts compiled blocks and stand-ins into the model, and takes them out whatever happens; parameter -> its anchor."""
+        anchors = {}
+        try:
+            for name, parent, key, module, stand_in in self._leaves:
+                wide = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
+                zero = torch.zeros((), dtype=wide, device=module.weight.device)
+                stand_in.weight = module.weight.detach()
+                stand_in.anchor = anchors[name] = zero.expand(batch_size, *module.weight.shape).requires_grad_()
+                parent._modules[key] = stand_in
+            _put(self._blocks, self._compiled)
+            yield anchors
+        finally:
+            _put(self._blocks, self._own)
+            for leaf in self._leaves:
+                leaf.parent._modules[leaf.key] = leaf.module
+                leaf.stand_in.weight = leaf.stand_in.anchor = torch.empty(0)
+
+
+def _put(lists: Sequence[nn.ModuleList], modules: Sequence[Sequence[nn.Module]]) -> None:
+    for blocks, those in zip(lists, modules, strict=True):
+        for place, module in enumerate(those):
+            blocks[place] = module
+
+
+def _repeated_blocks(model: nn.Module) -> Iterator[nn.ModuleList]:
+    """The outermost lists of two or more modules of one class."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(m) for m in child}) == 1:
+            yield child
+        else:
+            yield from _repeated_blocks(child)
+
+
+def _leaves(model: nn.Module, inside: set[int]) -> Iterator[_Leaf]:
+    for prefix, parent in model.named_modules():
+        for key, module in parent.named_children():
+            plain = type(module) is nn.Linear and module.bias is None and module.weight.requires_grad
+            if plain and id(module) in inside:
+                yield _Leaf(f"{prefix}.{key}.weight", parent, key, module, TappedLinear())
+
+
+def _others(model: nn.Module, inside: set[int], known: set[str]) -> Iterator[str]:
+    """Names of parameters trained in the blocks that are not known, or have a second place somewhere."""
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules():
+        for key, p in module.named_parameters(recurse=False):
+            name = f"{prefix}.{key}"
+            if p.requires_grad and id(module) in inside and (name not in known or places[id(p)] > 1):
+                yield name
