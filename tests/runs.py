@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import models as M
+import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_dp import DPTrainer, PrivacyConfig
+from hf_dp.run import PrivateRun
 
 NOISELESS = {"noise_multiplier": 0.0, "debug_seed": 7, "target_delta": 1e-3}
 
@@ -75,3 +77,16 @@ OF_THE_TRAINER = (
     "train_dataset data_collator eval_dataset compute_metrics callbacks compute_loss_func micro_batch_tokens check_records "
     "processing_class optimizers model_init"
 ).split()
+
+
+def record_sums(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What will be released, before its noise: a clipped sum a step, as long as `patch` lasts."""
+    sums: list[torch.Tensor] = []
+    release = PrivateRun.release
+
+    def noted(self: PrivateRun, clipped_sum: torch.Tensor, draw_number: int) -> torch.Tensor:
+        sums.append(clipped_sum.clone())
+        return release(self, clipped_sum, draw_number)
+
+    patch.setattr(PrivateRun, "release", noted)
+    return sums

@@ -17,7 +17,6 @@ from hf_dp.per_example import factors as fx
 from hf_dp.per_example.capture import per_example_factors
 from hf_dp.per_example.compiled import AnchoredLinear, CompiledBlocks
 from hf_dp.per_example.inventory import take_inventory
-from hf_dp.run import PrivateRun
 
 LORA_WITH_HEAD = partial(M.with_lora, M.bert, task_type="SEQ_CLS", target_modules=["query", "value"])
 
@@ -103,15 +102,8 @@ def test_the_model_is_as_it_was_after_an_error() -> None:
 
 def sums_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[Tensor]:
     torch.manual_seed(0)
-    sums: list[Tensor] = []
-    release = PrivateRun.release
-
-    def noted(self: PrivateRun, clipped_sum: Tensor, draw_number: int) -> Tensor:
-        sums.append(clipped_sum.clone())
-        return release(self, clipped_sum, draw_number)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PrivateRun, "release", noted)
+        sums = runs.record_sums(patch)
         runs.trainer(folder, max_steps=2, **settings).train()
     return sums
 

@@ -16,7 +16,6 @@ from hf_dp.memory import Room
 from hf_dp.per_example import capture
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example.batches import num_examples
-from hf_dp.run import PrivateRun
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(
@@ -70,17 +69,10 @@ def sums_of(
 ) -> tuple[list[Tensor], Scarce]:
     """The clipped sums of two steps before noise."""
     torch.manual_seed(0)
-    sums: list[Tensor] = []
-    release = PrivateRun.release
-
-    def noted(self: PrivateRun, clipped_sum: Tensor, draw_number: int) -> Tensor:
-        sums.append(clipped_sum.clone())
-        return release(self, clipped_sum, draw_number)
-
     privacy = {**runs.NOISELESS, "expected_batch_size": 16}
     settings = {"per_device_train_batch_size": 8, "max_steps": 2, **scarcity.pop("settings", {})}
     with monkeypatch.context() as patch:
-        patch.setattr(PrivateRun, "release", noted)
+        sums = runs.record_sums(patch)
         trainer = Scarce(
             model=(build or (lambda: M.with_lora(M.llama)))(),
             args=runs.arguments(folder, **settings),
