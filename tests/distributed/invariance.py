@@ -1,4 +1,4 @@
-"""One way to run the same mathematics (micro-batches, checkpointing, sharding) -> the adapter's update after three steps."""
+"""One way to run the same mathematics (micro-batches, checkpointing or compiling, sharding) -> the adapter's update after three steps."""
 
 import itertools
 from pathlib import Path
@@ -18,8 +18,9 @@ MICRO_BATCHES: dict[str, dict[str, Any]] = {
     "4": {"per_device_train_batch_size": 4},
     "tokens": {"per_device_train_batch_size": 24, "micro_batch_tokens": 40},
 }
-CHECKPOINTING: dict[str, dict[str, Any]] = {
-    "none": {},
+PASSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "non-reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
@@ -29,12 +30,13 @@ BASES = {"llama": M.llama, "gpt2": M.gpt2}
 class Way(NamedTuple):
     base: str
     micro_batches: str
-    checkpointing: str
+    passes: str
     sharded: bool
 
 
 DIAGONAL = [
-    Way("llama", "4", "none", True),
+    Way("llama", "4", "plain", True),
+    Way("llama", "4", "compiled", False),
     Way("llama", "tokens", "reentrant", False),
     Way("gpt2", "1", "non-reentrant", False),
     Way("gpt2", "tokens", "reentrant", True),
@@ -42,9 +44,13 @@ DIAGONAL = [
 
 
 def ways(world: int, *, all_of_them: bool) -> list[Way]:
-    """The matrix or its diagonal; one process has nothing to shard."""
-    matrix = [Way(*w) for w in itertools.product(BASES, MICRO_BATCHES, CHECKPOINTING, (False, True))]
-    return [way for way in (matrix if all_of_them else DIAGONAL) if world > 1 or not way.sharded]
+    """The matrix or its diagonal; one process has nothing to shard, and what is sharded is not compiled."""
+    matrix = [Way(*w) for w in itertools.product(BASES, MICRO_BATCHES, PASSES, (False, True))]
+    return [
+        way
+        for way in (matrix if all_of_them else DIAGONAL)
+        if not way.sharded or (world > 1 and way.passes != "compiled")
+    ]
 
 
 def adapter_on(base: str, folder: Path, *, sharded: bool) -> torch.nn.Module:
@@ -78,7 +84,7 @@ def update(way: Way, folder: Path) -> Tensor:
         {**runs.NOISELESS, "expected_batch_size": 12},
         max_steps=3,
         **MICRO_BATCHES[way.micro_batches],
-        **CHECKPOINTING[way.checkpointing],
+        **PASSES[way.passes],
     )
     trainer.train()
     return flat(trainer.model) - before
