@@ -64,7 +64,8 @@ def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, each_alone:
         return per_example_factors
     against = {
         "noise='discrete'": each_alone,
-        "gradient_checkpointing": args.gradient_checkpointing,
+        "gradient_checkpointing": args.gradient_checkpointing
+        or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "a sharded base": is_sharded(model),
     }
     if any(against.values()):

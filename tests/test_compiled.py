@@ -143,5 +143,9 @@ def test_what_cannot_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
             runs.trainer(tmp_path, model, torch_compile=True)
     with pytest.raises(UnsupportedOptionError, match="combined with gradient_checkpointing"):
         runs.trainer(tmp_path, gradient_checkpointing=True, torch_compile=True)
+    checkpointed = M.with_lora(M.llama)
+    checkpointed.gradient_checkpointing_enable()
+    with pytest.raises(UnsupportedOptionError, match="combined with gradient_checkpointing"):
+        runs.trainer(tmp_path, checkpointed, torch_compile=True)
     with pytest.raises(UnsupportedOptionError, match="torch_compile_mode=reduce-overhead"):
         runs.trainer(tmp_path, torch_compile_mode="reduce-overhead")
