@@ -40,7 +40,7 @@ OPTIONS: dict[str, list[Any]] = {
     "include_num_input_tokens_seen": ["all"],
     "neftune_noise_alpha": [5.0],
     "use_liger_kernel": [True],
-    "torch_compile": [True],
+    "torch_compile_backend": ["eager"],
     "auto_find_batch_size": [True],
     "average_tokens_across_devices": [False, True],
     "accelerator_config": [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}],
