@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from hf_dp.errors import ConfigError
-from hf_dp.microbatch import DrawnRecords, LogicalBatchCollator, feature_length, split, tokens_of_a_pass
+from hf_dp.microbatch import (
+    READ_AT_ONCE,
+    DrawnRecords,
+    LogicalBatchCollator,
+    Packed,
+    feature_length,
+    packed,
+    split,
+    tokens_of_a_pass,
+    unpacked,
+)
 from hf_dp.sampling import Draw, PoissonSampler
 
 
@@ -210,3 +220,42 @@ def test_accelerates_own_sharding_is_why_num_processes_is_one():
 def test_accelerate_cannot_dispatch_an_empty_container_which_is_why_dispatch_is_off():
     with pytest.raises(ValueError, match="empty"):
         find_batch_size(LogicalBatchCollator(pad, 4)([]))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input_ids": [3, 70_000, 0, -100], "labels": [1, 2], "name": "a", "weight": 0.5},
+        {"input_ids": [1 << 40, 2], "labels": 3},  # more than 32 bits
+        {"input_ids": [], "mask": [True, False], "x": [0.5, 1], "boxes": [[1, 2], [3, 4]]},
+        (1, 2),
+        "text",
+    ],
+)
+def test_what_was_packed_comes_out_again(record):
+    out = unpacked(packed(record))
+    assert out == record
+    assert repr(out) == repr(record)  # types too
+    assert feature_length(packed(record)) == feature_length(record)
+
+
+def test_a_draw_is_read_piece_by_piece_packed_and_collated_as_it_was():
+    rows = [{"input_ids": [i] * (1 + i % 7)} for i in range(3 * READ_AT_ONCE)]
+    pieces = []
+
+    class Rows:
+        def __len__(self):
+            return len(rows)
+
+        def __getitems__(self, indices):
+            pieces.append(len(indices))
+            return [rows[i] for i in indices]
+
+    drawn = Draw(range(2 * READ_AT_ONCE + 5), 4)
+    read = DrawnRecords(Rows()).__getitems__(drawn)
+    assert pieces == [READ_AT_ONCE, READ_AT_ONCE, 5]
+    assert all(isinstance(r["input_ids"], Packed) for r in read)
+    container = LogicalBatchCollator(list, 64)(read)
+    assert container["draw_number"] == 4
+    collated = [r for batch in container["micro_batches"] for r in batch]
+    assert sorted(map(str, collated)) == sorted(str(rows[i]) for i in drawn)
