@@ -24,9 +24,9 @@ def clipped_after_averaging(patch: Patch) -> None:
     """The whole micro-batch's gradient is clipped to B C, as `max_grad_norm` would."""
     original = trainer.clipped_gradient_sum
 
-    def clipped(model: Any, example_losses: Any, batch_size: int, clip_norm: float, into: Any) -> None:
+    def clipped(model: Any, example_losses: Any, batch_size: int, clip_norm: float, into: Any, *passes: Any) -> None:
         own = {name: torch.zeros_like(total) for name, total in into.items()}
-        original(model, example_losses, batch_size, 1e9, own)
+        original(model, example_losses, batch_size, 1e9, own, *passes)
         norm = float(torch.stack([g.norm() for g in own.values()]).norm())
         for name, g in own.items():
             into[name] += g * min(1.0, batch_size * clip_norm / max(norm, 1e-30))
