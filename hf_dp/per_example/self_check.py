@@ -66,7 +66,7 @@ def self_check(
     model.train()
     try:
         with _state_put_back(model), torch.random.fork_rng(devices=_devices(model)), ExitStack() as stack:
-            if _draws(model, alone[0], example_losses):
+            if factors_of is per_example_factors or _draws(model, alone[0], example_losses):
                 stack.enter_context(_NoDropout())
             _refuse_what_is_written(model, alone, example_losses)
             return _compare(model, batch, alone, example_losses, clip_norm, factors_of)
@@ -75,7 +75,7 @@ def self_check(
 
 
 def _draws(model: nn.Module, batch: Batch, example_losses: ExampleLosses) -> bool:
-    """Whether a pass takes random numbers. Where it does not, a compiled model is checked as it will be trained."""
+    """Whether a pass takes random numbers. Where it does not, a compiled model is checked in the very graphs that will be trained."""
     devices = _devices(model)
     before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
     with _state_put_back(model):
