@@ -21,7 +21,7 @@ from hf_dp.errors import CaptureError, ConfigError, ReleaseError
 from hf_dp.forked_rng import fork_forward_rng
 from hf_dp.mechanism import Mechanism
 from hf_dp.memory import Room
-from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator, tokens_of_a_pass
+from hf_dp.microbatch import DRAW_NUMBER, DrawnRecords, LogicalBatchCollator, micro_batches, tokens_of_a_pass
 from hf_dp.per_example.batches import Batch, num_examples
 from hf_dp.per_example.capture import clipped_gradient_sum, views
 from hf_dp.per_example.integers import add_integer_gradient, grid_of
@@ -136,7 +136,7 @@ class PrivateLoop:
             cut = LogicalBatchCollator(collate, size, pass_cost=tokens_of_a_pass(self._device))
             for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=self._run.sampling_key):
                 container = cut(records.__getitems__(kept))
-                batches = [_as_mapping(batch) for batch in container[MICRO_BATCHES]]
+                batches = [_as_mapping(batch) for batch in micro_batches(container)]
                 self._draw, self._size, self._waits_for = Draw(batches, container[DRAW_NUMBER]), len(kept), BACKWARD
                 yield self._draw
                 if self._waits_for is not None:

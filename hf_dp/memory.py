@@ -36,18 +36,16 @@ class Room:
         self._part: tuple[int, int] = (0, 0)
         self._tried = False
 
-    def parts(self, batches: Iterable[Batch]) -> list[Batch]:
-        """The batches in parts that fit and whose size is none of their other dimensions (see `unambiguous`)."""
-        found: list[Batch] = []
+    def parts(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches in parts that fit and whose size is none of their other dimensions (see `unambiguous`), one after the other."""
         for batch in batches:
             size = num_examples(batch)
             step = int(max(1, min(size, self._tokens // _width(batch))))
             for start in range(0, size, step):
                 piece = rows(batch, slice(start, start + step)) if step < size else batch
-                found += unambiguous(piece)
-        return found
+                yield from unambiguous(piece)
 
-    def one_by_one(self, parts: list[Batch]) -> Iterator[Batch]:
+    def one_by_one(self, parts: Iterable[Batch]) -> Iterator[Batch]:
         """The parts, and which of them is in hand, should memory run out."""
         for part in parts:
             self._part = num_examples(part), _width(part)

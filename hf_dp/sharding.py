@@ -5,7 +5,7 @@ however many examples their slices hold. Trainable parameters stay whole on ever
 example, and reduced once a step like any others'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from hf_dp.per_example.batches import Batch
 
 LOADING = "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=number of processes))"
 
@@ -22,11 +24,15 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, nn.Module) and any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def missing_passes(own: int, device: torch.device) -> int:
-    """How many passes this process has to add so that all take as many. Every process calls this once before its passes."""
-    most = torch.tensor(own, device=device)
+def counted(parts: Iterable[Batch], device: torch.device) -> tuple[list[Batch], int]:
+    """The parts, one a pass, and how many passes this process has to add so that all take as many.
+
+    Every process calls this once before its passes.
+    """
+    own = list(parts)
+    most = torch.tensor(len(own), device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most) - own
+    return own, int(most) - len(own)
 
 
 @contextmanager

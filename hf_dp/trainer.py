@@ -1,5 +1,6 @@
 """`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +24,7 @@ from hf_dp.loader import logical_batches
 from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.memory import Room
 from hf_dp.metrics import ReleasedMetrics, contribution
-from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, DrawnRecords, LogicalBatchCollator, tokens_of_a_pass
+from hf_dp.microbatch import DRAW_NUMBER, DrawnRecords, LogicalBatchCollator, micro_batches, tokens_of_a_pass
 from hf_dp.options import check_options, positional_names, without_batch_clipping
 from hf_dp.per_example.batches import Batch, num_examples
 from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors, views
@@ -241,7 +242,7 @@ class DPTrainerMixin(_Host):
         self._prepare_for_step()
         with run.told_to_all(self._flat, inputs[DRAW_NUMBER], waiting_in_release=not self._sharded):
             self._room.try_out(self.model, self._largest_batch, self._sum_up)
-            self._room.until_it_fits(lambda: self._sum_up(inputs[MICRO_BATCHES]))
+            self._room.until_it_fits(lambda: self._sum_up(micro_batches(inputs)))
             self._canaries.add_to(self._flat, inputs, run.level.clip_norm)
         released = run.release(self._flat, inputs[DRAW_NUMBER])
         self._canaries.observe(released, run.level)
@@ -306,11 +307,11 @@ class DPTrainerMixin(_Host):
             self._flat = torch.zeros(size, dtype=torch.int64 if self._grid else torch.float32, device=self.args.device)
             self._sums = views(self._flat, dict(trainable))
 
-    def _sum_up(self, micro_batches: list[Batch]) -> None:
+    def _sum_up(self, batches: Iterable[Batch]) -> None:
         self._flat.zero_()
         with fork_forward_rng([self.args.device], seed=self._running().forward_seed()):
-            parts = self._room.parts(self._prepare_inputs(batch) for batch in micro_batches)
-            missing = sharding.missing_passes(len(parts), self.args.device) if self._sharded else 0
+            parts = self._room.parts(self._prepare_inputs(batch) for batch in batches)
+            parts, missing = sharding.counted(parts, self.args.device) if self._sharded else (parts, 0)
             for part in self._room.one_by_one(parts):
                 self._add_clipped_gradients(part)
             for _ in range(missing):

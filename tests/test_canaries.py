@@ -27,7 +27,7 @@ from hf_dp.epsilon import spent
 from hf_dp.errors import AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
-from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES
+from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, micro_batches
 
 N, M_CANARIES, B = 24, 40, 16
 FALSE_ALARM = 1e-6
@@ -87,7 +87,7 @@ def test_who_is_out_contributes_nothing_and_who_is_in_a_vector_of_norm_c(tmp_pat
     [container] = trainer.get_train_dataloader()
     included = trainer._canaries.included
     assert container[SLOTS] == list(np.flatnonzero(included))
-    assert sum(len(b["input_ids"]) for b in container[MICRO_BATCHES]) == N
+    assert sum(len(b["input_ids"]) for b in micro_batches(container)) == N
     moves = []
     for slot in range(M_CANARIES):
         flat = torch.zeros(5000)
@@ -102,7 +102,7 @@ def test_token_canaries_are_records_like_the_others_and_those_out_are_no_records
     trainer._canaries.toss(1)
     trainer._canaries.make_rows(trainer.train_dataset[0], M.VOCAB, None)
     [container] = trainer.get_train_dataloader()
-    seen = [row.tolist() for batch in container[MICRO_BATCHES] for row in batch["input_ids"]]
+    seen = [row.tolist() for batch in micro_batches(container) for row in batch["input_ids"]]
     assert len(seen) == N + trainer._canaries.included.sum()
     for row, is_in in zip(trainer._canaries.rows, trainer._canaries.included, strict=True):
         assert any(s[: len(row["input_ids"])] == row["input_ids"] for s in seen) == is_in

@@ -26,6 +26,7 @@ from hf_dp.accounting import spent
 from hf_dp.errors import LedgerError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
+from hf_dp.microbatch import micro_batches
 from hf_dp.run import COMPLETE, PrivateRun
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -225,7 +226,7 @@ def test_empty_draws_are_charged_without_a_word(tmp_path: Path, capsys: pytest.C
 
     class Watched(runs.DPTrainer):
         def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-            sizes.append(sum(len(m["labels"]) for m in inputs["micro_batches"]))
+            sizes.append(sum(len(m["labels"]) for m in micro_batches(inputs)))
             return super().training_step(model, inputs, num_items_in_batch)
 
     config = runs.PrivacyConfig(noise_multiplier=1.0, expected_batch_size=1, target_delta=1e-4)

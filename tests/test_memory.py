@@ -130,7 +130,7 @@ def test_parts_are_the_batch_whatever_fits() -> None:
         batch = {"input_ids": torch.arange(size * width).view(size, width), "labels": torch.arange(size)}
         room, largest = Room(), size
         while True:
-            parts = room.parts([batch])
+            parts = list(room.parts([batch]))
             assert torch.equal(torch.cat([p["labels"] for p in parts]), batch["labels"])
             assert max(num_examples(p) for p in parts) <= largest
             if largest == 1:
@@ -148,7 +148,7 @@ def test_a_limit_learnt_on_long_records_leaves_short_ones_together() -> None:
         4,
         4,
     ]
-    assert len(room.parts([{"input_ids": torch.zeros(8, 50), "labels": torch.zeros(8)}])) == 1
+    assert len([*room.parts([{"input_ids": torch.zeros(8, 50), "labels": torch.zeros(8)}])]) == 1
 
 
 def test_nothing_about_memory_is_left_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,11 @@ from hf_dp.microbatch import (
     READ_AT_ONCE,
     DrawnRecords,
     LogicalBatchCollator,
+    Narrow,
     Packed,
     feature_length,
+    micro_batches,
+    narrowed,
     packed,
     split,
     tokens_of_a_pass,
@@ -126,8 +129,8 @@ def test_the_container_has_whole_micro_batches_and_no_top_level_labels():
     container = LogicalBatchCollator(pad, 8, 10)(Draw(features, 6))
     assert set(container) == {"micro_batches", "draw_number"}
     assert container["draw_number"] == 6
-    assert [m["id"].tolist() for m in container["micro_batches"]] == [[1], [2, 3], [0, 4]]
-    for micro_batch in container["micro_batches"]:
+    assert [m["id"].tolist() for m in micro_batches(container)] == [[1], [2, 3], [0, 4]]
+    for micro_batch in micro_batches(container):
         for row, i in enumerate(micro_batch["id"].tolist()):
             assert micro_batch["input_ids"][row, : len(features[i]["input_ids"])].tolist() == features[i]["input_ids"]
     assert pickle.dumps(features) == before
@@ -147,7 +150,7 @@ def test_the_container_moves_to_a_device_as_any_batch():
     container = LogicalBatchCollator(pad, 2)(Draw(records([2, 3, 4]), 0))
     moved = send_to_device(container, "meta")
     assert type(moved) is dict
-    assert [m["labels"].device.type for m in moved["micro_batches"]] == ["meta", "meta"]
+    assert [m["labels"].device.type for m in micro_batches(moved)] == ["meta", "meta"]
     assert moved["draw_number"] == 0
 
 
@@ -200,7 +203,7 @@ def test_through_accelerates_loader_every_drawn_record_is_processed_once(workers
             batches = [*loader, *loader]
             assert len(loader) == 6
             assert [b.get("draw_number") for b in batches] == (list(range(12)) if wrapped else [None] * 12)
-            processed.append([[i for m in b["micro_batches"] for i in m["id"].tolist()] for b in batches])
+            processed.append([[i for m in micro_batches(b) for i in m["id"].tolist()] for b in batches])
             drawn = [sampler.draw(t).tolist() for t in range(12)]
         for t, kept in enumerate(drawn):
             assert sorted(i for rank in processed for i in rank[t]) == kept
@@ -239,6 +242,38 @@ def test_what_was_packed_comes_out_again(record):
     assert feature_length(packed(record)) == feature_length(record)
 
 
+@given(
+    st.lists(
+        st.sampled_from([0, 1, -100, 255, 256, 32767, 32768, -32768, -32769, 2**31 - 1, 2**31, -(2**31), -(2**63)]),
+        max_size=4,
+    )
+)
+def test_what_was_narrowed_comes_out_again(values):
+    """Every width's ends, and what lies one beyond them."""
+    batch = {
+        "input_ids": torch.tensor(values, dtype=torch.int64),
+        "mask": torch.tensor([True]),
+        "x": torch.tensor([0.5]),
+        "name": "a",
+    }
+    (out,) = micro_batches({"micro_batches": [narrowed(batch)]})
+    assert list(out) == list(batch)
+    assert out["input_ids"].dtype == torch.int64
+    assert out["input_ids"].tolist() == values
+    assert all(out[name] is batch[name] for name in ("mask", "x", "name"))
+
+
+def test_what_waits_for_its_turn_takes_the_least_bytes_that_hold_it():
+    batch = {
+        "input_ids": torch.tensor([[3, 40_000]]),
+        "labels": torch.tensor([[-100, 5]]),
+        "mask": torch.tensor([[1, 0]]),
+    }
+    kept = {name: v.values.dtype for name, v in narrowed(batch).items() if isinstance(v, Narrow)}
+    assert kept == {"input_ids": torch.int32, "labels": torch.int16, "mask": torch.uint8}
+    assert narrowed(["text"]) == ["text"]
+
+
 def test_a_draw_is_read_piece_by_piece_packed_and_collated_as_it_was():
     rows = [{"input_ids": [i] * (1 + i % 7)} for i in range(3 * READ_AT_ONCE)]
     pieces = []
@@ -257,5 +292,5 @@ def test_a_draw_is_read_piece_by_piece_packed_and_collated_as_it_was():
     assert all(isinstance(r["input_ids"], Packed) for r in read)
     container = LogicalBatchCollator(list, 64)(read)
     assert container["draw_number"] == 4
-    collated = [r for batch in container["micro_batches"] for r in batch]
+    collated = [r for batch in micro_batches(container) for r in batch]
     assert sorted(map(str, collated)) == sorted(str(rows[i]) for i in drawn)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_dp.errors import HfDpError
 from hf_dp.grid import STD
+from hf_dp.microbatch import micro_batches
 from hf_dp.per_example.batches import example, num_examples
 from hf_dp.run import PrivateRun
 
@@ -76,7 +77,7 @@ class Watched(runs.DPTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.drawn = [
             {k: v.clone() for k, v in example(batch, i).items()}
-            for batch in inputs["micro_batches"]
+            for batch in micro_batches(inputs)
             for i in range(num_examples(batch))
         ]
         return super().training_step(model, inputs, num_items_in_batch)
