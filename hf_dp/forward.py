@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
+import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,12 +16,16 @@ from transformers import PreTrainedModel
 from hf_dp import losses
 from hf_dp.per_example.batches import Batch
 
+# Of an output layer that was seen at work: whether its logits are the model's as they are.
+_comes_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
 
 def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
     """One forward pass: the mean cross entropy over each example's own targets, [B].
 
-    Logits are formed where there is a target and nowhere else, if nothing of the output layer is trained; otherwise from the first
-    target on. A model that takes no `logits_to_keep`, or has virtual tokens in front, forms all.
+    Logits are formed where there is a target and nowhere else, if nothing of the output layer is trained, and a few rows at a time, if a
+    first pass showed that nothing comes after that layer; otherwise from the first target on. A model that takes no `logits_to_keep`,
+    or has virtual tokens in front, forms all.
     """
     labels = losses.predictable(labels, inputs.get("attention_mask"))
     if not can_leave_out_logits(model, base):
@@ -29,13 +36,22 @@ def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: 
         outputs = model(**inputs, logits_to_keep=labels.shape[1] - start)
         return losses.causal_lm(outputs, labels[:, start:], smoothing)
     targets = losses.shifted(labels)
-    positions = (targets.flatten() != losses.IGNORED).nonzero().flatten()
-    with head_at(head, positions, labels.shape):
-        outputs = model(**inputs)
-    if outputs.logits.shape[:2] != (1, len(positions)):  # the head was not called as a module is
-        return losses.causal_lm(outputs, labels, smoothing)
-    here = outputs.logits.device
-    return losses.token_mean(outputs.logits, targets.to(here), smoothing, positions.to(here))
+    where = (targets.flatten() != losses.IGNORED).nonzero().flatten()
+    if _comes_last.get(head, False) and is_plain(head):
+        with losses_for_logits(head, where, targets, smoothing):
+            outputs = model(**inputs)
+        if outputs.logits.shape == (1, len(where), 1):
+            here = outputs.logits.device
+            return losses.mean_over_targets(outputs.logits.flatten(), targets.to(here), where.to(here))
+    else:
+        with head_at(head, where, labels.shape) as made:
+            outputs = model(**inputs)
+        if outputs.logits.shape[:2] == (1, len(where)):
+            if head not in _comes_last and len(where):
+                _comes_last[head] = is_plain(head) and not caps_logits(base) and _alone(made, outputs.logits)
+            here = outputs.logits.device
+            return losses.token_mean(outputs.logits, targets.to(here), smoothing, where.to(here))
+    return losses.causal_lm(outputs, labels, smoothing)  # the head was not called as a module is
 
 
 def frozen_head(base: nn.Module) -> nn.Linear | None:
@@ -45,21 +61,76 @@ def frozen_head(base: nn.Module) -> nn.Linear | None:
     return cast(nn.Linear, head) if frozen else None
 
 
+def is_plain(head: nn.Linear) -> bool:
+    """Whether calling the module is the linear map of its weight and nothing else: no subclass, hook, quantised or sharded weight."""
+    own = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
+    return own and not head._forward_hooks and not head._forward_pre_hooks and head.out_features > 1
+
+
+def caps_logits(base: nn.Module) -> bool:
+    """Whether the config speaks of soft caps: near zero, and in few bits, capped logits look like those of the head."""
+    config = cast(Any, base).config.get_text_config().to_dict()
+    return any(value for name, value in config.items() if "softcap" in name or "soft_cap" in name)
+
+
 @contextmanager
-def head_at(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -> Iterator[None]:
-    """While it lasts, `head` gets the hidden states [B, T, d], B and T as in `shape`, at `positions` [N] of the B T: [1, N, d]."""
+def head_at(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -> Iterator[list[Tensor]]:
+    """While it lasts, `head` gets the hidden states [B, T, d], B and T as in `shape`, at `positions` [N] of the B T: [1, N, d].
+
+    Yields copies of what it gives, until it is known what comes of that.
+    """
+    made: list[Tensor] = []
 
     def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = args[0]
-        if hidden.shape[:-1] != shape:
-            return None
-        return hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)).unsqueeze(0), *args[1:]
+        return (_rows(args[0], positions).unsqueeze(0), *args[1:]) if args[0].shape[:-1] == shape else None
 
-    handle = head.register_forward_pre_hook(pick)
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        made.append(output.detach().clone())
+
+    plain = isinstance(head, nn.Linear) and is_plain(head)
+    handles = [head.register_forward_pre_hook(pick)]
+    if plain and head not in _comes_last:
+        handles.append(head.register_forward_hook(note))
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float) -> Iterator[None]:
+    """While it lasts, `head` gives for hidden states [B, T, d] the losses at `positions` [N], [1, N, 1], and holds no logits.
+
+    Args:
+        head: an `is_plain` one.
+        positions: of the B T.
+        targets: [B, T].
+        smoothing: of labels.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        if hidden.shape[:-1] != targets.shape:
+            return F.linear(hidden, head.weight, head.bias)
+        labels = _rows(targets.unsqueeze(-1).to(hidden.device), positions).squeeze(-1)
+        rows = _rows(hidden, positions)
+        return losses.HeadCrossEntropy.apply(rows, head.weight, head.bias, labels, smoothing).view(1, -1, 1)
+
+    head.forward = forward  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        handle.remove()
+        del head.forward
+
+
+def _rows(x: Tensor, positions: Tensor) -> Tensor:
+    """[B, T, d] -> [N, d] at `positions` [N] of the B T."""
+    return x.flatten(0, 1).index_select(0, positions.to(x.device))
+
+
+def _alone(made: list[Tensor], logits: Tensor) -> bool:
+    """Whether the head was called once, and what it gave came out unchanged but for its type."""
+    return len(made) == 1 and torch.equal(made[0].to(logits.dtype), logits)
 
 
 def can_leave_out_logits(model: nn.Module, base: nn.Module) -> bool:

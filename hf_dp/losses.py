@@ -15,6 +15,7 @@ from hf_dp.errors import ConfigError
 
 IGNORED = -100
 CHUNK_ELEMENTS = 1 << 22  # logits held in float32 at once (16 MiB)
+HEAD_ROWS = 512  # through a head at once: each time its whole weight is read
 ExampleLoss: TypeAlias = Callable[..., Tensor]  # (outputs, labels, smoothing=0.0) -> [B]
 
 
@@ -28,16 +29,12 @@ class TokenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         """Losses [N], float32 (float64 for float64 logits)."""
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        losses, log_z = torch.zeros(2, len(labels), dtype=wide, device=logits.device)
+        losses, log_z = torch.zeros(2, len(labels), dtype=_wide(logits), device=logits.device)
         ctx.chunks = list(_chunks(logits, labels))
         for rows in ctx.chunks:
-            chunk, label = logits[rows].to(wide), labels[rows]
+            chunk = logits[rows].to(losses.dtype)
             log_z[rows] = chunk.logsumexp(-1)
-            aim = chunk.gather(1, label.clamp_min(0).unsqueeze(1)).squeeze(1)
-            if smoothing:
-                aim = (1 - smoothing) * aim + smoothing * chunk.mean(-1)
-            losses[rows] = (log_z[rows] - aim).masked_fill_(label == IGNORED, 0.0)
+            losses[rows] = _cross_entropy(log_z[rows], _aim(chunk, labels[rows], smoothing), labels[rows])
         ctx.save_for_backward(logits, labels, log_z)
         ctx.smoothing = smoothing
         return losses
@@ -50,17 +47,68 @@ class TokenCrossEntropy(torch.autograd.Function):
         covered = all(isinstance(rows, slice) for rows in ctx.chunks) and len(ctx.chunks) > 0
         result = torch.empty_like(logits) if covered else torch.zeros_like(logits)
         for rows in ctx.chunks:
-            chunk, label = logits[rows].to(log_z.dtype), labels[rows]
-            chunk = torch.sub(chunk, log_z[rows].unsqueeze(1)).exp_()
-            if ctx.smoothing:
-                chunk -= ctx.smoothing / logits.shape[1]
-            where = label.clamp_min(0).unsqueeze(1)
-            chunk.scatter_add_(1, where, chunk.new_full((len(chunk), 1), ctx.smoothing - 1.0))
-            chunk.mul_(grad_losses[rows].unsqueeze(1))
-            if bool((label == IGNORED).any()):
-                chunk[label == IGNORED] = 0.0
+            chunk = torch.sub(logits[rows].to(log_z.dtype), log_z[rows].unsqueeze(1)).exp_()
+            chunk = _minus_target_(chunk, labels[rows], ctx.smoothing).mul_(grad_losses[rows].unsqueeze(1))
             result[rows] = chunk.to(result.dtype)
         return result, None, None
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Cross entropy of the logits h W^T + b of hidden states h [N, d] under a frozen linear map, with labels [N], as `TokenCrossEntropy`.
+
+    Logits exist for a few rows at a time and are kept for none: a row's gradient is its incoming gradient, a number, times
+    (softmax - target) W, which is formed while the row's logits are there. So it costs what the two products cost anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float
+    ) -> Tensor:
+        """Losses [N], float32 (float64 for float64 hidden states)."""
+        losses = torch.zeros(len(labels), dtype=_wide(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(labels), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            logits = F.linear(hidden[rows], weight, bias)
+            chunk = logits.to(losses.dtype)  # from here on it is written over: logits, softmax, gradient
+            aim, greatest = _aim(chunk, labels[rows], smoothing), chunk.amax(-1, keepdim=True)
+            total = chunk.sub_(greatest).exp_().sum(-1, keepdim=True)
+            losses[rows] = _cross_entropy((total.log() + greatest).squeeze(1), aim, labels[rows])
+            if gradient is not None:
+                gradient[rows] = _minus_target_(chunk.div_(total), labels[rows], smoothing).to(logits.dtype) @ weight
+        ctx.save_for_backward(*([] if gradient is None else [gradient]))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient with respect to the hidden states, [N, d]."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grads[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _aim(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """[N, V], [N] -> what the logits come to under the target distribution, [N]."""
+    aim = logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1)
+    return (1 - smoothing) * aim + smoothing * logits.mean(-1) if smoothing else aim
+
+
+def _cross_entropy(log_z: Tensor, aim: Tensor, labels: Tensor) -> Tensor:
+    """[N]; 0 where there is no target."""
+    return (log_z - aim).masked_fill_(labels == IGNORED, 0.0)
+
+
+def _minus_target_(softmax: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """The gradient of each row's cross entropy with respect to its logits, [N, V], in place; 0 where there is no target."""
+    if smoothing:
+        softmax -= smoothing / softmax.shape[1]
+    softmax.scatter_add_(1, labels.clamp_min(0).unsqueeze(1), softmax.new_full((len(softmax), 1), smoothing - 1.0))
+    if bool((labels == IGNORED).any()):
+        softmax[labels == IGNORED] = 0.0
+    return softmax
 
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice | Tensor]:
@@ -81,9 +129,14 @@ def token_mean(logits: Tensor, labels: Tensor, smoothing: float = 0.0, positions
     flat = labels.flatten()
     if positions is None:
         losses: Tensor = TokenCrossEntropy.apply(logits.flatten(0, 1), flat, smoothing)
-    else:
-        there: Tensor = TokenCrossEntropy.apply(logits.squeeze(0), flat[positions], smoothing)
-        losses = there.new_zeros(len(flat)).index_copy(0, positions, there)
+        return mean_over_targets(losses, labels)
+    return mean_over_targets(TokenCrossEntropy.apply(logits.squeeze(0), flat[positions], smoothing), labels, positions)
+
+
+def mean_over_targets(losses: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Losses [B T] of all positions, or [N] of `positions`, and labels [B, T] -> mean over each example's own targets, [B]."""
+    if positions is not None:
+        losses = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
     return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
 
 

@@ -310,7 +310,7 @@ class DPTrainerMixin(_Host):
     def _sum_up(self, batches: Iterable[Batch]) -> None:
         self._flat.zero_()
         with fork_forward_rng([self.args.device], seed=self._running().forward_seed()):
-            parts = self._room.parts(self._prepare_inputs(batch) for batch in batches)
+            parts: Iterable[Batch] = self._room.parts(self._prepare_inputs(batch) for batch in batches)
             parts, missing = sharding.counted(parts, self.args.device) if self._sharded else (parts, 0)
             for part in self._room.one_by_one(parts):
                 self._add_clipped_gradients(part)

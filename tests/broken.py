@@ -120,13 +120,13 @@ def last_micro_batch_dropped(patch: Patch) -> None:
 def divided_by_the_tokens_of_the_batch(patch: Patch) -> None:
     """Trainer's `num_items_in_batch`: an example's weight depends on the lengths of the others."""
 
-    original = losses.token_mean
+    original = losses.mean_over_targets
 
-    def token_mean(logits: torch.Tensor, labels: torch.Tensor, *args: Any) -> torch.Tensor:
+    def mean_over_targets(rows: torch.Tensor, labels: torch.Tensor, *args: Any) -> torch.Tensor:
         own = (labels != losses.IGNORED).sum(1).clamp_min(1)
-        return original(logits, labels, *args) * own / (labels != losses.IGNORED).sum().clamp_min(1)
+        return original(rows, labels, *args) * own / (labels != losses.IGNORED).sum().clamp_min(1)
 
-    patch.setattr(losses, "token_mean", token_mean)
+    patch.setattr(losses, "mean_over_targets", mean_over_targets)
 
 
 def not_a_number_let_through(patch: Patch) -> None:

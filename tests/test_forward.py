@@ -9,8 +9,10 @@ import torch
 import transformers as tf
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hf_dp import losses
+from hf_dp import forward, losses
 from hf_dp.forward import next_token_losses
 from hf_dp.per_example.capture import clipped_gradient_sum
 from tests import models as M
@@ -69,11 +71,11 @@ def rows_of_the_head(model: Any) -> Iterator[list[int]]:
     inner = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     original = inner.forward
 
-    def forward(hidden: Tensor) -> Tensor:
+    def counted(hidden: Tensor) -> Tensor:
         seen.append(hidden.shape[:-1].numel())
         return original(hidden)
 
-    inner.forward = forward
+    inner.forward = counted
     yield seen
     del inner.forward
 
@@ -144,9 +146,104 @@ def test_a_head_that_is_not_called_gives_the_same_losses() -> None:
     torch.testing.assert_close(fast(model, batch, 0.0), slow(model, batch, 0.0))
 
 
+COMES_LAST = {name: not any(word in name for word in ("capped", "scaled")) for name in BUILD}
+
+
+@pytest.mark.parametrize("kind", ["padded right", "padded left", "one without a target", "none with a target"])
+@pytest.mark.parametrize("name", BUILD)
+def test_once_seen_at_work_a_head_that_comes_last_gives_losses_without_logits(name: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model, batch = M.with_lora(BUILD[name]), batch_of(kind)
+    if kind != "padded left":
+        model = model.double()
+    head = base_of(model).get_output_embeddings()
+    assert head not in forward._comes_last
+    fast(model, batch_of("padded right"), 0.0)
+    assert forward._comes_last[head] is COMES_LAST[name]
+    seen, into = sums(model, fast, batch, 0.0)
+    expected, twin = sums(model, slow, batch, 0.0)
+    torch.testing.assert_close(seen, expected)
+    torch.testing.assert_close(into, twin)
+    assert torch.equal(expected.losses == 0, seen.losses == 0)
+    assert "forward" not in vars(head)
+
+
+def test_without_logits_smoothed_in_bfloat16_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = M.with_lora(M.llama), batch_of("padded right")
+    fast(model, batch, 0.0)
+    twin = sums(model, slow, batch, 0.1)[1]
+    torch.testing.assert_close(sums(model, fast, batch, 0.1)[1], twin)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(sums(model, fast, batch, 0.1)[1], twin, rtol=0.05, atol=1e-3)
+    monkeypatch.setattr(losses, "HEAD_ROWS", 2)
+    with Shapes() as made:
+        torch.testing.assert_close(sums(model, fast, batch, 0.1)[1], twin)
+    width, vocabulary = base_of(model).config.hidden_size, base_of(model).config.vocab_size
+    assert {shape[0] for shape in made if shape[1:] == (vocabulary,)} <= {1, 2, width, vocabulary}  # and the weight's
+    assert not {shape for shape in made if len(shape) == 3 and shape[-1] == vocabulary}
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that operations make."""
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        self.made: set[tuple[int, ...]] = set()
+        return self.made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made |= {tuple(x.shape) for x in tree_leaves(result) if isinstance(x, Tensor)}
+        return result
+
+
+class Masked(tf.LlamaForCausalLM):
+    """Changes its logits where they lie: entries of the vocabulary that no tokenizer gives."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, logits_to_keep: int = 0, **kwargs: Any) -> Any:
+        outputs = super().forward(input_ids, attention_mask, logits_to_keep=logits_to_keep, **kwargs)
+        with torch.no_grad():
+            outputs.logits[..., 90:] = -1e9
+        return outputs
+
+
+class Hooked(tf.LlamaForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head.register_forward_hook(lambda head, args, out: out * 3.0)
+
+
+@pytest.mark.parametrize("model_class", [Masked, Hooked])
+def test_a_head_with_something_behind_it_forms_logits(model_class: Any) -> None:
+    torch.manual_seed(0)
+    model, batch = M.with_lora(lambda: model_class(tf.LlamaConfig(**M.DECODER))), batch_of("padded right")
+    for _ in range(2):
+        torch.testing.assert_close(fast(model, batch, 0.0), slow(model, batch, 0.0))
+    assert forward._comes_last[base_of(model).get_output_embeddings()] is False
+
+
+def test_a_hook_that_comes_later_is_seen() -> None:
+    torch.manual_seed(0)
+    model, batch = M.with_lora(M.llama), batch_of("padded right")
+    fast(model, batch, 0.0)
+    head = base_of(model).get_output_embeddings()
+    handle = head.register_forward_hook(lambda head, args, out: out * 3.0)
+    tripled = fast(model, batch, 0.0)
+    torch.testing.assert_close(tripled, slow(model, batch, 0.0))
+    handle.remove()
+    assert not torch.allclose(fast(model, batch, 0.0), tripled)
+
+
 def test_the_head_is_left_as_it_was_also_after_an_exception() -> None:
     model, batch = M.with_lora(M.llama), batch_of("padded right")
     fast(model, batch, 0.0)
-    with pytest.raises(ValueError, match="batch_size"):  # the model's own loss, which meets fewer logits than labels
+    with pytest.raises(RuntimeError, match="shape"):  # the model's own loss, which meets losses for logits
         next_token_losses(model, base_of(model), batch, batch["labels"], 0.0)
-    assert not base_of(model).get_output_embeddings()._forward_pre_hooks
+    head = base_of(model).get_output_embeddings()
+    assert "forward" not in vars(head)
+    del forward._comes_last[head]
+    with pytest.raises(ValueError, match="batch_size"):  # which meets fewer logits than labels
+        next_token_losses(model, base_of(model), batch, batch["labels"], 0.0)
+    assert not head._forward_pre_hooks
+    assert not head._forward_hooks

@@ -133,6 +133,24 @@ def test_logits_of_a_large_vocabulary_never_exist_in_float32_at_once(monkeypatch
     assert 0 < largest <= 4096
 
 
+@pytest.mark.parametrize("rows", [1, 3, 512])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_loss_of_a_head_is_that_of_its_logits(
+    rows: int, smoothing: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "HEAD_ROWS", rows)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight, b = torch.randn(11, 5, dtype=torch.float64), torch.randn(11, dtype=torch.float64) if bias else None
+    labels, upstream = torch.tensor([3, -100, 0, 10, 4, -100, 4]), torch.randn(7, dtype=torch.float64)
+    ours = losses.HeadCrossEntropy.apply(hidden, weight, b, labels, smoothing)
+    (gradient,) = torch.autograd.grad(ours @ upstream, hidden)
+    twin = F.cross_entropy(F.linear(hidden, weight, b), labels, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(ours, twin)
+    torch.testing.assert_close(gradient, torch.autograd.grad(twin @ upstream, hidden)[0])
+    assert torch.equal(losses.HeadCrossEntropy.apply(hidden.detach(), weight, b, labels, smoothing), ours)
+
+
 CONFIG = SimpleNamespace(problem_type=None, num_labels=5, is_encoder_decoder=False)
 
 
