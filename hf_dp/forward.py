@@ -21,37 +21,64 @@ _comes_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
-    """One forward pass: the mean cross entropy over each example's own targets, [B].
+    """One forward pass: position t predicts label t + 1; the mean cross entropy over each example's own targets, [B].
 
-    Logits are formed where there is a target and nowhere else, if nothing of the output layer is trained, and a few rows at a time, if a
-    first pass showed that nothing comes after that layer; otherwise from the first target on. A model that takes no `logits_to_keep`,
-    or has virtual tokens in front, forms all.
+    Logits are formed as `at_targets` does, if nothing of the output layer is trained; otherwise from the first target on, where the model
+    takes `logits_to_keep` and has no virtual tokens in front; else all.
     """
     labels = losses.predictable(labels, inputs.get("attention_mask"))
-    if not can_leave_out_logits(model, base):
-        return losses.causal_lm(model(**inputs), labels, smoothing)
     head = frozen_head(base)
-    if head is None:
-        start = losses.first_needed(labels)
-        outputs = model(**inputs, logits_to_keep=labels.shape[1] - start)
-        return losses.causal_lm(outputs, labels[:, start:], smoothing)
-    targets = losses.shifted(labels)
+    if head is not None:
+        outputs, found = at_targets(model, head, inputs, losses.shifted(labels), smoothing)
+        return losses.causal_lm(outputs, labels, smoothing) if found is None else found
+    start = losses.first_needed(labels) if can_leave_out_logits(model, base) else 0
+    outputs = model(**inputs, logits_to_keep=labels.shape[1] - start) if start else model(**inputs)
+    return losses.causal_lm(outputs, labels[:, start:], smoothing)
+
+
+def aligned_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
+    """As `next_token_losses`, where position t predicts label t."""
+    head = frozen_head(base)
+    if head is None or labels.dim() != 2:
+        return losses.aligned_tokens(model(**inputs), labels, smoothing)
+    outputs, found = at_targets(model, head, inputs, labels, smoothing)
+    return losses.aligned_tokens(outputs, labels, smoothing) if found is None else found
+
+
+# Kinds of losses over a vocabulary, of which most logits need not be.
+OVER_VOCABULARY = {
+    "ForCausalLM": next_token_losses,
+    "ForConditionalGeneration": aligned_losses,
+    "ForMaskedLM": aligned_losses,
+}
+
+
+def at_targets(
+    model: nn.Module, head: nn.Linear, inputs: Batch, targets: Tensor, smoothing: float
+) -> tuple[Any, Tensor | None]:
+    """The model's outputs, and losses [B] of logits that are formed where there is a target [B, T] and nowhere else.
+
+    Once a pass has shown that nothing comes after the head, later ones hold logits of a few rows at a time. No losses, but outputs with
+    all logits, where the head is not called as a module is, or not on [B, T, d].
+    """
     where = (targets.flatten() != losses.IGNORED).nonzero().flatten()
     if _comes_last.get(head, False) and is_plain(head):
-        with losses_for_logits(head, where, targets, smoothing):
+        with losses_for_logits(head, where, targets, smoothing) as used:
             outputs = model(**inputs)
+        if not used:
+            return outputs, None
         if outputs.logits.shape == (1, len(where), 1):
             here = outputs.logits.device
-            return losses.mean_over_targets(outputs.logits.flatten(), targets.to(here), where.to(here))
-    else:
-        with head_at(head, where, labels.shape) as made:
-            outputs = model(**inputs)
-        if outputs.logits.shape[:2] == (1, len(where)):
-            if head not in _comes_last and len(where):
-                _comes_last[head] = is_plain(head) and not caps_logits(base) and _alone(made, outputs.logits)
-            here = outputs.logits.device
-            return losses.token_mean(outputs.logits, targets.to(here), smoothing, where.to(here))
-    return losses.causal_lm(outputs, labels, smoothing)  # the head was not called as a module is
+            return outputs, losses.mean_over_targets(outputs.logits.flatten(), targets.to(here), where.to(here))
+        _comes_last[head] = False  # something there is, which left the logits as they were
+    with head_at(head, where, targets.shape) as made:
+        outputs = model(**inputs)
+    if outputs.logits.shape[:2] != (1, len(where)):
+        return outputs, None
+    if head not in _comes_last and len(where):
+        _comes_last[head] = is_plain(head) and not caps_logits(model) and _alone(made, outputs.logits)
+    here = outputs.logits.device
+    return outputs, losses.token_mean(outputs.logits, targets.to(here), smoothing, where.to(here))
 
 
 def frozen_head(base: nn.Module) -> nn.Linear | None:
@@ -67,9 +94,9 @@ def is_plain(head: nn.Linear) -> bool:
     return own and not head._forward_hooks and not head._forward_pre_hooks and head.out_features > 1
 
 
-def caps_logits(base: nn.Module) -> bool:
+def caps_logits(model: nn.Module) -> bool:
     """Whether the config speaks of soft caps: near zero, and in few bits, capped logits look like those of the head."""
-    config = cast(Any, base).config.get_text_config().to_dict()
+    config = cast(Any, model).config.get_text_config().to_dict()
     return any(value for name, value in config.items() if "softcap" in name or "soft_cap" in name)
 
 
@@ -99,8 +126,10 @@ def head_at(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -> Itera
 
 
 @contextmanager
-def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float) -> Iterator[None]:
+def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float) -> Iterator[list[bool]]:
     """While it lasts, `head` gives for hidden states [B, T, d] the losses at `positions` [N], [1, N, 1], and holds no logits.
+
+    Yields a list of an entry for each time it did.
 
     Args:
         head: an `is_plain` one.
@@ -109,16 +138,19 @@ def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoot
         smoothing: of labels.
     """
 
+    used: list[bool] = []
+
     def forward(hidden: Tensor) -> Tensor:
         if hidden.shape[:-1] != targets.shape:
             return F.linear(hidden, head.weight, head.bias)
+        used.append(True)
         labels = _rows(targets.unsqueeze(-1).to(hidden.device), positions).squeeze(-1)
         rows = _rows(hidden, positions)
         return losses.HeadCrossEntropy.apply(rows, head.weight, head.bias, labels, smoothing).view(1, -1, 1)
 
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:
-        yield
+        yield used
     finally:
         del head.forward
 

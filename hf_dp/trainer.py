@@ -18,7 +18,7 @@ from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.dry_run import largest_micro_batch
 from hf_dp.errors import ConfigError
 from hf_dp.forked_rng import fork_forward_rng
-from hf_dp.forward import decoder_inputs, next_token_losses
+from hf_dp.forward import OVER_VOCABULARY, decoder_inputs
 from hf_dp.grid import Grid
 from hf_dp.loader import logical_batches
 from hf_dp.mechanism import METRICS, Mechanism
@@ -164,8 +164,8 @@ class DPTrainerMixin(_Host):
                 "or override DPTrainer.example_losses"
             )
         inputs.update(decoder_inputs(self._base_model(), inputs, labels))
-        if self._loss_kind() == "ForCausalLM":
-            return next_token_losses(model, self._base_model(), inputs, labels, self.args.label_smoothing_factor)
+        if (token_losses := OVER_VOCABULARY.get(self._loss_kind())) is not None:
+            return token_losses(model, self._base_model(), inputs, labels, self.args.label_smoothing_factor)
         return self._example_loss(model(**inputs), labels)
 
     def _choose_loss(self) -> losses.ExampleLoss:

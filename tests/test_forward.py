@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -221,6 +221,52 @@ def test_a_head_with_something_behind_it_forms_logits(model_class: Any) -> None:
     for _ in range(2):
         torch.testing.assert_close(fast(model, batch, 0.0), slow(model, batch, 0.0))
     assert forward._comes_last[base_of(model).get_output_embeddings()] is False
+
+
+SHORT = {"vocab_size": 97, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "dropout_rate": 0.0}
+T5 = {**SHORT, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BART = {**SHORT, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "dropout": 0.0, "bos_token_id": 2}
+ALIGNED: dict[str, tuple[Any, list[str], bool]] = {  # model, where LoRA is, whether its head comes last
+    "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)), ["q", "v"], True),
+    "bart, whose head has zeros added": (
+        lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART)),
+        ["q_proj"],
+        False,
+    ),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT, **NO_DROPOUT)), ["query"], True),
+    "roberta": (lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**BERT, **NO_DROPOUT)), ["query"], True),
+}
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_masked_and_encoder_decoder_models_form_logits_at_targets_alone(name: str) -> None:
+    torch.manual_seed(0)
+    build, where, comes_last = ALIGNED[name]
+    model: Any = get_peft_model(build(), LoraConfig(r=2, target_modules=where, init_lora_weights=False)).double()
+    batch = batch_of("one without a target")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs |= forward.decoder_inputs(base_of(model), inputs, batch["labels"])
+    head = base_of(model).get_output_embeddings()
+
+    def few(model: nn.Module, batch: dict[str, Tensor], smoothing: float) -> Tensor:
+        return forward.aligned_losses(model, base_of(model), inputs, batch["labels"], smoothing)
+
+    def all_of_them(model: nn.Module, batch: dict[str, Tensor], smoothing: float) -> Tensor:
+        return losses.aligned_tokens(model(**inputs), batch["labels"], smoothing)
+
+    expected, twin = sums(model, all_of_them, batch, 0.1)
+    with rows_of_the_head(model) as rows:
+        seen, into = sums(model, few, batch, 0.1)
+    assert rows == [int((batch["labels"] != losses.IGNORED).sum())]
+    torch.testing.assert_close((seen, into), (expected, twin))
+    assert any(value.abs().max() > 0 for value in twin.values())
+    del forward._comes_last[head]  # a head with a method of its own is not plain
+    for _ in range(3):
+        torch.testing.assert_close(sums(model, few, batch, 0.1), (expected, twin))
+    assert forward._comes_last[head] is comes_last
 
 
 def test_a_hook_that_comes_later_is_seen() -> None:
