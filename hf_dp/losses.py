@@ -34,7 +34,10 @@ class TokenCrossEntropy(torch.autograd.Function):
         for rows in ctx.chunks:
             chunk = logits[rows].to(losses.dtype)
             log_z[rows] = chunk.logsumexp(-1)
-            losses[rows] = _cross_entropy(log_z[rows], _aim(chunk, labels[rows], smoothing), labels[rows])
+            there = labels[rows]
+            losses[rows] = (log_z[rows] - _aim(chunk, there.clamp_min(0), smoothing)).masked_fill_(
+                there == IGNORED, 0.0
+            )
         ctx.save_for_backward(logits, labels, log_z)
         ctx.smoothing = smoothing
         return losses
@@ -48,13 +51,15 @@ class TokenCrossEntropy(torch.autograd.Function):
         result = torch.empty_like(logits) if covered else torch.zeros_like(logits)
         for rows in ctx.chunks:
             chunk = torch.sub(logits[rows].to(log_z.dtype), log_z[rows].unsqueeze(1)).exp_()
-            chunk = _minus_target_(chunk, labels[rows], ctx.smoothing).mul_(grad_losses[rows].unsqueeze(1))
+            chunk = _minus_target_(chunk, labels[rows].clamp_min(0), ctx.smoothing).mul_(grad_losses[rows].unsqueeze(1))
+            if bool((labels[rows] == IGNORED).any()):
+                chunk[labels[rows] == IGNORED] = 0.0
             result[rows] = chunk.to(result.dtype)
         return result, None, None
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Cross entropy of the logits h W^T + b of hidden states h [N, d] under a frozen linear map, with labels [N], as `TokenCrossEntropy`.
+    """Cross entropy of the logits h W^T + b of hidden states h [N, d] under a frozen linear map, with targets [N], as `TokenCrossEntropy`.
 
     Logits exist for a few rows at a time and are kept for none: a row's gradient is its incoming gradient, a number, times
     (softmax - target) W, which is formed while the row's logits are there. So it costs what the two products cost anyway.
@@ -62,20 +67,20 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
     ) -> Tensor:
         """Losses [N], float32 (float64 for float64 hidden states)."""
-        losses = torch.zeros(len(labels), dtype=_wide(hidden), device=hidden.device)
+        losses = torch.zeros(len(targets), dtype=_wide(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(labels), HEAD_ROWS):
+        for start in range(0, len(targets), HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
             logits = F.linear(hidden[rows], weight, bias)
             chunk = logits.to(losses.dtype)  # from here on it is written over: logits, softmax, gradient
-            aim, greatest = _aim(chunk, labels[rows], smoothing), chunk.amax(-1, keepdim=True)
+            aim, greatest = _aim(chunk, targets[rows], smoothing), chunk.amax(-1, keepdim=True)
             total = chunk.sub_(greatest).exp_().sum(-1, keepdim=True)
-            losses[rows] = _cross_entropy((total.log() + greatest).squeeze(1), aim, labels[rows])
+            losses[rows] = (total.log() + greatest).squeeze(1) - aim
             if gradient is not None:
-                gradient[rows] = _minus_target_(chunk.div_(total), labels[rows], smoothing).to(logits.dtype) @ weight
+                gradient[rows] = _minus_target_(chunk.div_(total), targets[rows], smoothing).to(logits.dtype) @ weight
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         return losses
 
@@ -90,25 +95,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _aim(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def _aim(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """[N, V], [N] -> what the logits come to under the target distribution, [N]."""
-    aim = logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1)
+    aim = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
     return (1 - smoothing) * aim + smoothing * logits.mean(-1) if smoothing else aim
 
 
-def _cross_entropy(log_z: Tensor, aim: Tensor, labels: Tensor) -> Tensor:
-    """[N]; 0 where there is no target."""
-    return (log_z - aim).masked_fill_(labels == IGNORED, 0.0)
-
-
-def _minus_target_(softmax: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """The gradient of each row's cross entropy with respect to its logits, [N, V], in place; 0 where there is no target."""
+def _minus_target_(softmax: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The gradient of each row's cross entropy with respect to its logits, [N, V], in place."""
     if smoothing:
         softmax -= smoothing / softmax.shape[1]
-    softmax.scatter_add_(1, labels.clamp_min(0).unsqueeze(1), softmax.new_full((len(softmax), 1), smoothing - 1.0))
-    if bool((labels == IGNORED).any()):
-        softmax[labels == IGNORED] = 0.0
-    return softmax
+    return softmax.scatter_add_(1, targets.unsqueeze(1), softmax.new_full((len(softmax), 1), smoothing - 1.0))
 
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice | Tensor]:

@@ -142,7 +142,7 @@ def test_the_loss_of_a_head_is_that_of_its_logits(
     monkeypatch.setattr(losses, "HEAD_ROWS", rows)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weight, b = torch.randn(11, 5, dtype=torch.float64), torch.randn(11, dtype=torch.float64) if bias else None
-    labels, upstream = torch.tensor([3, -100, 0, 10, 4, -100, 4]), torch.randn(7, dtype=torch.float64)
+    labels, upstream = torch.tensor([3, 7, 0, 10, 4, 1, 4]), torch.randn(7, dtype=torch.float64)
     ours = losses.HeadCrossEntropy.apply(hidden, weight, b, labels, smoothing)
     (gradient,) = torch.autograd.grad(ours @ upstream, hidden)
     twin = F.cross_entropy(F.linear(hidden, weight, b), labels, reduction="none", label_smoothing=smoothing)
