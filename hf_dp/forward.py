@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_dp import losses
 from hf_dp.per_example.batches import Batch
+from hf_dp.per_example.operations import autocast
 
 # Of an output layer that was seen at work: whether its logits are the model's as they are.
 _comes_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -145,8 +146,8 @@ def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoot
             return F.linear(hidden, head.weight, head.bias)
         used.append(True)
         labels = _rows(targets.unsqueeze(-1).to(hidden.device), positions).squeeze(-1)
-        rows = _rows(hidden, positions)
-        return losses.HeadCrossEntropy.apply(rows, head.weight, head.bias, labels, smoothing).view(1, -1, 1)
+        operands = autocast(_rows(hidden, positions), head.weight, head.bias)  # the weight once, not for every few rows
+        return losses.HeadCrossEntropy.apply(*operands, labels, smoothing).view(1, -1, 1)
 
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:

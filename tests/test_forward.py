@@ -176,6 +176,9 @@ def test_without_logits_smoothed_in_bfloat16_and_in_chunks(monkeypatch: pytest.M
     torch.testing.assert_close(sums(model, fast, batch, 0.1)[1], twin)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(sums(model, fast, batch, 0.1)[1], twin, rtol=0.05, atol=1e-3)
+        with Products() as types:
+            fast(model, batch, 0.1)
+        assert types == {torch.bfloat16}
     monkeypatch.setattr(losses, "HEAD_ROWS", 2)
     with Shapes() as made:
         torch.testing.assert_close(sums(model, fast, batch, 0.1)[1], twin)
@@ -196,6 +199,20 @@ class Shapes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.made |= {tuple(x.shape) for x in tree_leaves(result) if isinstance(x, Tensor)}
         return result
+
+
+class Products(TorchDispatchMode):
+    """The types of all matrix products' operands."""
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        self.types: set[torch.dtype] = set()
+        return self.types
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in str(func):
+            self.types |= {x.dtype for x in args if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 class Masked(tf.LlamaForCausalLM):

@@ -19,7 +19,7 @@ def _sink(value: Any) -> Sink | None:
     return value.sink if isinstance(value, ParameterProxy) else None
 
 
-def _autocast(*operands: Any) -> tuple[Any, ...]:
+def autocast(*operands: Any) -> tuple[Any, ...]:
     """The floating operands in autocast's dtype where autocast is on: the taps run below it and would not cast themselves."""
     device = next(v for v in operands if isinstance(v, Tensor)).device.type
     if not torch.is_autocast_enabled(device):
@@ -35,7 +35,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     """y = x W^T + b, in any layout that leads with the examples."""
     if isinstance(input, ParameterProxy) or (input.dim() > 2 and input.shape[0] == 1):
         return None  # one input for all examples: the result is on the parameters' side too
-    x, w, b = _autocast(input, weight, bias)
+    x, w, b = autocast(input, weight, bias)
     capture = proxies_in((weight, bias))[0].capture
     result: Tensor = LinearTap.apply(x, capture.anchor, plain(w), plain(b), capture.batch_size, _sink(w), _sink(b))
     return result
