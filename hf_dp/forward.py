@@ -64,20 +64,18 @@ def at_targets(
     """
     where = (targets.flatten() != losses.IGNORED).nonzero().flatten()
     if _comes_last.get(head, False) and is_plain(head):
-        with losses_for_logits(head, where, targets, smoothing) as used:
+        with losses_for_logits(head, where, targets, smoothing):
             outputs = model(**inputs)
-        if not used:
-            return outputs, None
         if outputs.logits.shape == (1, len(where), 1):
             here = outputs.logits.device
             return outputs, losses.mean_over_targets(outputs.logits.flatten(), targets.to(here), where.to(here))
-        _comes_last[head] = False  # something there is, which left the logits as they were
+        _comes_last[head] = False  # something there is, which left the logits as they were; the pass is made again
     with head_at(head, where, targets.shape) as made:
         outputs = model(**inputs)
     if outputs.logits.shape[:2] != (1, len(where)):
         return outputs, None
     if head not in _comes_last and len(where):
-        _comes_last[head] = is_plain(head) and not caps_logits(model) and _alone(made, outputs.logits)
+        _comes_last[head] = not caps_logits(model) and _alone(made, outputs.logits)
     here = outputs.logits.device
     return outputs, losses.token_mean(outputs.logits, targets.to(here), smoothing, where.to(here))
 
@@ -102,10 +100,10 @@ def caps_logits(model: nn.Module) -> bool:
 
 
 @contextmanager
-def head_at(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -> Iterator[list[Tensor]]:
+def head_at(head: nn.Linear, positions: Tensor, shape: tuple[int, ...]) -> Iterator[list[Tensor]]:
     """While it lasts, `head` gets the hidden states [B, T, d], B and T as in `shape`, at `positions` [N] of the B T: [1, N, d].
 
-    Yields copies of what it gives, until it is known what comes of that.
+    Yields copies of what it gives, of an `is_plain` one, until it is known what comes of that.
     """
     made: list[Tensor] = []
 
@@ -115,9 +113,9 @@ def head_at(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -> Itera
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
         made.append(output.detach().clone())
 
-    plain = isinstance(head, nn.Linear) and is_plain(head)
+    unknown = head not in _comes_last and is_plain(head)
     handles = [head.register_forward_pre_hook(pick)]
-    if plain and head not in _comes_last:
+    if unknown:
         handles.append(head.register_forward_hook(note))
     try:
         yield made
@@ -127,10 +125,8 @@ def head_at(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -> Itera
 
 
 @contextmanager
-def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float) -> Iterator[list[bool]]:
+def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float) -> Iterator[None]:
     """While it lasts, `head` gives for hidden states [B, T, d] the losses at `positions` [N], [1, N, 1], and holds no logits.
-
-    Yields a list of an entry for each time it did.
 
     Args:
         head: an `is_plain` one.
@@ -139,19 +135,16 @@ def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoot
         smoothing: of labels.
     """
 
-    used: list[bool] = []
-
     def forward(hidden: Tensor) -> Tensor:
         if hidden.shape[:-1] != targets.shape:
             return F.linear(hidden, head.weight, head.bias)
-        used.append(True)
-        labels = _rows(targets.unsqueeze(-1).to(hidden.device), positions).squeeze(-1)
+        labels = targets.flatten()[positions].to(hidden.device)
         operands = autocast(_rows(hidden, positions), head.weight, head.bias)  # the weight once, not for every few rows
         return losses.HeadCrossEntropy.apply(*operands, labels, smoothing).view(1, -1, 1)
 
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:
-        yield used
+        yield
     finally:
         del head.forward
 

@@ -240,6 +240,20 @@ def test_a_head_with_something_behind_it_forms_logits(model_class: Any) -> None:
     assert forward._comes_last[base_of(model).get_output_embeddings()] is False
 
 
+def test_a_soft_cap_that_few_bits_do_not_show_is_known_by_its_name() -> None:
+    """Logits near zero, divided and multiplied by 1,024, which is exact: in bfloat16 the cap changes none of them."""
+    torch.manual_seed(0)
+    model = M.with_lora(lambda: M.gemma2(final_logit_softcapping=1024.0)).bfloat16()
+    head, made = base_of(model).get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda head, args, out: made.append(out))
+    batch = batch_of("padded right")
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    handle.remove()
+    assert torch.equal(logits, made[0])
+    fast(model, batch, 0.0)
+    assert forward._comes_last[head] is False
+
+
 SHORT = {"vocab_size": 97, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "dropout_rate": 0.0}
 T5 = {**SHORT, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97}
