@@ -133,6 +133,9 @@ def test_parts_are_the_batch_whatever_fits() -> None:
             parts = list(room.parts([batch]))
             assert torch.equal(torch.cat([p["labels"] for p in parts]), batch["labels"])
             assert max(num_examples(p) for p in parts) <= largest
+            assert all(
+                num_examples(p) == 1 or num_examples(p) != width for p in parts
+            )  # else examples look like positions
             if largest == 1:
                 break
             room._part = (largest, width)
