@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dp import epsilon, losses, microbatch, run, trainer
-from hf_dp.ledger import Ledger
-from hf_dp.noise import NoiseSource
-from hf_dp.per_example import capture
-from hf_dp.release import Releaser
-from hf_dp.sampling import Draw, PoissonSampler
+from hf_dp.accounting import epsilon
+from hf_dp.ledger.ledger import Ledger
+from hf_dp.per_example import capture, losses
+from hf_dp.randomness.noise import NoiseSource
+from hf_dp.sampling import microbatch
+from hf_dp.sampling.poisson import Draw, PoissonSampler
+from hf_dp.step import run
+from hf_dp.step.release import Releaser
+from hf_dp.training import trainer
 
 Patch = pytest.MonkeyPatch
 

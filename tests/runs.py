@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_dp import DPTrainer, PrivacyConfig
-from hf_dp.run import PrivateRun
+from hf_dp.step.run import PrivateRun
 
 NOISELESS = {"noise_multiplier": 0.0, "debug_seed": 7, "target_delta": 1e-3}
 

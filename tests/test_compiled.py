@@ -11,9 +11,9 @@ import runs
 import torch
 from torch import Tensor, nn
 
-from hf_dp import losses
 from hf_dp.errors import SelfCheckError, UnsupportedOptionError
 from hf_dp.per_example import factors as fx
+from hf_dp.per_example import losses
 from hf_dp.per_example.capture import per_example_factors
 from hf_dp.per_example.compiled import AnchoredLinear, CompiledBlocks
 from hf_dp.per_example.inventory import take_inventory

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_dp import PrivateLoop
-from hf_dp.accounting import spent
-from hf_dp.card import PRIVACY_JSON
+from hf_dp.accounting.planned import spent
+from hf_dp.card.record import PRIVACY_JSON
 from hf_dp.errors import CaptureError, ConfigError, ReleaseError
-from hf_dp.grid import STD, grid_for
-from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
-from hf_dp.noise import NoiseSource
-from hf_dp.per_example.integers import add_integer_gradient
-from hf_dp.release import Releaser
-from hf_dp.run import PrivateRun
-from hf_dp.streams import ChaChaKey
+from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
+from hf_dp.randomness.grid import STD, grid_for
+from hf_dp.randomness.noise import NoiseSource
+from hf_dp.randomness.streams import ChaChaKey
+from hf_dp.step.integers import add_integer_gradient
+from hf_dp.step.release import Releaser
+from hf_dp.step.run import PrivateRun
 from tests.noise_checks import std_is
 
 PRIVACY: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "noise": "discrete"}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_dp import losses
 from hf_dp.errors import UnsupportedParameterError
+from hf_dp.per_example import losses
 from hf_dp.per_example.inventory import take_inventory
 
 

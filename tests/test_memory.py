@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.memory import Room
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.per_example import capture
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example.batches import num_examples
+from hf_dp.step.memory import Room
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(

@@ -15,13 +15,13 @@ import torch
 from noise_checks import assert_gaussian, assert_uncorrelated, std_is
 
 from hf_dp import PrivacyConfig
-from hf_dp.accounting import derivation, plan, spent
+from hf_dp.accounting.planned import derivation, plan, spent
+from hf_dp.card.verification import verify
 from hf_dp.errors import AccountingError, ConfigError, ReleaseError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment
-from hf_dp.metrics import ReleasedMetrics, contribution
-from hf_dp.run import PrivateRun
-from hf_dp.verify import verify
+from hf_dp.step.metrics import ReleasedMetrics, contribution
+from hf_dp.step.run import PrivateRun
 
 E2E = {"sample_rate": 1024 / 42061, "num_steps": 410}
 DELTA = 8e-6

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from hf_dp.errors import ConfigError
-from hf_dp.microbatch import (
+from hf_dp.sampling.microbatch import (
     READ_AT_ONCE,
     DrawnRecords,
     LogicalBatchCollator,
@@ -25,7 +25,7 @@ from hf_dp.microbatch import (
     tokens_of_a_pass,
     unpacked,
 )
-from hf_dp.sampling import Draw, PoissonSampler
+from hf_dp.sampling.poisson import Draw, PoissonSampler
 
 
 @given(

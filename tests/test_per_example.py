@@ -26,8 +26,8 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from hf_dp import losses
 from hf_dp.errors import CaptureError, UnsupportedParameterError
+from hf_dp.per_example import losses
 from hf_dp.per_example.batches import unambiguous
 from hf_dp.per_example.capture import Capture, clipped_gradient_sum, per_example_factors
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_dp.errors import HfDpError
-from hf_dp.grid import STD
-from hf_dp.microbatch import micro_batches
 from hf_dp.per_example.batches import example, num_examples
-from hf_dp.run import PrivateRun
+from hf_dp.randomness.grid import STD
+from hf_dp.sampling.microbatch import micro_batches
+from hf_dp.step.run import PrivateRun
 
 OPTIONS: dict[str, list[Any]] = {
     "per_device_train_batch_size": [1, 2, 5, 24],

@@ -13,14 +13,15 @@ from test_plan import number
 from torch import nn
 from transformers import LlamaConfig
 
-from hf_dp import DPTrainer, model_shapes, run_cost
+from hf_dp import DPTrainer
 from hf_dp.cli.plan import plan
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import capture
 from hf_dp.per_example.factors import Dense, Outer
-from hf_dp.run_cost import Shapes, Work
-from hf_dp.sampling import PoissonSampler
+from hf_dp.recipe import model_shapes, run_cost
+from hf_dp.recipe.run_cost import Shapes, Work
+from hf_dp.sampling.poisson import PoissonSampler
 
 SIZE: dict[str, Any] = {"num_examples": 1000, "expected_batch_size": 40, "max_steps": 10, "noise_multiplier": 1.0}
 

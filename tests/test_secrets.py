@@ -17,12 +17,12 @@ import runs
 import torch
 from torch import Tensor
 
-from hf_dp import noise as noise_module
-from hf_dp import run as run_module
-from hf_dp.fingerprint import KEY_NAME
-from hf_dp.ledger import LEDGER_NAME
-from hf_dp.run import PrivateRun
-from hf_dp.streams import Role, fresh_key, stream
+from hf_dp.ledger.fingerprints import KEY_NAME
+from hf_dp.ledger.ledger import LEDGER_NAME
+from hf_dp.randomness import noise as noise_module
+from hf_dp.randomness.streams import Role, fresh_key, stream
+from hf_dp.step import run as run_module
+from hf_dp.step.run import PrivateRun
 
 SECRET = "Margarethe Quittenbaum-4711"
 LENGTH = 1913  # of the planted record: no other number in the run is this one

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from hf_dp.accounting.epsilon import spent
 from hf_dp.audit.one_run import gaussian_epsilon
-from hf_dp.epsilon import spent
 from hf_dp.mechanism import Segment
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "study_article"

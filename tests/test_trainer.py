@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_dp import DPTrainer, PrivacyConfig
 from hf_dp.errors import ConfigError, LedgerError, UnsupportedOptionError, UnsupportedParameterError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 
 BERT_LORA = partial(M.with_lora, partial(M.bert, pad_token_id=0), task_type="SEQ_CLS")
 CASES = {

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hf_dp.clipping import clip_factors
 from hf_dp.errors import CaptureError, UnsupportedParameterError
 from hf_dp.per_example import factors as fx
+from hf_dp.per_example.clipping import clip_factors
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
 from hf_dp.per_example.proxy import ParameterProxy

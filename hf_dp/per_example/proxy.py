@@ -78,7 +78,7 @@ class ParameterProxy(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Every PyTorch function that has a proxy among its arguments."""
-        from hf_dp.per_example.rules import apply_rule  # rules make proxies: resolved when called
+        from hf_dp.per_example.rules import apply_rule
 
         kwargs = kwargs or {}
         if func.__name__ == "__set__" and args[1] is not None:

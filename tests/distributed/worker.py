@@ -33,10 +33,11 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-from hf_dp import DPTrainer, HfDpError, model_shapes, run_cost, task
-from hf_dp.ledger import LEDGER_NAME
-from hf_dp.recipe import read
-from hf_dp.run import PrivateRun
+from hf_dp import DPTrainer, HfDpError
+from hf_dp.ledger.ledger import LEDGER_NAME
+from hf_dp.recipe import model_shapes, run_cost, task
+from hf_dp.recipe.recipe import read
+from hf_dp.step.run import PrivateRun
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NOISY = {"noise_multiplier": 1.0, "debug_seed": 3, "target_delta": 1e-3, "expected_batch_size": 8}

@@ -1,0 +1,423 @@
+"""`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from hf_dp import accounting
+from hf_dp.config import AuditConfig, PrivacyConfig
+from hf_dp.errors import ConfigError
+from hf_dp.mechanism import METRICS, Mechanism
+from hf_dp.per_example import (
+    LENGTHS,
+    OVER_VOCABULARY,
+    Batch,
+    Report,
+    Row,
+    clipped_gradient_sum,
+    decoder_inputs,
+    losses,
+    num_examples,
+    per_example_factors,
+    self_check,
+    synthetic_records,
+    take_inventory,
+    together_and_alone,
+    views,
+)
+from hf_dp.randomness import Grid, fork_forward_rng
+from hf_dp.sampling import (
+    DRAW_NUMBER,
+    DrawnRecords,
+    LogicalBatchCollator,
+    PoissonSampler,
+    groups_by,
+    logical_batches,
+    micro_batches,
+    tokens_of_a_pass,
+)
+from hf_dp.step import (
+    PrivacySpent,
+    PrivateRun,
+    ReleasedMetrics,
+    Room,
+    add_integer_gradient,
+    checkpoint_to_resume,
+    contribution,
+    grid_of,
+    largest_micro_batch,
+    sharding,
+)
+from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
+from hf_dp.training.options import check_options, positional_names, without_batch_clipping
+from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
+from hf_dp.training.progress import print_summary, show_epsilon
+
+if TYPE_CHECKING:
+    _Host = Trainer  # what a mixin may count on
+else:
+    _Host = object
+NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
+EVAL_MARK = "eval_not_covered_by_privacy"
+
+
+class DPTrainerMixin(_Host):
+    """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
+
+    Args:
+        *args: as the host class takes them.
+        privacy: what the run must guarantee.
+        micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
+            examples. A matter of speed and memory: it never changes the result.
+        check_records: a few public records for the self-check, where none can be made up from the data set's columns.
+        audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
+        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` returns one loss an example, [batch].
+
+    Attributes:
+        mechanism: what will be run, calibrated; None without a training set.
+
+    Raises:
+        UnsupportedOptionError: options that would void the guarantee; names all of them.
+        UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
+        ConfigError: a plan that is impossible, such as q > 1 or an epsilon out of reach.
+    """
+
+    model: Any  # always there once the host is built
+    optimizer: Any
+    args: Any
+    compute_loss_func: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        privacy: PrivacyConfig,
+        micro_batch_tokens: int | None = None,
+        check_records: list[dict[str, Any]] | None = None,
+        audit: AuditConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
+        training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
+        check_options(training, public_eval=privacy.public_eval, **{k: v for k, v in options.items() if k != "args"})
+        options["args"] = without_batch_clipping(training)
+        refuse_audit(audit, privacy)
+        self.privacy = privacy
+        self._canaries = Canaries(audit)
+        self.micro_batch_tokens = micro_batch_tokens
+        self._check_records = check_records
+        self._run: PrivateRun | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._flat = torch.zeros(0)
+        self._grid: Grid | None = None
+        self._released_metrics: ReleasedMetrics | None = None
+        given_data = options.get("train_dataset")
+        self._groups = groups_by(given_data, privacy.unit_column)
+        self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num)
+        with sharding.checkpoints_allowed(options["args"], options.get("model")):
+            super().__init__(**options)
+        self._sharded = sharding.is_sharded(self.model)
+        self._room = Room(fixed=self._sharded)
+        show_epsilon(self)
+        if self.mechanism is not None:
+            refuse_other_records(self, len(cast(Any, given_data)), self._groups)
+            if self.mechanism.is_discrete:
+                self._grid = grid_of(self.model, self.mechanism.noise_multiplier, self.mechanism.clip_norm)
+            self._example_loss = self._choose_loss()
+            self._factors_of = passes_for(self.model, self.inventory(), self.args, each_alone=self._grid is not None)
+
+    # ---- what a user asks -----------------------------------------------------------------------------------------
+
+    def privacy_spent(self) -> PrivacySpent:
+        """(epsilon, delta) of everything charged so far in this output folder; 0 before the first step."""
+        mechanism = self._planned()
+        if self._run is None:
+            return PrivacySpent(0.0, mechanism.delta, 0)
+        return self._run.spent()
+
+    def audit_result(self) -> dict[str, Any]:
+        """What the canaries show, as in privacy.json: a lower bound on epsilon, its confidence, ceiling, and counts.
+
+        Raises:
+            AuditError: no audit was asked for, or nothing was trained yet.
+        """
+        return self._running().audited(self._canaries.counts())
+
+    def inventory(self) -> list[Row]:
+        """Each trainable parameter, the operations that use it, and how its per-example gradient is formed.
+
+        Raises:
+            UnsupportedParameterError: naming all that have no exact rule.
+        """
+        batch, *_ = self._synthetic_batches()
+        self.model.train()
+        with self.compute_loss_context_manager():
+            return take_inventory(self.model, batch, self.example_losses)
+
+    def self_check(self) -> Report:
+        """Compares a batch of synthetic records with each of them alone; runs at the start of every training.
+
+        Raises:
+            SelfCheckError: something couples the examples of a batch.
+        """
+        with self.compute_loss_context_manager():
+            batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
+            return self_check(self.model, batches, self.example_losses, clip_norm, self._factors_of)
+
+    # ---- the loss --------------------------------------------------------------------------------------------------
+
+    def example_losses(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """One loss an example, [B]. Override it for a task of your own: each must be a function of its example alone.
+
+        Raises:
+            ConfigError: the batch has no labels.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ConfigError(
+                f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}); name the target column `labels`, "
+                "or override DPTrainer.example_losses"
+            )
+        inputs.update(decoder_inputs(self._base_model(), inputs, labels))
+        if (token_losses := OVER_VOCABULARY.get(self._loss_kind())) is not None:
+            return token_losses(model, self._base_model(), inputs, labels, self.args.label_smoothing_factor)
+        return self._example_loss(model(**inputs), labels)
+
+    def _choose_loss(self) -> losses.ExampleLoss:
+        if self.compute_loss_func is not None:
+            function = self.compute_loss_func
+            return lambda outputs, labels: function(outputs, labels)
+        loss, smoothing = losses.LOSSES[self._loss_kind()], self.args.label_smoothing_factor
+        return lambda outputs, labels: loss(outputs, labels, smoothing)
+
+    def _loss_kind(self) -> str:
+        if self.compute_loss_func is not None:
+            return "the user's"
+        base = self._base_model()
+        return losses.loss_kind(type(base).__name__, base.config)
+
+    # ---- seams of Trainer ------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Poisson logical batches, this process's slice, cut into micro-batches by the collator; never re-sharded."""
+        mechanism = self._planned()
+        dataset, collate = self._columns_for_model()
+        sampler = PoissonSampler(
+            self._groups or mechanism.num_examples,
+            lambda number: (self._run or mechanism).at(number).sample_rate,
+            accounting.epoch_length(self.privacy, mechanism.num_examples),
+            key=self._run.sampling_key if self._run is not None else None,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+        )
+        bounds = self._most_examples(), self.micro_batch_tokens, tokens_of_a_pass(self.args.device)
+        cut = self._canaries.collated(LogicalBatchCollator(collate, *bounds))
+        records = DrawnRecords(self._canaries.among(dataset), mechanism.num_examples)
+        return logical_batches(records, sampler, cut, self.args, self.accelerator.device)
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any
+    ) -> TrainOutput:
+        """As `Trainer.train`; first the self-check, then the ledger is opened and what will happen is printed.
+
+        Raises:
+            SelfCheckError: something couples examples.
+            LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
+            ConfigError: the target epsilon is already spent, or `trial` is given (a search spends privacy nobody accounts for); a
+                BudgetError: the budget file does not hold this run.
+        """
+        if trial is not None:
+            raise ConfigError(
+                "hyperparameter search spends privacy that nobody accounts for: train once, with fixed settings"
+            )
+        self.self_check()
+        folder = Path(self.args.output_dir)
+        checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
+        if self._run is None:
+            place = (self.args.process_index, self.args.world_size)
+            self._run = PrivateRun(self._planned(), folder, *place, budget_file=self.privacy.budget_file)
+        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
+        self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed, epoch_length=epoch)
+        self._released_metrics = ReleasedMetrics.of(self._planned())
+        print_summary(self)
+        weigh = begin_audit(self, self._canaries, checkpoint)
+        try:
+            output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        finally:
+            self._run.close()
+            self._sums, self._flat = {}, torch.zeros(0)
+        self._canaries.weigh(weigh)
+        self._run.settle()
+        metrics = {k: v for k, v in output.metrics.items() if k not in NOT_RELEASED}
+        return output._replace(training_loss=float("nan"), metrics=metrics)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One logical batch: clip and sum every example's gradient, release the sum, write `p.grad`. Returns 0, not the loss."""
+        run = self._running()
+        self._prepare_for_step()
+        with run.told_to_all(self._flat, inputs[DRAW_NUMBER], waiting_in_release=not self._sharded):
+            self._room.try_out(self.model, self._largest_batch, self._sum_up)
+            self._room.until_it_fits(lambda: self._sum_up(micro_batches(inputs)))
+            self._canaries.add_to(self._flat, inputs, run.level.clip_norm)
+        released = run.release(self._flat, inputs[DRAW_NUMBER])
+        self._canaries.observe(released, run.level)
+        if self._released_metrics is not None:
+            self._released_metrics.add(released[-len(METRICS) :], run.level)
+        self._write_gradients(released)
+        if run.exhausted:
+            self.control.should_training_stop = True
+        return torch.zeros((), device=self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with epsilon so far."""
+        released = self._released_metrics.take() if self._released_metrics is not None and "loss" in logs else {}
+        for name in NOT_RELEASED:
+            logs.pop(name, None)
+        logs.update(released)
+        if self.mechanism is not None and self._run is not None:
+            logs["epsilon"] = self.privacy_spent().epsilon
+        if not self.privacy.public_eval and any(name.startswith("eval_") for name in logs):
+            logs[EVAL_MARK] = 1.0
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with the card and privacy.json beside the weights."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        self._write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.create_model_card`; the privacy section is put back after whoever rewrote the card."""
+        super().create_model_card(*args, **kwargs)
+        self._write_card(Path(self.args.output_dir))
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The expected logical batch over all processes."""
+        return self.privacy.expected_batch_size
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, but what leaves is whole and of one step: sealed before, with its card, and waited for before the ledger grows."""
+        self._seal(Path(checkpoint_folder))
+        self._write_card(Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+        self._finish_current_push()
+
+    def _seal(self, checkpoint: Path) -> None:
+        if self.args.should_save and self._run is not None:
+            self._run.seal_checkpoint(checkpoint)
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def _prepare_for_step(self) -> None:
+        """Training mode, and accumulators: one flat buffer with a view for each parameter; metrics come last."""
+        self.model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if [name for name, _ in trainable] != list(self._sums):
+            size = sum(p.numel() for _, p in trainable) + (0 if self._planned().loss_bound is None else len(METRICS))
+            self._flat = torch.zeros(size, dtype=torch.int64 if self._grid else torch.float32, device=self.args.device)
+            self._sums = views(self._flat, dict(trainable))
+
+    def _sum_up(self, batches: Iterable[Batch]) -> None:
+        self._flat.zero_()
+        with fork_forward_rng([self.args.device], seed=self._running().forward_seed()):
+            parts: Iterable[Batch] = self._room.parts(self._prepare_inputs(batch) for batch in batches)
+            parts, missing = sharding.counted(parts, self.args.device) if self._sharded else (parts, 0)
+            for part in self._room.one_by_one(parts):
+                self._add_clipped_gradients(part)
+            for _ in range(missing):
+                self._pass_for_the_others()
+
+    def _add_clipped_gradients(self, batch: Batch) -> None:
+        model, clip_norm, loss_bound = self.model, self._level().clip_norm, self._planned().loss_bound
+        with self.compute_loss_context_manager():
+            work = (model, lambda: self.example_losses(model, batch), num_examples(batch))
+            if self._grid is not None:
+                return add_integer_gradient(*work, self._grid, self._sums)
+            seen = clipped_gradient_sum(*work, clip_norm, self._sums, self._factors_of)
+        if loss_bound is not None:
+            self._flat[-len(METRICS) :] += contribution(seen.losses, clip_norm=clip_norm, loss_bound=loss_bound)
+
+    def _pass_for_the_others(self) -> None:
+        """Forward and backward over a made-up example whose result is dropped: other processes wait for our shards."""
+        model, made_up = self.model, self._synthetic_batches()[1]
+        with self.compute_loss_context_manager():
+            per_example_factors(model, lambda: self.example_losses(model, made_up), 1)
+
+    def _write_gradients(self, noisy_sum: Tensor) -> None:
+        """p.grad = noisy sum / expected batch size: assigned, whatever was there before."""
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        noisy_sum /= self._level().expected_batch_size
+        for name, gradient in views(noisy_sum, trainable).items():
+            trainable[name].grad = gradient.to(trainable[name].dtype)
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _planned(self) -> Mechanism:
+        if self.mechanism is None:
+            raise ConfigError("there is nothing to plan or train without a train_dataset")
+        return self.mechanism
+
+    def _level(self) -> Mechanism:
+        """The mechanism of the step under way; before training, of the first."""
+        return self._planned() if self._run is None else self._run.level
+
+    def _running(self) -> PrivateRun:
+        if self._run is None:
+            raise ConfigError("training_step belongs to train(): outside of it there is no ledger to charge")
+        return self._run
+
+    def _base_model(self) -> nn.Module:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def _columns_for_model(self) -> tuple[Any, Any]:
+        """The training set and collator, reduced to the columns that the model takes, as Trainer does."""
+        if isinstance(self.train_dataset, datasets.Dataset):
+            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
+        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+
+    def _synthetic_batches(self) -> list[Batch]:
+        """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
+        _, collate = self._columns_for_model()
+        return [self._prepare_inputs(batch) for batch in together_and_alone(self._made_up_records(), collate)]
+
+    def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Any]:
+        if self._check_records is not None:
+            return self._check_records
+        vocabulary, labels = losses.public_sizes(type(self._base_model()).__name__, self._base_model().config)
+        record = self._columns_for_model()[0][0]
+        return synthetic_records(record, vocab_size=vocabulary, label_values=labels, lengths=lengths)
+
+    def _most_examples(self) -> int:
+        """Of one pass."""
+        return 1 if self._grid is not None else int(self.args.per_device_train_batch_size)
+
+    def _largest_batch(self) -> Batch:
+        dataset, collate = self._columns_for_model()
+        bounds = self._most_examples(), self.micro_batch_tokens
+        with fork_forward_rng([self.args.device]):  # a collator may draw
+            return collate(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))
+
+    def _write_card(self, folder: Path) -> None:
+        if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
+            self._run.write_card(folder, public_eval=self.privacy.public_eval, audit=self._canaries.counts())
+
+
+class DPTrainer(DPTrainerMixin, Trainer):
+    """`transformers.Trainer` with differential privacy; see `DPTrainerMixin` for what it takes."""
+
+
+class DPSeq2SeqTrainer(DPTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with differential privacy: `predict_with_generate` works in evaluation."""
