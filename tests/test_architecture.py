@@ -119,21 +119,9 @@ def test_a_room_is_entered_by_its_door(source):
 
 @pytest.mark.parametrize("name", [name for name in ORDER if name not in WORDS])
 def test_a_door_offers_only_what_another_room_takes(name):
-    taken = {
-        n
-        for p in SOURCES
-        if room(p) != name
-        for there, _, names, _ in own_imports(ast.parse(p.read_text()))
-        if there == name
-        for n in names
-    }
-    attributes = {
-        node.attr
-        for p in SOURCES
-        if room(p) != name
-        for node in ast.walk(ast.parse(p.read_text()))
-        if isinstance(node, ast.Attribute)
-    }
+    others = [ast.parse(p.read_text()) for p in SOURCES if room(p) != name]
+    taken = {n for tree in others for there, _, names, _ in own_imports(tree) if there == name for n in names}
+    attributes = {node.attr for tree in others for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert offered(name) <= taken | attributes | {"main"}
 
 
