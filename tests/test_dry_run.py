@@ -27,9 +27,9 @@ def _as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 class Watched(test_memory.Scarce):
     """Notes the passes of the dry run and those of the steps apart."""
 
-    def _prepare_for_step(self) -> None:
+    def begin(self) -> None:
         self.of_all = [*getattr(self, "of_all", []), *getattr(self, "passes", [])]
-        super()._prepare_for_step()
+        super().begin()
 
 
 def without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.per_example import capture
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example.batches import num_examples
+from hf_dp.step import PrivateStep
 from hf_dp.step.memory import Room
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -23,18 +24,32 @@ CPU = RuntimeError(
 )
 
 
+class ScarceStep(PrivateStep):
+    """Tells its trainer which passes are made, and which of them are too large."""
+
+    trainer: "Scarce"
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        self.trainer.passes.append(batch["input_ids"].shape)
+        self.trainer.short = batch["input_ids"].numel() > self.trainer.room
+        super().add(batch)
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.trainer.begin()
+
+
 class Scarce(runs.DPTrainer):
     """Runs out of memory `where` a micro-batch has more padded tokens than `room`."""
 
+    step_class = ScarceStep
     room, where, error, short = 0, "forward", CUDA, False
 
-    def _add_clipped_gradients(self, batch: dict[str, Tensor]) -> None:
-        self.passes.append(batch["input_ids"].shape)
-        self.short = batch["input_ids"].numel() > self.room
-        super()._add_clipped_gradients(batch)
+    def __init__(self, **k: Any) -> None:
+        super().__init__(**k)
+        self.private_step.trainer = self
 
-    def _prepare_for_step(self) -> None:
-        super()._prepare_for_step()
+    def begin(self) -> None:
         self.passes: list[torch.Size] = []
 
     def example_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -18,6 +18,7 @@ from hf_dp.per_example.clipping import clip_factors
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
 from hf_dp.per_example.proxy import ParameterProxy
+from hf_dp.per_example.rules import apply_rule
 
 REMEDY = "freeze it, or set per_device_train_batch_size=1 (and no token budget): one example at a time is exact for any layer"
 
@@ -30,6 +31,8 @@ class Capture:
         operations: parameter name -> the operations that used it, in order.
         refusals: (parameter, operation) pairs without an exact rule. Collected rather than raised where `collecting`.
     """
+
+    apply_rule = staticmethod(apply_rule)  # proxies reach the rules by way of their capture
 
     def __init__(self, batch_size: int, *, collecting: bool = False) -> None:
         self.batch_size = batch_size

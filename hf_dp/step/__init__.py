@@ -2,21 +2,18 @@
 
 from hf_dp.step import sharding
 from hf_dp.step.dry_run import largest_micro_batch
-from hf_dp.step.integers import add_integer_gradient, grid_of
-from hf_dp.step.memory import Room
-from hf_dp.step.metrics import ReleasedMetrics, contribution
+from hf_dp.step.metrics import ReleasedMetrics
+from hf_dp.step.private_step import Passes, PrivateStep
 from hf_dp.step.run import PrivacySpent, PrivateRun, checkpoint_to_resume
 from hf_dp.step.sharding import is_sharded
 
 __all__ = [
+    "Passes",
     "PrivacySpent",
     "PrivateRun",
+    "PrivateStep",
     "ReleasedMetrics",
-    "Room",
-    "add_integer_gradient",
     "checkpoint_to_resume",
-    "contribution",
-    "grid_of",
     "is_sharded",
     "largest_micro_batch",
     "sharding",

@@ -20,14 +20,12 @@ from hf_dp.errors import CaptureError, ConfigError, ReleaseError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import (
     Batch,
-    clipped_gradient_sum,
     num_examples,
     records_of_the_same_shape,
     self_check,
     take_inventory,
-    views,
 )
-from hf_dp.randomness import fork_forward_rng, require_cryptography
+from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import (
     DRAW_NUMBER,
     Draw,
@@ -37,7 +35,7 @@ from hf_dp.sampling import (
     micro_batches,
     tokens_of_a_pass,
 )
-from hf_dp.step import PrivacySpent, PrivateRun, Room, add_integer_gradient, grid_of
+from hf_dp.step import Passes, PrivacySpent, PrivateRun, PrivateStep
 
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw waits for
 
@@ -89,16 +87,14 @@ class PrivateLoop:
         if mechanism.generator == "chacha20":
             require_cryptography()
         self.mechanism = mechanism
-        sigma, clip_norm = mechanism.noise_multiplier, mechanism.clip_norm
-        self._grid = grid_of(model, sigma, clip_norm) if mechanism.is_discrete else None
         self._example_losses = example_losses
         self._device = next(model.parameters()).device
         self._run = PrivateRun(mechanism, Path(output_dir), 0, 1)
         self._begun = False
-        self._room = Room()
         self._draw: Draw[Batch] | None = None
         self._size = 0
         self._waits_for: str | None = None
+        self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
         self._written: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._optimizer = optimizer
         optimizer.register_step_pre_hook(self._before_step)
@@ -169,15 +165,8 @@ class PrivateLoop:
                 f"backward takes the draw that draws() yielded last, once (that one waits for {self._waits_for or 'nothing'}): "
                 "two releases of one draw cost more than two charges say"
             )
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        kind = torch.int64 if self._grid else torch.float32
-        flat = torch.zeros(sum(p.numel() for p in trainable.values()), dtype=kind, device=self._device)
-        with self._run.told_to_all(flat, draw.number):
-            self._room.until_it_fits(lambda: self._sum_up(draw, trainable, flat))
-        mean = self._run.release(flat, draw.number) / self._run.level.expected_batch_size
-        for name, gradient in views(mean, trainable).items():
-            trainable[name].grad = gradient.to(trainable[name].dtype)
-        self._written = {p: (p.grad, p.grad._version) for p in trainable.values() if p.grad is not None}
+        self._step(self._run, lambda: self._checked(draw), draw.number)
+        self._written = {p: (p.grad, p.grad._version) for p in self.model.parameters() if p.grad is not None}
         self._waits_for = STEP
 
     def privacy_spent(self) -> PrivacySpent:
@@ -207,19 +196,10 @@ class PrivateLoop:
     def _on_device(self, batch: Batch) -> Batch:
         return {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-    def _sum_up(self, draw: Draw[Batch], trainable: dict[str, nn.Parameter], flat: Tensor) -> None:
-        flat.zero_()
+    def _checked(self, draw: Draw[Batch]) -> Draw[Batch]:
+        """The draw itself, unless its batches have another number of rows than records were drawn."""
         _refuse_another_size(draw, self._size)
-        into = views(flat, trainable)
-        clip_norm = self._run.level.clip_norm
-        self.model.train()
-        with fork_forward_rng([self._device]):
-            for part in self._room.one_by_one(self._room.parts(map(self._on_device, draw))):
-                work = (self.model, lambda part=part: self._losses(self.model, part), num_examples(part))
-                if self._grid is not None:
-                    add_integer_gradient(*work, self._grid, into)
-                else:
-                    clipped_gradient_sum(*work, clip_norm, into)
+        return draw
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._waits_for != STEP:

@@ -1,6 +1,5 @@
 """`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,18 +21,14 @@ from hf_dp.per_example import (
     Batch,
     Report,
     Row,
-    clipped_gradient_sum,
     decoder_inputs,
     losses,
-    num_examples,
-    per_example_factors,
     self_check,
     synthetic_records,
     take_inventory,
     together_and_alone,
-    views,
 )
-from hf_dp.randomness import Grid, fork_forward_rng
+from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import (
     DRAW_NUMBER,
     DrawnRecords,
@@ -45,14 +40,12 @@ from hf_dp.sampling import (
     tokens_of_a_pass,
 )
 from hf_dp.step import (
+    Passes,
     PrivacySpent,
     PrivateRun,
+    PrivateStep,
     ReleasedMetrics,
-    Room,
-    add_integer_gradient,
     checkpoint_to_resume,
-    contribution,
-    grid_of,
     largest_micro_batch,
     sharding,
 )
@@ -83,6 +76,7 @@ class DPTrainerMixin(_Host):
 
     Attributes:
         mechanism: what will be run, calibrated; None without a training set.
+        private_step: takes each step; there is one where there is a training set.
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
@@ -90,6 +84,8 @@ class DPTrainerMixin(_Host):
         ConfigError: a plan that is impossible, such as q > 1 or an epsilon out of reach.
     """
 
+    step_class: type[PrivateStep] = PrivateStep  # takes the steps; the audit's broken controls put their own here
+    private_step: PrivateStep
     model: Any  # always there once the host is built
     optimizer: Any
     args: Any
@@ -114,24 +110,19 @@ class DPTrainerMixin(_Host):
         self.micro_batch_tokens = micro_batch_tokens
         self._check_records = check_records
         self._run: PrivateRun | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._flat = torch.zeros(0)
-        self._grid: Grid | None = None
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column)
         self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num)
         with sharding.checkpoints_allowed(options["args"], options.get("model")):
             super().__init__(**options)
-        self._sharded = sharding.is_sharded(self.model)
-        self._room = Room(fixed=self._sharded)
         show_epsilon(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Any, given_data)), self._groups)
-            if self.mechanism.is_discrete:
-                self._grid = grid_of(self.model, self.mechanism.noise_multiplier, self.mechanism.clip_norm)
             self._example_loss = self._choose_loss()
-            self._factors_of = passes_for(self.model, self.inventory(), self.args, each_alone=self._grid is not None)
+            each_alone = self.mechanism.is_discrete
+            self._factors_of = passes_for(self.model, self.inventory(), self.args, each_alone=each_alone)
+            self.private_step = self.step_class(self.model, self.mechanism, self._passes())
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
@@ -253,25 +244,22 @@ class DPTrainerMixin(_Host):
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         finally:
             self._run.close()
-            self._sums, self._flat = {}, torch.zeros(0)
+            self.private_step.forget()
         self._canaries.weigh(weigh)
         self._run.settle()
         metrics = {k: v for k, v in output.metrics.items() if k not in NOT_RELEASED}
         return output._replace(training_loss=float("nan"), metrics=metrics)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One logical batch: clip and sum every example's gradient, release the sum, write `p.grad`. Returns 0, not the loss."""
-        run = self._running()
-        self._prepare_for_step()
-        with run.told_to_all(self._flat, inputs[DRAW_NUMBER], waiting_in_release=not self._sharded):
-            self._room.try_out(self.model, self._largest_batch, self._sum_up)
-            self._room.until_it_fits(lambda: self._sum_up(micro_batches(inputs)))
-            self._canaries.add_to(self._flat, inputs, run.level.clip_norm)
-        released = run.release(self._flat, inputs[DRAW_NUMBER])
+        """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which is private."""
+        run, step = self._running(), self.private_step
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
+        released = step(run, lambda: micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
         self._canaries.observe(released, run.level)
         if self._released_metrics is not None:
             self._released_metrics.add(released[-len(METRICS) :], run.level)
-        self._write_gradients(released)
         if run.exhausted:
             self.control.should_training_stop = True
         return torch.zeros((), device=self.args.device)
@@ -317,52 +305,6 @@ class DPTrainerMixin(_Host):
         if self.args.should_save and self._run is not None:
             self._run.seal_checkpoint(checkpoint)
 
-    # ---- one step --------------------------------------------------------------------------------------------------
-
-    def _prepare_for_step(self) -> None:
-        """Training mode, and accumulators: one flat buffer with a view for each parameter; metrics come last."""
-        self.model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
-        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        if [name for name, _ in trainable] != list(self._sums):
-            size = sum(p.numel() for _, p in trainable) + (0 if self._planned().loss_bound is None else len(METRICS))
-            self._flat = torch.zeros(size, dtype=torch.int64 if self._grid else torch.float32, device=self.args.device)
-            self._sums = views(self._flat, dict(trainable))
-
-    def _sum_up(self, batches: Iterable[Batch]) -> None:
-        self._flat.zero_()
-        with fork_forward_rng([self.args.device], seed=self._running().forward_seed()):
-            parts: Iterable[Batch] = self._room.parts(self._prepare_inputs(batch) for batch in batches)
-            parts, missing = sharding.counted(parts, self.args.device) if self._sharded else (parts, 0)
-            for part in self._room.one_by_one(parts):
-                self._add_clipped_gradients(part)
-            for _ in range(missing):
-                self._pass_for_the_others()
-
-    def _add_clipped_gradients(self, batch: Batch) -> None:
-        model, clip_norm, loss_bound = self.model, self._level().clip_norm, self._planned().loss_bound
-        with self.compute_loss_context_manager():
-            work = (model, lambda: self.example_losses(model, batch), num_examples(batch))
-            if self._grid is not None:
-                return add_integer_gradient(*work, self._grid, self._sums)
-            seen = clipped_gradient_sum(*work, clip_norm, self._sums, self._factors_of)
-        if loss_bound is not None:
-            self._flat[-len(METRICS) :] += contribution(seen.losses, clip_norm=clip_norm, loss_bound=loss_bound)
-
-    def _pass_for_the_others(self) -> None:
-        """Forward and backward over a made-up example whose result is dropped: other processes wait for our shards."""
-        model, made_up = self.model, self._synthetic_batches()[1]
-        with self.compute_loss_context_manager():
-            per_example_factors(model, lambda: self.example_losses(model, made_up), 1)
-
-    def _write_gradients(self, noisy_sum: Tensor) -> None:
-        """p.grad = noisy sum / expected batch size: assigned, whatever was there before."""
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        noisy_sum /= self._level().expected_batch_size
-        for name, gradient in views(noisy_sum, trainable).items():
-            trainable[name].grad = gradient.to(trainable[name].dtype)
-
     # ---- parts -----------------------------------------------------------------------------------------------------
 
     def _planned(self) -> Mechanism:
@@ -370,14 +312,22 @@ class DPTrainerMixin(_Host):
             raise ConfigError("there is nothing to plan or train without a train_dataset")
         return self.mechanism
 
-    def _level(self) -> Mechanism:
-        """The mechanism of the step under way; before training, of the first."""
-        return self._planned() if self._run is None else self._run.level
-
     def _running(self) -> PrivateRun:
         if self._run is None:
             raise ConfigError("training_step belongs to train(): outside of it there is no ledger to charge")
         return self._run
+
+    def _passes(self) -> Passes:
+        """How a step's passes are made for this trainer's model, data and arguments."""
+        return Passes(
+            example_losses=lambda model, batch: self.example_losses(model, batch),  # looked up then: it may be replaced
+            device=self.args.device,
+            to_device=self._prepare_inputs,
+            precision=self.compute_loss_context_manager,
+            factors_of=self._factors_of,
+            made_up=lambda: self._synthetic_batches()[1],
+            largest=self._largest_batch,
+        )
 
     def _base_model(self) -> nn.Module:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -402,7 +352,7 @@ class DPTrainerMixin(_Host):
 
     def _most_examples(self) -> int:
         """Of one pass."""
-        return 1 if self._grid is not None else int(self.args.per_device_train_batch_size)
+        return 1 if self._planned().is_discrete else int(self.args.per_device_train_batch_size)
 
     def _largest_batch(self) -> Batch:
         dataset, collate = self._columns_for_model()
