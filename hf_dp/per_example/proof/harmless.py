@@ -1,0 +1,32 @@
+"""The reads of example-dependent values into Python that change no result, each with its reason. A short list, and each has a test.
+
+A read is named by the end of the file's path, the function that reads, and what is read through. Anything else that a pass reads
+from an example's values, or from values made of the padded length, can decide what is computed, and leaves the pass unproved.
+"""
+
+from typing import NamedTuple
+
+
+class Read(NamedTuple):
+    """Where a value is read, and why nothing depends on it."""
+
+    file: str
+    function: str
+    reason: str
+
+
+_NO_PADDING = "whether a mask has no padding: without, the kernel's own form is taken, which masks the same positions"
+_PACKED = "whether positions that Python made count up by one: of arange they do at every length"
+HARMLESS = (
+    Read("transformers/masking_utils.py", "_ignore_causal_mask_sdpa", _NO_PADDING),
+    Read("transformers/masking_utils.py", "_ignore_bidirectional_mask_sdpa", _NO_PADDING),
+    Read("transformers/masking_utils.py", "flash_attention_mask", _NO_PADDING),
+    Read("transformers/masking_utils.py", "create_recurrent_attention_mask", _NO_PADDING),
+    Read("transformers/masking_utils.py", "find_packed_sequence_indices", _PACKED),
+)
+
+
+def is_harmless(file: str, function: str) -> bool:
+    """Whether a read at this place changes no result."""
+    path = file.replace("\\", "/")
+    return any(path.endswith(read.file) and function == read.function for read in HARMLESS)

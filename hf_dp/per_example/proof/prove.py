@@ -1,0 +1,145 @@
+"""A model, its losses and two public batches -> whether the examples of a pass are independent, or why that is not shown.
+
+What is shown. Every number of a pass carries the set of examples that it may depend on (`labels`), through a rule an operation
+(`rules`); the result of one without a rule depends on everything. Where then
+
+    the loss of example b depends on example b alone,
+    nothing that depends on examples, or on the padded length, is read into Python, and no size is made of such values,
+    wherever trained values meet the examples, row b is example b's (what the per-example rules take for granted), and
+    a second pass, with other bits, depends on nothing of the first, nor does either write to anything that outlives it,
+
+the loss of b is a function of the parameters and example b alone, whatever values the examples have, since no rule looks at values.
+Then its gradient is as well: an operation of PyTorch's own returns in backward the derivative of what it computed, and a derivative
+depends on nothing else. Autograd functions written in Python, and hooks on gradients, may return anything: where a pass has such,
+its backward is followed too.
+
+What is not shown, and stays with the numeric check (`self_check`): the influence of sizes themselves, of the number of examples in
+a pass and of the padded length, where Python takes them from `shape`; padding that is not masked; the gradient rules' exactness.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.per_example.batches import Batch
+from hf_dp.per_example.proof.calls import tensors_in
+from hf_dp.per_example.proof.labels import PASSES, SIZE
+from hf_dp.per_example.proof.state import State, state_put_back
+from hf_dp.per_example.proof.tracker import Tracker
+
+
+class Proof(NamedTuple):
+    """Whether the examples of a pass are independent, and what stands against it.
+
+    Attributes:
+        independent: shown to be.
+        reasons: what was found, each with module and function; of no private content.
+        foreign: what receives gradients though it is no parameter of the model: such a training is to be refused.
+        written: what a pass writes to: parameters, buffers, attributes, by name.
+    """
+
+    independent: bool
+    reasons: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+
+
+def prove(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], batches: Sequence[Batch]) -> Proof:
+    """Follows one pass over each of two batches.
+
+    Args:
+        model: unwrapped; left as it was, in state, mode, gradients and random numbers.
+        example_losses: (model, batch) -> one loss an example, [B].
+        batches: two, of three public examples each. All their tensors lead with the examples.
+
+    Raises:
+        ValueError: another number of batches.
+    """
+    if len(batches) != PASSES:
+        raise ValueError(f"expected {PASSES} batches, of {SIZE} examples each; got {len(batches)}")
+    tracker = Tracker(model)
+    foreign: dict[str, None] = {}
+    with _undisturbed(model) as state:
+        backward = False
+        for number, batch in enumerate(batches):
+            if not _marked(tracker, batch, number):
+                break
+            backward = _follow(tracker, model, lambda batch=batch: example_losses(model, batch), backward, foreign)  # type: ignore[misc]
+        written = tuple(dict.fromkeys([*tracker.written, *state.changes()]))
+    reasons = [*tracker.found, *(f"the pass changes what outlives it: {name}" for name in written)]
+    reasons += [f"a parameter outside of the model receives gradients: {name}" for name in foreign]
+    return Proof(not reasons, tuple(reasons), tuple(foreign), written)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[State]:
+    was_training = model.training
+    gradients = [(p, p.grad) for p in model.parameters()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    model.train()
+    for p, _ in gradients:
+        p.grad = None
+    try:
+        with (
+            state_put_back(model, State(model, [n for n, _ in model.named_parameters()])) as state,
+            torch.random.fork_rng(devices),
+        ):
+            yield state
+    finally:
+        model.train(was_training)
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+def _marked(tracker: Tracker, batch: Batch, number: int) -> bool:
+    for tensor in tensors_in(batch):
+        if tensor.dim() == 0 or len(tensor) != SIZE:
+            tracker.found["a tensor of the batch does not lead with the examples"] = None
+            return False
+        tracker.mark(tensor, number)
+    return True
+
+
+def _follow(
+    tracker: Tracker, model: nn.Module, losses_of: Callable[[], Tensor], backward: bool, foreign: dict[str, None]
+) -> bool:
+    """One pass. Answers whether its backward has to be followed too."""
+    try:
+        with torch.enable_grad(), tracker.watching(backward):
+            losses = losses_of()
+            if backward and losses.requires_grad:
+                tracker.in_backward = True
+                losses.backward(losses.detach() * 0 + 1, retain_graph=True)
+    except Exception as error:  # whatever a model cannot do under watch: not shown, and the training itself will tell
+        tracker.found[f"the pass could not be followed ({type(error).__name__})"] = None
+        return backward
+    if not tracker.own(tracker.book.read(losses), leading=False):
+        tracker.found.update(tracker.mixes or {"a loss depends on more than its own example": None})
+    known = {id(p) for p in model.parameters()}
+    written_in_python = tracker.gradients_mended
+    for node in _graph(losses):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and id(leaf) not in known and not tracker.book.read(leaf).any():
+            foreign[f"shape {list(leaf.shape)}"] = None
+        written_in_python |= isinstance(node, torch.autograd.function.BackwardCFunction) and not _only_saves(node)
+    return written_in_python
+
+
+def _graph(losses: Tensor) -> Iterator[Any]:
+    """All nodes of the graph behind the losses."""
+    seen: set[Any] = set()
+    waiting = [losses.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(following for following, _ in node.next_functions)
+
+
+def _only_saves(node: Any) -> bool:
+    """Whether a node is checkpointing's own, which computes nothing."""
+    return type(node).__name__ == "_NoopSaveInputsBackward"

@@ -1,0 +1,280 @@
+"""Everything that a model remembers, noted once; what a pass has changed of it, by name; and all of it put back.
+
+    a module's own attributes, its registries of submodules, parameters, buffers and hooks
+    lists, dicts, sets, arrays, objects and closures that these hold, modules outside of the registry too
+    the tensors among them: their memory, shape, type, values
+
+Parameters are the exception: their values change by every step, rightly, and are too large to copy before every pass. A pass that
+writes to one is found by its version, and named; those that are known to be written can be given as `copied`, and are put back too.
+"""
+
+import itertools
+import types
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_dp.errors import SelfCheckError
+
+DEPTH = (
+    3  # objects within objects that are no modules; a model's configuration, adapters' settings and caches are within
+)
+_PLAIN = (int, float, complex, str, bytes, bool, type(None))
+
+
+class _Kept:
+    """One container and what it held."""
+
+    def __init__(self, name: str, read: Callable[[], list[Any]], write: Callable[[list[Any]], None]) -> None:
+        self.name, self._read, self._write, self._held = name, read, write, read()
+
+    def changes(self) -> list[str]:
+        now = self._read()
+        if len(now) == len(self._held) and all(map(_same, now, self._held)):
+            return []
+        pairs = [e for e in (*now, *self._held) if isinstance(e, tuple) and len(e) == 2 and isinstance(e[0], str)]
+        if len(pairs) != len(now) + len(self._held):
+            return [self.name]
+        old, new = dict(self._held), dict(now)
+        differing = [k for k in {**old, **new} if k not in old or k not in new or not _same(old[k], new[k])]
+        return [f"{self.name}.{k}".lstrip(".") for k in differing] or [self.name]
+
+    def put_back(self) -> None:
+        self._write(self._held)
+
+
+class _KeptTensor:
+    """One tensor: its memory and its values."""
+
+    def __init__(self, name: str, tensor: Tensor, copied: bool) -> None:
+        self.name, self.tensor, self.copied = name, tensor, copied
+        self.note()
+
+    def note(self) -> None:
+        with torch.no_grad():
+            self._alias = self.tensor.detach()
+            self._copy = self._alias.clone() if self.copied else None
+        self._version, self._grad = self.tensor._version, self.tensor.requires_grad
+
+    def changes(self) -> list[str]:
+        return [] if self._in_place() and self._unwritten() and self.tensor.requires_grad == self._grad else [self.name]
+
+    def _in_place(self) -> bool:
+        now, then = self.tensor, self._alias
+        return now.data_ptr() == then.data_ptr() and now.shape == then.shape and now.dtype == then.dtype
+
+    def _unwritten(self) -> bool:
+        if self.tensor._version == self._version and self._alias._version == self._version and self._copy is None:
+            return True
+        return self._copy is not None and _equal(self._alias, self._copy)
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            if not self._in_place():
+                self.tensor.data = self._alias
+            if self.tensor.requires_grad != self._grad and self.tensor.is_leaf:
+                self.tensor.requires_grad_(self._grad)
+            if self._copy is None:
+                raise SelfCheckError(
+                    f"a pass writes to {self.name}, whose values only the released steps may change: freeze it there"
+                )
+            if not _equal(self._alias, self._copy):
+                self._alias.copy_(self._copy)
+
+
+class State:
+    """A model's memory as it stands when this is made.
+
+    Args:
+        model: unwrapped, with its own parameters in place (outside of any pass).
+        copied: names of parameters that a pass is known to write to.
+    """
+
+    def __init__(self, model: nn.Module, copied: Collection[str] = ()) -> None:
+        self._containers: list[_Kept] = []
+        self._tensors: list[_KeptTensor] = []
+        self._copied = frozenset(copied)
+        self._seen: dict[int, Any] = {}
+        self._walk(model, "", 0)
+
+    def begin(self) -> None:
+        """Notes anew what may rightly have changed since: the parameters' values."""
+        for tensor in self._tensors:
+            if isinstance(tensor.tensor, nn.Parameter):
+                tensor.note()
+
+    def changes(self) -> list[str]:
+        """The names of what differs from what was noted."""
+        names = [name for container in self._containers for name in container.changes()]
+        return list(dict.fromkeys([*names, *(name for tensor in self._tensors for name in tensor.changes())]))
+
+    def put_back(self) -> None:
+        """Bit for bit as it was noted.
+
+        Raises:
+            SelfCheckError: a parameter was written to that is not `copied`.
+        """
+        for container in self._containers:
+            if container.changes():
+                container.put_back()
+        for tensor in self._tensors:
+            if tensor.changes():
+                tensor.put_back()
+
+    def _walk(self, value: Any, name: str, depth: int) -> None:
+        if isinstance(value, (*_PLAIN, type, types.ModuleType, types.BuiltinFunctionType)) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided:
+                copied = not isinstance(value, nn.Parameter) or name in self._copied
+                self._tensors.append(_KeptTensor(name, value, copied))
+        elif isinstance(value, nn.Module):
+            self._module(value, name)
+        elif depth < DEPTH:
+            self._container(value, name, depth + 1)
+
+    def _module(self, module: nn.Module, name: str) -> None:
+        own = vars(module)
+        self._keep(name, partial(_items, own), partial(_set_items, own))
+        for key, value in own.items():
+            inner = name if key in ("_parameters", "_buffers", "_modules") else _joined(name, key)
+            self._walk(value, inner, 0)
+
+    def _container(self, value: Any, name: str, depth: int) -> None:
+        if isinstance(value, dict):
+            self._keep(name, partial(_items, value), partial(_set_items, value))
+            for key, element in value.items():
+                self._walk(element, _joined(name, key), depth)
+        elif isinstance(value, (list, deque)):
+            self._keep(name, partial(list, value), partial(_set_list, value))
+            self._walk_all(value, name, depth)
+        elif isinstance(value, set):
+            self._keep(name, partial(_sorted_set, value), partial(_set_set, value))
+        elif isinstance(value, np.ndarray):
+            self._keep(name, lambda: [value.tobytes()], partial(_set_array, value, value.copy()))
+        elif isinstance(value, tuple):
+            self._walk_all(value, name, depth)
+        elif isinstance(value, itertools.count):
+            self._keep(name, lambda: [repr(value)], _cannot(name))
+        elif isinstance(value, types.MethodType):
+            self._walk(value.__self__, name, depth)
+            self._walk(value.__func__, name, depth)
+        elif isinstance(value, types.FunctionType):
+            self._closure(value, name, depth)
+        else:
+            self._object(value, name, depth)
+
+    def _walk_all(self, values: Any, name: str, depth: int) -> None:
+        for number, element in enumerate(values):
+            self._walk(element, f"{name}[{number}]", depth)
+
+    def _closure(self, function: types.FunctionType, name: str, depth: int) -> None:
+        for cell in function.__closure__ or ():
+            self._keep(name, partial(_contents, cell), partial(_set_contents, cell))
+            for value in _contents(cell):
+                self._walk(value, name, depth)
+
+    def _object(self, value: Any, name: str, depth: int) -> None:
+        try:
+            own = vars(value)
+        except TypeError:  # without attributes of its own
+            return
+        if isinstance(own, dict):
+            self._keep(name, partial(_items, own), partial(_set_items, own))
+            for key, element in own.items():
+                self._walk(element, _joined(name, key), depth)
+
+    def _keep(self, name: str, read: Callable[[], list[Any]], write: Callable[[list[Any]], None]) -> None:
+        self._containers.append(_Kept(name, read, write))
+
+
+@contextmanager
+def state_put_back(model: nn.Module, state: State | None = None) -> Iterator[State]:
+    """The model as it was, after whatever the pass within did to it, an exception included.
+
+    Args:
+        model: unwrapped.
+        state: its memory noted before, where many passes follow one another; noted now without.
+
+    Raises:
+        SelfCheckError: the pass wrote to a parameter that is not among those copied.
+    """
+    noted = State(model) if state is None else state
+    noted.begin()
+    try:
+        yield noted
+    finally:
+        noted.put_back()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and isinstance(a, _PLAIN) and a == b
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """The same bits: a NaN equals itself, and -0.0 is not 0.0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    first, second = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return bool(torch.equal(first, second))
+
+
+def _joined(name: str, key: Any) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+def _items(own: dict[Any, Any]) -> list[Any]:
+    return list(own.items())
+
+
+def _set_items(own: dict[Any, Any], held: list[Any]) -> None:
+    own.clear()
+    own.update(held)
+
+
+def _set_list(own: Any, held: list[Any]) -> None:
+    own.clear()
+    own.extend(held)
+
+
+def _sorted_set(own: set[Any]) -> list[Any]:
+    return sorted(own, key=id)
+
+
+def _set_set(own: set[Any], held: list[Any]) -> None:
+    own.clear()
+    own.update(held)
+
+
+def _set_array(own: Any, copy: Any, held: list[Any]) -> None:
+    own[...] = copy
+
+
+def _contents(cell: types.CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # not filled yet
+        return []
+
+
+def _set_contents(cell: types.CellType, held: list[Any]) -> None:
+    for value in held:
+        cell.cell_contents = value
+
+
+def _cannot(name: str) -> Callable[[list[Any]], None]:
+    def refuse(held: list[Any]) -> None:
+        raise SelfCheckError(f"a pass advances {name}, an iterator that cannot be put back: keep a number instead")
+
+    return refuse

@@ -1,0 +1,280 @@
+"""A pass, operation by operation -> what each result depends on, and everything by which one example could reach another.
+
+A `TorchDispatchMode` sees each operation below autograd, those within autograd functions, checkpointed blocks and backward too; a
+`TorchFunctionMode` above it sees what leaves PyTorch (`tolist`, `numpy`, an address for a foreign kernel).
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in
+from hf_dp.per_example.proof.harmless import is_harmless
+from hf_dp.per_example.proof.labels import EXAMPLES, SHAPED, SIZE, UNWRITTEN, Book, Labels, address, bits_of
+from hf_dp.per_example.proof.rules import RULES, rule_of
+
+READS = frozenset("_local_scalar_dense item is_nonzero equal".split())
+SIZED_BY_VALUES = frozenset(
+    "nonzero masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive repeat_interleave bincount".split()
+)
+LEAVES = frozenset(
+    "tolist numpy __array__ data_ptr storage untyped_storage _typed_storage __dlpack__ __deepcopy__ __reduce_ex__".split()
+)
+FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
+HIDDEN_WRITES = {  # arguments that are written to though the schema does not say so
+    "native_batch_norm": ("running_mean", "running_var"),
+    "cudnn_batch_norm": ("running_mean", "running_var"),
+    "miopen_batch_norm": ("running_mean", "running_var"),
+}
+_MIXED = np.array([bin(byte & EXAMPLES).count("1") > 1 for byte in range(256)])
+_OWN = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+LONGEST = 12  # reasons of a kind that are kept
+
+
+class Tracker:
+    """What is known of all memory during the passes, and what was found.
+
+    Attributes:
+        book: what each tensor depends on.
+        mixes: operations whose results depend on several examples, though none of their inputs did.
+        found: what leaves a pass unproved wherever its result goes: reads into Python, sizes made of values, crossed rows.
+        written: parameters, buffers and other memory from before the pass that were written to.
+        gradients_mended: a hook on gradients was registered.
+        in_backward: what follows are gradients, which add up over examples where they reach trained parameters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.book = Book()
+        self.mixes: dict[str, None] = {}
+        self.found: dict[str, None] = {}
+        self.written: dict[str, None] = {}
+        self.gradients_mended = self.in_backward = False
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self._kept = {address(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self._trained = {address(p) for p in model.parameters() if p.requires_grad}
+        self._born: set[int] = set()
+        self._pass = 0
+
+    def mark(self, tensor: Tensor, number: int) -> None:
+        """The rows of `tensor` are examples 0, 1, ... of pass `number`."""
+        bits = bits_of(number)
+        self.book.write(tensor, bits.reshape(SIZE, *[1] * (tensor.dim() - 1)), fresh=True)
+        self._born.add(address(tensor))
+        self._pass = number
+
+    def own(self, labels: Labels, leading: bool) -> bool:
+        """Whether row b depends on example b of this pass alone; with `leading`, rows of B in equal parts of the first dimension."""
+        if labels.ndim == 0 or (labels.shape[0] % SIZE if leading else labels.shape[0] != SIZE):
+            return False
+        rows = labels.reshape(SIZE, -1) & (EXAMPLES | UNWRITTEN)
+        return not (rows & ~bits_of(self._pass)[:, None]).any()
+
+    @contextmanager
+    def watching(self, backward: bool = False) -> Iterator[None]:
+        """Every operation within is followed; compiled functions run as they are written."""
+        with torch.compiler.set_stance("force_eager"), _Leaving(self, backward), _Operations(self):
+            yield
+
+    def note(self, into: dict[str, None], what: str) -> None:
+        """One finding, with its place."""
+        if len(into) < LONGEST:
+            into[f"{what} in {self._place()}"] = None
+
+    def read_into_python(self, what: str) -> None:
+        """A value of the examples that Python sees."""
+        file, function = _reader()
+        if not is_harmless(file, function):
+            self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
+
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Follows one operation that has been done."""
+        call = Call(func, args, kwargs, out, self.book)
+        inputs, present = call.inputs, int(call.everything)
+        if call.name in READS and present:
+            self.read_into_python(call.name)
+        self._note_sizes(call, present)
+        self._note_writes(call)
+        self._meet(call, inputs, present)
+        self._results(call, inputs, present)
+
+    def _note_sizes(self, call: Call, present: int) -> None:
+        masks = (i for i in tensors_in(call.arguments.get("indices")) if i.dtype in (torch.bool, torch.uint8))
+        masked = call.name == "index" and any(self.book.of_examples(i) for i in masks)
+        if masked or (call.name in SIZED_BY_VALUES and present & EXAMPLES):
+            self.note(self.found, f"the size of a result depends on examples ({call.name})")
+
+    def _note_writes(self, call: Call) -> None:
+        hidden = HIDDEN_WRITES.get(call.name, ())
+        training = call.arguments.get("training", True)
+        written = [*call.written(), *tensors_in([call.arguments[n] for n in hidden] if training else [])]
+        for tensor in written:
+            key = address(tensor) if tensor.layout is torch.strided else 0
+            if key in self._kept:
+                self.written[self._kept[key]] = None
+            elif key not in self._born:
+                self.note(self.written, "a tensor that is kept from before the pass, written")
+
+    def _meet(self, call: Call, inputs: list[Tensor], present: int) -> None:
+        """Where trained values meet the examples, rows must lead with the examples, each in its own place."""
+        self._trained.difference_update(self._fresh(call))
+        if self.in_backward or not any(_key(t) in self._trained for t in inputs):
+            return
+        if not present & (EXAMPLES | UNWRITTEN):
+            self._trained.update(_key(r) for r in call.results)
+            return
+        for tensor in inputs:
+            labels = call.read(tensor)
+            if (labels & (EXAMPLES | UNWRITTEN)).any() and not self.own(labels, leading=True):
+                self.note(self.found, f"trained parameters meet rows that are not the examples' own ({call.name})")
+
+    def _results(self, call: Call, inputs: list[Tensor], present: int) -> None:
+        writes = bool(call.written())
+        new_memory = self._fresh(call)
+        fresh = [_key(r) in new_memory for r in call.results]
+        self._born |= new_memory
+        if call.name == "lift_fresh":
+            return self._lift(call)
+        if not writes and not any(fresh):
+            return None  # views
+        labels = self._labels(call, inputs, present)
+        if call.name == "set":
+            return None
+        targets = call.results or call.written()
+        self._note_mixture(call, inputs, labels)
+        for target, value, new in zip(targets, labels, fresh or [False] * len(targets), strict=True):
+            if new or writes:
+                self.book.write(target, value, fresh=new)
+        return None
+
+    def _fresh(self, call: Call) -> set[int]:
+        """The memory that the operation made."""
+        return {_key(r) for r in call.results} - {_key(t) for t in tensors_in(list(call.arguments.values()))}
+
+    def _lift(self, call: Call) -> None:
+        for tensor in call.results:  # a constant that Python made within the pass
+            if _key(tensor) not in self._kept:
+                self._born.add(_key(tensor))
+                self.book.write(tensor, np.full(tuple(tensor.shape), SHAPED, dtype=np.uint8), fresh=True)
+
+    def _labels(self, call: Call, inputs: list[Tensor], present: int) -> list[Labels]:
+        targets = call.results or call.written()
+        rule = rule_of(call)
+        if not present and inputs and call.name not in RULES:
+            return [np.zeros(tuple(t.shape), dtype=np.uint8) for t in targets]
+        try:
+            if rule is None or not call.results:
+                raise NotImplementedError(call.name)
+            made = rule(call)
+            parts = [made] if isinstance(made, np.ndarray) else list(made)
+            parts += [np.full(tuple(t.shape), call.everything) for t in targets[len(parts) :]]
+            return [np.broadcast_to(p, tuple(t.shape)) for p, t in zip(parts, targets, strict=True)]
+        except (NotImplementedError, ValueError, IndexError, RuntimeError, TypeError, KeyError):
+            mixture = present | (UNWRITTEN if present & EXAMPLES else 0)
+            if present & EXAMPLES:
+                self.note(self.mixes, f"an operation without a rule, {call.name}")
+            return [np.full(tuple(t.shape), mixture, dtype=np.uint8) for t in targets]
+
+    def _note_mixture(self, call: Call, inputs: list[Tensor], labels: Iterable[Labels]) -> None:
+        if any(_MIXED[part].any() for part in labels) and not any(_MIXED[call.read(t)].any() for t in inputs):
+            self.note(self.mixes, f"examples are mixed by {call.name}")
+
+    def _place(self) -> str:
+        """The module and function at work, for a message."""
+        function, module = "", ""
+        frame = sys._getframe(1)
+        while frame is not None and not (function and module):
+            file = frame.f_code.co_filename
+            if not function and not file.startswith((_OWN, _TORCH)):
+                function = f"{Path(file).name}:{frame.f_code.co_name}"
+            owner = frame.f_locals.get("self")
+            if not module and id(owner) in self.names and isinstance(owner, nn.Module):
+                module = self.names[id(owner)] or type(owner).__name__
+            frame = frame.f_back  # type: ignore[assignment]
+        return f"{module} ({function})" if module else function or "the loss"
+
+
+class _Operations(TorchDispatchMode):
+    """Hands each operation to the tracker; one that PyTorch composes of others is taken apart first."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()
+        self._tracker = tracker
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if plain_name(func) not in RULES and _is_composite(func):
+            with self:
+                whole = func.decompose(*args, **kwargs)
+            if whole is not NotImplemented:
+                return whole
+        out = func(*args, **kwargs)
+        self._tracker.after(func, args, kwargs, out)
+        return out
+
+
+class _Leaving(TorchFunctionMode):
+    """Sees what takes a tensor out of PyTorch's operations, and, where asked, what flows back into each result."""
+
+    def __init__(self, tracker: Tracker, backward: bool) -> None:
+        super().__init__()
+        self._tracker, self._backward = tracker, backward
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in LEAVES or name in FROM_PYTHON:
+            self._look(name, [*args, *kwargs.values()])
+        self._tracker.gradients_mended |= name in ("register_hook", "register_post_accumulate_grad_hook")
+        out = func(*args, **kwargs)
+        if self._backward:
+            for tensor in tensors_in(out):
+                self._watch(tensor, name)
+        return out
+
+    def _look(self, name: str, arguments: list[Any]) -> None:
+        book = self._tracker.book
+        if name in FROM_PYTHON and isinstance(arguments[0], Tensor):
+            return
+        if any(bool(book.read(t).any()) for t in tensors_in(arguments)):
+            self._tracker.read_into_python(name)
+
+    def _watch(self, tensor: Tensor, name: str) -> None:
+        if not tensor.requires_grad or tensor.layout is not torch.strided:
+            return
+        tracker = self._tracker
+        owners = tracker.book.read(tensor)
+        if not (owners & EXAMPLES).any():
+            return
+
+        def look(gradient: Tensor) -> None:
+            if (tracker.book.read(gradient) & EXAMPLES & ~owners).any():
+                tracker.note(
+                    tracker.found, f"gradients of several examples are mixed on their way to the result of {name}"
+                )
+
+        Tensor.register_hook(tensor, look)
+
+
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _key(tensor: Tensor) -> int:
+    return address(tensor) if tensor.layout is torch.strided else id(tensor)
+
+
+def _reader() -> tuple[str, str]:
+    """File and function of the innermost frame that is neither PyTorch's nor this package's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OWN, _TORCH)):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_code.co_name
