@@ -1,6 +1,6 @@
 """One operation as it was called -> its arguments by name, with what each depends on: what a rule is given."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,10 @@ class Call:
         writes = (a.name for a in self._schema if a.alias_info is not None and a.alias_info.is_write)
         return [t for name in writes for t in tensors_in(self.arguments[name])]
 
-    def replay(self, function: Callable[..., Any], **changed: Any) -> Any:
-        """The operation itself, on other values for some of its arguments."""
-        return function(**{k: v for k, v in {**self.arguments, **changed}.items() if k not in ("device", "pin_memory")})
+    def replay(self, changed: dict[str, Any]) -> Any:
+        """The operation itself, on other values for some of its arguments, on the CPU."""
+        given = {k: v for k, v in {**self.arguments, **changed}.items() if k not in ("device", "pin_memory")}
+        return self.func(**given)
 
 
 def plain_name(func: Any) -> str:

@@ -4,7 +4,7 @@ A read is named by the end of the file's path, the function that reads, and what
 from an example's values, or from values made of the padded length, can decide what is computed, and leaves the pass unproved.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Read(NamedTuple):
@@ -24,6 +24,18 @@ HARMLESS = (
     Read("transformers/masking_utils.py", "create_recurrent_attention_mask", _NO_PADDING),
     Read("transformers/masking_utils.py", "find_packed_sequence_indices", _PACKED),
 )
+
+
+SETTINGS = {  # what a first pass sets once, whatever its data: the name of an attribute, or the module whose functions are installed
+    "problem_type": "a classifier's configuration notes whether labels are whole numbers, from their type and the number of classes",
+    "_output_capturing_hooks_installed": "Transformers notes that its hooks stand, which hand out layers' outputs when asked",
+    "transformers.utils.output_capturing": "those hooks themselves",
+}
+
+
+def is_harmless_setting(key: Any, value: Any) -> bool:
+    """Whether an attribute, or a hook, that a pass sets is one that any first pass sets alike."""
+    return key in SETTINGS or getattr(value, "__module__", None) in SETTINGS
 
 
 def is_harmless(file: str, function: str) -> bool:

@@ -28,7 +28,7 @@ def moved(call: Call) -> Labels:
             changed[name] = [as_tensor(call.read(v)) for v in value]
         elif name in ("value", "dtype") and not isinstance(value, bool):
             changed[name] = 0 if name == "value" else None
-    return _array(call.replay(call.func, **changed))
+    return _array(call.replay(changed))
 
 
 def gather(call: Call) -> Labels:

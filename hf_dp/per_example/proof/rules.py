@@ -42,6 +42,11 @@ def unwritten(call: Call) -> Sequence[Labels]:
     return [np.full(tuple(r.shape), SHAPED | UNWRITTEN, dtype=np.uint8) for r in call.results]
 
 
+def resized(call: Call) -> Labels:
+    """Memory that may have grown by what nothing has written."""
+    return np.full(tuple(call.results[0].shape), call.everything | UNWRITTEN, dtype=np.uint8)
+
+
 def overwritten(call: Call) -> Labels:
     """copy, fill: what was there is gone."""
     source = call.arguments.get("src", call.arguments.get("value"))
@@ -103,6 +108,12 @@ def vector_product(a: str, b: str, *more: str) -> Rule:
         return np.asarray(flow.over(call.labels(a), -1) | flow.over(call.labels(b), -1) | added)
 
     return rule
+
+
+def of_matrices(call: Call) -> Sequence[Labels]:
+    """Solutions and inverses: everything within a matrix."""
+    matrices = flow.union(flow.over(call.read(t), (-2, -1), True) for t in call.inputs)
+    return [np.broadcast_to(matrices, tuple(r.shape)) for r in call.results[:1]]
 
 
 def linear(call: Call) -> Labels:
@@ -238,7 +249,7 @@ RULES: dict[str, Rule] = {
         "native_dropout _to_copy nan_to_num masked_fill tril triu clone contiguous lift_fresh_copy _conj_physical "
         "fused_dropout threshold_backward gelu_backward silu_backward tanh_backward sigmoid_backward native_dropout_backward "
         "hardtanh_backward leaky_relu_backward elu_backward softplus_backward hardswish_backward hardsigmoid_backward "
-        "log_sigmoid_forward log_sigmoid_backward polar complex bucketize rrelu_with_noise prelu _prelu_kernel "
+        "floor_divide log_sigmoid_forward log_sigmoid_backward polar complex bucketize rrelu_with_noise prelu _prelu_kernel "
         "poisson",
     ),
     **_named(
@@ -247,6 +258,7 @@ RULES: dict[str, Rule] = {
     **_named(chance, "uniform normal random exponential cauchy geometric log_normal bernoulli"),
     "zero": born,
     **_named(unwritten, "empty empty_like new_empty empty_strided new_empty_strided empty_permuted"),
+    "resize": resized,
     **_named(overwritten, "copy fill"),
     **_named(
         reduced,
@@ -286,6 +298,7 @@ RULES: dict[str, Rule] = {
     "addmv": vector_product("mat", "vec", "self"),
     "dot": vector_product("self", "tensor"),
     "linear": linear,
+    **_named(of_matrices, "linalg_solve_triangular linalg_inv_ex"),
     **_named(
         by_rows,
         "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d max_pool2d_with_indices "

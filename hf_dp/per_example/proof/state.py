@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import SelfCheckError
+from hf_dp.per_example.proof.harmless import is_harmless_setting
 
 DEPTH = (
     3  # objects within objects that are no modules; a model's configuration, adapters' settings and caches are within
@@ -34,16 +35,20 @@ class _Kept:
     def __init__(self, name: str, read: Callable[[], list[Any]], write: Callable[[list[Any]], None]) -> None:
         self.name, self._read, self._write, self._held = name, read, write, read()
 
-    def changes(self) -> list[str]:
+    def differs(self) -> bool:
         now = self._read()
-        if len(now) == len(self._held) and all(map(_same, now, self._held)):
+        return len(now) != len(self._held) or not all(map(_same, now, self._held))
+
+    def changes(self) -> list[str]:
+        if not self.differs():
             return []
-        pairs = [e for e in (*now, *self._held) if isinstance(e, tuple) and len(e) == 2 and isinstance(e[0], str)]
-        if len(pairs) != len(now) + len(self._held):
+        now = self._read()
+        if not all(isinstance(e, tuple) and len(e) == 2 for e in (*now, *self._held)):
             return [self.name]
         old, new = dict(self._held), dict(now)
-        differing = [k for k in {**old, **new} if k not in old or k not in new or not _same(old[k], new[k])]
-        return [f"{self.name}.{k}".lstrip(".") for k in differing] or [self.name]
+        keys = [k for k in {**old, **new} if k not in old or k not in new or not _same(old[k], new[k])]
+        keys = [k for k in keys if not is_harmless_setting(k, new.get(k))]
+        return [f"{self.name}.{k}".lstrip(".") if isinstance(k, str) else self.name for k in keys]
 
     def put_back(self) -> None:
         self._write(self._held)
@@ -121,7 +126,7 @@ class State:
             SelfCheckError: a parameter was written to that is not `copied`.
         """
         for container in self._containers:
-            if container.changes():
+            if container.differs():
                 container.put_back()
         for tensor in self._tensors:
             if tensor.changes():

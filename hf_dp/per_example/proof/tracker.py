@@ -25,9 +25,8 @@ READS = frozenset("_local_scalar_dense item is_nonzero equal".split())
 SIZED_BY_VALUES = frozenset(
     "nonzero masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive repeat_interleave bincount".split()
 )
-LEAVES = frozenset(
-    "tolist numpy __array__ data_ptr storage untyped_storage _typed_storage __dlpack__ __deepcopy__ __reduce_ex__".split()
-)
+ADDRESSES = frozenset("data_ptr storage untyped_storage _typed_storage".split())
+LEAVES = ADDRESSES | frozenset("tolist numpy __array__ __dlpack__ __deepcopy__ __reduce_ex__".split())
 FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
 HIDDEN_WRITES = {  # arguments that are written to though the schema does not say so
     "native_batch_norm": ("running_mean", "running_var"),
@@ -143,11 +142,9 @@ class Tracker:
         self._born |= new_memory
         if call.name == "lift_fresh":
             return self._lift(call)
-        if not writes and not any(fresh):
-            return None  # views
+        if (not writes and not any(fresh)) or (torch.Tag.inplace_view in call.func.tags and call.name != "resize"):
+            return None  # views, and other looks at the same memory
         labels = self._labels(call, inputs, present)
-        if call.name == "set":
-            return None
         targets = call.results or call.written()
         self._note_mixture(call, inputs, labels)
         for target, value, new in zip(targets, labels, fresh or [False] * len(targets), strict=True):
@@ -231,7 +228,7 @@ class _Leaving(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in LEAVES or name in FROM_PYTHON:
+        if name in FROM_PYTHON or (name in LEAVES and not (name in ADDRESSES and _asked_by_torch())):
             self._look(name, [*args, *kwargs.values()])
         self._tracker.gradients_mended |= name in ("register_hook", "register_post_accumulate_grad_hook")
         out = func(*args, **kwargs)
@@ -270,6 +267,11 @@ def _is_composite(func: Any) -> bool:
 
 def _key(tensor: Tensor) -> int:
     return address(tensor) if tensor.layout is torch.strided else id(tensor)
+
+
+def _asked_by_torch() -> bool:
+    """Whether PyTorch's own Python asked for an address: to compare memory, not to hand it to a kernel."""
+    return sys._getframe(2).f_code.co_filename.startswith(_TORCH)
 
 
 def _reader() -> tuple[str, str]:
