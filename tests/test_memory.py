@@ -14,7 +14,7 @@ from hf_dp.errors import ConfigError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.per_example import capture
 from hf_dp.per_example import factors as fx
-from hf_dp.per_example.batches import num_examples
+from hf_dp.per_example.batches import MicroBatch
 from hf_dp.step import PrivateStep
 from hf_dp.step.memory import Room
 
@@ -142,15 +142,14 @@ def test_what_has_nothing_to_do_with_a_batch_is_not_repeated(tmp_path: Path, mon
 def test_parts_are_the_batch_whatever_fits() -> None:
     """Every example once and in order; at most half as many tokens after each failure."""
     for size, width in ((1, 4), (2, 7), (7, 3), (12, 5), (16, 16)):
-        batch = {"input_ids": torch.arange(size * width).view(size, width), "labels": torch.arange(size)}
+        ids = torch.arange(size * width).view(size, width)
+        batch = MicroBatch({"input_ids": ids, "labels": torch.arange(size)}, size)
         room, largest = Room(), size
         while True:
             parts = list(room.parts([batch]))
             assert torch.equal(torch.cat([p["labels"] for p in parts]), batch["labels"])
-            assert max(num_examples(p) for p in parts) <= largest
-            assert all(
-                num_examples(p) == 1 or num_examples(p) != width for p in parts
-            )  # else examples look like positions
+            assert max(p.size for p in parts) <= largest
+            assert all(p.size == 1 or p.size != width for p in parts)  # else examples look like positions
             if largest == 1:
                 break
             room._part = (largest, width)
@@ -162,11 +161,9 @@ def test_a_limit_learnt_on_long_records_leaves_short_ones_together() -> None:
     room = Room()
     room._part = (8, 100)
     room._halve()
-    assert [len(p["labels"]) for p in room.parts([{"input_ids": torch.zeros(8, 100), "labels": torch.zeros(8)}])] == [
-        4,
-        4,
-    ]
-    assert len([*room.parts([{"input_ids": torch.zeros(8, 50), "labels": torch.zeros(8)}])]) == 1
+    long, short = (MicroBatch({"input_ids": torch.zeros(8, n), "labels": torch.zeros(8)}, 8) for n in (100, 50))
+    assert [len(p["labels"]) for p in room.parts([long])] == [4, 4]
+    assert len([*room.parts([short])]) == 1
 
 
 def test_nothing_about_memory_is_left_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

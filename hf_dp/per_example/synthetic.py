@@ -4,18 +4,23 @@ Only the record's *schema* is looked at: column names, types, which columns are 
 `input_ids`. Values and lengths are made up from a fixed generator and the model's public sizes.
 """
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from hf_dp.errors import ConfigError
-from hf_dp.per_example.batches import Batch, example, same
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega")
 LENGTHS = (5, 9, 7)
+MANY = 512  # tokens, where a model's config does not say how many it takes
+
+
+def longest_taken(model: Any) -> int | None:
+    """How many tokens a model's config has positions for, if it says so."""
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def synthetic_records(
@@ -44,15 +49,6 @@ def synthetic_records(
         {name: _made_up(name, value, length, limits.get(name, vocab_size), generator) for name, value in record.items()}
         for length in lengths
     ]
-
-
-def together_and_alone(records: list[Any], collate: Callable[[list[Any]], Batch]) -> list[Batch]:
-    """All records in one batch, then each collated alone."""
-    whole, again = (collate(copy.deepcopy(records)) for _ in range(2))
-    if same(whole, again):
-        return [whole, *(collate([copy.deepcopy(r)]) for r in records)]
-    # a collator that draws, as for masked language modelling, would give each record another target
-    return [whole, *(example(whole, row) for row in range(len(records)))]
 
 
 def records_of_the_same_shape(record: Any, count: int = 3) -> list[Any]:

@@ -3,18 +3,25 @@
 How a batch is cut is a matter of speed and memory: the sum over its examples is the same however it is cut.
 """
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
-from hf_dp.errors import ConfigError
+from hf_dp.errors import CaptureError, ConfigError, HfDpError
+from hf_dp.per_example import Batch, MicroBatch
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling.poisson import Draw
 
 MICRO_BATCHES = "micro_batches"
+SIZES = "sizes"
+FAILURE = "failure"
 DRAW_NUMBER = "draw_number"
 READ_AT_ONCE = 256  # records, before they are packed
 _NARROW = range(-(1 << 31), 1 << 31)
@@ -88,21 +95,44 @@ class Narrow(NamedTuple):
     dtype: torch.dtype
 
 
-def narrowed(batch: Any) -> Any:
-    """A micro-batch with its int64 tensors `Narrow`, in the least type that holds them; what is no mapping as it is.
+class Failure(str):
+    """Stands for records that could not be read: what to say of it, without anything that may be theirs."""
+
+    @classmethod
+    def of(cls, error: Exception, doing: str) -> "Failure":
+        """Where an error arose, and of what kind; the message of our own, for others' may quote a record."""
+        if isinstance(error, HfDpError):
+            return cls(f"{error}. {CHARGED}")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+        return cls(
+            f"a drawn record could not be {doing} ({where}; what it said is left out, for it may quote the record): leave such records "
+            f"out before training, or make them ones without tokens, which contribute nothing. {CHARGED}"
+        )
+
+
+CHARGED = "The step is charged, nothing was released"
+
+
+def narrowed(batch: Mapping[str, Any]) -> Batch:
+    """A micro-batch with its int64 tensors `Narrow`, in the least type that holds them.
 
     Tokens, masks and labels take 24 bytes a token as a model wants them, and about 9 like this, and two draws are held at a time.
     """
-    return {name: _narrow(value) for name, value in batch.items()} if isinstance(batch, Mapping) else batch
+    return {name: _narrow(value) for name, value in batch.items()}
 
 
-def micro_batches(container: Mapping[str, Any]) -> Iterator[Any]:
-    """The micro-batches of a container, one after the other, as `collate` made them."""
-    for batch in container[MICRO_BATCHES]:
-        yield (
-            {name: v.values.to(v.dtype) if isinstance(v, Narrow) else v for name, v in batch.items()}
-            if isinstance(batch, Mapping)
-            else batch
+def micro_batches(container: Mapping[str, Any]) -> Iterator[MicroBatch]:
+    """The micro-batches of a container, one after the other, as they were collated.
+
+    Raises:
+        CaptureError: a record of the draw could not be read or collated.
+    """
+    if FAILURE in container:
+        raise CaptureError(container[FAILURE])
+    for batch, size in zip(container[MICRO_BATCHES], container[SIZES], strict=True):
+        yield MicroBatch(
+            {name: v.values.to(v.dtype) if isinstance(v, Narrow) else v for name, v in batch.items()}, size
         )
 
 
@@ -122,14 +152,16 @@ def feature_length(feature: Any) -> int:
 
 
 class LogicalBatchCollator:
-    """Collates one draw: `{"micro_batches": [what `collate` returns for each group, `narrowed`]}`, an empty list for an empty draw.
+    """Collates one draw: `{"micro_batches": [batch, ...], "sizes": [its number of examples, ...]}`, empty lists for an empty draw.
 
     `micro_batches` gives them back as they were. The container has no `labels` or `input_ids` of its own, so that Trainer counts no
     tokens of it, and is a plain dict, so that it moves to a device as any batch. A `Draw` leaves its number there too, as
     "draw_number". `collate` runs under secret randomness: masking tokens from a public seed would couple the examples of a batch.
+    A record without a single token counts as drawn and contributes nothing. Where a record can't be collated, the draw's container holds
+    that instead, and the step for which it was drawn fails: whoever sees the training stop for it has been charged.
 
     Args:
-        collate: list of features -> micro-batch. It gets each feature once, as it is.
+        collate: list of features -> micro-batches of them; a `Collation`. It gets each feature once, `packed`.
         max_examples: the most examples of a micro-batch.
         max_tokens: the most tokens of a micro-batch after padding, None for no bound.
         pass_cost: tokens that one more micro-batch must save to be worth while; see `tokens_of_a_pass`.
@@ -141,7 +173,7 @@ class LogicalBatchCollator:
 
     def __init__(
         self,
-        collate: Callable[[list[Any]], Any],
+        collate: Callable[[list[Any]], list[MicroBatch]],
         max_examples: int,
         max_tokens: int | None = None,
         pass_cost: int = TOKENS_OF_A_PASS["cpu"],
@@ -159,20 +191,66 @@ class LogicalBatchCollator:
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         """The micro-batches of these features; the features themselves are not changed here."""
-        groups = split([self.length_of(f) for f in features], self.max_examples, self.max_tokens, self.pass_cost)
+        number = {DRAW_NUMBER: features.number} if isinstance(features, Draw) else {}
+        failures = [feature for feature in features if isinstance(feature, Failure)]
+        if not failures:
+            try:
+                made = self._collated(features)
+                return {MICRO_BATCHES: [narrowed(b) for b in made], SIZES: [b.size for b in made], **number}
+            except Exception as error:
+                failures = [Failure.of(error, "collated")]
+        return {FAILURE: str(failures[0]), **number}
+
+    def _collated(self, features: list[Any]) -> list[MicroBatch]:
+        lengths = {i: length for i, feature in enumerate(features) if (length := self.length_of(feature))}
+        groups = split([*lengths.values()], self.max_examples, self.max_tokens, self.pass_cost)
+        at = [*lengths]
         with fork_forward_rng():
-            container: dict[str, Any] = {
-                MICRO_BATCHES: [narrowed(self.collate([unpacked(features[i]) for i in group])) for group in groups]
-            }
-        if isinstance(features, Draw):
-            container[DRAW_NUMBER] = features.number
-        return container
+            return [batch for group in groups for batch in self.collate([features[at[i]] for i in group])]
+
+
+class Reader:
+    """A data set that reads the records of a draw by itself: its `read` gives as many as there are, however many were asked for."""
+
+    def read(self, indices: list[int]) -> list[Any]:
+        """What is there at these indices."""
+        raise NotImplementedError
+
+
+def read_records(dataset: Any, indices: list[int]) -> list[Any]:
+    """One record for each index. Where a data set may look at several at once (a transform of a batch), each is read by itself.
+
+    Raises:
+        CaptureError: it gives several records for one index, or none.
+    """
+    if isinstance(dataset, Reader):
+        return dataset.read(indices)
+    fetch = getattr(dataset, "__getitems__", None)  # DataLoader's own optional protocol for a whole batch
+    if fetch is None:
+        return [dataset[i] for i in indices]
+    together = _reads_rows(dataset)
+    pieces = [list(fetch(piece)) for piece in ([indices] if together else [[i] for i in indices]) if piece]
+    records = [record for piece in pieces for record in piece]
+    if len(records) != len(indices) or not (together or all(len(piece) == 1 for piece in pieces)):
+        raise CaptureError(
+            "the data set gave another number of records than one for one index, as a transform may that cuts records in pieces: "
+            "clipping bounds what one record adds. Cut the records before training (datasets.map), and let "
+            "PrivacyConfig(unit_column=...) name the record that each piece came from"
+        )
+    return records
+
+
+def _reads_rows(dataset: Any) -> bool:
+    """Whether it is a table of which each record is a row, whoever else is read with it."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) is datasets.Dataset and dataset.format["type"] != "custom"
 
 
 class DrawnRecords:
     """A map-style data set whose `__getitems__` hands a draw's number on to the collator and reads under secret randomness.
 
-    What it reads it packs: lists of tokens are most of what a large draw takes in memory.
+    What it reads it packs: lists of tokens are most of what a large draw takes in memory. A draw that can't be read is one `Failure`.
 
     Random augmentations in the data set's own `__getitem__` would otherwise come from the public seed, dealt out in the order of the
     draw, as dropout masks would (see `forked_rng`).
@@ -191,10 +269,11 @@ class DrawnRecords:
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """The records of a draw, `packed`; a `Draw` stays one."""
-        fetch = getattr(self.dataset, "__getitems__", None)  # DataLoader's own optional protocol for a whole batch
         records: list[Any] = []
-        with fork_forward_rng():
-            for start in range(0, len(indices), READ_AT_ONCE):
-                piece = list(indices[start : start + READ_AT_ONCE])
-                records += map(packed, fetch(piece) if fetch else [self.dataset[i] for i in piece])
+        try:
+            with fork_forward_rng():
+                for start in range(0, len(indices), READ_AT_ONCE):
+                    records += map(packed, read_records(self.dataset, list(indices[start : start + READ_AT_ONCE])))
+        except Exception as error:
+            records = [Failure.of(error, "read")]
         return Draw(records, indices.number) if isinstance(indices, Draw) else records

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_dp.per_example import LENGTHS
+from hf_dp.per_example import LENGTHS, longest_taken
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import feature_length
 
@@ -31,10 +31,8 @@ def largest_micro_batch(
         bounds: the most examples and the most padded tokens (or None) of one micro-batch.
         model: the base; no record is longer than it has positions for.
     """
-    config = getattr(model, "config", None)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
     greatest = greatest_lengths(dataset)
-    longest = min(max(greatest.values(), default=max(LENGTHS)), positions or 1 << 62)
+    longest = min(max(greatest.values(), default=max(LENGTHS)), longest_taken(model) or 1 << 62)
     examples, tokens = bounds
     size = min(examples, len(dataset), max(1, tokens // max(1, longest)) if tokens else examples)
     return [_cut(record, greatest) for record in make((max(1, longest),) * size)]

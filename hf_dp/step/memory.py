@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
-from hf_dp.per_example import Batch, num_examples, rows, unambiguous
+from hf_dp.per_example import MicroBatch, unambiguous
 from hf_dp.step.dry_run import buffers_put_back
 
 REMEDY = (
@@ -36,19 +36,17 @@ class Room:
         self._part: tuple[int, int] = (0, 0)
         self._tried = False
 
-    def parts(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def parts(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The batches in parts that fit and whose size is none of their other dimensions (see `unambiguous`), one after the other."""
         for batch in batches:
-            size = num_examples(batch)
-            step = int(max(1, min(size, self._tokens // _width(batch))))
-            for start in range(0, size, step):
-                piece = rows(batch, slice(start, start + step)) if step < size else batch
-                yield from unambiguous(piece)
+            step = int(max(1, min(batch.size, self._tokens // _width(batch))))
+            for start in range(0, batch.size, step):
+                yield from unambiguous(batch.rows(slice(start, start + step)))
 
-    def one_by_one(self, parts: Iterable[Batch]) -> Iterator[Batch]:
+    def one_by_one(self, parts: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The parts, and which of them is in hand, should memory run out."""
         for part in parts:
-            self._part = num_examples(part), _width(part)
+            self._part = part.size, _width(part)
             yield part
 
     def until_it_fits(self, sum_all: Callable[[], None]) -> None:
@@ -66,7 +64,9 @@ class Room:
                     raise
             self._halve()  # out here: the exception held on to the tensors of the pass
 
-    def try_out(self, model: nn.Module, make: Callable[[], Batch], sum_all: Callable[[list[Batch]], None]) -> None:
+    def try_out(
+        self, model: nn.Module, make: Callable[[], MicroBatch], sum_all: Callable[[list[MicroBatch]], None]
+    ) -> None:
         """Before the first sum of a session: halves what fits until the sum of the largest micro-batch, made up, can be formed.
 
         Never an error: it would tell that a long record exists, which no draw has been charged for. What fails for one example, or for
@@ -82,7 +82,7 @@ class Room:
                 self._halve()
         clear_device_cache(garbage_collection=True)
 
-    def _fits(self, batch: Batch, sum_all: Callable[[list[Batch]], None]) -> bool:
+    def _fits(self, batch: MicroBatch, sum_all: Callable[[list[MicroBatch]], None]) -> bool:
         self._part = (0, 0)
         try:
             sum_all([batch])
@@ -111,7 +111,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-def _width(batch: Batch) -> int:
+def _width(batch: MicroBatch) -> int:
     """Padded tokens of one example; 1 where there are none."""
     tokens = batch.get("input_ids")
-    return max(1, tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() > 1 else 1
+    return max(1, tokens.numel() // batch.size) if isinstance(tokens, Tensor) and batch.size else 1

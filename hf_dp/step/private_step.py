@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import Batch, Pass, num_examples, per_example_factors, views
+from hf_dp.per_example import Batch, MicroBatch, Pass, per_example_factors, views
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.step import sharding
 from hf_dp.step.memory import Room
 from hf_dp.step.run import PrivateRun
 from hf_dp.step.sums import ClippedSum, new_sum, refuse_impossible_sum, trainable
 
-Batches = Callable[[], Iterable[Batch]]  # called again where memory ran out and the sum is begun anew
+Batches = Callable[[], Iterable[MicroBatch]]  # called again where memory ran out and the sum is begun anew
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Passes:
     to_device: Callable[[Batch], Batch]
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
     factors_of: Pass = per_example_factors
-    made_up: Callable[[], Batch] | None = None
-    largest: Callable[[], Batch] | None = None
+    made_up: Callable[[], MicroBatch] | None = None
+    largest: Callable[[], MicroBatch] | None = None
 
 
 class PrivateStep:
@@ -107,22 +107,22 @@ class PrivateStep:
             self.sum, self._names = new_sum(self.model, self.level, self.passes.device, self.passes.factors_of), names
         self.sum.flat.zero_()
 
-    def sum_up(self, batches: Iterable[Batch], forward_seed: int | None = None) -> None:
+    def sum_up(self, batches: Iterable[MicroBatch], forward_seed: int | None = None) -> None:
         """Begins at zero and adds every example of the batches, under dropout masks that no public seed gives."""
         self.sum.flat.zero_()
         with fork_forward_rng([self.passes.device], seed=forward_seed):
-            parts: Iterable[Batch] = self._memory.parts(map(self.passes.to_device, batches))
+            parts: Iterable[MicroBatch] = self._memory.parts(b.mapped(self.passes.to_device) for b in batches)
             parts, missing = sharding.counted(parts, self.passes.device) if self.sharded else (parts, 0)
             for part in self._memory.one_by_one(parts):
                 self.add(part)
             for _ in range(missing):
                 self._pass_for_the_others()
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: MicroBatch) -> None:
         """One pass: the clipped gradients of its examples join the sum."""
         with self.passes.precision():
             losses = lambda: self.passes.example_losses(self.model, batch)  # noqa: E731  # made when the pass is under way
-            self.sum.add(self.model, losses, num_examples(batch), self.level)
+            self.sum.add(self.model, losses, batch.size, self.level)
 
     def write_gradients(self, released: Tensor) -> None:
         """p.grad = released / B with the public B: assigned, whatever was there before."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hf_dp.per_example import Batch
+from hf_dp.per_example import MicroBatch
 
 LOADING = "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=number of processes))"
 
@@ -24,7 +24,7 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, nn.Module) and any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def counted(parts: Iterable[Batch], device: torch.device) -> tuple[list[Batch], int]:
+def counted(parts: Iterable[MicroBatch], device: torch.device) -> tuple[list[MicroBatch], int]:
     """The parts, one a pass, and how many passes this process has to add so that all take as many.
 
     Every process calls this once before its passes.

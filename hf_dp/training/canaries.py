@@ -20,7 +20,7 @@ from hf_dp.errors import AuditError, ConfigError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import IGNORED, public_sizes
 from hf_dp.randomness import Key, Role, keyed_stream
-from hf_dp.sampling import Draw, LogicalBatchCollator
+from hf_dp.sampling import Draw, LogicalBatchCollator, Reader, read_records
 
 SLOTS = "canaries"  # of a container: the gradient canaries that were drawn and are in
 LENGTH = 6  # tokens of a random-token canary
@@ -165,7 +165,7 @@ class Canaries:
         return keyed_stream(self._key, Role.CANARIES, stream).random(count)
 
 
-class WithCanaries:
+class WithCanaries(Reader):
     """Records, then m slots: of a canary that is in its row, or its `Slot`; of one that is out nothing."""
 
     def __init__(self, dataset: Any, canaries: Canaries) -> None:
@@ -178,14 +178,12 @@ class WithCanaries:
     def __getitem__(self, index: int) -> Any:
         return self._dataset[index]
 
-    def __getitems__(self, indices: list[int]) -> list[Any]:
+    def read(self, indices: list[int]) -> list[Any]:
         """The records of a draw, then the canaries in it that are in."""
         n, rows = len(self._dataset), self._canaries.rows
         kept = [] if self._alone else [i for i in indices if i < n]
-        fetch = getattr(self._dataset, "__getitems__", None)
-        records = list(fetch(kept)) if fetch and kept else [self._dataset[i] for i in kept]
         drawn = [i - n for i in indices if i >= n and self._canaries.included[i - n]]
-        return records + [dict(rows[j]) if rows else Slot(j) for j in drawn]
+        return read_records(self._dataset, kept) + [dict(rows[j]) if rows else Slot(j) for j in drawn]
 
 
 class WithSlots(LogicalBatchCollator):
@@ -237,12 +235,13 @@ def begin_audit(trainer: Any, canaries: Canaries, checkpoint: Any) -> Callable[[
 
     def losses(rows: list[dict[str, Any]]) -> Floats:
         trainer.model.eval()
-        _, collate = trainer._columns_for_model()
+        collation = trainer._collation()
         size, found = trainer.args.per_device_train_batch_size, []
         with torch.no_grad(), trainer.compute_loss_context_manager():
             for start in range(0, len(rows), size):
-                batch = trainer._prepare_inputs(collate([dict(row) for row in rows[start : start + size]]))
-                found.append(trainer.example_losses(trainer.model, batch).double().cpu().numpy())
+                for batch in collation([dict(row) for row in rows[start : start + size]]):
+                    those = trainer.example_losses(trainer.model, batch.mapped(trainer._prepare_inputs))
+                    found.append(those.double().cpu().numpy())
         return np.concatenate(found)
 
     if canaries.num:

@@ -5,12 +5,13 @@ order (a step without a release, two releases in one step, gradients from elsewh
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -20,7 +21,7 @@ from hf_dp.errors import CaptureError, ConfigError, ReleaseError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import (
     Batch,
-    num_examples,
+    MicroBatch,
     records_of_the_same_shape,
     self_check,
     take_inventory,
@@ -28,6 +29,8 @@ from hf_dp.per_example import (
 from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import (
     DRAW_NUMBER,
+    FAILURE,
+    Collation,
     Draw,
     DrawnRecords,
     LogicalBatchCollator,
@@ -91,8 +94,9 @@ class PrivateLoop:
         self._device = next(model.parameters()).device
         self._run = PrivateRun(mechanism, Path(output_dir), 0, 1)
         self._begun = False
-        self._draw: Draw[Batch] | None = None
+        self._draw: Draw[MicroBatch] | None = None
         self._size = 0
+        self._failure: str | None = None
         self._waits_for: str | None = None
         self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
         self._written: dict[nn.Parameter, tuple[Tensor, int]] = {}
@@ -107,14 +111,14 @@ class PrivateLoop:
         collate: Callable[[list[Any]], Any] = default_collate,
         max_examples: int = 256,
         check_records: list[Any] | None = None,
-    ) -> Iterator[Draw[Batch]]:
+    ) -> Iterator[Draw[MicroBatch]]:
         """T draws, fewer where one more would exceed the target epsilon: each keeps every record with probability q, by itself.
 
         First the inventory, and the self-check on made-up records; then the ledger is opened. A draw may be empty.
 
         Args:
             dataset: with `len` and integer indices; as many records as the mechanism was planned for.
-            collate: records -> batch, one row a record.
+            collate: records -> batch, one row a record; it is given one record at a time, but for torch's `default_collate`.
             max_examples: the most records of one pass: memory and speed, never the result.
             check_records: a few public records for the self-check, where none can be made up from the shapes of the first.
 
@@ -130,18 +134,23 @@ class PrivateLoop:
             raise ConfigError(
                 f"expected the {m.num_examples:,} records of the plan, got {len(dataset):,}: plan with N of these"
             )
-        self._check(collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records)
+        collation = Collation(
+            collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
+        )
+        self._check(collation)
         self._run.open(dataset, None, seed=None)
         self._begun = True
         try:
             records = DrawnRecords(dataset, m.num_examples)
             rate = lambda number: self._run.at(number).sample_rate  # noqa: E731  # of a schedule each level has its own
             size = 1 if m.is_discrete else max_examples
-            cut = LogicalBatchCollator(collate, size, pass_cost=tokens_of_a_pass(self._device))
+            cut = LogicalBatchCollator(collation, size, pass_cost=tokens_of_a_pass(self._device))
             for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=self._run.sampling_key):
                 container = cut(records.__getitems__(kept))
-                batches = [_as_mapping(batch) for batch in micro_batches(container)]
-                self._draw, self._size, self._waits_for = Draw(batches, container[DRAW_NUMBER]), len(kept), BACKWARD
+                self._failure = container.get(FAILURE)
+                batches = [] if self._failure else list(micro_batches(container))
+                self._draw, self._waits_for = Draw(batches, container[DRAW_NUMBER]), BACKWARD
+                self._size = sum(batch.size for batch in batches)
                 yield self._draw
                 if self._waits_for is not None:
                     raise ReleaseError(
@@ -153,7 +162,7 @@ class PrivateLoop:
             self._draw = self._waits_for = None
             self._run.close()
 
-    def backward(self, draw: Draw[Batch]) -> None:
+    def backward(self, draw: Draw[MicroBatch]) -> None:
         """p.grad = (clipped sum + noise) / B for every trainable parameter, whatever was there before; charged first, on disk.
 
         Raises:
@@ -186,19 +195,20 @@ class PrivateLoop:
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._example_losses(model, tuple(batch.values()) if all(k.isdigit() for k in batch) else batch)
 
-    def _check(self, collate: Callable[[list[Any]], Any], records: list[Any]) -> None:
-        whole, *alone = (self._on_device(_as_mapping(collate(r))) for r in (records, *([r] for r in records)))
-        _refuse_another_size([whole], len(records))
+    def _check(self, collation: Collation) -> None:
+        whole, *alone = (batch.mapped(self._on_device) for batch in collation.together_and_alone(collation.tried))
         self.model.train()
         take_inventory(self.model, whole, self._losses)
         self_check(self.model, [whole, *alone], self._losses, self.mechanism.clip_norm)
 
     def _on_device(self, batch: Batch) -> Batch:
-        return {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return cast(Batch, send_to_device(batch, self._device))
 
-    def _checked(self, draw: Draw[Batch]) -> Draw[Batch]:
-        """The draw itself, unless its batches have another number of rows than records were drawn."""
-        _refuse_another_size(draw, self._size)
+    def _checked(self, draw: Draw[MicroBatch]) -> Draw[MicroBatch]:
+        """The draw itself, unless its records could not be collated, or are not all there."""
+        if self._failure is not None:
+            raise CaptureError(self._failure)
+        _refuse_other_examples(draw, self._size)
         return draw
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -226,18 +236,10 @@ class PrivateLoop:
         self._waits_for, self._written = None, {}
 
 
-def _as_mapping(batch: Any) -> Batch:
-    """What a collator returned, by name; the members of a tuple are named 0, 1, ..."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    return {str(i): member for i, member in enumerate(batch if isinstance(batch, (tuple, list)) else [batch])}
-
-
-def _refuse_another_size(batches: list[Batch], expected: int) -> None:
-    found = sum(num_examples(batch) for batch in batches)
-    if found != expected:
+def _refuse_other_examples(batches: list[MicroBatch], expected: int) -> None:
+    if not all(isinstance(batch, MicroBatch) for batch in batches) or sum(batch.size for batch in batches) != expected:
         raise CaptureError(
-            f"expected one row for each of {expected} records, got {found}: clipping bounds a row, so it must be a record"
+            f"expected the micro-batches of {expected} examples that draws() yielded, got others: clipping bounds an example"
         )
 
 

@@ -17,20 +17,24 @@ from hf_dp.errors import ConfigError
 from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.per_example import (
     LENGTHS,
+    MANY,
     OVER_VOCABULARY,
     Batch,
+    MicroBatch,
     Report,
     Row,
     decoder_inputs,
+    each_alone,
+    longest_taken,
     losses,
     self_check,
     synthetic_records,
     take_inventory,
-    together_and_alone,
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import (
     DRAW_NUMBER,
+    Collation,
     DrawnRecords,
     LogicalBatchCollator,
     PoissonSampler,
@@ -72,7 +76,8 @@ class DPTrainerMixin(_Host):
             examples. A matter of speed and memory: it never changes the result.
         check_records: a few public records for the self-check, where none can be made up from the data set's columns.
         audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
-        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` returns one loss an example, [batch].
+        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with one example at a
+            time, whose rows are alone in both, and returns its loss, [1] or a scalar.
 
     Attributes:
         mechanism: what will be run, calibrated; None without a training set.
@@ -109,6 +114,7 @@ class DPTrainerMixin(_Host):
         self._canaries = Canaries(audit)
         self.micro_batch_tokens = micro_batch_tokens
         self._check_records = check_records
+        self._learnt: tuple[Any, Collation] | None = None
         self._run: PrivateRun | None = None
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
@@ -119,7 +125,6 @@ class DPTrainerMixin(_Host):
         show_epsilon(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Any, given_data)), self._groups)
-            self._example_loss = self._choose_loss()
             each_alone = self.mechanism.is_discrete
             self._factors_of = passes_for(self.model, self.inventory(), self.args, each_alone=each_alone)
             self.private_step = self.step_class(self.model, self.mechanism, self._passes())
@@ -170,7 +175,7 @@ class DPTrainerMixin(_Host):
         Raises:
             ConfigError: the batch has no labels.
         """
-        inputs = dict(inputs)
+        given, inputs = inputs, dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
             raise ConfigError(
@@ -180,14 +185,10 @@ class DPTrainerMixin(_Host):
         inputs.update(decoder_inputs(self._base_model(), inputs, labels))
         if (token_losses := OVER_VOCABULARY.get(self._loss_kind())) is not None:
             return token_losses(model, self._base_model(), inputs, labels, self.args.label_smoothing_factor)
-        return self._example_loss(model(**inputs), labels)
-
-    def _choose_loss(self) -> losses.ExampleLoss:
         if self.compute_loss_func is not None:
-            function = self.compute_loss_func
-            return lambda outputs, labels: function(outputs, labels)
-        loss, smoothing = losses.LOSSES[self._loss_kind()], self.args.label_smoothing_factor
-        return lambda outputs, labels: loss(outputs, labels, smoothing)
+            size = given.size if isinstance(given, MicroBatch) else len(labels)
+            return each_alone(self.compute_loss_func, model(**inputs), labels, size)
+        return losses.LOSSES[self._loss_kind()](model(**inputs), labels, self.args.label_smoothing_factor)
 
     def _loss_kind(self) -> str:
         if self.compute_loss_func is not None:
@@ -200,7 +201,7 @@ class DPTrainerMixin(_Host):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Poisson logical batches, this process's slice, cut into micro-batches by the collator; never re-sharded."""
         mechanism = self._planned()
-        dataset, collate = self._columns_for_model()
+        dataset, _ = self._columns_for_model()
         sampler = PoissonSampler(
             self._groups or mechanism.num_examples,
             lambda number: (self._run or mechanism).at(number).sample_rate,
@@ -210,7 +211,7 @@ class DPTrainerMixin(_Host):
             num_processes=self.args.world_size,
         )
         bounds = self._most_examples(), self.micro_batch_tokens, tokens_of_a_pass(self.args.device)
-        cut = self._canaries.collated(LogicalBatchCollator(collate, *bounds))
+        cut = self._canaries.collated(LogicalBatchCollator(self._collation(), *bounds))
         records = DrawnRecords(self._canaries.among(dataset), mechanism.num_examples)
         return logical_batches(records, sampler, cut, self.args, self.accelerator.device)
 
@@ -338,10 +339,19 @@ class DPTrainerMixin(_Host):
             return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
         return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
 
-    def _synthetic_batches(self) -> list[Batch]:
-        """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
+    def _collation(self) -> Collation:
+        """How records become micro-batches; learnt on made-up ones whenever the collator is another."""
         _, collate = self._columns_for_model()
-        return [self._prepare_inputs(batch) for batch in together_and_alone(self._made_up_records(), collate)]
+        if self._learnt is None or self._learnt[0] is not self.data_collator:
+            lengths = (*LENGTHS, 1, longest_taken(self._base_model()) or MANY)
+            self._learnt = self.data_collator, Collation(collate, self._made_up_records(lengths))
+        return self._learnt[1]
+
+    def _synthetic_batches(self) -> list[MicroBatch]:
+        """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
+        with fork_forward_rng():  # a collator may draw
+            batches = self._collation().together_and_alone(self._made_up_records())
+        return [batch.mapped(self._prepare_inputs) for batch in batches]
 
     def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Any]:
         if self._check_records is not None:
@@ -354,11 +364,11 @@ class DPTrainerMixin(_Host):
         """Of one pass."""
         return 1 if self._planned().is_discrete else int(self.args.per_device_train_batch_size)
 
-    def _largest_batch(self) -> Batch:
-        dataset, collate = self._columns_for_model()
+    def _largest_batch(self) -> MicroBatch:
+        dataset, _ = self._columns_for_model()
         bounds = self._most_examples(), self.micro_batch_tokens
         with fork_forward_rng([self.args.device]):  # a collator may draw
-            return collate(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))
+            return self._collation()(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))[0]
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
