@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hf_dp.errors import SelfCheckError
 from hf_dp.per_example.proof import Proof, State, prove, state_put_back
+from hf_dp.per_example.proof.calls import tensors_in
+from hf_dp.per_example.proof.tracker import Tracker
 
 Batch = dict[str, Tensor]
 
@@ -134,7 +136,7 @@ def planted(place: str, coupling: Callable[[Tensor], Tensor], model: nn.Module) 
 def test_whatever_couples_examples_is_found_wherever_it_stands(kind: str, place: str) -> None:
     found = proof_of(planted(place, COUPLINGS[kind], tiny()))
     assert not found.independent
-    assert found.reasons
+    assert not any("could not be followed" in reason for reason in found.reasons)
 
 
 def test_what_does_not_couple_is_proved_at_the_same_places() -> None:
@@ -148,20 +150,20 @@ def test_what_does_not_couple_is_proved_at_the_same_places() -> None:
         lambda h: h.gather(1, h[..., :1].argmax(1, keepdim=True).expand_as(h[:, :1])).expand_as(h),
         lambda h: (h.transpose(0, 1) * 2).transpose(0, 1),
     ]
-    for place in PLACES:
-        for function in sound:
+    for number, function in enumerate(sound):
+        for place in PLACES[number % 2 :: 2]:
             assert proof_of(planted(place, function, tiny())).reasons == ()
 
 
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda l: l / l.sum(),
-        lambda l: l * (l < l.detach().topk(1).values),
-        lambda l: l - l.mean(),
-        lambda l: l.flip(0),
-        lambda l: torch.stack([l[0], l[0], l[2]]),
-        lambda l: l * float(l.max()),
+        lambda each: each / each.sum(),
+        lambda each: each * (each < each.detach().topk(1).values),
+        lambda each: each - each.mean(),
+        lambda each: each.flip(0),
+        lambda each: torch.stack([each[0], each[0], each[2]]),
+        lambda each: each * float(each.max()),
     ],
 )
 def test_a_loss_over_the_batch_is_found(loss: Callable[[Tensor], Tensor]) -> None:
@@ -257,11 +259,11 @@ def with_keeper(keeper: Callable[[Any, Tensor], Tensor], place: str = "model.lay
     return planted(place, lambda h: keeper(module, h), model)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", PLACES[::2])
 @pytest.mark.parametrize("keeper", KEEPERS)
 def test_whatever_a_pass_keeps_is_found_and_put_back(keeper: Callable[[Any, Tensor], Tensor], place: str) -> None:
     model = with_keeper(keeper, place)
-    before = State(model)
+    before = State(model, ["keeping.fixed"])
     found = proof_of(model)
     assert not found.independent
     assert found.written
@@ -396,24 +398,92 @@ def test_whether_another_record_has_padding_changes_no_result(build: Callable[..
 OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "sums": lambda x: [x.sum(1), x.sum(0), x.sum(), x.mean((1, 2)), x.amax(2), x.var(1), x.logsumexp(1)],
     "scans": lambda x: [x.cumsum(1), x.cumsum(0), x.softmax(0), x.log_softmax(2), x.cummax(1).values, x.flip(0, 1)],
-    "orders": lambda x: [x.sort(0).values, x.sort(2).values, x.topk(2, 1).values, x.median(2).values, x.kthvalue(2, 0).values],
-    "shapes": lambda x: [x.permute(2, 0, 1).reshape(-1, 3), x.flatten().view(5, -1), x.unfold(1, 2, 1), x.expand(2, *x.shape)],
-    "joins": lambda x: [torch.cat([x, x.roll(1, 0)]), torch.stack([x, x.flip(0)], 1), x.repeat(2, 1, 1), F.pad(x, (1, 0, 0, 2))],
-    "repeats": lambda x: [x.repeat_interleave(2, 0), torch.tril(x), x.diagonal(0, 1, 2), x.movedim(0, 2), torch.rot90(x)],
+    "orders": lambda x: [
+        x.sort(0).values,
+        x.sort(2).values,
+        x.topk(2, 1).values,
+        x.median(2).values,
+        x.kthvalue(2, 0).values,
+    ],
+    "shapes": lambda x: [
+        x.permute(2, 0, 1).reshape(-1, 3),
+        x.flatten().view(5, -1),
+        x.unfold(1, 2, 1),
+        x.expand(2, *x.shape),
+    ],
+    "joins": lambda x: [
+        torch.cat([x, x.roll(1, 0)]),
+        torch.stack([x, x.flip(0)], 1),
+        x.repeat(2, 1, 1),
+        F.pad(x, (1, 0, 0, 2)),
+    ],
+    "repeats": lambda x: [
+        x.repeat_interleave(2, 0),
+        torch.tril(x),
+        x.diagonal(0, 1, 2),
+        x.movedim(0, 2),
+        torch.rot90(x),
+    ],
     "products": lambda x: [x @ x.mT, x[0] @ x[1].T, torch.einsum("bij,bkj->bik", x, x), x.flatten(1) @ x.flatten(1).T],
-    "vectors": lambda x: [x[:, 0] @ x[0, 1], torch.dot(x[0, 0], x[1, 1]), torch.baddbmm(x[:, :, :4], x, x.mT), torch.outer(x[0, 0], x[2, 0])],
-    "indices": lambda x: [x[torch.tensor([2, 0])], x[:, torch.tensor([1, 1])], x[torch.arange(3), (x[:, 0, 0] > 0).long()], x[x.argmax(0)[0]]],
-    "gathers": lambda x: [x.gather(1, (x > 0).long()), x.gather(0, x.argsort(0)), x.index_select(2, torch.tensor([0])), x.take_along_dim(x.argsort(1), 1)],
+    "vectors": lambda x: [
+        x[:, 0] @ x[0, 1],
+        torch.dot(x[0, 0], x[1, 1]),
+        torch.baddbmm(x[:, :, :4], x, x.mT),
+        torch.outer(x[0, 0], x[2, 0]),
+    ],
+    "indices": lambda x: [
+        x[torch.tensor([2, 0])],
+        x[:, torch.tensor([1, 1])],
+        x[torch.arange(3), (x[:, 0, 0] > 0).long()],
+        x[x.argmax(0)[0]],
+    ],
+    "gathers": lambda x: [
+        x.gather(1, (x > 0).long()),
+        x.gather(0, x.argsort(0)),
+        x.index_select(2, torch.tensor([0])),
+        x.take_along_dim(x.argsort(1), 1),
+    ],
     "embeddings": lambda x: [F.embedding((x > 0).long(), x[0]), F.one_hot((x > 0).long(), 2)],
-    "scatters": lambda x: [torch.zeros(3, 4, 5).scatter(1, x.argsort(1), x), torch.zeros(3, 4, 5).scatter_add(0, x.argsort(0), x)],
-    "additions": lambda x: [x.index_add(1, torch.tensor([0, 0]), x[:, :2]), x.index_copy(0, torch.tensor([1]), x[:1]), x.index_fill(1, torch.tensor([0]), 0)],
+    "scatters": lambda x: [
+        torch.zeros(3, 4, 5).scatter(1, x.argsort(1), x),
+        torch.zeros(3, 4, 5).scatter_add(0, x.argsort(0), x),
+    ],
+    "additions": lambda x: [
+        x.index_add(1, torch.tensor([0, 0]), x[:, :2]),
+        x.index_copy(0, torch.tensor([1]), x[:1]),
+        x.index_fill(1, torch.tensor([0]), 0),
+    ],
     "puts": lambda x: [put(x, 0), put(x, 1), put(x, 2), put(x, 3), put(x, 4)],
     "masks": lambda x: [x.masked_fill(x > 0, 0), torch.where(x > 0, x, x.roll(1, 0)), x.masked_scatter(x[0] > 0, x)],
-    "norms": lambda x: [F.layer_norm(x, (5,)), F.layer_norm(x, (4, 5)), F.rms_norm(x, (5,)), F.group_norm(x, 2), F.instance_norm(x), F.normalize(x, dim=0)],
-    "batch norms": lambda x: [F.batch_norm(x, None, None, training=True), F.batch_norm(x, torch.zeros(4), torch.ones(4))],
-    "convolutions": lambda x: [F.conv1d(x, torch.ones(2, 4, 3)), F.conv1d(x.transpose(0, 1), torch.ones(2, 3, 2)), F.conv_transpose1d(x, torch.ones(4, 2, 3))],
-    "pools": lambda x: [F.max_pool1d(x, 2), F.avg_pool1d(x, 2), F.adaptive_avg_pool1d(x, 2), F.interpolate(x, 8), F.glu(x[..., :4])],
-    "attention": lambda x: [attend(x), attend(x.transpose(0, 1)), F.scaled_dot_product_attention(x, x, x, is_causal=True)],
+    "norms": lambda x: [
+        F.layer_norm(x, (5,)),
+        F.layer_norm(x, (4, 5)),
+        F.rms_norm(x, (5,)),
+        F.group_norm(x, 2),
+        F.instance_norm(x),
+        F.normalize(x, dim=0),
+    ],
+    "batch norms": lambda x: [
+        F.batch_norm(x, None, None, training=True),
+        F.batch_norm(x, torch.zeros(4), torch.ones(4)),
+    ],
+    "convolutions": lambda x: [
+        F.conv1d(x, torch.ones(2, 4, 3)),
+        F.conv1d(x.transpose(0, 1), torch.ones(2, 3, 2)),
+        F.conv_transpose1d(x, torch.ones(4, 2, 3)),
+    ],
+    "pools": lambda x: [
+        F.max_pool1d(x, 2),
+        F.avg_pool1d(x, 2),
+        F.adaptive_avg_pool1d(x, 2),
+        F.interpolate(x, 8),
+        F.glu(x[..., :4]),
+    ],
+    "attention": lambda x: [
+        attend(x),
+        attend(x.transpose(0, 1)),
+        F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    ],
     "losses": lambda x: [
         F.cross_entropy(x.flatten(0, 1), (x[..., 0] > 0).long().flatten(), reduction="none"),
         F.cross_entropy(x.transpose(1, 2), (x[..., 0] > 0).long(), reduction="none"),
@@ -421,11 +491,25 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
         F.mse_loss(x, x.roll(1, 0), reduction="none"),
         F.binary_cross_entropy_with_logits(x, (x > 0).float(), reduction="none"),
     ],
-    "in place": lambda x: [x.clone().add_(x.roll(1, 0)), torch.zeros_like(x).copy_(x), x.clone().transpose(0, 1).mul_(x[0, 0, 0]), filled(x)],
-    "complex": lambda x: [torch.view_as_real(torch.view_as_complex(x[..., :4].reshape(3, 4, 2, 2).contiguous()) * 2), torch.fft.rfft(x, dim=1).abs()],
-    "solutions": lambda x: [torch.linalg.solve_triangular(torch.eye(4) + x[..., :4].tril(-1), x, upper=False), torch.cdist(x, x)],
-    "out": lambda x: [torch.add(x, x.roll(1, 0), out=torch.zeros(3, 4, 5)), torch.mm(x[0], x[1].T, out=torch.zeros(4, 4))],
-}  # fmt: skip
+    "in place": lambda x: [
+        x.clone().add_(x.roll(1, 0)),
+        torch.zeros_like(x).copy_(x),
+        x.clone().transpose(0, 1).mul_(x[0, 0, 0]),
+        filled(x),
+    ],
+    "complex": lambda x: [
+        torch.view_as_real(torch.view_as_complex(x[..., :4].reshape(3, 4, 2, 2).contiguous()) * 2),
+        torch.fft.rfft(x, dim=1).abs(),
+    ],
+    "solutions": lambda x: [
+        torch.linalg.solve_triangular(torch.eye(4) + x[..., :4].tril(-1), x, upper=False),
+        torch.cdist(x, x),
+    ],
+    "out": lambda x: [
+        torch.add(x, x.roll(1, 0), out=torch.zeros(3, 4, 5)),
+        torch.mm(x[0], x[1].T, out=torch.zeros(4, 4)),
+    ],
+}
 
 
 def attend(x: Tensor) -> Tensor:
@@ -457,9 +541,6 @@ def put(x: Tensor, kind: int) -> Tensor:
 
 @pytest.mark.parametrize("family", OPERATIONS)
 def test_what_changes_with_an_example_is_said_to_depend_on_it(family: str) -> None:
-    from hf_dp.per_example.proof.calls import tensors_in
-    from hf_dp.per_example.proof.tracker import Tracker
-
     function = OPERATIONS[family]
     x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
     tracker = Tracker(nn.Identity())

@@ -42,3 +42,8 @@ def is_harmless(file: str, function: str) -> bool:
     """Whether a read at this place changes no result."""
     path = file.replace("\\", "/")
     return any(path.endswith(read.file) and function == read.function for read in HARMLESS)
+
+
+def is_harmless_file(file: str) -> bool:
+    """Whether the reads of a file are looked through: what it mixes for them is no news."""
+    return any(file.replace("\\", "/").endswith(read.file) for read in HARMLESS)

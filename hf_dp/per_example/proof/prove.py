@@ -60,16 +60,20 @@ def prove(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor]
     """
     if len(batches) != PASSES:
         raise ValueError(f"expected {PASSES} batches, of {SIZE} examples each; got {len(batches)}")
-    tracker = Tracker(model)
     foreign: dict[str, None] = {}
     with _undisturbed(model) as state:
+        tracker = Tracker(model, state.copy)
         backward = False
         for number, batch in enumerate(batches):
             if not _marked(tracker, batch, number):
                 break
             backward = _follow(tracker, model, lambda batch=batch: example_losses(model, batch), backward, foreign)  # type: ignore[misc]
         written = tuple(dict.fromkeys([*tracker.written, *state.changes()]))
-    reasons = [*tracker.found, *(f"the pass changes what outlives it: {name}" for name in written)]
+    reasons = [
+        *(tracker.mixes if tracker.crossed else ()),
+        *tracker.found,
+        *(f"the pass changes what outlives it: {name}" for name in written),
+    ]
     reasons += [f"a parameter outside of the model receives gradients: {name}" for name in foreign]
     return Proof(not reasons, tuple(reasons), tuple(foreign), written)
 
@@ -117,7 +121,8 @@ def _follow(
         tracker.found[f"the pass could not be followed ({type(error).__name__})"] = None
         return backward
     if not tracker.own(tracker.book.read(losses), leading=False):
-        tracker.found.update(tracker.mixes or {"a loss depends on more than its own example": None})
+        tracker.found["a loss depends on more than its own example"] = None
+        tracker.crossed = True
     known = {id(p) for p in model.parameters()}
     written_in_python = tracker.gradients_mended
     for node in _graph(losses):

@@ -138,8 +138,9 @@ def convolution(call: Call) -> Labels:
 
 def attention(call: Call) -> Sequence[Labels]:
     """[B, H, T, d]: everything within a row of B."""
-    inputs = [call.read(t) for t in call.inputs]
-    inputs = [i.reshape((1,) * (4 - i.ndim) + i.shape) for i in inputs]
+    masks = [call.labels(name) for name in ("attn_mask", "attn_bias", "bias")]
+    inputs = [call.read(call.arguments[n]) for n in call.arguments if n not in ("attn_mask", "attn_bias", "bias")]
+    inputs += [m.reshape((1,) * (4 - m.ndim) + m.shape) for m in masks]  # a mask [T, T] leads with no examples
     size = call.arguments["query"].shape[0]  # in backward, of its gradients too
     return [
         flow.leading(inputs, tuple(r.shape))

@@ -106,7 +106,19 @@ class State:
         self._tensors: list[_KeptTensor] = []
         self._copied = frozenset(copied)
         self._seen: dict[int, Any] = {}
-        self._walk(model, "", 0)
+        modules = list(model.named_modules())
+        self._seen.update((id(module), module) for _, module in modules)
+        for name, module in modules:
+            self._module(module, name, lambda key: not key.endswith("_hooks"))
+        for name, module in modules:
+            self._module(module, name, lambda key: key.endswith("_hooks"))
+
+    def copy(self, tensor: Tensor) -> None:
+        """Takes a copy of a parameter that is about to be written to."""
+        for kept in self._tensors:
+            if kept.tensor is tensor and not kept.copied:
+                kept.copied = True
+                kept.note()
 
     def begin(self) -> None:
         """Notes anew what may rightly have changed since: the parameters' values."""
@@ -141,16 +153,18 @@ class State:
                 copied = not isinstance(value, nn.Parameter) or name in self._copied
                 self._tensors.append(_KeptTensor(name, value, copied))
         elif isinstance(value, nn.Module):
-            self._module(value, name)
+            self._module(value, name, lambda key: True)
         elif depth < DEPTH:
             self._container(value, name, depth + 1)
 
-    def _module(self, module: nn.Module, name: str) -> None:
+    def _module(self, module: nn.Module, name: str, taken: Callable[[str], bool]) -> None:
         own = vars(module)
-        self._keep(name, partial(_items, own), partial(_set_items, own))
+        if taken("_modules"):
+            self._keep(name, partial(_items, own), partial(_set_items, own))
         for key, value in own.items():
-            inner = name if key in ("_parameters", "_buffers", "_modules") else _joined(name, key)
-            self._walk(value, inner, 0)
+            if taken(key):
+                inner = name if key in ("_parameters", "_buffers", "_modules") else _joined(name, key)
+                self._walk(value, inner, 0)
 
     def _container(self, value: Any, name: str, depth: int) -> None:
         if isinstance(value, dict):

@@ -5,7 +5,7 @@ A `TorchDispatchMode` sees each operation below autograd, those within autograd 
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in
-from hf_dp.per_example.proof.harmless import is_harmless
+from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
 from hf_dp.per_example.proof.labels import EXAMPLES, SHAPED, SIZE, UNWRITTEN, Book, Labels, address, bits_of
 from hf_dp.per_example.proof.rules import RULES, rule_of
 
@@ -48,15 +48,18 @@ class Tracker:
         found: what leaves a pass unproved wherever its result goes: reads into Python, sizes made of values, crossed rows.
         written: parameters, buffers and other memory from before the pass that were written to.
         gradients_mended: a hook on gradients was registered.
+        crossed: trained parameters met rows that are not the examples' own.
         in_backward: what follows are gradients, which add up over examples where they reach trained parameters.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before_write: Callable[[Tensor], None] = lambda tensor: None) -> None:
+        self._before_write = before_write
+        self._tensors = {address(t): t for t in (*model.parameters(), *model.buffers())}
         self.book = Book()
         self.mixes: dict[str, None] = {}
         self.found: dict[str, None] = {}
         self.written: dict[str, None] = {}
-        self.gradients_mended = self.in_backward = False
+        self.gradients_mended = self.in_backward = self.crossed = False
         self.names = {id(module): name for name, module in model.named_modules()}
         self._kept = {address(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._trained = {address(p) for p in model.parameters() if p.requires_grad}
@@ -93,6 +96,13 @@ class Tracker:
         file, function = _reader()
         if not is_harmless(file, function):
             self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
+
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tells of a write to one of the model's tensors, before it is done."""
+        if func._schema.is_mutable:
+            for tensor in Call(func, args, kwargs, None, self.book).written():
+                if _key(tensor) in self._tensors:
+                    self._before_write(self._tensors[_key(tensor)])
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Follows one operation that has been done."""
@@ -133,6 +143,7 @@ class Tracker:
         for tensor in inputs:
             labels = call.read(tensor)
             if (labels & (EXAMPLES | UNWRITTEN)).any() and not self.own(labels, leading=True):
+                self.crossed = True
                 self.note(self.found, f"trained parameters meet rows that are not the examples' own ({call.name})")
 
     def _results(self, call: Call, inputs: list[Tensor], present: int) -> None:
@@ -176,11 +187,13 @@ class Tracker:
             return [np.broadcast_to(p, tuple(t.shape)) for p, t in zip(parts, targets, strict=True)]
         except (NotImplementedError, ValueError, IndexError, RuntimeError, TypeError, KeyError):
             mixture = present | (UNWRITTEN if present & EXAMPLES else 0)
-            if present & EXAMPLES:
+            if present & EXAMPLES and not self.in_backward:
                 self.note(self.mixes, f"an operation without a rule, {call.name}")
             return [np.full(tuple(t.shape), mixture, dtype=np.uint8) for t in targets]
 
     def _note_mixture(self, call: Call, inputs: list[Tensor], labels: Iterable[Labels]) -> None:
+        if self.in_backward or is_harmless_file(_reader()[0]) or len(self.mixes) >= LONGEST:
+            return
         if any(_MIXED[part].any() for part in labels) and not any(_MIXED[call.read(t)].any() for t in inputs):
             self.note(self.mixes, f"examples are mixed by {call.name}")
 
@@ -213,6 +226,7 @@ class _Operations(TorchDispatchMode):
                 whole = func.decompose(*args, **kwargs)
             if whole is not NotImplemented:
                 return whole
+        self._tracker.before(func, args, kwargs)
         out = func(*args, **kwargs)
         self._tracker.after(func, args, kwargs, out)
         return out
