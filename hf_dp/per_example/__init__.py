@@ -20,10 +20,10 @@ from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_fa
 from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
-from hf_dp.per_example.inventory import Row, take_inventory
+from hf_dp.per_example.inventory import Row, inventory_of_one, take_inventory
 from hf_dp.per_example.losses import IGNORED, public_sizes
 from hf_dp.per_example.one_at_a_time import each_alone
-from hf_dp.per_example.self_check import Report, self_check
+from hf_dp.per_example.self_check import Report, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "decoder_inputs",
     "each_alone",
     "factors",
+    "inventory_of_one",
     "is_tied",
     "leaves",
     "longest_taken",
@@ -53,6 +54,7 @@ __all__ = [
     "materialise_is_cheaper",
     "pad_and_join",
     "per_example_factors",
+    "precision",
     "public_sizes",
     "records_of_the_same_shape",
     "same",
@@ -61,5 +63,6 @@ __all__ = [
     "synthetic_records",
     "take_inventory",
     "unambiguous",
+    "undisturbed",
     "views",
 ]

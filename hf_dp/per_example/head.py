@@ -17,7 +17,7 @@ from hf_dp.per_example import losses
 from hf_dp.per_example.batches import Batch
 from hf_dp.per_example.operations import autocast
 
-# Of an output layer that was seen at work: whether its logits are the model's as they are.
+# Of an output layer that was seen at work: whether its logits came out as the model's. Only a guess at the next pass, which is looked at.
 _comes_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -40,7 +40,9 @@ def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: 
 def aligned_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
     """As `next_token_losses`, where position t predicts label t."""
     head = frozen_head(base)
-    if head is None or labels.dim() != 2:
+    if (
+        head is None or labels.dim() != 2 or "labels" in inputs
+    ):  # the model's own loss, computed beside, reads all logits
         return losses.aligned_tokens(model(**inputs), labels, smoothing)
     outputs, found = at_targets(model, head, inputs, labels, smoothing)
     return losses.aligned_tokens(outputs, labels, smoothing) if found is None else found
@@ -59,17 +61,18 @@ def at_targets(
 ) -> tuple[Any, Tensor | None]:
     """The model's outputs, and losses [B] of logits that are formed where there is a target [B, T] and nowhere else.
 
-    Once a pass has shown that nothing comes after the head, later ones hold logits of a few rows at a time. No losses, but outputs with
-    all logits, where the head is not called as a module is, or not on [B, T, d].
+    Once a pass has shown that nothing comes after the head, later ones hold logits of a few rows at a time, as long as the very tensor
+    that the head gives is what the model returns; a pass where it is not is made again with logits. No losses, but outputs with all
+    logits, where the head is not called as a module is, or not on [B, T, d].
     """
     where = (targets.flatten() != losses.IGNORED).nonzero().flatten()
     if _comes_last.get(head, False) and is_plain(head):
-        with losses_for_logits(head, where, targets, smoothing):
+        with losses_for_logits(head, where, targets, smoothing) as given:
             outputs = model(**inputs)
-        if outputs.logits.shape == (1, len(where), 1):
+        if outputs.logits.shape == (1, len(where), 1) and _untouched(given, outputs.logits):
             here = outputs.logits.device
             return outputs, losses.mean_over_targets(outputs.logits.flatten(), targets.to(here), where.to(here))
-        _comes_last[head] = False  # something there is, which left the logits as they were; the pass is made again
+        _comes_last[head] = False  # something comes after it after all; the pass is made again
     with head_at(head, where, targets.shape) as made:
         outputs = model(**inputs)
     if outputs.logits.shape[:2] != (1, len(where)):
@@ -125,8 +128,12 @@ def head_at(head: nn.Linear, positions: Tensor, shape: tuple[int, ...]) -> Itera
 
 
 @contextmanager
-def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float) -> Iterator[None]:
+def losses_for_logits(
+    head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float
+) -> Iterator[list[tuple[Tensor, int]]]:
     """While it lasts, `head` gives for hidden states [B, T, d] the losses at `positions` [N], [1, N, 1], and holds no logits.
+
+    Yields what it gives, each with its version then.
 
     Args:
         head: an `is_plain` one.
@@ -135,16 +142,20 @@ def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoot
         smoothing: of labels.
     """
 
+    given: list[tuple[Tensor, int]] = []
+
     def forward(hidden: Tensor) -> Tensor:
         if hidden.shape[:-1] != targets.shape:
             return F.linear(hidden, head.weight, head.bias)
         labels = targets.flatten()[positions].to(hidden.device)
         operands = autocast(_rows(hidden, positions), head.weight, head.bias)  # the weight once, not for every few rows
-        return losses.HeadCrossEntropy.apply(*operands, labels, smoothing).view(1, -1, 1)
+        found: Tensor = losses.HeadCrossEntropy.apply(*operands, labels, smoothing).view(1, -1, 1)
+        given.append((found, found._version))
+        return found
 
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:
-        yield
+        yield given
     finally:
         del head.forward
 
@@ -152,6 +163,11 @@ def losses_for_logits(head: nn.Linear, positions: Tensor, targets: Tensor, smoot
 def _rows(x: Tensor, positions: Tensor) -> Tensor:
     """[B, T, d] -> [N, d] at `positions` [N] of the B T."""
     return x.flatten(0, 1).index_select(0, positions.to(x.device))
+
+
+def _untouched(given: list[tuple[Tensor, int]], logits: Tensor) -> bool:
+    """Whether the head was called once, and what it gave is the tensor that came out, with nothing done to it or to its gradient."""
+    return len(given) == 1 and logits is given[0][0] and logits._version == given[0][1] and not logits._backward_hooks
 
 
 def _alone(made: list[Tensor], logits: Tensor) -> bool:
@@ -170,9 +186,15 @@ def _forward_arguments(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def decoder_inputs(model: nn.Module, inputs: Batch, labels: Tensor) -> Batch:
-    """An encoder-decoder's decoder reads the labels shifted right, as its own forward would make them."""
-    if not getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in inputs:
+def decoder_inputs(model: nn.Module, inputs: Batch, labels: Any) -> Batch:
+    """What an encoder-decoder's decoder reads: the labels shifted right, as its own forward would make them; {} for other models.
+
+    Where the model has no method that shifts them, the labels themselves: its forward shifts them then, and the loss that it computes
+    beside is not used. Labels that are no tokens, as a classifier's, make no decoder's inputs.
+    """
+    tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+    own = getattr(model, "config", None)
+    if not getattr(own, "is_encoder_decoder", False) or "decoder_input_ids" in inputs or not tokens:
         return {}
-    shift_right: Any = model.prepare_decoder_input_ids_from_labels
-    return {"decoder_input_ids": shift_right(labels=labels)}
+    shift_right: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return {"labels": labels} if shift_right is None else {"decoder_input_ids": shift_right(labels=labels)}

@@ -57,6 +57,17 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
     ]
 
 
+def inventory_of_one(model: nn.Module, one: Batch, example_losses: ExampleLosses) -> list[Row]:
+    """As `take_inventory` where each pass holds one example, on a batch of one: autograd's gradient is its, whatever the layer."""
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
+        found, _ = per_example_factors(model, lambda: example_losses(model, one), 1)
+    return [
+        Row(name, tuple(p.shape), "any", "autograd's, one example a pass" if name in found else _rule(()))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+
+
 def _rule(factors: Sequence[Any]) -> str:
     return " + ".join(_FORMS[type(f)] for f in factors) or "not used by this batch"
 

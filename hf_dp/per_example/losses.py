@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dp.errors import ConfigError
-
 IGNORED = -100
 CHUNK_ELEMENTS = 1 << 22  # logits held in float32 at once (16 MiB)
 HEAD_ROWS = 512  # through a head at once: each time its whole weight is read
@@ -204,14 +202,20 @@ LOSSES: dict[str, ExampleLoss] = {
 }
 
 
-def loss_kind(class_name: str, config: Any) -> str:
-    """The key in `LOSSES` for a model class such as `GPT2LMHeadModel` with its config, as transformers itself decides.
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
+_OVER_TOKENS = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel", "EncoderDecoderModel")
 
-    Raises:
-        ConfigError: no per-example loss is known for the class.
+
+def loss_kind(class_name: str, config: Any) -> str | None:
+    """The key in `LOSSES` for a model class such as `GPT2LMHeadModel` with its config, as transformers itself decides; None: none known.
+
+    An encoder-decoder that classifies pools at its last end-of-text mark, which all rows of a batch must have alike: none.
     """
-    if class_name.endswith(("ForSequenceClassification", "ForImageClassification")):
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    if class_name.endswith(_CLASSIFIERS):
         problem_type = getattr(config, "problem_type", None)
+        if encoder_decoder:
+            return None
         if problem_type in ("regression", "multi_label_classification"):
             return str(problem_type)
         single_output = problem_type is None and getattr(config, "num_labels", None) == 1
@@ -219,16 +223,22 @@ def loss_kind(class_name: str, config: Any) -> str:
     for ending in ("ForMaskedLM", "ForTokenClassification"):
         if class_name.endswith(ending):
             return ending
-    if class_name.endswith(("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")):
-        return "ForConditionalGeneration" if getattr(config, "is_encoder_decoder", False) else "ForCausalLM"
-    raise ConfigError(
-        f"no per-example loss is known for {class_name}; pass compute_loss_func(outputs, labels) that returns one loss an "
-        "example, shape [batch], each a function of that example alone"
-    )
+    if class_name.endswith(_OVER_TOKENS):
+        return "ForConditionalGeneration" if encoder_decoder else "ForCausalLM"
+    return None
 
 
 def public_sizes(class_name: str, config: Any) -> tuple[int, int]:
     """(number of token ids, number of label values) that a model takes: what made-up records are drawn from."""
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 2
-    over_tokens = class_name.endswith(("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "LMHeadModel"))
+    text = config.get_text_config() if config is not None else None
+    vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 2
+    if class_name.endswith("ForMultipleChoice"):
+        return vocabulary, 2  # whatever num_labels says, a label is one of a record's choices
+    over_tokens = class_name.endswith((*_OVER_TOKENS, "ForMaskedLM", "ForCTC"))
     return vocabulary, vocabulary if over_tokens else getattr(config, "num_labels", None) or 2
+
+
+def end_of_text(config: Any) -> int | None:
+    """The token that an encoder-decoder's texts end with, where its classifier pools; None for other models."""
+    found = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+    return found if isinstance(found, int) else None

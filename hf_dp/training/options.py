@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.step import sharding
+from hf_dp.training.overrides import ignored
 
 DEFAULT_MAX_GRAD_NORM = (
     1.0  # Trainer's default, which nobody chose; it rescaled private updates 12-fold, so it is switched off
@@ -174,13 +176,15 @@ def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
     Args:
         args: the `TrainingArguments`.
         public_eval: whether the evaluation data were declared public.
-        others: the trainer's other arguments by name (model, train_dataset, data_collator, optimizers, model_init, ...).
+        others: the trainer's other arguments by name (model, train_dataset, data_collator, optimizers, model_init, ...), and `trainer`, its
+            class.
 
     Raises:
         UnsupportedOptionError: with one line an option.
     """
     problems = [*_of_training_arguments(args, public_eval), *_of_surroundings(), *_of_data(others)]
     problems += _of_model(others.get("model"))
+    problems += ignored(others.get("trainer", transformers.Trainer))
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")
@@ -245,7 +249,10 @@ def _listed(value: Any) -> list[Any]:
 
 def _of_data(others: dict[str, Any]) -> Iterator[str]:
     dataset, collator = others.get("train_dataset"), others.get("data_collator")
-    if dataset is not None and not _has_length(dataset):
+    if isinstance(dataset, dict):
+        splits = ", ".join(map(str, dataset))
+        yield f"train_dataset is a {type(dataset).__name__} of the splits {splits}: give one of them, as train_dataset=data['train']"
+    elif dataset is not None and not _has_length(dataset):
         yield (
             f"train_dataset of type {type(dataset).__name__}: Poisson sampling needs its length and random access; "
             "load it as a map-style dataset (datasets.load_dataset without streaming=True)"
@@ -319,5 +326,12 @@ def _of_adapters(model: Any) -> Iterator[str]:
         init = getattr(config, "init_lora_weights", True)
         if str(init).lower() in ("eva", "corda", "lora_ga"):
             yield f"adapter {name!r} with init_lora_weights={init!r}: it reads the private data; use True or 'gaussian'"
-        if getattr(config, "target_parameters", None):
-            yield f"adapter {name!r} with target_parameters: LoRA on experts has no per-example rule; use target_modules"
+        if str(getattr(getattr(config, "peft_type", None), "value", "")) in _OWN_GRADIENTS:
+            kind = str(config.peft_type.value)
+            yield f"adapter {name!r} of type {kind}: {_OWN_GRADIENTS[kind]}; use another, such as LoRA"
+
+
+_OWN_GRADIENTS = {  # peft_type -> what it does beside the pass, where no norm sees it
+    "OSF": "it projects gradients in hooks of its own, after they would be clipped",
+    "CPT": "it scales gradients in a hook of its own, and projects its weights in each forward pass",
+}

@@ -52,7 +52,7 @@ def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> N
         )
 
 
-def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, each_alone: bool) -> Pass:
+def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, alone_because: str) -> Pass:
     """What forms the per-example factors: the blocks compiled where `TrainingArguments` ask for it.
 
     Raises:
@@ -61,7 +61,7 @@ def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, each_alone:
     if not args.torch_compile:
         return per_example_factors
     against = {
-        "noise='discrete'": each_alone,
+        f"one example a pass ({alone_because})": bool(alone_because),
         "gradient_checkpointing": args.gradient_checkpointing
         or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "a sharded base": is_sharded(model),

@@ -53,10 +53,13 @@ def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
     args, mechanism = trainer.args, trainer.mechanism
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     share = mechanism.largest.expected_batch_size / args.world_size
-    most = 1 if mechanism.is_discrete else args.per_device_train_batch_size
+    most = trainer._most_examples()
     micro = math.ceil(share / most)
     budget = f", at most {trainer.micro_batch_tokens} padded tokens each" if trainer.micro_batch_tokens else ""
+    loss, why_alone = trainer.objective, trainer.alone_because
     return [
+        ("loss of an example", loss.kind, loss.rule),
+        *([("examples of a pass", "1", f"slower, and exact: {why_alone}")] if why_alone else []),
         ("trainable parameters", f"{sum(parameters):,}", f"in {len(parameters)} tensors"),
         (
             "micro-batches a step",

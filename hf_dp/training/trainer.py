@@ -1,5 +1,6 @@
 """`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,18 +19,14 @@ from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.per_example import (
     LENGTHS,
     MANY,
-    OVER_VOCABULARY,
     Batch,
     MicroBatch,
     Report,
     Row,
-    decoder_inputs,
-    each_alone,
     longest_taken,
     losses,
     self_check,
     synthetic_records,
-    take_inventory,
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import (
@@ -53,8 +50,11 @@ from hf_dp.step import (
     largest_micro_batch,
     sharding,
 )
+from hf_dp.training import objective as objectives
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
+from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
+from hf_dp.training.passes import inventory_and_reason
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
 
@@ -75,6 +75,7 @@ class DPTrainerMixin(_Host):
         micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
             examples. A matter of speed and memory: it never changes the result.
         check_records: a few public records for the self-check, where none can be made up from the data set's columns.
+        class_weights: a public number a class: in training each example's loss is multiplied by that of its label, before clipping.
         audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
         **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with one example at a
             time, whose rows are alone in both, and returns its loss, [1] or a scalar.
@@ -82,11 +83,12 @@ class DPTrainerMixin(_Host):
     Attributes:
         mechanism: what will be run, calibrated; None without a training set.
         private_step: takes each step; there is one where there is a training set.
+        objective: which loss of an example is trained, and why; alone_because: why a pass holds one example, "" where more.
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
-        UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
-        ConfigError: a plan that is impossible, such as q > 1 or an epsilon out of reach.
+        UnsupportedParameterError: trainable parameters whose gradients can't be told, one example a pass either.
+        ConfigError: no example's loss is known, or a plan that is impossible, such as q > 1 or an epsilon out of reach.
     """
 
     step_class: type[PrivateStep] = PrivateStep  # takes the steps; the audit's broken controls put their own here
@@ -103,11 +105,13 @@ class DPTrainerMixin(_Host):
         micro_batch_tokens: int | None = None,
         check_records: list[dict[str, Any]] | None = None,
         audit: AuditConfig | None = None,
+        class_weights: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
         training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
-        check_options(training, public_eval=privacy.public_eval, **{k: v for k, v in options.items() if k != "args"})
+        others = {k: v for k, v in options.items() if k != "args"} | {"trainer": type(self)}
+        check_options(training, public_eval=privacy.public_eval, **others)
         options["args"] = without_batch_clipping(training)
         refuse_audit(audit, privacy)
         self.privacy = privacy
@@ -115,6 +119,9 @@ class DPTrainerMixin(_Host):
         self.micro_batch_tokens = micro_batch_tokens
         self._check_records = check_records
         self._learnt: tuple[Any, Collation] | None = None
+        self.class_weights = objectives.class_weights(class_weights)
+        self.objective: Objective | None = None
+        self.alone_because = ""
         self._run: PrivateRun | None = None
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
@@ -125,9 +132,7 @@ class DPTrainerMixin(_Host):
         show_epsilon(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Any, given_data)), self._groups)
-            each_alone = self.mechanism.is_discrete
-            self._factors_of = passes_for(self.model, self.inventory(), self.args, each_alone=each_alone)
-            self.private_step = self.step_class(self.model, self.mechanism, self._passes())
+            self._settle(objectives.choose(self))
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
@@ -152,10 +157,7 @@ class DPTrainerMixin(_Host):
         Raises:
             UnsupportedParameterError: naming all that have no exact rule.
         """
-        batch, *_ = self._synthetic_batches()
-        self.model.train()
-        with self.compute_loss_context_manager():
-            return take_inventory(self.model, batch, self.example_losses)
+        return inventory_and_reason(self)[0]
 
     def self_check(self) -> Report:
         """Compares a batch of synthetic records with each of them alone; runs at the start of every training.
@@ -165,7 +167,8 @@ class DPTrainerMixin(_Host):
         """
         with self.compute_loss_context_manager():
             batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
-            return self_check(self.model, batches, self.example_losses, clip_norm, self._factors_of)
+            what = self.model, batches, self.example_losses, clip_norm, self._factors_of
+            return self_check(*what, one_a_pass=bool(self.alone_because))
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 
@@ -175,26 +178,24 @@ class DPTrainerMixin(_Host):
         Raises:
             ConfigError: the batch has no labels.
         """
-        given, inputs = inputs, dict(inputs)
-        labels = inputs.pop("labels", None)
-        if labels is None:
-            raise ConfigError(
-                f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}); name the target column `labels`, "
-                "or override DPTrainer.example_losses"
-            )
-        inputs.update(decoder_inputs(self._base_model(), inputs, labels))
-        if (token_losses := OVER_VOCABULARY.get(self._loss_kind())) is not None:
-            return token_losses(model, self._base_model(), inputs, labels, self.args.label_smoothing_factor)
-        if self.compute_loss_func is not None:
-            size = given.size if isinstance(given, MicroBatch) else len(labels)
-            return each_alone(self.compute_loss_func, model(**inputs), labels, size)
-        return losses.LOSSES[self._loss_kind()](model(**inputs), labels, self.args.label_smoothing_factor)
+        assert self.objective is not None, "losses before they were chosen, at construction with a train_dataset"
+        return objectives.losses_of(self, self.objective.kind, model, inputs)
 
-    def _loss_kind(self) -> str:
-        if self.compute_loss_func is not None:
-            return "the user's"
-        base = self._base_model()
-        return losses.loss_kind(type(base).__name__, base.config)
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the host's, for evaluation alone; with `compute_loss_func` the mean of the losses that it returns, one an example."""
+        if self.compute_loss_func is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = objectives.mean_of_the_users(self, model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _settle(self, objective: Objective) -> None:
+        """What is trained, and the passes that it takes."""
+        self.objective, self.alone_because = objective, ""
+        inventory, self.alone_because = inventory_and_reason(self)
+        self._factors_of = passes_for(self.model, inventory, self.args, alone_because=self.alone_because)
+        self.private_step = self.step_class(self.model, self._planned(), self._passes())
 
     # ---- seams of Trainer ------------------------------------------------------------------------------------------
 
@@ -230,6 +231,8 @@ class DPTrainerMixin(_Host):
             raise ConfigError(
                 "hyperparameter search spends privacy that nobody accounts for: train once, with fixed settings"
             )
+        if (now := objectives.choose(self)) != self.objective:  # the model was changed since
+            self._settle(now)
         self.self_check()
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
@@ -356,13 +359,14 @@ class DPTrainerMixin(_Host):
     def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Any]:
         if self._check_records is not None:
             return self._check_records
-        vocabulary, labels = losses.public_sizes(type(self._base_model()).__name__, self._base_model().config)
-        record = self._columns_for_model()[0][0]
-        return synthetic_records(record, vocab_size=vocabulary, label_values=labels, lengths=lengths)
+        base = self._base_model()
+        vocabulary, labels = losses.public_sizes(type(base).__name__, getattr(base, "config", None))
+        record, end = self._columns_for_model()[0][0], losses.end_of_text(getattr(base, "config", None))
+        return synthetic_records(record, vocab_size=vocabulary, label_values=labels, lengths=lengths, end=end)
 
     def _most_examples(self) -> int:
         """Of one pass."""
-        return 1 if self._planned().is_discrete else int(self.args.per_device_train_batch_size)
+        return 1 if self.alone_because else int(self.args.per_device_train_batch_size)
 
     def _largest_batch(self) -> MicroBatch:
         dataset, _ = self._columns_for_model()
