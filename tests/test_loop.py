@@ -15,7 +15,6 @@ from hf_dp import (
     PrivacyConfig,
     PrivateLoop,
     SelfCheckError,
-    UnsupportedParameterError,
     plan,
 )
 from hf_dp.errors import ReleaseError
@@ -142,7 +141,7 @@ def test_a_loss_of_the_batch_and_a_collator_that_repeats_are_refused_before_the_
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_what_couples_examples_or_has_no_rule_is_refused_before_the_first_step(tmp_path):
+def test_what_couples_examples_is_refused_and_what_has_no_rule_gets_passes_of_one_example(tmp_path):
     def coupled(model, batch):
         return losses(model, batch) / len(batch[0])
 
@@ -155,8 +154,17 @@ def test_what_couples_examples_or_has_no_rule_is_refused_before_the_first_step(t
             return torch.cdist(x, self.weight)
 
     odd = Odd(4, 3, bias=False)
-    with pytest.raises(UnsupportedParameterError, match="weight"):
-        next(PrivateLoop(odd, torch.optim.SGD(odd.parameters()), losses, mechanism(), tmp_path).draws(DATA))
+    loop = PrivateLoop(odd, torch.optim.SGD(odd.parameters()), losses, mechanism(), tmp_path)
+    draw = next(loop.draws(DATA))
+    assert "weight (used by cdist)" in loop.alone_because
+    assert {batch.size for batch in draw} <= {1}
+
+    net = nn.Linear(4, 3)
+    sorted_ = PrivateLoop(
+        net, torch.optim.SGD(net.parameters()), lambda m, b: losses(m, b).sort().values, mechanism(), tmp_path / "s"
+    )
+    next(sorted_.draws(DATA))
+    assert "not proved that its examples are independent" in sorted_.alone_because
 
 
 def test_parameters_and_settings_that_do_not_fit_are_named_together(model, tmp_path):

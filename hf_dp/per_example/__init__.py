@@ -23,6 +23,7 @@ from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
 from hf_dp.per_example.inventory import Row, inventory_of_one, take_inventory
 from hf_dp.per_example.losses import IGNORED, public_sizes
 from hf_dp.per_example.one_at_a_time import each_alone
+from hf_dp.per_example.proof import SIZE, Proof, State, prove, state_put_back
 from hf_dp.per_example.self_check import Report, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
 
@@ -33,14 +34,17 @@ __all__ = [
     "MANY",
     "OVER_VOCABULARY",
     "RIGHT",
+    "SIZE",
     "Batch",
     "CompiledBlocks",
     "MicroBatch",
     "Padding",
     "Pass",
     "Path",
+    "Proof",
     "Report",
     "Row",
+    "State",
     "Untied",
     "clipped_gradient_sum",
     "decoder_inputs",
@@ -55,11 +59,13 @@ __all__ = [
     "pad_and_join",
     "per_example_factors",
     "precision",
+    "prove",
     "public_sizes",
     "records_of_the_same_shape",
     "same",
     "self_check",
     "stacked",
+    "state_put_back",
     "synthetic_records",
     "take_inventory",
     "unambiguous",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_dp.errors import CaptureError
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import Batch, MicroBatch, Pass, per_example_factors, views
+from hf_dp.per_example import Batch, MicroBatch, Pass, State, per_example_factors, state_put_back, views
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.step import sharding
 from hf_dp.step.memory import Room
@@ -33,6 +34,7 @@ class Passes:
         factors_of: forms the per-example gradients of a pass; compiled passes are others than the default.
         made_up: a batch of one made-up example, for passes that only other processes need; asked for where weights are sharded.
         largest: a made-up batch of the largest size, to try out what fits in memory; None where nothing is tried.
+        alone: each example has a pass of its own, and finds the model's memory as the first of the training found it.
     """
 
     example_losses: Callable[[nn.Module, Batch], Tensor]
@@ -42,6 +44,7 @@ class Passes:
     factors_of: Pass = per_example_factors
     made_up: Callable[[], MicroBatch] | None = None
     largest: Callable[[], MicroBatch] | None = None
+    alone: bool = False
 
 
 class PrivateStep:
@@ -70,6 +73,7 @@ class PrivateStep:
         self.sharded = sharding.is_sharded(model)
         self._memory = Room(fixed=self.sharded)
         self._names: list[str] = []
+        self._state: State | None = None
 
     def __call__(
         self, run: PrivateRun, batches: Batches, draw_number: int, beside: Callable[[Tensor], None] | None = None
@@ -105,6 +109,8 @@ class PrivateStep:
         names = list(trainable(self.model))
         if names != self._names:
             self.sum, self._names = new_sum(self.model, self.level, self.passes.device, self.passes.factors_of), names
+        if self.passes.alone and self._state is None:
+            self._state = State(self.model)
         self.sum.flat.zero_()
 
     def sum_up(self, batches: Iterable[MicroBatch], forward_seed: int | None = None) -> None:
@@ -119,8 +125,15 @@ class PrivateStep:
                 self._pass_for_the_others()
 
     def add(self, batch: MicroBatch) -> None:
-        """One pass: the clipped gradients of its examples join the sum."""
-        with self.passes.precision():
+        """One pass: the clipped gradients of its examples join the sum.
+
+        Raises:
+            CaptureError: several examples in a pass where each should have its own; or as `ClippedSum.add`.
+        """
+        if self.passes.alone and batch.size > 1:
+            raise CaptureError(f"each example has a pass of its own: expected one example a pass, got {batch.size}")
+        kept = nullcontext() if self._state is None else state_put_back(self.model, self._state)
+        with self.passes.precision(), kept:
             losses = lambda: self.passes.example_losses(self.model, batch)  # noqa: E731  # made when the pass is under way
             self.sum.add(self.model, losses, batch.size, self.level)
 
@@ -134,7 +147,7 @@ class PrivateStep:
         """Lets go of the sum's memory; the next step makes another."""
         if self._names:
             del self.sum
-        self._names = []
+        self._names, self._state = [], None
 
     def _pass_for_the_others(self) -> None:
         """Forward and backward over a made-up example whose result is dropped: other processes wait for our shards."""

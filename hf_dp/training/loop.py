@@ -24,7 +24,6 @@ from hf_dp.per_example import (
     MicroBatch,
     records_of_the_same_shape,
     self_check,
-    take_inventory,
 )
 from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import (
@@ -39,6 +38,7 @@ from hf_dp.sampling import (
     tokens_of_a_pass,
 )
 from hf_dp.step import Passes, PrivacySpent, PrivateRun, PrivateStep
+from hf_dp.training.passes import Subject, examined
 
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw waits for
 
@@ -70,6 +70,9 @@ class PrivateLoop:
         mechanism: from `hf_dp.plan(PrivacyConfig(...), num_examples, num_train_epochs=...)`.
         output_dir: where the ledger is kept, one training in each.
 
+    Attributes:
+        alone_because: why each example has a pass of its own, known when `draws` begins; "" where a pass may hold many.
+
     Raises:
         ConfigError: several processes, a mechanism with more than the gradient in it, or trainable parameters that the optimizer
             does not hold, and the reverse. Names all of them.
@@ -98,6 +101,7 @@ class PrivateLoop:
         self._size = 0
         self._failure: str | None = None
         self._waits_for: str | None = None
+        self.alone_because = ""
         self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
         self._written: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._optimizer = optimizer
@@ -143,7 +147,7 @@ class PrivateLoop:
         try:
             records = DrawnRecords(dataset, m.num_examples)
             rate = lambda number: self._run.at(number).sample_rate  # noqa: E731  # of a schedule each level has its own
-            size = 1 if m.is_discrete else max_examples
+            size = 1 if self.alone_because else max_examples
             cut = LogicalBatchCollator(collation, size, pass_cost=tokens_of_a_pass(self._device))
             for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=self._run.sampling_key):
                 container = cut(records.__getitems__(kept))
@@ -196,10 +200,14 @@ class PrivateLoop:
         return self._example_losses(model, tuple(batch.values()) if all(k.isdigit() for k in batch) else batch)
 
     def _check(self, collation: Collation) -> None:
-        whole, *alone = (batch.mapped(self._on_device) for batch in collation.together_and_alone(collation.tried))
+        """Inventory, proof and self-check; settles whether each example has a pass of its own."""
         self.model.train()
-        take_inventory(self.model, whole, self._losses)
-        self_check(self.model, [whole, *alone], self._losses, self.mechanism.clip_norm)
+        subject = Subject(self.model, self._losses, collation, collation.tried, self._on_device)
+        _, reason = examined(subject, "noise='discrete'" if self.mechanism.is_discrete else "")
+        batches = subject.batches(collation.tried)
+        self_check(self.model, batches, self._losses, self.mechanism.clip_norm, one_a_pass=bool(reason))
+        passes = Passes(self._losses, self._device, self._on_device, alone=bool(reason))
+        self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
 
     def _on_device(self, batch: Batch) -> Batch:
         return cast(Batch, send_to_device(batch, self._device))

@@ -1,16 +1,38 @@
 """A model, its loss and made-up records -> the inventory of a training, and why a pass holds one example, where it does.
 
 One example a pass is exact for any layer and any loss: autograd's gradient is the example's. It is slower than many at once, so it is
-taken where many can't be: the loss is the model's own, or an operation has no rule for each example's gradient.
+taken where many can't be: the loss is the model's own, the collator mixes records, an operation has no rule for each example's gradient,
+or it is not proved that the examples of a pass are independent.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from hf_dp.errors import ConfigError, HfDpError
-from hf_dp.per_example import Row, inventory_of_one, take_inventory
+from hf_dp.errors import ConfigError, HfDpError, UnsupportedParameterError
+from hf_dp.per_example import SIZE, Batch, MicroBatch, Proof, Row, inventory_of_one, prove, take_inventory
+from hf_dp.randomness import fork_forward_rng
+from hf_dp.sampling import Collation
 from hf_dp.training.objective import ALONE, first_line, refused_records
+
+
+class Subject(NamedTuple):
+    """What is examined: a model in training mode, its losses, and public records with the ways to bring them there."""
+
+    model: nn.Module
+    example_losses: Callable[[nn.Module, Batch], Tensor]
+    collation: Collation
+    records: Sequence[Any]
+    to_device: Callable[[Batch], Batch]
+
+    def batches(self, records: Sequence[Any]) -> list[MicroBatch]:
+        """All the records in one batch, if they ever are, else the first; then each alone."""
+        with fork_forward_rng():  # a collator may draw
+            made = self.collation.together_and_alone(list(records))
+        return [batch.mapped(self.to_device) for batch in made]
 
 
 def inventory_and_reason(trainer: Any) -> tuple[list[Row], str]:
@@ -20,21 +42,53 @@ def inventory_and_reason(trainer: Any) -> tuple[list[Row], str]:
         UnsupportedParameterError, CaptureError: a trained parameter or a loss that one example a pass can't help either.
     """
     trainer.model.train()
-    known = _known_beforehand(trainer)
+    losses = lambda model, batch: trainer.example_losses(model, batch)  # noqa: E731
+    subject = Subject(trainer.model, losses, trainer._collation(), trainer._made_up_records(), trainer._prepare_inputs)
     with trainer.compute_loss_context_manager():
-        whole, one, *_ = trainer._synthetic_batches()
-        if known:
-            return inventory_of_one(trainer.model, one, trainer.example_losses), known
+        return examined(subject, _known_beforehand(trainer))
+
+
+def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
+    """The inventory, and why a pass holds one example: `known` where that is known beforehand, else what is found; "" for no reason.
+
+    Raises:
+        UnsupportedParameterError, CaptureError: what one example a pass can't help either.
+    """
+    whole, one, *_ = subject.batches(subject.records)
+    reason = known or subject.collation.apart or ""
+    if reason:
+        return inventory_of_one(subject.model, one, subject.example_losses), reason
+    try:
+        rows = take_inventory(subject.model, whole, subject.example_losses)
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of whatever kind: stand-ins for parameters meet code that was not written for them
         try:
-            return take_inventory(trainer.model, whole, trainer.example_losses), ""
-        except (ConfigError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # of whatever kind: stand-ins for parameters meet code that was not written for them
-            try:
-                rows = inventory_of_one(trainer.model, one, trainer.example_losses)
-            except Exception as alone:
-                raise error if isinstance(error, HfDpError) else refused_records(alone, one) from None
-            return rows, first_line(error)
+            rows = inventory_of_one(subject.model, one, subject.example_losses)
+        except Exception as alone:
+            raise error if isinstance(error, HfDpError) else refused_records(alone, one) from None
+        return rows, first_line(error)
+    proof = proof_of(subject)
+    return rows, "" if proof.independent else f"not proved that its examples are independent: {proof.reasons[0]}"
+
+
+def proof_of(subject: Subject) -> Proof:
+    """Whether the examples of a pass are independent, shown on passes over public records.
+
+    Raises:
+        UnsupportedParameterError: parameters outside of the model receive gradients, which nothing would clip.
+    """
+    some = list(islice(cycle(subject.records), SIZE))
+    batches = [subject.batches(order)[0] for order in (some, some[::-1])]
+    if any(batch.size != SIZE for batch in batches):
+        return Proof(False, ("the collator does not put several records into one batch",))
+    proof = prove(subject.model, subject.example_losses, batches)
+    if proof.foreign:
+        raise UnsupportedParameterError(
+            f"parameters that are not the model's receive gradients ({', '.join(proof.foreign)}): nothing would clip them. Make the module "
+            "that holds them a submodule of the model, or freeze them (requires_grad_(False))"
+        )
+    return proof
 
 
 def _known_beforehand(trainer: Any) -> str:

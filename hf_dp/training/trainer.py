@@ -331,6 +331,7 @@ class DPTrainerMixin(_Host):
             factors_of=self._factors_of,
             made_up=lambda: self._synthetic_batches()[1],
             largest=self._largest_batch,
+            alone=bool(self.alone_because),
         )
 
     def _base_model(self) -> nn.Module:
