@@ -41,6 +41,7 @@ def model_folder(
     header = LedgerHeader(N, mechanism.unit, mechanism.relation, DELTA, None, debug)
     with Ledger.open(folder / LEDGER_NAME, header) as ledger:
         ledger.begin(mechanism.sample_rate, mechanism.joint_noise_multiplier, 0.1, 50, noise, loss_bound)
+        ledger.plan(mechanism.segments())
         for _ in range(steps):
             ledger.charge()
         record = card.privacy_record(

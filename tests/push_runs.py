@@ -10,9 +10,16 @@ import models as M
 import runs
 import torch
 
+STRAY = "what lay in the folder before"
+STRAYS = (".env", "id_rsa", "train.jsonl", "wandb/run.log", "notes/config.json")
+
 
 def push(folder: Path, kind: str, strategy: str) -> None:
     torch.manual_seed(0)
+    for name in STRAYS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(STRAY)
+    (folder / "vocab.txt").symlink_to(folder / ".env")
     base = M.llama()
     base.save_pretrained(folder.parent / "base")
     base.name_or_path = base.config._name_or_path = str(folder.parent / "base")

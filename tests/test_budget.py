@@ -358,9 +358,11 @@ class StopsAfterTwo(TrainerCallback):
 
 
 def test_runs_share_a_budget_and_the_one_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
-    path = for_steps(tmp_path / "budget.json", 7)
-    train(tmp_path / "a", path, callbacks=[StopsAfterTwo()])  # reserved 4, took 2
-    assert [(r.ended, r.segments) for r in budget.read(path).runs] == [(True, (STEP._replace(num_steps=2),))]
+    path = for_steps(tmp_path / "budget.json", 9)
+    train(tmp_path / "a", path, callbacks=[StopsAfterTwo()])  # took 2, and why it stopped there nobody knows
+    assert [(r.ended, r.charged, r.segments) for r in budget.read(path).runs] == [
+        (True, 2, (STEP._replace(num_steps=4),))
+    ]
     train(tmp_path / "b", path)
     begun: list[int] = []
     with pytest.raises(BudgetError, match=r"room for 1 such steps of the 4"):
@@ -386,14 +388,17 @@ def test_a_killed_run_keeps_its_part_and_goes_on_within_the_total(tmp_path: Path
     assert [(r.ended, r.segments) for r in budget.read(path).runs] == [(True, (STEP._replace(num_steps=4),))]
 
 
-def test_a_run_that_failed_keeps_its_part_until_it_is_settled(tmp_path: Path) -> None:
-    path, out = for_steps(tmp_path / "budget.json", 4), tmp_path / "out"
+@pytest.mark.parametrize(("step", "claimed"), [(0, ()), (1, (STEP._replace(num_steps=4),))])
+def test_a_run_that_failed_keeps_its_part_until_it_is_settled_and_claims_its_plan_from_the_first_step_on(
+    step: int, claimed: tuple[Segment, ...], tmp_path: Path
+) -> None:
+    path, out = for_steps(tmp_path / "budget.json", 7), tmp_path / "out"
     with pytest.raises(Stop):
-        train(out, path, callbacks=[At("begin", 1, _stop)])
+        train(out, path, callbacks=[At("begin", step, _stop)])
     assert not budget.read(path).runs[0].ended
     told = CliRunner().invoke(app, ["budget", str(path), "--settle", str(out)])
     assert told.exit_code == 0, told.exception
-    assert [(r.ended, r.segments) for r in budget.read(path).runs] == [(True, (STEP,))]
+    assert [(r.ended, r.segments) for r in budget.read(path).runs] == [(True, claimed)]
     assert train(tmp_path / "next", path, max_steps=3).privacy_spent().num_steps == 3
 
 

@@ -65,12 +65,25 @@ def with_readme(folder: Path, text: str) -> str:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-def test_epsilon_comes_from_the_steps_charged_and_not_from_the_plan():
-    half = record([Segment(MECHANISM.sample_rate, 0.8, 205)])
-    assert half["epsilon"] == spent([Segment(MECHANISM.sample_rate, 0.8, 205)], 1e-5).epsilon
-    assert half["num_steps"] == 205
-    assert half["mechanism"]["num_steps_planned"] == 410
-    assert half["epsilon"] < record()["epsilon"]
+@pytest.mark.parametrize("steps", [1, 205, 409])
+def test_from_the_first_step_on_epsilon_is_that_of_the_plan_and_of_the_steps_taken_it_is_said_what_it_is(
+    tmp_path, steps
+):
+    early, whole = record([Segment(MECHANISM.sample_rate, 0.8, steps)]), record()
+    for name in ("epsilon", "epsilon_pld", "epsilon_rdp", "epsilon_at", "tradeoff"):
+        assert early[name] == whole[name]
+    assert early["epsilon_of_steps_taken"] == spent([Segment(MECHANISM.sample_rate, 0.8, steps)], 1e-5).epsilon
+    assert (early["num_steps"], early["mechanism"]["num_steps_planned"]) == (steps, 410)
+    card.write_card(tmp_path, early)
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert (loaded.data["privacy"]["num_steps"], loaded.data["privacy"]["num_steps_claimed"]) == (steps, 410)
+    assert f"**Steps taken: {steps} of 410.**" in loaded.text
+    assert "Rogers" in loaded.text
+
+
+def test_more_steps_than_planned_are_claimed_too():
+    more = record([Segment(MECHANISM.sample_rate, 0.8, 411)])
+    assert more["epsilon"] == more["epsilon_of_steps_taken"] > record()["epsilon"]
 
 
 def test_the_record_alone_is_enough_to_compute_epsilon_again():

@@ -1,5 +1,7 @@
 """Records: what becomes of them as examples, and what is said about files that hold none."""
 
+import datetime
+
 import datasets
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hf_dp.per_example import losses
 from hf_dp.recipe import data_files
 from hf_dp.recipe.examples import PadRight, classified, completions, label_names
 from hf_dp.recipe.recipe import DataSection
+from hf_dp.recipe.template import Template
 
 PAD, END, UNK, NAME, PRICE, PUB, CHEAP, THE = range(8)
 
@@ -88,6 +91,34 @@ def test_unknown_columns_say_where_and_which():
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------
+
+
+NO_TEXT = {
+    "a chat": [{"role": "user", "content": "a bird"}],
+    "an object": {"role": "user"},
+    "a list of words": ["a", "bird"],
+    "numbers": [1, 2],
+    "bytes": b"a bird",
+    "a time": datetime.datetime(2026, 1, 1),
+}
+
+
+@pytest.mark.parametrize("held", NO_TEXT.values(), ids=NO_TEXT)
+@pytest.mark.parametrize("place", [{"prompt": "{held}"}, {"target": "{ref|held} {held}"}])
+def test_a_column_that_is_no_text_has_no_place_in_a_template(held, place):
+    with pytest.raises(
+        RecipeError, match=r"data\.(prompt|target) on data.train: column 'held' holds .*apply_chat_template"
+    ) as error:
+        rows([{"mr": NAME, "ref": "x", "held": held}], **place)
+    assert "bird" not in str(error.value)
+
+
+@pytest.mark.parametrize(("held", "text"), [(3, "3"), (True, "True"), (0.5, "0.5"), (None, ""), ("x", "x")])
+def test_numbers_and_missing_values_have(held, text):
+    template = Template.parse("{held}").resolve(["held"])
+    assert template.render({"held": held}) == text
+    with pytest.raises(RecipeError, match="holds a list, and a template takes text"):
+        template.render({"held": [held]})
 
 
 def test_batches_are_padded_on_the_right():

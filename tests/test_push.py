@@ -10,6 +10,7 @@ from folders import failures, model_folder
 from hub_server import READ_ONLY_TOKEN, TOKEN, HubServer, Repo
 
 from hf_dp.accounting.selection import Selection
+from hf_dp.card.what_leaves import CARD_FILES
 from hf_dp.mechanism import Segment
 
 HERE = Path(__file__).parent
@@ -84,6 +85,55 @@ def test_the_model_with_its_card_leaves_and_nothing_else(hub, folder, tmp_path):
     for path, content in arrived.items():
         (copy / path).write_bytes(content)
     assert failures(copy) == ""
+
+
+STRAYS = {
+    ".env": "TOKEN=a secret",
+    "id_rsa": "a secret key",
+    "train.jsonl": '{"text": "a secret record"}',
+    "records.safetensors": "secret activations",
+    "model-of-a-friend.safetensors": "secret weights",
+    "training_args.bin": "a secret path",
+    "trainer_state.json": '{"a": "secret"}',
+    "optimizer.pt": "a secret state",
+    "config.json.bak": "an old secret",
+    "wandb/run-1/output.log": "a secret log",
+    "runs/events.out": "a secret curve",
+    "old/adapter_model.safetensors": "another secret model",
+    "additional_chat_templates/notes.txt": "a secret note",
+}
+MODEL = ["config.json", "tokenizer.json", "chat_template.jinja", "additional_chat_templates/tools.jinja", "merges.txt"]
+
+
+def test_what_else_lies_in_the_folder_is_left_behind_and_named(hub, folder, tmp_path):
+    for path, content in {**STRAYS, **dict.fromkeys(MODEL, "of the model")}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "vocab.txt").write_text("a secret list")
+    (folder / "vocab.txt").symlink_to(tmp_path / "outside" / "vocab.txt")
+    (folder / "vocab.json").symlink_to(folder / ".env")
+    (folder / "linked").symlink_to(tmp_path / "outside")
+    status, out, err = push(hub, folder, "me/strays")
+    assert status == 0, err
+    arrived = hub.files("me/strays")
+    assert set(arrived) == {"adapter_model.safetensors", *CARD_FILES, *MODEL}
+    assert not any(b"secret" in content for content in arrived.values())
+    told = out[out.index("Left behind") :].splitlines()[0]
+    named = {path.partition("/")[0] + ("/" if "/" in path else "") for path in STRAYS}
+    named = named - {"additional_chat_templates/"} | {"additional_chat_templates/notes.txt"}
+    for name in (*named, "vocab.txt", "vocab.json", "linked/", "checkpoint-2/", "_privacy_fingerprint.key"):
+        assert name in told, name
+
+
+@pytest.mark.parametrize("name", ["README.md", "privacy.json", "adapter_model.safetensors"])
+def test_a_model_is_not_uploaded_without_its_card_or_the_card_without_its_model(name, hub, folder, tmp_path):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    status, _, err = push(hub, folder, "me/linked")
+    assert status == 2
+    assert "symbolic links are not followed" in err
+    assert "me/linked" not in hub.repos
 
 
 def test_a_folder_that_does_not_verify_is_not_uploaded(hub, folder):

@@ -90,7 +90,7 @@ def test_the_page_says_what_was_trained_claimed_and_checked(tmp_path):
     record, text = read_record(folder), in_words(page)
     assert status == 0
     for words in (
-        "Verified. All 25 checks passed",
+        "Verified. All 28 checks passed",
         "epsilon 1.31 at delta 0.0001",
         "gpt2 (a local folder)",
         "LoRA of rank 16 on k_proj, q_proj",

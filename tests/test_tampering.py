@@ -22,7 +22,7 @@ from hf_dp.audit.report import Counts, audit_record
 from hf_dp.card import record as card
 from hf_dp.card.verification import SCHEMA, verify
 from hf_dp.ledger.format import GENESIS, HASH_FIELD, encode
-from hf_dp.ledger.ledger import LEDGER_NAME
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 
 Path_ = tuple[str | int, ...]
@@ -92,6 +92,8 @@ RECORD["mechanism"] |= {
 }
 for segment in RECORD["segments"]:
     segment["noise"] = "gaussian"
+RECORD["plans"] = [[{name: segment[name] for name in Segment._fields} for segment in RECORD["segments"]]]
+RECORD["epsilon_of_steps_taken"] = RECORD["epsilon"]
 LEAVES = {".".join(map(str, at)): at for at in leaves(RECORD)}
 
 
@@ -275,14 +277,14 @@ def test_a_whole_folder_made_anew_cannot_be_told(tmp_path: Path) -> None:
 # ---- versions and the schema -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["schema_1", "schema_1_not_private"])
-def test_folders_of_version_1_are_verified(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["schema_1", "schema_1_not_private", "schema_2", "schema_2_not_private"])
+def test_folders_of_earlier_versions_are_verified(name: str, tmp_path: Path) -> None:
     old = Path(shutil.copytree(DATA / name, tmp_path / "model"))
     assert failures(old) == ""
     record = json.loads((old / card.PRIVACY_JSON).read_text())
-    (old / card.PRIVACY_JSON).write_text(json.dumps(record | {"num_steps": 3}))
+    (old / card.PRIVACY_JSON).write_text(json.dumps(record | {"num_steps": 2}))
     assert "steps" in failures(old)
-    (old / card.PRIVACY_JSON).write_text(json.dumps(record | {"covered": ["all"]}))
+    (old / card.PRIVACY_JSON).write_text(json.dumps(record | {"plans": []}))
     assert "the form of privacy.json" in failures(old)
 
 
@@ -291,6 +293,18 @@ def test_version_1_in_new_clothes_is_caught(folder: Path) -> None:
     record = json.loads((folder / card.PRIVACY_JSON).read_text())
     (folder / card.PRIVACY_JSON).write_text(json.dumps(record | {"schema_version": 1}))
     assert "the form of privacy.json" in failures(folder)
+
+
+def test_a_run_that_ended_early_cannot_pass_for_one_of_version_2(tmp_path: Path) -> None:
+    """In which epsilon was that of the steps taken: the ledger has a plan."""
+    early = model_folder(tmp_path / "model", steps=3)
+    for path in (DATA / "schema_2").iterdir():
+        if path.name != LEDGER_NAME:
+            shutil.copy(path, early)
+    record = json.loads((early / card.PRIVACY_JSON).read_text())
+    record["ledger"]["head"] = read_ledger(early / LEDGER_NAME).head
+    (early / card.PRIVACY_JSON).write_text(json.dumps(record))
+    assert failures(early) == "plans in a ledger from before there were any: found 1, expected 0"
 
 
 def test_the_schema_is_one_and_explains_every_field() -> None:

@@ -12,7 +12,7 @@ from hf_dp.accounting.epsilon import (
     target_problems,
 )
 from hf_dp.accounting.picture import draw_epsilon
-from hf_dp.accounting.planned import Derived, affordable_steps, derivation, epoch_length, plan
+from hf_dp.accounting.planned import Derived, affordable_steps, claimed, derivation, epoch_length, plan
 from hf_dp.accounting.selection import Selection, draw_number
 from hf_dp.accounting.tradeoffs import PAIRS, RATES, Tradeoff, tradeoff, tradeoff_below
 
@@ -25,6 +25,7 @@ __all__ = [
     "Selection",
     "Tradeoff",
     "affordable_steps",
+    "claimed",
     "delta_problems",
     "deltas",
     "derivation",

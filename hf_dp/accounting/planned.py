@@ -4,7 +4,7 @@ The front door of the accounting: `spent` and `calibrate` come from the two modu
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from hf_dp.mechanism import (
 from hf_dp.randomness import STD, integer_sensitivity, sigma_problem
 from hf_dp.schedule import MOST_LEVELS, Level, levels, mean_batch
 
-__all__ = ["Derived", "Epsilon", "affordable_steps", "calibrate", "derivation", "plan", "spent"]
+__all__ = ["Derived", "Epsilon", "affordable_steps", "calibrate", "claimed", "derivation", "plan", "spent"]
 
 
 class Derived(NamedTuple):
@@ -132,6 +132,20 @@ def _first_level(privacy: PrivacyConfig) -> Level:
     """Of as many steps as any schedule has levels, to see all of their values."""
     first = privacy.noise_multiplier or 1.0, privacy.clip_norm, int(privacy.expected_batch_size)
     return Level(math.lcm(*range(1, MOST_LEVELS + 1)), *first)
+
+
+def claimed(charged: Sequence[Segment], plans: Iterable[Sequence[Segment]], delta: float) -> tuple[Segment, ...]:
+    """The steps whose epsilon a run claims, whenever it ended: the costliest of what was charged and of its plans; none before the first.
+
+    Noise and sampling of a plan's steps don't depend on what they release, so a run that ends early is its whole plan with the rest
+    thrown away (a filter; Rogers et al. 2016). Epsilon of what was charged alone would hold only had that number been fixed beforehand.
+
+    Raises:
+        AccountingError: as in `spent`.
+    """
+    if not any(s.num_steps for s in charged):
+        return ()
+    return max((tuple(charged), *map(tuple, plans)), key=lambda segments: spent(segments, delta).epsilon)
 
 
 def affordable_steps(

@@ -4,10 +4,14 @@ from hf_dp.card.record import PRIVACY_JSON, library_versions, privacy_record, wi
 from hf_dp.card.report.page import page
 from hf_dp.card.report.training import DESCRIPTIONS
 from hf_dp.card.verification import read_record, schema_problems, verify
+from hf_dp.card.what_leaves import CARD_FILES, WEIGHTS, leaving
 
 __all__ = [
+    "CARD_FILES",
     "DESCRIPTIONS",
     "PRIVACY_JSON",
+    "WEIGHTS",
+    "leaving",
     "library_versions",
     "page",
     "privacy_record",

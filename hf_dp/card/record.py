@@ -22,7 +22,7 @@ from hf_dp.errors import AccountingError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
 from hf_dp.mechanism import DISCRETE, UNIT, Mechanism, Segment, generator_of
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PRIVACY_JSON = "privacy.json"
 TAGS = ("differential-privacy", "dp-sgd")
 GAUSSIAN = {
@@ -115,12 +115,13 @@ def privacy_record(
 ) -> dict[str, Any]:
     """Every number that is needed to compute epsilon again, what is assumed, and what is not covered. All of it public.
 
-    Epsilon is computed here, from the ledger's charged steps, not from the plan. Where nothing may be claimed (no noise,
-    a debugging seed) every epsilon is the word "infinite", `private` is False and `reason` says why.
+    Epsilon is computed here: from the first step on that of the costliest of the plans, not of the steps charged so far, whose number may
+    follow from what they released; that of those stands beside it as what it is. Where nothing may be claimed (no noise, a debugging seed)
+    every epsilon is the word "infinite", `private` is False and `reason` says why.
 
     Args:
         mechanism: what was planned.
-        ledger: what was charged; of the same N, unit, relation and delta.
+        ledger: what was charged, and under which plans (where it has none, that of `mechanism`); of the same N, unit, relation and delta.
         libraries: name -> version, as `library_versions()` gives them.
         declared: what the user vouched for: `public_eval`, and anything else worth recording (public, JSON-able).
         audit: what the canaries of an audited run showed.
@@ -134,7 +135,12 @@ def privacy_record(
     assert sum(s.num_steps for s in segments) == ledger.num_steps, "the ledger's own sums differ"
     noises = [s.noise for s in segments] or [mechanism.noise]
     reason = _reason_against(mechanism, ledger.header, segments)
-    spent = accounting.Epsilon(*[math.inf] * 3) if reason else accounting.spent(ledger.segments, mechanism.delta)
+    plans = ledger.plans or ((mechanism.segments(),) if ledger.num_steps else ())
+    claimed = () if reason else accounting.claimed(ledger.segments, plans, mechanism.delta)
+    nothing = accounting.Epsilon(*[math.inf] * 3)
+    spent, of_steps = (
+        nothing if reason else accounting.spent(segments, mechanism.delta) for segments in (claimed, ledger.segments)
+    )
     if not reason and not math.isfinite(spent.epsilon):
         reason = "the noise is too weak for any finite epsilon at this delta"
     return {
@@ -145,7 +151,7 @@ def privacy_record(
         "epsilon_pld": _number(spent.pld),
         "epsilon_rdp": _number(spent.rdp),
         "delta": mechanism.delta,
-        **further_bounds(ledger.segments, mechanism.delta, claimed=not reason),
+        **further_bounds(claimed, mechanism.delta, claimed=not reason),
         "accountant": {
             "name": "dp-accounting",
             "version": library_versions(["dp-accounting"]).get("dp-accounting", "unknown"),
@@ -156,11 +162,17 @@ def privacy_record(
         "mechanism": _mechanism(mechanism),
         "num_steps": ledger.num_steps,
         "segments": [s.stated() for s in segments],
+        "plans": [[s._asdict() for s in plan] for plan in plans],
+        "epsilon_of_steps_taken": _number(of_steps.epsilon),
         "ledger": {"file": LEDGER_NAME, "head": ledger.head},
         "declared": dict(declared),
         **sentences(declared, noises, mechanism.unit),
         "libraries": dict(libraries),
-        **({} if audit is None else {"audit": audit_record(audit, ledger.segments, mechanism.delta, spent.epsilon)}),
+        **(
+            {}
+            if audit is None
+            else {"audit": audit_record(audit, claimed or ledger.segments, mechanism.delta, spent.epsilon)}
+        ),
     }
 
 

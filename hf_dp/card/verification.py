@@ -9,8 +9,8 @@ What no computation can tell:
 - a folder in which everything (record, card, picture, ledger with its hashes) was made anew to fit together. Without the ledger, which
   may be left out, it is enough to make record, card and picture anew;
 - whether a model that was selected from several runs was selected as it says, and from no other runs than it lists;
-- what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned, levels of a schedule
-  that are not the last taken, versions of libraries, the words of a declaration when card and record are both changed.
+- what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned in `mechanism`, levels
+  of a schedule that are not the last taken, versions of libraries, the words of a declaration when card and record are both changed.
 """
 
 import json
@@ -128,6 +128,9 @@ def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
     yield Check("q = B / N in every segment", not wrong, f"{len(wrong)} of {len(segments)} segments differ")
     yield _equal("the neighbouring relation is the one accounted for", record["relation"], RELATION)
     planned = math.isclose(mechanism["sample_rate"], mechanism["expected_batch_size"] / n, rel_tol=1e-12)
+    if record["schema_version"] > 2:
+        begun = bool(record["plans"]) == bool(segments) and all(record["plans"])
+        yield Check("steps taken have a plan", begun, f"{len(record['plans'])} plans, {record['num_steps']} steps")
     yield Check("q = B / N in the plan", planned, f"q = {mechanism['sample_rate']:g}")
     yield from _plan(mechanism, segments)
     if record["schema_version"] > 1:
@@ -185,12 +188,15 @@ def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
     if not record["private"]:
         yield Check("a run without a guarantee says so", True, f"epsilon {record['epsilon']}, {record['reason']}")
         return
-    segments = [Segment(**{name: s[name] for name in Segment._fields if name in s}) for s in record["segments"]]
+    segments = segments_of(record)
     try:
-        ours = accounting.spent(segments, record["delta"])
+        claimed = claimed_of(record)
+        ours, of_steps = accounting.spent(claimed, record["delta"]), accounting.spent(segments, record["delta"])
     except AccountingError as error:
         yield Check("epsilon can be computed from the segments", False, str(error))
         return
+    if record["schema_version"] > 2:
+        yield _agrees("epsilon of the steps taken", record["epsilon_of_steps_taken"], of_steps.epsilon)
     yield from _within(ours.epsilon, record["mechanism"]["target_epsilon"], "epsilon")
     if "selection" in record:
         yield from _selection(record, segments)
@@ -198,7 +204,22 @@ def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
     for name, value in (("epsilon", ours.epsilon), ("epsilon_pld", ours.pld), ("epsilon_rdp", ours.rdp)):
         yield _agrees(name, record[name], value)
     if record["schema_version"] > 1:
-        yield _further_bounds(record, further_bounds(segments, record["delta"], claimed=True))
+        yield _further_bounds(record, further_bounds(claimed, record["delta"], claimed=True))
+
+
+def segments_of(record: Mapping[str, Any]) -> list[Segment]:
+    """The steps that were taken, for accounting."""
+    return [Segment(**{name: s[name] for name in Segment._fields if name in s}) for s in record["segments"]]
+
+
+def claimed_of(record: Mapping[str, Any]) -> tuple[Segment, ...]:
+    """The steps whose epsilon is claimed: before version 3 those that were taken.
+
+    Raises:
+        AccountingError: they can't be accounted.
+    """
+    plans = [[Segment(**s) for s in plan] for plan in record.get("plans", ())]
+    return accounting.claimed(segments_of(record), plans, record["delta"])
 
 
 def _selection(record: Mapping[str, Any], segments: Sequence[Segment]) -> Iterator[Check]:
@@ -248,10 +269,10 @@ def _audit(record: Mapping[str, Any]) -> Iterator[Check]:
     """The bounds follow from the counts, and do not contradict the claim. Counts and areas under curves are taken as they are."""
     if "audit" not in record:
         return
-    segments = [Segment(**{name: s[name] for name in Segment._fields if name in s}) for s in record["segments"]]
     claim = record["epsilon"] if record["private"] else math.inf
     try:
-        ours = computed_again(record["audit"], segments, record["delta"], claim)
+        claimed = claimed_of(record) if record["private"] else segments_of(record)
+        ours = computed_again(record["audit"], claimed, record["delta"], claim)
     except (AuditError, AccountingError) as error:
         yield Check("the audit's bounds, computed again", False, str(error))
         return
@@ -307,6 +328,11 @@ def _ledger(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
     yield Check(
         "segments in the ledger and in privacy.json", executed == record["segments"], f"{len(executed)} in the ledger"
     )
+    if record["schema_version"] > 2:
+        missing = [plan for plan in ledger.plans if [s._asdict() for s in plan] not in record["plans"]]
+        yield Check("plans in the ledger and in privacy.json", not missing, f"{len(ledger.plans)} in the ledger")
+    else:
+        yield _equal("plans in a ledger from before there were any", len(ledger.planned), 0)
     yield from _header(ledger, record)
 
 

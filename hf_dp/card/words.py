@@ -32,6 +32,7 @@ def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
         "num_steps": _one_or_all(_of_segments(record, "num_steps")),
         "clip_norm": _one_or_all(_of_segments(record, "clip_norm")),
         "accountant": _accountant(record),
+        **({"num_steps_claimed": steps_claimed(record)} if ended_early(record) else {}),
         **({"selection": selection_in_short(record["selection"])} if "selection" in record else {}),
     } | ({} if record["private"] else {"not_private": record["reason"]})
 
@@ -48,6 +49,7 @@ def section(record: Mapping[str, Any]) -> str:
         "picture": PICTURE,
     }
     text = Template(files("hf_dp.card").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
+    text = _after_first_paragraph(text, _of_plan(record)) if ended_early(record) else text
     text = _with_selection(text, record["selection"]) if "selection" in record else text
     return _with_audit(text, record["audit"]) if "audit" in record else text
 
@@ -97,7 +99,6 @@ def selection_in_short(selection: Mapping[str, Any]) -> str:
 
 def _with_selection(text: str, selection: Mapping[str, Any]) -> str:
     """The section and, after its first paragraph, what was selected from what."""
-    head, first, rest = text.split("\n\n", 2)
     words = (
         "**Selected from a random number of runs.** This training was run a number of times drawn from the "
         f"{selection['distribution']} distribution with mean {selection['mean']:g}, each time with settings drawn from a fixed list "
@@ -105,7 +106,32 @@ def _with_selection(text: str, selection: Mapping[str, Any]) -> str:
         "the whole: the runs, their number and the choice. A single run by itself has epsilon "
         f"{_rounded_up(selection['epsilon_of_one_run'], digits=3)}. What else the runs gave is not part of this model and not covered."
     )
+    return _after_first_paragraph(text, words)
+
+
+def _after_first_paragraph(text: str, words: str) -> str:
+    head, first, rest = text.split("\n\n", 2)
     return f"{head}\n\n{first}\n\n{words}\n\n{rest}"
+
+
+def steps_claimed(record: Mapping[str, Any]) -> int:
+    """The steps of the longest plan, or those taken, if they are more; what records before version 3 claim is the steps taken."""
+    return max([record["num_steps"], *(sum(s["num_steps"] for s in plan) for plan in record.get("plans", ()))])
+
+
+def ended_early(record: Mapping[str, Any]) -> bool:
+    """Whether a guarantee is claimed of steps that were planned and not taken."""
+    return bool(record["private"]) and steps_claimed(record) > record["num_steps"]
+
+
+def _of_plan(record: Mapping[str, Any]) -> str:
+    """What is claimed of a run that took fewer steps than planned, and what holds for those that it took."""
+    alone = _rounded_up(record["epsilon_of_steps_taken"], digits=3)
+    return (
+        f"**Steps taken: {record['num_steps']:,} of {steps_claimed(record):,}.** Epsilon is that of the whole plan, because when a "
+        f"training ends may follow from what it released (a filter). Epsilon of {record['num_steps']:,} steps alone, {alone}, would hold "
+        "only had that number been fixed beforehand (an odometer; Rogers et al. 2016)."
+    )
 
 
 def attackers_limits(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ def budget(
         bool, typer.Option("--any-data", help="Let runs on other forms of the data draw on it too.")
     ] = False,
     settle: Annotated[
-        Path | None, typer.Option(help="Output folder of a run that will not be resumed: count what it charged.")
+        Path | None, typer.Option(help="Output folder of a run that will not be resumed: count what it claims.")
     ] = None,
 ) -> None:
     """Creates a privacy budget for several runs on the same data, or shows what is spent and reserved of one."""
@@ -36,7 +36,8 @@ def budget(
         with Ledger.open(
             ledger, read_ledger(ledger).header
         ) as opened:  # refused while it is trained, or older than a checkpoint
-            budgets.settle(file, settle, opened.segments())
+            record = opened.record()
+            budgets.settle(file, settle, record.segments, record.plans)
     _show(file, budgets.read(file))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-CARD_FILES = ("privacy.json", "privacy_tradeoff.svg", "README.md", "privacy_ledger.jsonl")
+from hf_dp.card import CARD_FILES
 
 
 def local_copy(model: str, files: Sequence[str] = CARD_FILES) -> Path:

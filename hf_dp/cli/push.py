@@ -1,5 +1,6 @@
-"""A model's folder -> a repository on the Hub, after its card was verified. Nothing in the folder changes. Imports no torch."""
+"""A model's folder -> a repository on the Hub, after its card was verified; of it what a model is made of. Imports no torch."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,16 +8,14 @@ import typer
 
 from hf_dp.cli.hub import first_line, status_of
 
-STAYS = ["_*", "*/_*", "checkpoint-*", "runs/*", "*.lock", ".cache/*"]  # as Trainer: keys, and what only resuming needs
-
 
 def push(
     folder: Annotated[Path, typer.Argument(help="The folder of a model saved by hf_dp.")],
     repository: Annotated[str, typer.Argument(help="Its name on the Hub: USER/MODEL.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
-    """Verifies a model's card, then uploads the model with it, in one commit."""
-    from hf_dp.card import verify
+    """Verifies a model's card, then uploads the model with it, in one commit; other files are left behind, and named."""
+    from hf_dp.card import WEIGHTS, leaving, verify
     from hf_dp.errors import ConfigError
 
     if not folder.is_dir():
@@ -26,22 +25,28 @@ def push(
         raise ConfigError(
             f"nothing was uploaded, because the card is not what can be verified ({'; '.join(failed)}): see `hf-dp verify {folder}`"
         )
+    found = leaving(folder)
+    needed = [name for name in ("README.md", "privacy.json") if name not in found.files]
+    if not any(fnmatchcase(name, pattern) for name in found.files for pattern in WEIGHTS):
+        needed.append(WEIGHTS[-1] if "adapter_config.json" in found.files else WEIGHTS[0])
+    if needed:
+        raise ConfigError(
+            f"nothing was uploaded, because {folder} has no {', '.join(needed)} of its own (symbolic links are not followed): save the "
+            "model there, and push again"
+        )
     print(f"Pushed: {_upload(folder, repository, private)}")
 
 
 def _upload(folder: Path, repository: str, private: bool) -> Any:
     """The commit's address. What was uploaded before a failure is not sent again."""
-    from huggingface_hub import HfApi
-
     from hf_dp.errors import ConfigError
+    from hf_dp.training import ModelOnly
 
-    api = HfApi()
+    api = ModelOnly()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         message = "Upload model with its privacy card"
-        return api.upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=STAYS, commit_message=message
-        ).commit_url
+        return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url
     except (
         Exception
     ) as error:  # huggingface_hub's own, or of the HTTP library beneath it, which changes with its version

@@ -12,8 +12,8 @@ def report(
 ) -> None:
     """Verifies a model's card, and writes a page for people who must know what it promises."""
     from hf_dp import durable
-    from hf_dp.card import DESCRIPTIONS, page, read_record, verify
-    from hf_dp.cli.hub import CARD_FILES, local_copy
+    from hf_dp.card import CARD_FILES, DESCRIPTIONS, page, read_record, verify
+    from hf_dp.cli.hub import local_copy
     from hf_dp.errors import ConfigError
 
     folder = local_copy(model, [*CARD_FILES, *DESCRIPTIONS])

@@ -24,11 +24,11 @@ def train(
 def _run(asked: Any) -> None:
     from hf_dp.cli.tables import print_metrics
     from hf_dp.errors import LedgerError
-    from hf_dp.ledger import LEDGER_NAME
+    from hf_dp.ledger import LEDGER_NAME, has_steps
     from hf_dp.recipe import task
 
     resume = asked.training.get("resume_from_checkpoint")
-    if not resume and (asked.output_dir / LEDGER_NAME).exists():
+    if not resume and has_steps(asked.output_dir / LEDGER_NAME):
         raise LedgerError(
             f"{asked.output_dir} holds the ledger of another training. Choose another folder (training.output_dir=FOLDER), or "
             "resume that run (training.resume_from_checkpoint=true); what was spent on the same data adds up either way"

@@ -2,8 +2,8 @@
 
 The file is JSON: total (epsilon, delta) and, for each run that draws on it, segments as in a ledger. A run reserves its whole plan, and
 what its ledger already holds, before its first step; all reservations, composed as one mechanism at the total's delta, stay within the
-total. When training ends, a run's part becomes what its ledger charged. A run that was killed or failed keeps its part until it is
-resumed, or until `settle` is told that it will not be.
+total. When training ends, a run's part becomes what it claims: its plan, if it took a step, however early it ended. A run that was killed
+or failed keeps its part until it is resumed, or until `settle` is told that it will not be.
 
 What a later run does with what earlier ones released (learning rate, model, starting weights) is free: composition is adaptive in that.
 Its noise, sample rate and number of steps are not: numerical composition holds for plans that are chosen without looking at what
@@ -205,15 +205,16 @@ def reserve(
         if granted:
             token = known.token if known is not None else secrets.token_hex(16)
             durable.replace(folder / TOKEN_NAME, token.encode())  # first: a kill in between is a run that is not known
-            segments = _merged([*charged, *first_steps(asked, granted)])
+            earlier = known.segments if known is not None and charged else ()  # a claim already, whatever comes now
+            segments = _costliest(budget, known, [*charged, *first_steps(asked, granted)], earlier)
             run = Drawn(token, str(folder), False, _steps(charged), segments)
             durable.replace(path, _encoded(replace(budget, of=budget.of or of).after(run, instead_of=known)))
             return granted
     raise BudgetError(_too_much(path, budget, others, asked))
 
 
-def settle(path: Path, folder: Path, charged: Sequence[Segment]) -> None:
-    """The run in `folder` has ended: its part is what its ledger charged, no more and no less.
+def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence[Sequence[Segment]] = ()) -> None:
+    """The run in `folder` has ended: its part is what it claims, the costliest of what its ledger charged and of its plans there.
 
     Raises:
         BudgetError: the budget knows of no such run, or of more steps than the ledger.
@@ -227,7 +228,7 @@ def settle(path: Path, folder: Path, charged: Sequence[Segment]) -> None:
         wrong = [*_rolled_back(known, charged)]
         if wrong:
             raise BudgetError(f"{folder} can't be settled with the budget {path}: {'; '.join(wrong)}")
-        run = Drawn(known.token, str(folder), True, _steps(charged), _merged(charged))
+        run = Drawn(known.token, str(folder), True, _steps(charged), _costliest(budget, known, charged, *plans))
         durable.replace(path, _encoded(budget.after(run, instead_of=known)))
 
 
@@ -261,6 +262,22 @@ def _rolled_back(known: Drawn | None, charged: Sequence[Segment]) -> Iterator[st
 
 def _fits(budget: Budget, segments: Sequence[Segment]) -> bool:
     return spent(segments, budget.target_delta).epsilon <= budget.target_epsilon
+
+
+def _costliest(budget: Budget, known: Drawn | None, *runs: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Of what this run may come to, that with which all runs come to most."""
+    found = list(dict.fromkeys(_merged(segments) for segments in runs))
+    found = [a for a in found if not any(a != b and _is_within(a, b) for b in found)]
+    others = budget.segments(but=known)
+    if len(found) == 1:
+        return found[0]
+    return max(found, key=lambda segments: spent([*others, *segments], budget.target_delta).epsilon)
+
+
+def _is_within(few: Sequence[Segment], many: Sequence[Segment]) -> bool:
+    """Whether each kind of step has at least as many in `many`."""
+    counts = {s._replace(num_steps=0): s.num_steps for s in many}
+    return all(s.num_steps <= counts.get(s._replace(num_steps=0), 0) for s in few)
 
 
 def _room(budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> int:

@@ -1,12 +1,17 @@
 r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each value checked, nothing believed.
 
-    {"kind":"header","version":1,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,"debug":...,"hash":...}
+    {"kind":"header","version":2,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,"debug":...,"hash":...}
+    {"kind":"plan","segments":[{"sample_rate":q,"noise_multiplier":sigma,"num_steps":T,"noise":...}],"hash":...}
     {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"noise":...,"hash":...}
     {"kind":"step","n":1,"step":0,"hash":...}
 
 A segment whose steps release training loss and batch size too has "loss_bound":L behind its other fields; its noise multiplier is then
 that of all three together (`metrics.py`), so that the accounting of a segment is the same with and without them. Without "noise" it
 is "gaussian".
+A plan says which steps are to follow upon those that stand before it. What a run claims is the epsilon of its plan, however early it
+ends: when it ends may follow from what it released, and epsilon of the steps taken holds for a number fixed beforehand (Rogers et al.
+2016). A run that is resumed may have another plan; the claim is that of the costliest under which a step was taken. Ledgers of version 1
+have none.
 A line's hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
 the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can only be the last,
 counts as one more step. Numbers are checked even where the hashes are right, because accountants answer nonsense with epsilon 0.
@@ -15,7 +20,7 @@ counts as one more step. Numbers are checked even where the hashes are right, be
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -24,7 +29,8 @@ from hf_dp.config import MIN_DELTA, NOISES
 from hf_dp.errors import LedgerError
 from hf_dp.mechanism import Segment, release_norm
 
-VERSION = 1
+VERSION = 2
+READ = (1, VERSION)  # what is read here
 GENESIS = "0" * 64
 HASH_FIELD = ',"hash":"'
 
@@ -71,6 +77,13 @@ class ExecutedSegment(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
+class Planned(NamedTuple):
+    """A plan: after how many steps it was made, and all of its steps, those before it included."""
+
+    after: int
+    segments: tuple[Segment, ...]
+
+
 @dataclass(frozen=True)
 class LedgerRecord:
     """What a ledger says.
@@ -82,6 +95,7 @@ class LedgerRecord:
         num_steps: steps charged, a torn last line included.
         torn: the last line was cut short, and counts as one step.
         executed: the segments as begun, with clip norm and batch size; the last may have no steps yet.
+        planned: all plans, in order.
     """
 
     header: LedgerHeader
@@ -90,6 +104,14 @@ class LedgerRecord:
     num_steps: int
     torn: bool
     executed: tuple[ExecutedSegment, ...] = ()
+    planned: tuple[Planned, ...] = ()
+
+    @property
+    def plans(self) -> tuple[tuple[Segment, ...], ...]:
+        """All steps of each plan under which a step was taken; equal ones once. A plan that was given up before its first costs nothing."""
+        ends = [plan.after for plan in self.planned[1:]] + [self.num_steps]
+        begun = (plan.segments for plan, end in zip(self.planned, ends, strict=False) if plan.after < end)
+        return tuple(dict.fromkeys(begun))
 
 
 def encode(record: dict[str, Any], previous: str) -> tuple[bytes, str]:
@@ -109,6 +131,11 @@ def segment_record(segment: ExecutedSegment) -> dict[str, Any]:
     settings = segment.stated()
     del settings["num_steps"]
     return {"kind": "segment", **settings}
+
+
+def plan_record(upcoming: Sequence[Segment]) -> dict[str, Any]:
+    """The record of a plan: the steps that are to follow."""
+    return {"kind": "plan", "segments": [s._asdict() for s in upcoming]}
 
 
 def step_record(count: int, step_number: int | None) -> dict[str, Any]:
@@ -147,13 +174,24 @@ def parse(data: bytes, name: str) -> LedgerRecord:
         num_steps=sum(s.num_steps for s in segments),
         torn=torn,
         executed=tuple(segments),
+        planned=tuple(reader.planned),
     )
 
 
-def for_accounting(segments: list[ExecutedSegment]) -> tuple[Segment, ...]:
+def plan_after(executed: Sequence[ExecutedSegment], upcoming: Sequence[Segment]) -> Planned:
+    """The plan by which `upcoming` follows upon what was executed."""
+    return Planned(sum(s.num_steps for s in executed), united([*for_accounting(executed), *upcoming]))
+
+
+def united(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Neighbours with the same q, sigma and noise as one, empty ones left out."""
+    runs = groupby((s for s in segments if s.num_steps), key=lambda s: s._replace(num_steps=0))
+    return tuple(kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs)
+
+
+def for_accounting(segments: Sequence[ExecutedSegment]) -> tuple[Segment, ...]:
     """Run-length form: neighbours with the same q, sigma and noise united, empty ones left out."""
-    runs = groupby((s for s in segments if s.num_steps), key=lambda s: (s.sample_rate, s.noise_multiplier, s.noise))
-    return tuple(Segment(q, sigma, sum(s.num_steps for s in run), noise) for (q, sigma, noise), run in runs)
+    return united(Segment(s.sample_rate, s.noise_multiplier, s.num_steps, s.noise) for s in segments)
 
 
 def check_header(header: LedgerHeader) -> None:
@@ -199,6 +237,7 @@ class _Reader:
         self.head = GENESIS
         self.header: LedgerHeader | None = None
         self.segments: list[ExecutedSegment] = []
+        self.planned: list[Planned] = []
         self._steps = 0
 
     def take(self, line: bytes) -> None:
@@ -212,20 +251,28 @@ class _Reader:
             check_segment(self.segments[-1], self.header.num_examples)
         elif kind == "step":
             self._take_step(record)
+        elif kind == "plan":
+            self._take_plan(record)
         else:
-            raise ValueError(f"expected a segment or a step, found {kind!r}")
+            raise ValueError(f"expected a plan, a segment or a step, found {kind!r}")
         self.head = head
 
     def _take_header(self, kind: Any, record: dict[str, Any]) -> None:
         version = record.pop("version", None)
         if kind != "header":
             raise ValueError(f"expected the header, found {kind!r}")
-        if type(version) is not int or version != VERSION:
+        if type(version) is not int or version not in READ:
             raise ValueError(
-                f"expected version {VERSION}, found {version!r}; read it with the release of hf_dp that wrote it"
+                f"expected version {' or '.join(map(str, READ))}, found {version!r}; read it with the release of hf_dp that wrote it"
             )
         _check(record, _HEADER_RULES)
         self.header = LedgerHeader(**record)
+
+    def _take_plan(self, record: dict[str, Any]) -> None:
+        _check(record, _PLAN_RULES)
+        for segment in record["segments"]:
+            _check(segment, _PLANNED_RULES)
+        self.planned.append(plan_after(self.segments, [Segment(**segment) for segment in record["segments"]]))
 
     def _take_step(self, record: dict[str, Any]) -> None:
         _check({"step": 0} | record, _STEP_RULES)
@@ -275,6 +322,13 @@ _SEGMENT_RULES: dict[str, Rule] = {
 _OPTIONAL_RULES: dict[str, Rule] = {
     "loss_bound": _number(1e-30, 1e30),
     "noise": ("one of " + ", ".join(NOISES), lambda v: v in NOISES),
+}
+_PLAN_RULES: dict[str, Rule] = {
+    "segments": ("a list of objects", lambda v: type(v) is list and all(type(s) is dict for s in v))
+}
+_PLANNED_RULES: dict[str, Rule] = {name: _SEGMENT_RULES[name] for name in ("sample_rate", "noise_multiplier")} | {
+    "num_steps": _whole(1),
+    "noise": _OPTIONAL_RULES["noise"],
 }
 _STEP_RULES: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
 

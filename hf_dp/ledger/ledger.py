@@ -7,6 +7,7 @@ never counts less than was released; after a crash it may count one step more. O
 import fcntl
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -18,21 +19,31 @@ from hf_dp.ledger.format import (
     ExecutedSegment,
     LedgerHeader,
     LedgerRecord,
+    Planned,
     check_header,
     check_segment,
     encode,
     for_accounting,
     header_record,
     parse,
+    plan_after,
+    plan_record,
     segment_record,
     step_record,
 )
+from hf_dp.ledger.witness import LEDGER_NAME, refuse_older
 from hf_dp.mechanism import Segment
 
-__all__ = ["LEDGER_NAME", "ExecutedSegment", "Ledger", "LedgerHeader", "LedgerRecord", "read_ledger", "refuse_rollback"]
-
-LEDGER_NAME = "privacy_ledger.jsonl"
-CHECKPOINTS = "checkpoint-*"
+__all__ = [
+    "LEDGER_NAME",
+    "ExecutedSegment",
+    "Ledger",
+    "LedgerHeader",
+    "LedgerRecord",
+    "has_steps",
+    "read_ledger",
+    "refuse_rollback",
+]
 
 
 class Ledger:
@@ -46,19 +57,23 @@ class Ledger:
         self._path = path
         self._descriptor = descriptor
         self._size = len(data)
-        self._record = record
-        self._executed = list(record.executed)
-        self._num_steps = record.num_steps
-        self._head = record.head
+        self._take_in(record)
         self._writing = False
         _OPEN.add(self)
+
+    def _take_in(self, record: LedgerRecord) -> None:
+        self._record = record
+        self._executed = record.executed
+        self._planned = record.planned
+        self._num_steps = record.num_steps
+        self._head = record.head
 
     @classmethod
     def open(cls, path: Path | str, header: LedgerHeader) -> "Ledger":
         """Creates the ledger, or continues it, and locks it until `close` or the end of the process.
 
         A torn last line is recovered, at the price of one step. The copies in the checkpoint folders beside the ledger must all be
-        beginnings of it.
+        beginnings of it, and the heads of which their `privacy_complete.json`, and every `privacy.json`, know must be in it.
 
         Raises:
             LedgerError: locked by another process; damaged; of another header, naming each difference; older than a checkpoint's
@@ -72,8 +87,7 @@ class Ledger:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                for checkpoint in sorted(path.parent.glob(CHECKPOINTS)):
-                    _refuse_older(path, b"", checkpoint)
+                refuse_older(path, b"")
                 durable.create(path, encode(header_record(header), GENESIS)[0])
             return cls._continue(path, header)
         except OSError as error:
@@ -86,8 +100,7 @@ class Ledger:
             data = path.read_bytes()
             record = parse(data, str(path))
             _refuse_other(path, record.header, header)
-            for checkpoint in sorted(path.parent.glob(CHECKPOINTS)):
-                _refuse_older(path, data, checkpoint)
+            refuse_older(path, data)
             if data.endswith(b"\n"):
                 return cls(path, descriptor, data, record)
             mended = _mended(data, record)
@@ -126,8 +139,17 @@ class Ledger:
         except ValueError as error:
             raise LedgerError(f"{self._path}: a segment that can't be: {error}") from error
         if self.current is None or self.current._replace(num_steps=0) != segment:
-            self._append(segment_record(segment))
-            self._executed.append(segment)
+            self._append(segment_record(segment), executed=(*self._executed, segment))
+
+    def plan(self, upcoming: Sequence[Segment]) -> None:
+        """What is to follow upon the steps so far: what is claimed from the next step on is the epsilon of all of them, however it ends.
+
+        Raises:
+            LedgerError: the disk refuses.
+        """
+        plan = plan_after(self._executed, upcoming)
+        if not self._planned or self._planned[-1].segments != plan.segments:
+            self._append(plan_record(upcoming), planned=(*self._planned, plan))
 
     def charge(self, step_number: int | None = None) -> int:
         """Counts one draw, on disk when this returns. Nothing of the draw may leave the process before.
@@ -149,22 +171,31 @@ class Ledger:
             raise LedgerError(
                 f"{self._path}: expected a step number that is a whole number, 0 or more, got {step_number!r}"
             )
-        self._append(step_record(self._num_steps + 1, step_number))
-        self._num_steps += 1
-        self._executed[-1] = self._executed[-1]._replace(num_steps=self._executed[-1].num_steps + 1)
+        last = self.current._replace(num_steps=self.current.num_steps + 1)
+        self._append(step_record(self._num_steps + 1, step_number), executed=(*self._executed[:-1], last))
         return self._num_steps
 
-    def _append(self, record: dict[str, object]) -> None:
+    def _append(
+        self,
+        record: dict[str, object],
+        *,
+        executed: tuple[ExecutedSegment, ...] | None = None,
+        planned: tuple[Planned, ...] | None = None,
+    ) -> None:
+        """Writes one record, after which the ledger has these segments and plans; those it has where none are given."""
         self._check_untouched()
         line, head = encode(record, self._head)
-        self._writing = True  # stays so when anything interrupts the next two lines
+        self._writing = True  # stays so when anything interrupts the next lines
         try:
             durable.write_fully(self._descriptor, line)
         except OSError as error:
             raise _unwritable(self._path, error) from error
-        self._writing = False
         self._head = head
         self._size += len(line)
+        self._planned = self._planned if planned is None else planned
+        self._executed = self._executed if executed is None else executed
+        self._num_steps = sum(s.num_steps for s in self._executed)
+        self._writing = False
 
     def _check_untouched(self) -> None:
         if self._descriptor < 0:
@@ -211,11 +242,14 @@ class Ledger:
 
     def segments(self) -> tuple[Segment, ...]:
         """Everything charged, run-length encoded, for accounting."""
-        return for_accounting(self._executed)
+        return self.record().segments
 
     def record(self) -> LedgerRecord:
-        """Everything that the ledger says now, as `read_ledger` would."""
-        return LedgerRecord(self.header, self.segments(), self.head, self.num_steps, False, tuple(self._executed))
+        """Everything that the ledger says now, as `read_ledger` would: after a write that was interrupted, the file is asked."""
+        if self._writing:
+            return read_ledger(self._path)
+        steps = for_accounting(self._executed)
+        return LedgerRecord(self.header, steps, self.head, self._num_steps, False, self._executed, self._planned)
 
     def copy_to(self, folder: Path | str) -> None:
         """Puts a copy into a checkpoint, whole or not at all. It holds resumption to a ledger that knows at least as much.
@@ -248,6 +282,10 @@ class Ledger:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        """One that an interrupt left to nobody locks no file."""
+        self.close()
+
 
 def read_ledger(path: Path | str) -> LedgerRecord:
     """What the ledger at `path` says, of a running training too. Changes nothing.
@@ -260,6 +298,15 @@ def read_ledger(path: Path | str) -> LedgerRecord:
     except OSError as error:
         raise LedgerError(f"{path}: no ledger can be read there ({error.strerror})") from error
     return parse(data, str(path))
+
+
+def has_steps(path: Path) -> bool:
+    """Whether there is a ledger at `path` that charged a step; one without has spent nothing.
+
+    Raises:
+        LedgerError: it can't be read.
+    """
+    return path.exists() and read_ledger(path).num_steps > 0
 
 
 def refuse_rollback(path: Path | str, checkpoint: Path | str) -> None:
@@ -276,7 +323,7 @@ def refuse_rollback(path: Path | str, checkpoint: Path | str) -> None:
         )
     try:
         data = path.read_bytes() if path.exists() else b""
-        _refuse_older(path, data, Path(checkpoint))
+        refuse_older(path, data, Path(checkpoint))
     except OSError as error:
         raise LedgerError(f"{path}: no ledger can be read there ({error.strerror})") from error
 
@@ -320,23 +367,6 @@ def _refuse_other(path: Path, found: LedgerHeader, expected: LedgerHeader) -> No
             f"{path} is of another run: {'; '.join(different)}. Resume with the settings and data that it was begun with (a fingerprint "
             "also changes when its key file is lost), or start anew in another output_dir: what was spent on the same data adds up"
         )
-
-
-def _refuse_older(path: Path, data: bytes, checkpoint: Path) -> None:
-    copy = checkpoint / LEDGER_NAME
-    if not copy.is_file():
-        return
-    kept = copy.read_bytes()
-    record = parse(kept, str(copy))
-    if record.torn or not kept.endswith(b"\n"):
-        raise LedgerError(f"{copy} is cut short; a checkpoint's copy is written whole. Resume from another checkpoint")
-    if data.startswith(kept):
-        return
-    have = "is missing" if not data else f"has {parse(data, str(path)).num_steps} steps and is not its continuation"
-    raise LedgerError(
-        f"{checkpoint.name} was saved after {record.num_steps} charged steps (head {record.head[:12]}), but {path} {have}: steps would go "
-        "uncounted. Put the newest ledger back (it lies beside the checkpoints that it belongs to), or start anew in another output_dir"
-    )
 
 
 def _unwritable(path: Path, error: OSError) -> LedgerError:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_dp.errors import RecipeError
 from hf_dp.per_example import IGNORED
 from hf_dp.recipe.recipe import DataSection
-from hf_dp.recipe.template import Template, missing_column
+from hf_dp.recipe.template import Template, missing_column, no_text
 
 CHUNK = 1000  # records tokenised at once
 MAX_LABELS = 20  # where more classes than this are more than half of the records, the column holds text
@@ -191,9 +191,23 @@ def _label_column(data: DataSection, records: datasets.Dataset, which: str) -> s
 
 def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:
     try:
-        return Template.parse(text).resolve(records.column_names)
+        template = Template.parse(text).resolve(records.column_names)
+        wrong = [no_text(name, _kind(f)) for name in template.columns() if _kind(f := records.features[name])]
+        if wrong:
+            raise RecipeError("; ".join(wrong))
+        return template
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
+
+
+def _kind(feature: Any) -> str:
+    """What a column holds that is neither text nor a number; "" of one that is."""
+    if isinstance(feature, datasets.ClassLabel):
+        return ""
+    if isinstance(feature, datasets.Value):
+        text = feature.dtype in ("string", "large_string", "string_view", "bool", "null")
+        return "" if text or feature.dtype.startswith(("int", "uint", "float")) else f"values of type {feature.dtype}"
+    return "objects" if isinstance(feature, dict) else f"values of type {type(feature).__name__}"
 
 
 def _chunks(records: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:

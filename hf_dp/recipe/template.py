@@ -11,6 +11,8 @@ from typing import Any
 
 from hf_dp.errors import RecipeError
 
+TEXT = (str, int, float, bool, type(None))
+
 
 @dataclass(frozen=True)
 class Template:
@@ -63,15 +65,33 @@ class Template:
             raise RecipeError("; ".join(wrong))
         return Template(self.text, tuple(pieces))
 
+    def columns(self) -> list[str]:
+        """Those that a resolved template reads."""
+        return [name for _, found in self.pieces for name in found]
+
     def render(self, record: Mapping[str, Any]) -> str:
-        """The text for one record; a missing value (null) is empty. The template is resolved first."""
+        """The text for one record; a missing value (null) is empty. The template is resolved first.
+
+        Raises:
+            RecipeError: a value that is no text, number or truth value, of which Python's spelling would stand in the text.
+        """
         parts = []
         for literal, column in self.pieces:
             parts.append(literal)
             if column:
                 value = record[column[0]]
+                if not isinstance(value, TEXT):
+                    raise RecipeError(no_text(column[0], f"a {type(value).__name__}"))
                 parts.append("" if value is None else str(value))
         return "".join(parts)
+
+
+def no_text(column: str, held: str) -> str:
+    """Says that a column can't stand in a template, and what to do."""
+    return (
+        f"column {column!r} holds {held}, and a template takes text or numbers: make a column of text of it first (datasets' `map`; of a "
+        "chat by tokenizer.apply_chat_template(messages, tokenize=False)), and name that"
+    )
 
 
 def missing_column(names: Iterable[str], columns: Iterable[str]) -> str:

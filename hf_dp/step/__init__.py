@@ -4,7 +4,7 @@ from hf_dp.step import sharding
 from hf_dp.step.dry_run import largest_micro_batch
 from hf_dp.step.metrics import ReleasedMetrics
 from hf_dp.step.private_step import Passes, PrivateStep
-from hf_dp.step.run import PrivacySpent, PrivateRun, checkpoint_to_resume
+from hf_dp.step.run import PrivacySpent, PrivateRun
 from hf_dp.step.sharding import is_sharded
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "PrivateRun",
     "PrivateStep",
     "ReleasedMetrics",
-    "checkpoint_to_resume",
     "is_sharded",
     "largest_micro_batch",
     "sharding",

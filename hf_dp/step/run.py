@@ -14,17 +14,31 @@ from torch import Tensor
 from hf_dp import accounting, card, durable
 from hf_dp.audit import Counts, audit_record
 from hf_dp.errors import AuditError, BudgetError, ConfigError, HfDpError, LedgerError, ReleaseError
-from hf_dp.ledger import KEY_NAME, LEDGER_NAME, Ledger, LedgerHeader, fingerprint, key_of, refuse_rollback, under_key
+from hf_dp.ledger import (
+    COMPLETE,
+    KEY_NAME,
+    LEDGER_NAME,
+    Ledger,
+    LedgerHeader,
+    fingerprint,
+    has_steps,
+    key_of,
+    refuse_rollback,
+    step_of,
+    under_key,
+    united,
+)
 from hf_dp.ledger import budget as budgets
 from hf_dp.mechanism import Mechanism, Segment
 from hf_dp.randomness import STD, ChaChaKey, Key, NoiseSource, fresh_key
 from hf_dp.step.release import Releaser
 
-COMPLETE = "privacy_complete.json"  # the last file of a checkpoint: with it, the checkpoint is whole
-
 
 class PrivacySpent(NamedTuple):
-    """(epsilon, delta) after `num_steps` noisy steps, those of earlier sessions and those lost in crashes included."""
+    """(epsilon, delta) of a training that has taken `num_steps` noisy steps, those of earlier sessions and those lost in crashes included.
+
+    Epsilon is that of the plan from the first step on, however early the training ends (`accounting.claimed`).
+    """
 
     epsilon: float
     delta: float
@@ -57,6 +71,8 @@ class PrivateRun:
         self._ledger: Ledger | None = None
         self._releaser: Releaser | None = None
         self._before: tuple[Segment, ...] = ()
+        self._plans: tuple[tuple[Segment, ...], ...] = ()  # those of earlier sessions under which a step was taken
+        self._plan: tuple[Segment, ...] = ()  # all steps of this session's, those before included
         self.level = mechanism
         self._first_step = self._first_draw = 0  # of this session, the number of the step and of the draw that it took
         self._taken: list[Segment] = []
@@ -81,9 +97,18 @@ class PrivateRun:
             LedgerError: on every process, whatever goes wrong on process 0.
             ConfigError: the target epsilon is spent, or the processes were given different plans or data; a BudgetError: the budget
                 file does not hold the plan.
+
+        Whatever ends it before it returns, an interrupt too, leaves no lock and no new ledger.
         """
-        self._seed = seed
-        self._first_step = max(0, _step_of(checkpoint)) if checkpoint else 0
+        try:
+            self._open(dataset, checkpoint, seed, epoch_length)
+        except BaseException:
+            self._withdraw()
+            raise
+
+    def _open(self, dataset: Any, checkpoint: Path | None, seed: int | None, epoch_length: int) -> None:
+        self._seed, self._made = seed, []
+        self._first_step = max(0, step_of(checkpoint)) if checkpoint else 0
         self._first_draw = self._first_step % epoch_length
         self._taken = []
         self._shared(lambda: self._refuse_another_training(checkpoint))
@@ -92,14 +117,13 @@ class PrivateRun:
         self._refuse_differences(found)
         self._shared(lambda: self._open_ledger(found, checkpoint))
         self.level = self.at(self._first_draw)
-        self._before = self._shared(lambda: self._ledger.segments() if self._ledger else ())
+        self._before, self._plans = self._shared(self._found)
         self.sampling_key = self._shared(lambda: self._key(fresh_key() if seed is None else seed))
         noise = NoiseSource(key=self._key(fresh_key() if seed is None else seed + 1)) if self._process == 0 else None
         self._releaser = Releaser(self._ledger, noise, process_index=self._process, num_processes=self._processes)
         self._allowed = self._affordable()
         self._opened_before = True
         if self._allowed == 0:
-            self.close()
             spent = self.spent()
             raise ConfigError(
                 f"the budget is spent: epsilon {spent.epsilon:.4g} after {spent.num_steps} steps, target "
@@ -108,18 +132,30 @@ class PrivateRun:
         if self._budget_file is not None:
             most = min(self._allowed, max(1, self.mechanism.num_steps - self._first_step))
             self._allowed = self._shared(lambda: self._reserve(dataset, most))
+        upcoming = self._upcoming()
+        self._plan = united((*self._before, *upcoming))
+        self._shared(lambda: self._ledger.plan(upcoming) if self._ledger else None)
 
     def close(self) -> None:
         """Closes the ledger; what was spent can still be asked. A part reserved in the budget file stays reserved."""
         if self._ledger is not None:
             self._ledger.close()
 
+    def _withdraw(self) -> None:
+        """Closes the ledger, and takes away what this opening has made, where nothing is charged there."""
+        if self._ledger is not None and self.folder / LEDGER_NAME in self._made and not self._ledger.num_steps:
+            self._opened_before = False
+            for made in self._made:  # while it is locked
+                made.unlink(missing_ok=True)
+        self.close()
+
     def settle(self) -> None:
-        """Training has ended as planned: gives back to the budget file what was reserved and not charged. On process 0."""
+        """Training has ended: gives back to the budget file what was reserved and is not claimed. On process 0."""
         if self._budget_file is None or self._ledger is None:
             return
         try:
-            budgets.settle(self._budget_file, self.folder, self._ledger.segments())
+            record = self._ledger.record()
+            budgets.settle(self._budget_file, self.folder, record.segments, record.plans)
         except HfDpError as error:  # too much stays counted, and a finished training is worth more than that
             print(
                 f"The budget still counts this run's whole plan ({error}). Later: "
@@ -128,33 +164,25 @@ class PrivateRun:
             )
 
     def _reserve(self, dataset: Any, num_steps: int) -> int:
-        """On process 0: the steps that the budget grants to this session. A refused run takes away what it has made."""
+        """On process 0: the steps that the budget grants to this session."""
         assert self._budget_file is not None
         assert self._ledger is not None
         m, is_new = self.mechanism, self.folder / LEDGER_NAME in self._made and not self._before
-        try:
-            if not m.is_private:
-                raise BudgetError(
-                    "a run without noise, or with a debug_seed, has an infinite epsilon, which no budget holds: leave budget_file "
-                    "out where the data are public"
-                )
-            budgets.read(self._budget_file)  # before a key is made beside it
-            of = budgets.Of.run(m, fingerprint(dataset, self._budget_file.resolve().parent))
-            asked = m.segments(self._first_step, num_steps)
-            return budgets.reserve(self._budget_file, self.folder, of, charged=self._before, asked=asked, is_new=is_new)
-        except HfDpError:
-            if is_new:
-                self._opened_before = False
-                for made in self._made:
-                    made.unlink(missing_ok=True)
-            self._ledger.close()
-            raise
+        if not m.is_private:
+            raise BudgetError(
+                "a run without noise, or with a debug_seed, has an infinite epsilon, which no budget holds: leave budget_file "
+                "out where the data are public"
+            )
+        budgets.read(self._budget_file)  # before a key is made beside it
+        of = budgets.Of.run(m, fingerprint(dataset, self._budget_file.resolve().parent))
+        asked = m.segments(self._first_step, num_steps)
+        return budgets.reserve(self._budget_file, self.folder, of, charged=self._before, asked=asked, is_new=is_new)
 
     def _refuse_another_training(self, checkpoint: Path | None) -> None:
         """On process 0, before any file is made here."""
         path = self.folder / LEDGER_NAME
         self._made = [p for p in (path, self.folder / KEY_NAME) if not p.exists()]
-        if path.exists() and checkpoint is None and not self._opened_before:
+        if checkpoint is None and not self._opened_before and has_steps(path):
             raise LedgerError(
                 f"{path} holds what another training in this folder spent. Resume it (resume_from_checkpoint=True), or choose "
                 "another output_dir; what was spent on the same data adds up either way"
@@ -207,10 +235,24 @@ class PrivateRun:
         """For the generator that the mechanism names."""
         return secret if self.mechanism.generator == "philox" else ChaChaKey(secret)
 
+    def _found(self) -> tuple[tuple[Segment, ...], tuple[tuple[Segment, ...], ...]]:
+        """On process 0: what was charged before this session, and under which plans."""
+        assert self._ledger is not None
+        record = self._ledger.record()
+        return record.segments, record.plans
+
+    def _upcoming(self) -> tuple[Segment, ...]:
+        """What this session plans to take."""
+        left = max(0, self.mechanism.num_steps - self._first_step)
+        return self.mechanism.segments(self._first_step, min(self._allowed, left))
+
     def _affordable(self) -> int:
+        """The steps that the target leaves; none where a plan that was begun before exceeds it."""
         m = self.mechanism
         if m.target_epsilon is None:
             return m.num_steps
+        if accounting.spent(accounting.claimed(self._before, self._plans, m.delta), m.delta).epsilon > m.target_epsilon:
+            return 0
         upcoming = m.segments(self._first_step, m.num_steps)
         return accounting.affordable_steps(self._before, upcoming, target_epsilon=m.target_epsilon, delta=m.delta)
 
@@ -242,13 +284,15 @@ class PrivateRun:
             ReleaseError: not the draw that `told_to_all` was given, or as `Releaser`.
         """
         assert self._releaser is not None, "release before open"
-        noisy = self._releaser(
-            clipped_sum,
-            sensitivity=self.level.sensitivity,
-            noise_multiplier=self.level.joint_noise_multiplier,
-            draw_number=draw_number,
-        )
-        self._taken.append(self.level.steps(1))
+        try:
+            noisy = self._releaser(
+                clipped_sum,
+                sensitivity=self.level.sensitivity,
+                noise_multiplier=self.level.joint_noise_multiplier,
+                draw_number=draw_number,
+            )
+        finally:
+            self._taken.append(self.level.steps(1))  # charged, whatever came after
         # what follows the noise is post-processing, in whatever arithmetic
         return (noisy.double() * (self.mechanism.noise_std / STD)).float() if self.mechanism.is_discrete else noisy
 
@@ -266,9 +310,11 @@ class PrivateRun:
         try:
             self._begin(draw_number)
             yield
-        except Exception:
+        except BaseException as error:
             self._taken.append(self.level.steps(1))  # abandon charges it
-            self._releaser.abandon(own_sum, tell=waiting_in_release)
+            self._releaser.abandon(
+                own_sum, tell=waiting_in_release and isinstance(error, Exception)
+            )  # an interrupt waits for nobody
             raise
 
     def _begin(self, draw_number: int) -> None:
@@ -293,16 +339,25 @@ class PrivateRun:
         return None if self._seed is None else self._seed + 1000 * (len(self._taken) + 1) + self._process
 
     def spent(self) -> PrivacySpent:
-        """Everything charged in this folder, this session's steps included."""
-        segments = self._segments()
-        spent = accounting.spent(segments, self.mechanism.delta)
-        steps = sum(s.num_steps for s in segments)
-        return PrivacySpent(
-            float("inf") if self.mechanism.debug and steps else spent.epsilon, self.mechanism.delta, steps
-        )
+        """What is claimed of this folder's training, and how many steps were charged, this session's included."""
+        charged = self._charged()
+        claimed = accounting.claimed(charged, self._begun_plans(), self.mechanism.delta)
+        return PrivacySpent(self._epsilon(claimed), self.mechanism.delta, sum(s.num_steps for s in charged))
 
-    def _segments(self) -> tuple[Segment, ...]:
-        return (*self._before, *self._taken)
+    def epsilon_of_steps_taken(self) -> float:
+        """Epsilon of what was charged by itself: it holds only for a number of steps that was fixed beforehand."""
+        return self._epsilon(self._charged())
+
+    def _epsilon(self, segments: tuple[Segment, ...]) -> float:
+        infinite = self.mechanism.debug and any(s.num_steps for s in segments)
+        return float("inf") if infinite else accounting.spent(segments, self.mechanism.delta).epsilon
+
+    def _charged(self) -> tuple[Segment, ...]:
+        """As the ledger has it; without one, counted along."""
+        return (*self._before, *self._taken) if self._ledger is None else self._ledger.segments()
+
+    def _begun_plans(self) -> tuple[tuple[Segment, ...], ...]:
+        return (*self._plans, self._plan) if self._taken else self._plans
 
     # ---- what is left behind ---------------------------------------------------------------------------------------
 
@@ -321,7 +376,8 @@ class PrivateRun:
         if counts is None:
             raise AuditError("nothing was audited: give DPTrainer audit=AuditConfig(), and train")
         spent = self.spent()
-        return audit_record(counts, self._segments(), spent.delta, spent.epsilon)
+        claimed = accounting.claimed(self._charged(), self._begun_plans(), spent.delta)
+        return audit_record(counts, claimed, spent.delta, spent.epsilon)
 
     def write_card(self, folder: Path, *, public_eval: bool, audit: Counts | None = None) -> None:
         """README.md's privacy section and privacy.json, from what was charged. On process 0; before any step, nothing."""
@@ -332,28 +388,3 @@ class PrivateRun:
             self.mechanism, self._ledger.record(), libraries=card.library_versions(), declared=declared, audit=audit
         )
         card.write_card(folder, record)
-
-
-def checkpoint_to_resume(folder: Path, asked: str | bool | None) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: True takes the newest *complete* one, passing over half-written ones.
-
-    Raises:
-        LedgerError: none is there, or the one that was named is not complete.
-    """
-    if not asked:
-        return None
-    if asked is not True:
-        if not (Path(asked) / COMPLETE).is_file():
-            raise LedgerError(
-                f"{asked} is no complete checkpoint of a private training (it has no {COMPLETE}): choose another"
-            )
-        return Path(asked)
-    complete = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=lambda marker: _step_of(marker.parent))
-    if not complete:
-        raise LedgerError(f"{folder} has no complete checkpoint to resume from: start anew in another output_dir")
-    return complete[-1].parent
-
-
-def _step_of(checkpoint: Path) -> int:
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1

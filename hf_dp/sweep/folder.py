@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import filelock
 
-from hf_dp import durable
+from hf_dp import accounting, durable
 from hf_dp.accounting import Selection, draw_number
 from hf_dp.errors import ConfigError, LedgerError
 from hf_dp.ledger import KEY_NAME, LEDGER_NAME, read_ledger
@@ -162,12 +162,13 @@ def prune(trial: Path) -> None:
 
 
 def charged(folder: Path) -> list[Segment]:
-    """What all trials charged, those that were cut off among them."""
+    """What all trials claim, those that were cut off among them."""
     ledgers = sorted((*folder.glob(f"trials/*/{LEDGER_NAME}"), *folder.glob(f"unfinished/*/{LEDGER_NAME}")))
     found: list[Segment] = []
     for path in ledgers:
         try:
-            found += read_ledger(path).segments
+            record = read_ledger(path)
+            found += accounting.claimed(record.segments, record.plans, record.header.delta)
         except LedgerError as error:
             raise ConfigError(f"what a trial spent is not known: {error}") from error
     return found

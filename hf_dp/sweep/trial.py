@@ -16,6 +16,7 @@ from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
 from hf_dp.recipe import Recipe, task
 from hf_dp.sweep.plan import segments_of
+from hf_dp.training import STEPS_TAKEN
 
 POINTS = 8  # evaluations of a trial, where the recipe does not say when
 
@@ -53,7 +54,8 @@ def run(
         tell: (steps taken, steps planned), after each step.
 
     Returns:
-        The score (validation loss; None where it is no number) and `curve`: (step, epsilon of this trial alone, validation loss).
+        The score (validation loss; None where it is no number) and `curve`: (step, epsilon of so many
+        steps of this trial alone, validation loss).
 
     Raises:
         HfDpError: whatever stops a training.
@@ -94,7 +96,7 @@ def run(
 def _curve(history: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
     """(step, epsilon, loss) of the evaluations after the first step, one a step."""
     found = {
-        e["step"]: (e["step"], e["epsilon"], e["eval_loss"]) for e in history if "eval_loss" in e and "epsilon" in e
+        e["step"]: (e["step"], e[STEPS_TAKEN], e["eval_loss"]) for e in history if "eval_loss" in e and STEPS_TAKEN in e
     }
     return [found[step] for step in sorted(found)]
 

@@ -217,6 +217,12 @@ def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
             "hub_token: it would be saved in training_args.bin, beside the model and on the Hub; log in with `hf auth login`, or set "
             "the environment variable HF_TOKEN"
         )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        yield (
+            f"{launched} processes were started (WORLD_SIZE), and each would train by itself: on CPUs give "
+            "TrainingArguments(use_cpu=True), or start one process"
+        )
     if args.n_gpu > 1:
         yield f"DataParallel over {args.n_gpu} GPUs: start one process a GPU (accelerate launch --multi_gpu)"
     config = given.get("accelerator_config") or {}

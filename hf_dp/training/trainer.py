@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_dp import accounting
 from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import ConfigError
+from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.per_example import (
     LENGTHS,
@@ -46,12 +47,12 @@ from hf_dp.step import (
     PrivateRun,
     PrivateStep,
     ReleasedMetrics,
-    checkpoint_to_resume,
     largest_micro_batch,
     sharding,
 )
 from hf_dp.training import objective as objectives
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
+from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
 from hf_dp.training.passes import inventory_and_reason
@@ -63,6 +64,9 @@ if TYPE_CHECKING:
 else:
     _Host = object
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
+STEPS_TAKEN = (
+    "epsilon_of_steps_taken"  # as if their number had been fixed beforehand; beside epsilon, which is the plan's
+)
 EVAL_MARK = "eval_not_covered_by_privacy"
 
 
@@ -137,7 +141,7 @@ class DPTrainerMixin(_Host):
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
     def privacy_spent(self) -> PrivacySpent:
-        """(epsilon, delta) of everything charged so far in this output folder; 0 before the first step."""
+        """(epsilon, delta) that is claimed of the training in this output folder: 0 before the first step, then the plan's."""
         mechanism = self._planned()
         if self._run is None:
             return PrivacySpent(0.0, mechanism.delta, 0)
@@ -241,10 +245,10 @@ class DPTrainerMixin(_Host):
             self._run = PrivateRun(self._planned(), folder, *place, budget_file=self.privacy.budget_file)
         epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
         self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed, epoch_length=epoch)
-        self._released_metrics = ReleasedMetrics.of(self._planned())
-        print_summary(self)
-        weigh = begin_audit(self, self._canaries, checkpoint)
         try:
+            self._released_metrics = ReleasedMetrics.of(self._planned())
+            print_summary(self)
+            weigh = begin_audit(self, self._canaries, checkpoint)
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         finally:
             self._run.close()
@@ -275,7 +279,7 @@ class DPTrainerMixin(_Host):
             logs.pop(name, None)
         logs.update(released)
         if self.mechanism is not None and self._run is not None:
-            logs["epsilon"] = self.privacy_spent().epsilon
+            logs |= {"epsilon": self._run.spent().epsilon, STEPS_TAKEN: self._run.epsilon_of_steps_taken()}
         if not self.privacy.public_eval and any(name.startswith("eval_") for name in logs):
             logs[EVAL_MARK] = 1.0
         super().log(logs, *args, **kwargs)
@@ -299,11 +303,17 @@ class DPTrainerMixin(_Host):
         self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, but what leaves is whole and of one step: sealed before, with its card, and waited for before the ledger grows."""
+        """As Trainer's, but what leaves is the model, whole and of one step: sealed before, and waited for before the ledger grows."""
         self._seal(Path(checkpoint_folder))
         self._write_card(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+        with only_the_model_leaves():
+            super()._push_from_checkpoint(checkpoint_folder)
         self._finish_current_push()
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`; of the output folder only what a model is made of."""
+        with only_the_model_leaves():
+            return super().push_to_hub(*args, **kwargs)
 
     def _seal(self, checkpoint: Path) -> None:
         if self.args.should_save and self._run is not None:

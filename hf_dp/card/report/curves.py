@@ -8,6 +8,8 @@ from typing import Any
 from hf_dp import accounting
 from hf_dp.card.report.plot import Axes, Point, line_chart
 from hf_dp.card.report.training import losses
+from hf_dp.card.verification import claimed_of
+from hf_dp.card.words import ended_early
 from hf_dp.mechanism import Segment
 
 POINTS = 8  # of the curve of epsilon; each costs a computation by two accountants
@@ -47,15 +49,18 @@ def _attacker(record: Mapping[str, Any], limits: Sequence[tuple[str, str]]) -> s
         f"</tr></thead><tbody>{rows}</tbody></table>"
     )
     words = (
-        "These are limits for the worst case, computed from the steps taken, not results of an attack that was tried. The further the "
+        "These are limits for the worst case, computed from the steps claimed, not results of an attack that was tried. The further the "
         "line is from the diagonal, the more an attacker may learn."
     )
     return _side_by_side([_figure("Found against wrongly accused", chart), f"<div>{table}<p>{words}</p></div>"])
 
 
 def _epsilon(record: Mapping[str, Any]) -> str:
-    points, delta = epsilons(record["segments"], record["delta"]), record["delta"]
-    axes = Axes("Epsilon over steps", "steps charged", f"epsilon at delta {delta:g}")
+    delta = record["delta"]
+    points = epsilons([s._asdict() for s in claimed_of(record)], delta)
+    axes = Axes(
+        "Epsilon over steps", "steps planned" if ended_early(record) else "steps charged", f"epsilon at delta {delta:g}"
+    )
     target = record["mechanism"]["target_epsilon"]
     guide = None if target is None else (f"target {target:g}", [(0.0, target), (points[-1][0], target)])
     name = "epsilon of this run by itself" if "selection" in record else "epsilon spent, computed from the record"

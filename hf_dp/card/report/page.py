@@ -15,8 +15,8 @@ from typing import Any
 from hf_dp.card.record import COVERED, INFINITE, PRIVACY_JSON, further_bounds, library_versions
 from hf_dp.card.report.curves import curves
 from hf_dp.card.report.training import trained
-from hf_dp.card.verification import Check
-from hf_dp.card.words import attackers_limits, in_turn, in_words, selection_in_short, units
+from hf_dp.card.verification import Check, claimed_of
+from hf_dp.card.words import attackers_limits, ended_early, in_turn, in_words, selection_in_short, steps_claimed, units
 from hf_dp.errors import LedgerError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import DISCRETE, Segment
@@ -107,7 +107,7 @@ def _figures(record: Mapping[str, Any]) -> Html:
         ("delta", words["delta"]),
         ("unit of privacy", f"one {record['unit']}"),
         (f"training {words['units']}", words["num_examples"]),
-        ("noisy steps", f"{record['num_steps']:,}"),
+        ("noisy steps", f"{record['num_steps']:,}{f' of {steps_claimed(record):,}' if ended_early(record) else ''}"),
         ("best guess at a fair coin", f"{words['best_guess']}"),
     )
     return Html(f'<ul class="figures">{"".join(f"<li><b>{_html(v)}</b>{_html(k)}</li>" for k, v in shown)}</ul>')
@@ -145,6 +145,7 @@ def _mechanism(record: Mapping[str, Any]) -> list[Cell]:
         ("source of randomness", m["noise_generator"]),
         ("steps charged", f"{record['num_steps']:,} (planned: {m['num_steps_planned']:,})"),
         ("epsilon", f"{record['epsilon']} (stated)"),
+        *_of_steps_taken(record),
         ("by privacy loss distributions; by Rényi accounting", f"{record['epsilon_pld']}; {record['epsilon_rdp']}"),
         ("delta", record["delta"]),
         ("target epsilon", _target(record)),
@@ -155,6 +156,11 @@ def _mechanism(record: Mapping[str, Any]) -> list[Cell]:
         rows.append(("selected", f"{selection_in_short(record['selection'])}; a run by itself has epsilon {of_one}"))
     further = "; ".join(f"{at['epsilon']:.4g} at {at['delta']:.3g}" for at in record.get("epsilon_at", ())[1:])
     return [*rows, ("epsilon at other deltas", further)] if further else rows
+
+
+def _of_steps_taken(record: Mapping[str, Any]) -> list[Cell]:
+    alone = "epsilon of the steps charged alone, had their number been fixed beforehand"
+    return [(alone, record["epsilon_of_steps_taken"])] if ended_early(record) else []
 
 
 def _target(record: Mapping[str, Any]) -> Any:
@@ -228,7 +234,7 @@ def _again(folder: Path, record: Mapping[str, Any], *, verified: bool) -> Html:
 
 
 def _by_hand(record: Mapping[str, Any]) -> Html:
-    steps = [(s["sample_rate"], s["noise_multiplier"], s["num_steps"]) for s in record["segments"]]
+    steps = [(s.sample_rate, s.noise_multiplier, s.num_steps) for s in claimed_of(record)]
     package, made, stated = (
         ("rdp", "RdpAccountant([*range(2, 64), 128, 256, 512, 1024], ", "epsilon_rdp")
         if record["epsilon_pld"] == INFINITE  # as with discrete noise, which is accounted at whole orders
