@@ -240,7 +240,9 @@ def test_one_token_rows_and_the_empty_batch() -> None:
     ids = torch.randint(3, M.VOCAB, (4, 1))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     into, norms = engine_sum(model, batch, "ForCausalLM", 1.0)
-    assert float(norms.abs().max()) == 0.0  # a single token predicts nothing
+    assert (
+        float(norms.abs().max()) < 1e-150
+    )  # a single token predicts nothing; a bound leaves room for squares that underflow
     assert float(reference.norm(into)) == 0.0
     seen = clipped_gradient_sum(model, lambda: pytest.fail("no forward for no examples"), 0, 1.0, into)
     assert [x.shape for x in seen] == [(0,), (0,)]

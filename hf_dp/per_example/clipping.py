@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 # What is added for an example is its weight times its gradient, rounded once a number: at most 2**-24 of it in float32. Norms are upper
-# bounds already (`per_example.norms`) and weights are rounded toward zero, so this much below C leaves room for more than is needed.
+# bounds already (`per_example.norms`) and weights are rounded toward zero, so this much below C leaves room for that. It is not meant for
+# the rounding of a float32 sum over examples and positions, which depends on all of them, as in any such sum: `noise="discrete"` has none.
 ROUNDING_MARGIN = 1e-6
 
 # Beyond, squares leave float32 in one form of a gradient and not in another: which one is taken must not decide what an example adds.

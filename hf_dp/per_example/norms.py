@@ -17,8 +17,8 @@ values add up to at most M_A M_B (Cauchy-Schwarz, for each position or each row)
 **Proof.** A sum of k products computed in any order is wrong by at most gamma_k = k u / (1 - k u) times the sum of the products'
 absolute values (Higham 2002, section 3.1), and float32 numbers become float64 ones exactly. Nested sums add their lengths up.
 
-1. *Dense.* Blocks of 64 in the gradient's own precision, then float64. All terms are positive: the true square is at most
-   (64 + 16) v + 2 (n / 64) u above the computed one, relatively, and twice the smallest normal number for each square that underflows.
+1. *Dense.* Blocks of 128 in the gradient's own precision, then float64. All terms are positive: the true square is at most
+   (128 + 16) v + 2 (n / 128) u above the computed one, relatively, and twice the smallest normal number for each square that underflows.
 2. *Gram*, |G|^2 = sum_st (x_s . x_t) (g_s . g_t): sums of length d, r, T, T, so the error is at most gamma_(d + r + 2T) M^2.
 3. *Product* and *Rows*: G itself is formed with an error of norm at most gamma_T M, so its square is wrong by at most
    gamma_T M (2 + gamma_T) M, and by gamma_k |G|^2 for its sum.
@@ -40,7 +40,7 @@ from torch import Tensor
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example.factors import Dense, Factor, Outer, Rows, chunks
 
-BLOCK = 64  # numbers added up in the factors' own precision before float64 takes over
+BLOCK = 128  # numbers added up in the factors' own precision before float64 takes over
 CANCELS = 64.0  # an example's terms cancel where their size is above this many times its norm
 UNIT = 2.0**-53
 
@@ -88,6 +88,8 @@ def squared_norms(factors: Mapping[str, Sequence[Factor]]) -> Measured:
 def bound(factors: Sequence[Factor]) -> Bound:
     """|sum of factors|^2 for each example by the cheapest form, with its error."""
     parts = [_measured(f) for f in factors]
+    if len(parts) == 1 and isinstance(factors[0], Dense):
+        return parts[0]
     square, error, terms = (torch.stack(column).sum(0) for column in list(zip(*parts, strict=True))[:3])
     for a, b in combinations(factors, 2):
         square = square + 2.0 * _inner(a, b)
@@ -145,7 +147,8 @@ def _dense(flat: Tensor) -> Bound:
     numbers, precision = flat.shape[1], torch.finfo(flat.dtype)
     whole = numbers // BLOCK * BLOCK
     square = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, BLOCK)), dim=2).double().square_().sum(1)
-    square = square + torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square_()
+    if whole < numbers:
+        square = square + torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square_()
     error = square * ((BLOCK + 16) * precision.eps / 2 + 2 * numbers / BLOCK * UNIT) + 2 * numbers * precision.tiny
     return Bound(square, error, (square + error).sqrt(), 0)  # its part of a cross term is no longer than the other's
 
