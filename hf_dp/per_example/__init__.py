@@ -23,6 +23,7 @@ from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
 from hf_dp.per_example.inventory import Row, inventory_of_one, take_inventory
 from hf_dp.per_example.losses import IGNORED, public_sizes
 from hf_dp.per_example.one_at_a_time import each_alone
+from hf_dp.per_example.outside import hooks_in, refuse_hooks
 from hf_dp.per_example.proof import SIZE, Proof, State, prove, state_put_back
 from hf_dp.per_example.self_check import Report, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
@@ -50,6 +51,7 @@ __all__ = [
     "decoder_inputs",
     "each_alone",
     "factors",
+    "hooks_in",
     "inventory_of_one",
     "is_tied",
     "leaves",
@@ -62,6 +64,7 @@ __all__ = [
     "prove",
     "public_sizes",
     "records_of_the_same_shape",
+    "refuse_hooks",
     "same",
     "self_check",
     "stacked",

@@ -10,6 +10,7 @@ from hf_dp.errors import UnsupportedParameterError
 from hf_dp.per_example.batches import Batch, MicroBatch
 from hf_dp.per_example.capture import Capture, per_example_factors, refusal_message
 from hf_dp.per_example.factors import Dense, Outer, Rows
+from hf_dp.per_example.outside import nothing_outside, refuse_hooks
 
 ExampleLosses = Callable[[nn.Module, Batch], Tensor]
 
@@ -36,10 +37,12 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
     alone. With one example in the batch, as where each has a pass of its own, autograd's gradient is exact whatever uses a parameter.
 
     Raises:
-        UnsupportedParameterError: naming all parameters that are used without an exact rule, with the remedy.
+        UnsupportedParameterError: naming all parameters that are used without an exact rule, with the remedy; hooks on gradients; or
+            leaves outside the model that get a gradient.
     """
+    refuse_hooks(model)
     capture = Capture(batch.size, collecting=True)
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), nothing_outside(model, capture.anchor):
         factors, _ = per_example_factors(
             model, lambda: example_losses(model, batch), capture.batch_size, capture=capture
         )
@@ -59,7 +62,8 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
 
 def inventory_of_one(model: nn.Module, one: Batch, example_losses: ExampleLosses) -> list[Row]:
     """As `take_inventory` where each pass holds one example, on a batch of one: autograd's gradient is its, whatever the layer."""
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    refuse_hooks(model)
+    with torch.random.fork_rng(devices=_cuda_devices(model)), nothing_outside(model, torch.zeros(())):
         found, _ = per_example_factors(model, lambda: example_losses(model, one), 1)
     return [
         Row(name, tuple(p.shape), "any", "autograd's, one example a pass" if name in found else _rule(()))

@@ -281,9 +281,10 @@ class PrivateRun:
         """The one exit of a step: charged, noised, reduced; float32 [P]. `clipped_sum` is this process's part, flat, float32 or int64.
 
         Raises:
-            ReleaseError: not the draw that `told_to_all` was given, or as `Releaser`.
+            ReleaseError: not the draw that `told_to_all` was given, a step beyond the last, or as `Releaser`.
         """
         assert self._releaser is not None, "release before open"
+        self._refuse_beyond()
         try:
             noisy = self._releaser(
                 clipped_sum,
@@ -307,6 +308,7 @@ class PrivateRun:
                 learn by our end.
         """
         assert self._releaser is not None, "a step before open"
+        self._refuse_beyond()
         try:
             self._begin(draw_number)
             yield
@@ -333,6 +335,14 @@ class PrivateRun:
     def exhausted(self) -> bool:
         """Whether one more step would exceed the target epsilon."""
         return len(self._taken) >= self._allowed
+
+    def _refuse_beyond(self) -> None:
+        """Whoever goes on after the last step that was planned or can be afforded."""
+        if self.exhausted:
+            raise ReleaseError(
+                f"all {self._allowed} steps of this training are taken, and one more would exceed its target or its plan: nothing was "
+                "charged or released"
+            )
 
     def forward_seed(self) -> int | None:
         """None: the forward pass draws its dropout from the operating system. A number only in debugging."""

@@ -1,9 +1,10 @@
 """A model, records and a `PrivacyConfig` go in; a privately trained model with its card comes out. Wiring, no formulas."""
 
+from hf_dp.training.evaluation import STEPS_TAKEN
 from hf_dp.training.hub_upload import ModelOnly
 from hf_dp.training.loop import PrivateLoop, plan
 from hf_dp.training.options import REFUSED, check_options
-from hf_dp.training.trainer import STEPS_TAKEN, DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
+from hf_dp.training.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
 
 __all__ = [
     "REFUSED",

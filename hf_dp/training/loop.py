@@ -4,7 +4,6 @@
 order (a step without a release, two releases in one step, gradients from elsewhere) is an error before the weights change.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import (
     Batch,
     MicroBatch,
+    hooks_in,
     records_of_the_same_shape,
     self_check,
 )
@@ -37,7 +37,15 @@ from hf_dp.sampling import (
     micro_batches,
     tokens_of_a_pass,
 )
-from hf_dp.step import Passes, PrivacySpent, PrivateRun, PrivateStep
+from hf_dp.step import (
+    Passes,
+    PrivacySpent,
+    PrivateRun,
+    PrivateStep,
+    WeightGuard,
+    coarse_products,
+    foreign_parameters,
+)
 from hf_dp.training.passes import Subject, examined
 
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw waits for
@@ -100,13 +108,11 @@ class PrivateLoop:
         self._draw: Draw[MicroBatch] | None = None
         self._size = 0
         self._failure: str | None = None
-        self._waits_for: str | None = None
         self.alone_because = ""
         self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
-        self._written: dict[nn.Parameter, tuple[Tensor, int]] = {}
-        self._optimizer = optimizer
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self._waits = False  # for backward
+        self._guard = WeightGuard()
+        self._guard.watch(model, optimizer)
 
     def draws(
         self,
@@ -153,17 +159,16 @@ class PrivateLoop:
                 container = cut(records.__getitems__(kept))
                 self._failure = container.get(FAILURE)
                 batches = [] if self._failure else list(micro_batches(container))
-                self._draw, self._waits_for = Draw(batches, container[DRAW_NUMBER]), BACKWARD
+                self._draw, self._waits = Draw(batches, container[DRAW_NUMBER]), True
                 self._size = sum(batch.size for batch in batches)
                 yield self._draw
-                if self._waits_for is not None:
-                    raise ReleaseError(
-                        f"draw {self._draw.number} is over without {self._waits_for}: each takes one, once"
-                    )
+                if waits_for := self._waits_for():
+                    raise ReleaseError(f"draw {self._draw.number} is over without {waits_for}: each takes one, once")
+                self._guard.check()
                 if self._run.exhausted:
                     return
         finally:
-            self._draw = self._waits_for = None
+            self._draw, self._waits = None, False
             self._run.close()
 
     def backward(self, draw: Draw[MicroBatch]) -> None:
@@ -173,14 +178,15 @@ class PrivateLoop:
             ReleaseError: not the draw that `draws` yielded last, or a second time. Nothing is charged or released.
             CaptureError: not one loss an example, or another number of rows than were drawn. Charged, nothing released.
         """
-        if draw is not self._draw or self._waits_for != BACKWARD:
+        if draw is not self._draw or not self._waits:
             raise ReleaseError(
-                f"backward takes the draw that draws() yielded last, once (that one waits for {self._waits_for or 'nothing'}): "
+                f"backward takes the draw that draws() yielded last, once (that one waits for {self._waits_for() or 'nothing'}): "
                 "two releases of one draw cost more than two charges say"
             )
+        self._guard.before_pass()
         self._step(self._run, lambda: self._checked(draw), draw.number)
-        self._written = {p: (p.grad, p.grad._version) for p in self.model.parameters() if p.grad is not None}
-        self._waits_for = STEP
+        self._guard.released()
+        self._waits = False
 
     def privacy_spent(self) -> PrivacySpent:
         """(epsilon, delta) of every step charged so far; 0 before the first."""
@@ -219,29 +225,8 @@ class PrivateLoop:
         _refuse_other_examples(draw, self._size)
         return draw
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._waits_for != STEP:
-            raise ReleaseError(f"optimizer.step() without a release: the draw waits for {self._waits_for or 'nothing'}")
-        if any(a is not None for a in (*args[1:], *kwargs.values())):
-            raise ReleaseError(
-                "optimizer.step() takes no closure: it would compute gradients without clipping and noise"
-            )
-        changed = [
-            p
-            for p, (gradient, version) in self._written.items()
-            if p.grad is not gradient or gradient._version != version
-        ]
-        held = itertools.chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
-        strays = [p for p in held if p.grad is not None and p not in self._written]
-        if changed or strays:
-            names = {p: name for name, p in self.model.named_parameters()}
-            listed = ", ".join(names.get(p, "one outside the model") for p in (*changed, *strays))
-            raise ReleaseError(
-                f"the gradients of {listed} are not those that backward(draw) wrote: call no loss.backward() beside it"
-            )
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._waits_for, self._written = None, {}
+    def _waits_for(self) -> str | None:
+        return BACKWARD if self._waits else STEP if self._guard.waiting else None
 
 
 def _refuse_other_examples(batches: list[MicroBatch], expected: int) -> None:
@@ -256,18 +241,19 @@ def _wrong_setting(m: Mechanism) -> Iterator[str]:
         yield f"a loop runs in one process, found {dist.get_world_size()}: use DPTrainer"
     if m.loss_bound is not None:
         yield "log_loss_up_to releases more than the gradient: leave it out, or use DPTrainer"
+    yield from coarse_products()
     if m.debug:
         yield "debug_seed is for tests of DPTrainer: leave it out"
 
 
 def _wrong_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    held = {p for group in optimizer.param_groups for p in group["params"]}
+    held = {p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
     trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for p, name in trainable.items() if p not in held]
-    foreign = len(held - set(model.parameters()))
     if not trainable:
         yield "the model has no trainable parameter"
     if missing:
         yield f"the optimizer does not hold {', '.join(missing)}: freeze them (requires_grad_(False)), or give them to it"
-    if foreign:
-        yield f"the optimizer holds {foreign} parameters that are not the model's: they would be trained without clipping and noise"
+    yield from foreign_parameters(model, optimizer)
+    if hooked := list(hooks_in(model)):
+        yield f"hooks on gradients of {', '.join(hooked)}, which would not run: remove them"

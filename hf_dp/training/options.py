@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from hf_dp.errors import UnsupportedOptionError
-from hf_dp.step import sharding
+from hf_dp.step import COARSE, coarse_products, sharding
+from hf_dp.training.deciders import deciders
 from hf_dp.training.overrides import ignored
 
 DEFAULT_MAX_GRAD_NORM = (
@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "tf32": (
         bool,
-        "norms would have ten bits, and clipped gradients exceed C by 1e-3; use bf16=True, which keeps them in float32",
+        COARSE,
     ),
     "debug": (
         lambda v: any("underflow_overflow" in str(option).lower() for option in _listed(v)),
@@ -120,7 +120,7 @@ HANDLED: dict[str, str] = {
     "report_to": "gets what is logged, and no more",
     "save_strategy": "'best' needs PrivacyConfig(public_eval=True); a checkpoint is sealed with the ledger's copy",
     "load_best_model_at_end": "needs PrivacyConfig(public_eval=True)",
-    "metric_for_best_model": "only for load_best_model_at_end",
+    "metric_for_best_model": "needs PrivacyConfig(public_eval=True)",
     "greater_is_better": "only for load_best_model_at_end",
     "eval_strategy": "evaluation data are not covered: the log says so unless they were declared public",
     "eval_on_start": "as eval_strategy",
@@ -183,8 +183,8 @@ def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
         UnsupportedOptionError: with one line an option.
     """
     problems = [*_of_training_arguments(args, public_eval), *_of_surroundings(), *_of_data(others)]
-    problems += _of_model(others.get("model"))
     problems += ignored(others.get("trainer", transformers.Trainer))
+    problems += [*_of_model(others.get("model")), *(() if public_eval else deciders(others.get("callbacks") or ()))]
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")
@@ -238,15 +238,18 @@ def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
             "load_best_model_at_end / save_strategy='best': choosing a checkpoint by private data spends privacy; declare the "
             "evaluation data public with PrivacyConfig(public_eval=True), or drop it"
         )
+    elif given.get("metric_for_best_model") and not public_eval:
+        yield (
+            "metric_for_best_model: the best number on private data would lie in trainer_state.json without a mark; declare the "
+            "evaluation data public with PrivacyConfig(public_eval=True), or drop it"
+        )
 
 
 def _of_surroundings() -> Iterator[str]:
     for name, (unsafe, remedy) in ENVIRONMENT.items():
         if unsafe(os.environ.get(name, "")):
             yield f"{name}={os.environ[name]} (from accelerate's launcher or config file): {remedy}"
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        yield f"torch.set_float32_matmul_precision({precision!r}): {REFUSED['tf32'][1]}, and set 'highest'"
+    yield from coarse_products()
 
 
 def _listed(value: Any) -> list[Any]:

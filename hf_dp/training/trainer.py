@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import datasets
 import torch
@@ -47,11 +47,15 @@ from hf_dp.step import (
     PrivateRun,
     PrivateStep,
     ReleasedMetrics,
+    WeightGuard,
     largest_micro_batch,
+    refuse_foreign_parameters,
     sharding,
 )
 from hf_dp.training import objective as objectives
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
+from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
+from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
@@ -59,18 +63,10 @@ from hf_dp.training.passes import inventory_and_reason
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
 
-if TYPE_CHECKING:
-    _Host = Trainer  # what a mixin may count on
-else:
-    _Host = object
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
-STEPS_TAKEN = (
-    "epsilon_of_steps_taken"  # as if their number had been fixed beforehand; beside epsilon, which is the plan's
-)
-EVAL_MARK = "eval_not_covered_by_privacy"
 
 
-class DPTrainerMixin(_Host):
+class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -127,12 +123,15 @@ class DPTrainerMixin(_Host):
         self.objective: Objective | None = None
         self.alone_because = ""
         self._run: PrivateRun | None = None
+        self._guard = WeightGuard()
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column)
         self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num)
         with sharding.checkpoints_allowed(options["args"], options.get("model")):
             super().__init__(**options)
+        if self.optimizer is not None:
+            refuse_foreign_parameters(self.model, self.optimizer)
         show_epsilon(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Any, given_data)), self._groups)
@@ -237,6 +236,7 @@ class DPTrainerMixin(_Host):
             )
         if (now := objectives.choose(self)) != self.objective:  # the model was changed since
             self._settle(now)
+        self._refuse_side_doors()
         self.self_check()
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
@@ -250,7 +250,9 @@ class DPTrainerMixin(_Host):
             print_summary(self)
             weigh = begin_audit(self, self._canaries, checkpoint)
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            self._guard.check()
         finally:
+            self._guard.leave()
             self._run.close()
             self.private_step.forget()
         self._canaries.weigh(weigh)
@@ -261,13 +263,13 @@ class DPTrainerMixin(_Host):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which is private."""
         run, step = self._running(), self.private_step
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        self._begin_pass()
         add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
         released = step(run, lambda: micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
         self._canaries.observe(released, run.level)
         if self._released_metrics is not None:
             self._released_metrics.add(released[-len(METRICS) :], run.level)
+        self._guard.released()
         if run.exhausted:
             self.control.should_training_stop = True
         return torch.zeros((), device=self.args.device)
@@ -280,8 +282,6 @@ class DPTrainerMixin(_Host):
         logs.update(released)
         if self.mechanism is not None and self._run is not None:
             logs |= {"epsilon": self._run.spent().epsilon, STEPS_TAKEN: self._run.epsilon_of_steps_taken()}
-        if not self.privacy.public_eval and any(name.startswith("eval_") for name in logs):
-            logs[EVAL_MARK] = 1.0
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

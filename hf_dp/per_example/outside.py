@@ -1,0 +1,110 @@
+"""A model and its pass -> errors where gradients reach what is not the model's, or would have gone through hooks that never run."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_dp.errors import UnsupportedParameterError
+from hf_dp.per_example.proxy import tensors_in
+
+
+def hooks_in(model: nn.Module) -> Iterator[str]:
+    """Each hook on gradients in the model, by the name of what it hangs on: none would see what it is meant to see.
+
+    On a trainable parameter none would run, since another tensor stands in for it in every pass. On a module it would run on the gradients
+    of a whole micro-batch, and could mix its examples or keep them.
+    """
+    for name, p in model.named_parameters():
+        if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            yield name
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            yield f"{name or type(module).__name__} (a module)"
+    if of_all_modules._global_backward_hooks or of_all_modules._global_backward_pre_hooks:
+        yield "all modules (register_module_full_backward_hook)"
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Before a pass.
+
+    Raises:
+        UnsupportedParameterError: naming all that have hooks on gradients.
+    """
+    if hooked := list(hooks_in(model)):
+        raise UnsupportedParameterError(
+            f"hooks on gradients of {', '.join(hooked)}: gradients are formed example by example, where hooks do not run, or see many "
+            "examples at once. Remove them (handle.remove()). To train some rows of a table alone, put them in a parameter of their "
+            "own and freeze the table (peft: LoraConfig(trainable_token_indices=...)); to change the update, change the optimizer"
+        )
+
+
+class _Leaves(TorchDispatchMode):
+    """Notes every foreign leaf that asks for a gradient and goes into an operation, and sets aside the gradient that it had."""
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._own = set(map(id, own))
+        self._seen: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for t in tensors_in([args, kwargs]):
+            if t.requires_grad and t.is_leaf and id(t) not in self._own and id(t) not in self._seen:
+                self._seen[id(t)] = t, t.grad
+                t.grad = None
+        return func(*args, **kwargs)
+
+    def give_back(self) -> list[Tensor]:
+        """Puts all gradients back as they were; returns the leaves that got one since."""
+        reached = [t for t, _ in self._seen.values() if t.grad is not None]
+        for t, grad in self._seen.values():
+            t.grad = grad
+        return reached
+
+
+@contextmanager
+def nothing_outside(model: nn.Module, anchor: Tensor) -> Iterator[None]:
+    """Around a pass, forward and backward: every leaf that gets a gradient in it is the model's, or its `Capture`'s anchor.
+
+    A leaf that is used without getting a gradient (a teacher under `no_grad`) is let through.
+
+    Raises:
+        UnsupportedParameterError: naming leaves outside the model that got a gradient; after the pass.
+    """
+    leaves = _Leaves([*model.parameters(), anchor])
+    try:
+        with leaves:
+            yield
+    finally:
+        reached = leaves.give_back()
+    if reached:
+        names = ", ".join(_name(model, t) for t in reached)
+        raise UnsupportedParameterError(
+            f"gradients reach {len(reached)} tensors that are not parameters of the model: {names}. They would be neither clipped nor "
+            "noised. Make what holds them a submodule of the model (model.loss_head = head; an nn.ModuleList or nn.ModuleDict in place "
+            "of a list or dict), so that they are trained with it, or freeze them (requires_grad_(False))"
+        )
+
+
+def _name(model: nn.Module, leaf: Tensor) -> str:
+    """Where the model keeps a tensor that is not registered with it, or else its shape."""
+    for prefix, module in model.named_modules():
+        for key, value in vars(module).items():
+            for at, held in _members(value):
+                inner = held.named_parameters() if isinstance(held, nn.Module) else [("", held)]
+                for name, tensor in inner:
+                    if tensor is leaf:
+                        return ".".join(filter(None, [prefix, f"{key}{at}", name]))
+    return f"one of shape {list(leaf.shape)}"
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """A value, or what a plain list, tuple or dict of them holds, each with its place."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    yield from ((f"[{key!r}]", item) for key, item in items)
+    if not items:
+        yield "", value

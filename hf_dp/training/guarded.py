@@ -1,0 +1,57 @@
+"""The seams of a Trainer at which its weights are held against what was released, and at which training ends whatever callbacks say."""
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import Trainer
+
+from hf_dp.step import PrivateRun, WeightGuard, refuse_foreign_parameters
+from hf_dp.training.deciders import refuse_deciders
+
+if TYPE_CHECKING:
+    _Host = Trainer  # what a mixin may count on
+else:
+    _Host = object
+
+
+class GuardedWeights(_Host):
+    """What `DPTrainerMixin` does about the weights: its own part of a `Trainer`."""
+
+    privacy: Any
+    model: Any  # always there once the host is built
+    optimizer: Any
+    _guard: WeightGuard
+    _run: PrivateRun | None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, of weights that come from what was released alone."""
+        self._guard.check()
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _refuse_side_doors(self) -> None:
+        """Before a training: an optimizer that holds more than the model, and callbacks that decide by private numbers."""
+        refuse_deciders(self.callback_handler.callbacks, public_eval=self.privacy.public_eval)
+        refuse_foreign_parameters(self.model, torch_optimizer(self.create_optimizer()))
+
+    def _begin_pass(self) -> None:
+        self._guard.watch(self.model, torch_optimizer(self.optimizer))
+        self._guard.before_pass()
+
+    def _before_evaluation(self) -> None:
+        self._guard.before_evaluation()
+
+    def _load_best_model(self) -> None:
+        self._guard.check()
+        self._guard.leave()  # the steps are over, and what is loaded was saved between them
+        super()._load_best_model()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; then the last word on whether training goes on."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._run is not None and self._run.exhausted:
+            self.control.should_training_stop = True
+
+
+def torch_optimizer(optimizer: Any) -> Any:
+    """Accelerate's wrapper steps by the optimizer within it, on which hooks are called."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
