@@ -6,12 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hf_dp.clipping import LARGEST_NORM, clip_factors
 from torch import Generator, Tensor
 
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example import norms
 from hf_dp.per_example.capture import clipped_gradient_sum
+from hf_dp.per_example.clipping import LARGEST_NORM, clip_factors
 from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
 
 BATCH = 240  # gradients of a kind and a seed
