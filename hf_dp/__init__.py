@@ -21,10 +21,9 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         UnsupportedParameterError,
     )
-    from hf_dp.loop import PrivateLoop, plan
     from hf_dp.mechanism import Mechanism
-    from hf_dp.run import PrivacySpent
-    from hf_dp.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
+    from hf_dp.step import PrivacySpent
+    from hf_dp.training import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin, PrivateLoop, plan
 
 __all__ = [
     "AccountingError",
@@ -49,15 +48,15 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
-    "DPSeq2SeqTrainer": "hf_dp.trainer",
-    "DPTrainer": "hf_dp.trainer",
-    "DPTrainerMixin": "hf_dp.trainer",
+    "DPSeq2SeqTrainer": "hf_dp.training",
+    "DPTrainer": "hf_dp.training",
+    "DPTrainerMixin": "hf_dp.training",
     "Mechanism": "hf_dp.mechanism",
     "AuditConfig": "hf_dp.config",
     "PrivacyConfig": "hf_dp.config",
-    "PrivacySpent": "hf_dp.run",
-    "PrivateLoop": "hf_dp.loop",
-    "plan": "hf_dp.loop",
+    "PrivacySpent": "hf_dp.step",
+    "PrivateLoop": "hf_dp.training",
+    "plan": "hf_dp.training",
 }  # every other name of __all__ is an error
 
 

@@ -145,7 +145,8 @@ def _problems(c: PrivacyConfig) -> Iterator[str]:
         given = "both" if c.target_epsilon is not None else "neither"
         yield f"give exactly one of target_epsilon and noise_multiplier (got {given})"
     if c.target_epsilon is not None and not (is_number(c.target_epsilon) and c.target_epsilon > 0):
-        yield f"target_epsilon must be a finite number above 0 (got {c.target_epsilon!r})"
+        plain = "; for training without privacy take transformers.Trainer, or noise_multiplier=0 to debug"
+        yield f"target_epsilon must be a finite number above 0 (got {c.target_epsilon!r}{plain if c.target_epsilon == math.inf else ''})"
     if c.noise_multiplier is not None and not (is_number(c.noise_multiplier) and c.noise_multiplier >= 0):
         yield f"noise_multiplier must be a finite number, 0 or more (got {c.noise_multiplier!r})"
     if c.target_delta is not None and not (is_number(c.target_delta) and MIN_DELTA <= c.target_delta < 1):

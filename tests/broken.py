@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dp import epsilon, losses, microbatch, run, trainer
-from hf_dp.ledger import Ledger
-from hf_dp.noise import NoiseSource
-from hf_dp.per_example import capture
-from hf_dp.release import Releaser
-from hf_dp.sampling import Draw, PoissonSampler
+from hf_dp.accounting import epsilon
+from hf_dp.ledger.ledger import Ledger
+from hf_dp.per_example import capture, losses
+from hf_dp.randomness.noise import NoiseSource
+from hf_dp.sampling import microbatch
+from hf_dp.sampling.poisson import Draw, PoissonSampler
+from hf_dp.step import PrivateStep, run, sums
+from hf_dp.step.release import Releaser
+from hf_dp.training import trainer
 
 Patch = pytest.MonkeyPatch
 
@@ -22,7 +25,7 @@ def no_clipping(patch: Patch) -> None:
 
 def clipped_after_averaging(patch: Patch) -> None:
     """The whole micro-batch's gradient is clipped to B C, as `max_grad_norm` would."""
-    original = trainer.clipped_gradient_sum
+    original = sums.clipped_gradient_sum
 
     def clipped(model: Any, example_losses: Any, batch_size: int, clip_norm: float, into: Any, *passes: Any) -> None:
         own = {name: torch.zeros_like(total) for name, total in into.items()}
@@ -31,7 +34,7 @@ def clipped_after_averaging(patch: Patch) -> None:
         for name, g in own.items():
             into[name] += g * min(1.0, batch_size * clip_norm / max(norm, 1e-30))
 
-    patch.setattr(trainer, "clipped_gradient_sum", clipped)
+    patch.setattr(sums, "clipped_gradient_sum", clipped)
 
 
 def clipped_by_parameter(patch: Patch) -> None:
@@ -57,13 +60,13 @@ def noise_on_one_parameter(patch: Patch) -> None:
 
 
 def noise_for_every_micro_batch(patch: Patch) -> None:
-    original = trainer.DPTrainerMixin._add_clipped_gradients
+    original = PrivateStep.add
 
-    def noisy(self: Any, batch: Any) -> None:
+    def noisy(self: PrivateStep, batch: Any) -> None:
         original(self, batch)
-        self._flat += NoiseSource().gaussian(len(self._flat), std=self.mechanism.noise_std)
+        self.sum.flat += NoiseSource().gaussian(len(self.sum.flat), std=self.level.noise_std)
 
-    patch.setattr(trainer.DPTrainerMixin, "_add_clipped_gradients", noisy)
+    patch.setattr(PrivateStep, "add", noisy)
 
 
 def noise_from_the_trainers_seed(patch: Patch) -> None:

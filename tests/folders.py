@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from hf_dp import card
+from hf_dp.accounting.selection import Selection
 from hf_dp.audit.report import Counts
-from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader
+from hf_dp.card import record as card
+from hf_dp.card.verification import verify
+from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader
 from hf_dp.mechanism import Mechanism
-from hf_dp.selection import Selection
-from hf_dp.verify import verify
 
 N, STEPS, DELTA = 1000, 12, 1e-4
 

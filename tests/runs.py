@@ -1,5 +1,6 @@
 """A toy data set, collator and trainer for tests of whole runs."""
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_dp import DPTrainer, PrivacyConfig
-from hf_dp.run import PrivateRun
+from hf_dp.step.run import PrivateRun
 
 NOISELESS = {"noise_multiplier": 0.0, "debug_seed": 7, "target_delta": 1e-3}
 
@@ -77,6 +78,21 @@ OF_THE_TRAINER = (
     "train_dataset data_collator eval_dataset compute_metrics callbacks compute_loss_func micro_batch_tokens check_records "
     "processing_class optimizers model_init"
 ).split()
+
+
+def collated(rows: list[dict[str, Any]], micro_batch: int) -> list[dict[str, torch.Tensor]]:
+    """The rows in micro-batches of so many, in their order."""
+    return [collate(rows[start : start + micro_batch]) for start in range(0, len(rows), micro_batch)]
+
+
+def clipped_sum(trainer: DPTrainer, batches: list[dict[str, torch.Tensor]], **settings: Any) -> torch.Tensor:
+    """The sum that a step over these micro-batches would release, before noise, with `settings` of the mechanism replaced."""
+    step = trainer.private_step
+    step.level = dataclasses.replace(step.level, **settings)
+    step.prepare()
+    for batch in batches:
+        step.add(batch)
+    return step.sum.flat.clone()
 
 
 def record_sums(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from hf_dp import accounting, epsilon
-from hf_dp.accounting import affordable_steps, derivation, plan, spent
+from hf_dp.accounting import epsilon
+from hf_dp.accounting import planned as accounting
+from hf_dp.accounting.planned import affordable_steps, derivation, plan, spent
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import AccountingError, ConfigError, HfDpError
 from hf_dp.mechanism import Segment, default_delta, steps_per_epoch

@@ -19,9 +19,9 @@ from test_canaries import audited, small_claim
 
 from hf_dp import DPTrainer
 from hf_dp.audit.report import POWER
-from hf_dp.canaries import Canaries
 from hf_dp.mechanism import Mechanism
-from hf_dp.noise import NoiseSource
+from hf_dp.randomness.noise import NoiseSource
+from hf_dp.training.canaries import Canaries
 
 NEW = 300  # token ids behind those of the tokenizer, frozen and told apart by their random embeddings
 

@@ -18,12 +18,13 @@ from test_faults import PRIVATE, SAVING, At, Stop, _stop
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from hf_dp import budget, durable
-from hf_dp.accounting import spent
-from hf_dp.budget import TOKEN_NAME, Of
+from hf_dp import durable
+from hf_dp.accounting.planned import spent
 from hf_dp.cli import app
 from hf_dp.errors import BudgetError, ConfigError, HfDpError
-from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
+from hf_dp.ledger import budget
+from hf_dp.ledger.budget import TOKEN_NAME, Of
+from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
 from hf_dp.mechanism import Segment
 
 DELTA = 1e-5

@@ -5,9 +5,9 @@ import math
 import dp_accounting as da
 import pytest
 
-from hf_dp import calibration
-from hf_dp.accounting import calibrate, plan, spent
-from hf_dp.calibration import round_up
+from hf_dp.accounting import calibration
+from hf_dp.accounting.calibration import round_up
+from hf_dp.accounting.planned import calibrate, plan, spent
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment

@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 
 import recipes as R
 from hf_dp import AuditConfig, DPTrainer, PrivacyConfig
+from hf_dp.accounting.calibration import calibrate
+from hf_dp.accounting.epsilon import spent
 from hf_dp.audit.report import CONFIDENCE, audit_record, counted
 from hf_dp.audit.scores import log_likelihood_ratio
-from hf_dp.calibration import calibrate
-from hf_dp.canaries import SLOTS, Canaries
 from hf_dp.cli import app
-from hf_dp.epsilon import spent
 from hf_dp.errors import AuditError, ConfigError, LedgerError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
-from hf_dp.microbatch import DRAW_NUMBER, MICRO_BATCHES, micro_batches
+from hf_dp.sampling.microbatch import DRAW_NUMBER, MICRO_BATCHES, micro_batches
+from hf_dp.training.canaries import SLOTS, Canaries
 
 N, M_CANARIES, B = 24, 40, 16
 FALSE_ALARM = 1e-6

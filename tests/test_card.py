@@ -9,10 +9,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_dp import card, card_files
-from hf_dp.accounting import spent
+from hf_dp.accounting.planned import spent
+from hf_dp.card import readme as card_files
+from hf_dp.card import record as card
 from hf_dp.errors import ConfigError, LedgerError
-from hf_dp.ledger import ExecutedSegment, LedgerHeader, LedgerRecord
+from hf_dp.ledger.ledger import ExecutedSegment, LedgerHeader, LedgerRecord
 from hf_dp.mechanism import Mechanism, Segment
 
 MECHANISM = Mechanism(
@@ -228,7 +229,7 @@ def test_epsilon_is_stated_at_several_deltas_and_rises_as_they_fall():
 
 
 def test_the_best_guessers_chance_is_the_one_that_epsilon_allows():
-    from hf_dp.card_words import _in_words
+    from hf_dp.card.words import _in_words
 
     assert _in_words(0.0, 0.0)["accuracy"] == "50.00 %"
     assert _in_words(1.0, 0.0)["accuracy"] == "73.11 %"  # e / (1 + e) = 0.731058..., rounded up

@@ -14,14 +14,14 @@ from noise_checks import assert_gaussian, assert_uncorrelated
 from scipy import stats
 from test_sampling import GATES, N, Q, T, inclusion
 
-from hf_dp.accounting import spent
-from hf_dp.chacha import WORDS, ChaCha20Stream
+from hf_dp.accounting.planned import spent
+from hf_dp.card.verification import verify
 from hf_dp.errors import ConfigError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.noise import BLOCK, NoiseSource
-from hf_dp.sampling import PoissonSampler
-from hf_dp.streams import ChaChaKey, Role, checked_key, keyed_stream
-from hf_dp.verify import verify
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
+from hf_dp.randomness.chacha import WORDS, ChaCha20Stream
+from hf_dp.randomness.noise import BLOCK, NoiseSource
+from hf_dp.randomness.streams import ChaChaKey, Role, checked_key, keyed_stream
+from hf_dp.sampling.poisson import PoissonSampler
 
 D = 100_000
 

@@ -11,9 +11,10 @@ import runs
 import torch
 from torch import Tensor, nn
 
-from hf_dp import losses
 from hf_dp.errors import SelfCheckError, UnsupportedOptionError
 from hf_dp.per_example import factors as fx
+from hf_dp.per_example import losses
+from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.capture import per_example_factors
 from hf_dp.per_example.compiled import AnchoredLinear, CompiledBlocks
 from hf_dp.per_example.inventory import take_inventory
@@ -50,7 +51,9 @@ def test_factors_are_those_of_the_pass_without_compiling(case: str) -> None:
         graphs.append(graph)
         return graph.forward
 
-    compiled = CompiledBlocks(model, take_inventory(model, make(), partial(example_losses, kind)), counting)
+    compiled = CompiledBlocks(
+        model, take_inventory(model, MicroBatch(make(), 3), partial(example_losses, kind)), counting
+    )
     for examples, length in ((3, 9), (5, 11), (1, 7)):
         batch = make(examples, length)
         work = model, partial(example_losses, kind, model, batch), examples
@@ -77,7 +80,7 @@ def test_norms_are_in_float32_under_autocast() -> None:
     model, batch = M.with_lora(M.llama), M.token_batch(4, 9)
     losses_of = partial(example_losses, "ForCausalLM")
     with torch.autocast("cpu", torch.bfloat16):
-        compiled = CompiledBlocks(model, take_inventory(model, batch, losses_of))
+        compiled = CompiledBlocks(model, take_inventory(model, MicroBatch(batch, len(batch["labels"])), losses_of))
         work = model, partial(losses_of, model, batch), 4
         ours, theirs = gradients(compiled(*work)[0]), gradients(per_example_factors(*work)[0])
     assert all(g.dtype == torch.float32 for g in ours.values())
@@ -89,7 +92,9 @@ def test_norms_are_in_float32_under_autocast() -> None:
 def test_the_model_is_as_it_was_after_an_error() -> None:
     model = M.with_lora(M.llama)
     before = dict(model.named_modules())
-    compiled = CompiledBlocks(model, take_inventory(model, M.token_batch(), partial(example_losses, "ForCausalLM")))
+    compiled = CompiledBlocks(
+        model, take_inventory(model, MicroBatch(M.token_batch(), 3), partial(example_losses, "ForCausalLM"))
+    )
 
     def failing() -> Tensor:
         example_losses("ForCausalLM", model, M.token_batch(4))

@@ -8,14 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_dp import accounting
-from hf_dp import recipe as recipes
+from hf_dp.accounting import planned as accounting
 from hf_dp.demo import base, compare, records
 from hf_dp.demo import run as demo
 from hf_dp.demo.folder import MARK, fresh_folder
 from hf_dp.demo.report import Result
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import Segment
+from hf_dp.recipe import recipe as recipes
 
 SMALL = demo.Size(
     num_public=96,

@@ -9,12 +9,12 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from hf_dp import discrete
-from hf_dp.discrete import Words, discrete_gaussian
 from hf_dp.errors import ConfigError, HfDpError
-from hf_dp.grid import STD
-from hf_dp.noise import BLOCK, NoiseSource
-from hf_dp.streams import ChaChaKey, Role, keyed_stream
+from hf_dp.randomness import discrete
+from hf_dp.randomness.discrete import Words, discrete_gaussian
+from hf_dp.randomness.grid import STD
+from hf_dp.randomness.noise import BLOCK, NoiseSource
+from hf_dp.randomness.streams import ChaChaKey, Role, keyed_stream
 from tests.noise_checks import FALSE_ALARM, assert_uncorrelated, std_is
 
 

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_dp import PrivateLoop
-from hf_dp.accounting import spent
-from hf_dp.card import PRIVACY_JSON
+from hf_dp.accounting.planned import spent
+from hf_dp.card.record import PRIVACY_JSON
 from hf_dp.errors import CaptureError, ConfigError, ReleaseError
-from hf_dp.grid import STD, grid_for
-from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
-from hf_dp.noise import NoiseSource
-from hf_dp.per_example.integers import add_integer_gradient
-from hf_dp.release import Releaser
-from hf_dp.run import PrivateRun
-from hf_dp.streams import ChaChaKey
+from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
+from hf_dp.randomness.grid import STD, grid_for
+from hf_dp.randomness.noise import NoiseSource
+from hf_dp.randomness.streams import ChaChaKey
+from hf_dp.step import PrivateStep
+from hf_dp.step.integers import add_integer_gradient
+from hf_dp.step.release import Releaser
+from hf_dp.step.run import PrivateRun
 from tests.noise_checks import std_is
 
 PRIVACY: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "noise": "discrete"}
@@ -83,13 +84,9 @@ def test_the_sum_has_no_order(tmp_path: Path) -> None:
     """Whatever comes before or after, alone, together or in two sums: the same whole numbers."""
     rows = list(runs.text_rows(8))
     trainer = runs.trainer(tmp_path, privacy=PRIVACY)
-    trainer._prepare_for_step()
 
     def total(kept: list[Any]) -> Tensor:
-        trainer._flat.zero_()
-        for row in kept:
-            trainer._add_clipped_gradients(runs.collate([row]))
-        return trainer._flat.clone()
+        return runs.clipped_sum(trainer, [runs.collate([row]) for row in kept])
 
     whole = total(rows)
     for seed in range(2):
@@ -105,13 +102,13 @@ def test_the_sum_has_no_order(tmp_path: Path) -> None:
 def test_an_example_has_a_pass_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = runs.trainer(tmp_path, privacy=PRIVACY, per_device_train_batch_size=8)
     shapes: list[tuple[int, ...]] = []
-    add = type(trainer)._add_clipped_gradients
+    add = PrivateStep.add
 
-    def noted(self: Any, batch: Any) -> None:
+    def noted(self: PrivateStep, batch: Any) -> None:
         shapes.append(tuple(batch["input_ids"].shape))
         add(self, batch)
 
-    monkeypatch.setattr(type(trainer), "_add_clipped_gradients", noted)
+    monkeypatch.setattr(PrivateStep, "add", noted)
     trainer.train()
     lengths = [len(row["input_ids"]) for row in runs.text_rows()]
     assert shapes[0] == (1, max(lengths))  # the longest first

@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_dp import memory
-from hf_dp.dry_run import greatest_lengths, largest_micro_batch
-from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.memory import Room
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
+from hf_dp.step import memory
+from hf_dp.step.dry_run import greatest_lengths, largest_micro_batch
+from hf_dp.step.memory import Room
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +27,9 @@ def _as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 class Watched(test_memory.Scarce):
     """Notes the passes of the dry run and those of the steps apart."""
 
-    def _prepare_for_step(self) -> None:
+    def begin(self) -> None:
         self.of_all = [*getattr(self, "of_all", []), *getattr(self, "passes", [])]
-        super()._prepare_for_step()
+        super().begin()
 
 
 def without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hf_dp.audit.exposure import CHANCE, are_given_away, exposures
 from hf_dp.demo.records import write_records
 from hf_dp.demo.secrets import NUM_OTHERS, NUM_SECRETS, Exposure, given_away, make_secrets
 from hf_dp.errors import AuditError
-from hf_dp.recipe import DataSection
+from hf_dp.recipe.recipe import DataSection
 
 RNG = np.random.default_rng(5)
 
@@ -62,8 +62,8 @@ def test_a_model_that_learnt_a_secret_by_heart_gives_it_away(tmp_path: Path) -> 
     """The positive control: the same small model before and after it read two of the secrets over and over."""
     import datasets
 
-    from hf_dp.data import PadRight, completions
     from hf_dp.demo.base import MAX_TOKENS, small_llama, train_tokenizer
+    from hf_dp.recipe.examples import PadRight, completions
 
     hidden = make_secrets()[:2]
     data = DataSection(train="-", prompt="topic: {topic}\n", target="{note}")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_dp.per_example import factors as fx
+from hf_dp.per_example import norms
 from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
 
 # float64 throughout: what is left is the order of summation
@@ -55,13 +56,17 @@ def slow(factors: list[Factor]) -> Tensor:
     return total
 
 
+def square(factors: list[Factor]) -> Tensor:
+    return norms.squared_norms({"weight": factors}).squares
+
+
 @given(uses())
 @quick
 def test_norms_of_any_mixture_are_those_of_the_gradients(case) -> None:
     factors, batch = case
     expected = slow(factors).flatten(1).square().sum(1)
-    torch.testing.assert_close(fx.squared_norms(fx.merge(factors)), expected, **CLOSE)
-    assert len(fx.squared_norms(fx.merge(factors))) == batch
+    torch.testing.assert_close(square(fx.merge(factors)), expected, **CLOSE)
+    assert len(square(fx.merge(factors))) == batch
 
 
 @given(uses(), st.sampled_from([1, 7, 1 << 25]))
@@ -87,7 +92,7 @@ def test_gram_and_product_forms_agree(case, chunk: int) -> None:
     try:
         for factor in factors:
             if isinstance(factor, Outer):
-                torch.testing.assert_close(fx.gram_squared_norm(factor), fx.product_squared_norm(factor), **CLOSE)
+                torch.testing.assert_close(norms.by_gram(factor).square, norms.by_product(factor).square, **CLOSE)
     finally:
         fx.CHUNK_ELEMENTS = before
 
@@ -118,15 +123,15 @@ def test_examples_left_out_add_exactly_nothing(case, bad: float) -> None:
 def test_rows_that_occur_twice_add_up_before_they_are_squared() -> None:
     twice = Rows(torch.tensor([[3, 3]]), torch.ones(1, 2, 1), 5)
     apart = Rows(torch.tensor([[3, 4]]), torch.ones(1, 2, 1), 5)
-    assert fx.squared_norms([twice]).item() == pytest.approx(4.0)
-    assert fx.squared_norms([apart]).item() == pytest.approx(2.0)
+    assert square([twice]).item() == pytest.approx(4.0)
+    assert square([apart]).item() == pytest.approx(2.0)
 
 
 def test_a_tied_tables_cross_term_counts() -> None:
     """The same weight as lookup and as head: |a + b|^2 is not |a|^2 + |b|^2."""
     rows = Rows(torch.tensor([[2]]), torch.tensor([[[1.0, 0.0]]]), 4)
     head = Outer(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 0.0, 1.0, 0.0]]]))
-    assert fx.squared_norms([head, rows]).item() == pytest.approx(4.0)
+    assert square([head, rows]).item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

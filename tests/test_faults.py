@@ -22,12 +22,12 @@ from children import KILLED, in_child
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_dp.accounting import spent
+from hf_dp.accounting.planned import spent
 from hf_dp.errors import LedgerError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
-from hf_dp.microbatch import micro_batches
-from hf_dp.run import COMPLETE, PrivateRun
+from hf_dp.sampling.microbatch import micro_batches
+from hf_dp.step.run import COMPLETE, PrivateRun
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
@@ -402,7 +402,7 @@ def test_an_interruption_is_charged_leaves_nothing_private_and_lets_go_of_the_le
 
 
 def _reopen(folder: Path) -> None:
-    from hf_dp.ledger import Ledger
+    from hf_dp.ledger.ledger import Ledger
 
     Ledger.open(folder / LEDGER_NAME, read_ledger(folder / LEDGER_NAME).header).close()
 

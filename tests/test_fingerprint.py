@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from hf_dp.errors import ConfigError, LedgerError
-from hf_dp.fingerprint import KEY_BYTES, KEY_NAME, ROWS, fingerprint
+from hf_dp.ledger.fingerprints import KEY_BYTES, KEY_NAME, ROWS, fingerprint
 
 RECORDS = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4], "labels": 1}]
 

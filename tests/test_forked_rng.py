@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dp.forked_rng import WORDS, _cpu_state, fork_forward_rng
-from hf_dp.streams import Role, stream
+from hf_dp.randomness.forked_rng import WORDS, _cpu_state, fork_forward_rng
+from hf_dp.randomness.streams import Role, stream
 
 
 def draws() -> tuple[torch.Tensor, np.ndarray, list[float]]:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dp import accounting
+from hf_dp.accounting import planned as accounting
+from hf_dp.accounting.epsilon import DISCRETE_MOST, _step_rdp, deltas, spent
 from hf_dp.config import PrivacyConfig
-from hf_dp.epsilon import DISCRETE_MOST, _step_rdp, deltas, spent
 from hf_dp.errors import ConfigError
-from hf_dp.grid import MIN_SIGMA, STD, Grid, grid_for, integer_sensitivity
 from hf_dp.mechanism import Segment
-from hf_dp.per_example.integers import squared_norm, to_integers
+from hf_dp.randomness.grid import MIN_SIGMA, STD, Grid, grid_for, integer_sensitivity
+from hf_dp.step.integers import squared_norm, to_integers
 
 DIMENSION = 5000
 SIGMAS = (MIN_SIGMA, 0.7, 1.0, 3.3, 1000.0, 20_000.0)

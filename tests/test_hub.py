@@ -10,7 +10,7 @@ import pytest
 from folders import failures
 from hub_server import TOKEN, HubServer
 
-from hf_dp.fingerprint import KEY_NAME
+from hf_dp.ledger.fingerprints import KEY_NAME
 
 HERE = Path(__file__).parent
 CARD = {"README.md", "privacy.json", "privacy_tradeoff.svg", "privacy_ledger.jsonl"}

@@ -17,13 +17,13 @@ import torch
 from children import KILLED, Bomb, in_child
 
 from hf_dp import durable
-from hf_dp.accounting import spent
+from hf_dp.accounting.planned import spent
 from hf_dp.errors import LedgerError
-from hf_dp.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger, refuse_rollback
-from hf_dp.ledger_format import GENESIS, encode, header_record, parse, step_record
+from hf_dp.ledger.format import GENESIS, encode, header_record, parse, step_record
+from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger, refuse_rollback
 from hf_dp.mechanism import Segment
-from hf_dp.noise import NoiseSource
-from hf_dp.release import Releaser
+from hf_dp.randomness.noise import NoiseSource
+from hf_dp.step.release import Releaser
 
 HEADER = LedgerHeader(num_examples=1000, unit="record", relation="zero-out", delta=1e-5, data_fingerprint="ab" * 32)
 SETTINGS = {"sample_rate": 0.05, "noise_multiplier": 1.0, "clip_norm": 0.5, "expected_batch_size": 50}

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_dp import losses
 from hf_dp.errors import ConfigError
+from hf_dp.per_example import losses
 
 quick = settings(max_examples=30, deadline=None)
 

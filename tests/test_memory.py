@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.memory import Room
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.per_example import capture
 from hf_dp.per_example import factors as fx
-from hf_dp.per_example.batches import num_examples
+from hf_dp.per_example.batches import MicroBatch
+from hf_dp.step import PrivateStep
+from hf_dp.step.memory import Room
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(
@@ -23,18 +24,32 @@ CPU = RuntimeError(
 )
 
 
+class ScarceStep(PrivateStep):
+    """Tells its trainer which passes are made, and which of them are too large."""
+
+    trainer: "Scarce"
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        self.trainer.passes.append(batch["input_ids"].shape)
+        self.trainer.short = batch["input_ids"].numel() > self.trainer.room
+        super().add(batch)
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.trainer.begin()
+
+
 class Scarce(runs.DPTrainer):
     """Runs out of memory `where` a micro-batch has more padded tokens than `room`."""
 
+    step_class = ScarceStep
     room, where, error, short = 0, "forward", CUDA, False
 
-    def _add_clipped_gradients(self, batch: dict[str, Tensor]) -> None:
-        self.passes.append(batch["input_ids"].shape)
-        self.short = batch["input_ids"].numel() > self.room
-        super()._add_clipped_gradients(batch)
+    def __init__(self, **k: Any) -> None:
+        super().__init__(**k)
+        self.private_step.trainer = self
 
-    def _prepare_for_step(self) -> None:
-        super()._prepare_for_step()
+    def begin(self) -> None:
         self.passes: list[torch.Size] = []
 
     def example_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -127,15 +142,14 @@ def test_what_has_nothing_to_do_with_a_batch_is_not_repeated(tmp_path: Path, mon
 def test_parts_are_the_batch_whatever_fits() -> None:
     """Every example once and in order; at most half as many tokens after each failure."""
     for size, width in ((1, 4), (2, 7), (7, 3), (12, 5), (16, 16)):
-        batch = {"input_ids": torch.arange(size * width).view(size, width), "labels": torch.arange(size)}
+        ids = torch.arange(size * width).view(size, width)
+        batch = MicroBatch({"input_ids": ids, "labels": torch.arange(size)}, size)
         room, largest = Room(), size
         while True:
             parts = list(room.parts([batch]))
             assert torch.equal(torch.cat([p["labels"] for p in parts]), batch["labels"])
-            assert max(num_examples(p) for p in parts) <= largest
-            assert all(
-                num_examples(p) == 1 or num_examples(p) != width for p in parts
-            )  # else examples look like positions
+            assert max(p.size for p in parts) <= largest
+            assert all(p.size == 1 or p.size != width for p in parts)  # else examples look like positions
             if largest == 1:
                 break
             room._part = (largest, width)
@@ -147,11 +161,9 @@ def test_a_limit_learnt_on_long_records_leaves_short_ones_together() -> None:
     room = Room()
     room._part = (8, 100)
     room._halve()
-    assert [len(p["labels"]) for p in room.parts([{"input_ids": torch.zeros(8, 100), "labels": torch.zeros(8)}])] == [
-        4,
-        4,
-    ]
-    assert len([*room.parts([{"input_ids": torch.zeros(8, 50), "labels": torch.zeros(8)}])]) == 1
+    long, short = (MicroBatch({"input_ids": torch.zeros(8, n), "labels": torch.zeros(8)}, 8) for n in (100, 50))
+    assert [len(p["labels"]) for p in room.parts([long])] == [4, 4]
+    assert len([*room.parts([short])]) == 1
 
 
 def test_nothing_about_memory_is_left_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,13 @@ import torch
 from noise_checks import assert_gaussian, assert_uncorrelated, std_is
 
 from hf_dp import PrivacyConfig
-from hf_dp.accounting import derivation, plan, spent
+from hf_dp.accounting.planned import derivation, plan, spent
+from hf_dp.card.verification import verify
 from hf_dp.errors import AccountingError, ConfigError, ReleaseError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment
-from hf_dp.metrics import ReleasedMetrics, contribution
-from hf_dp.run import PrivateRun
-from hf_dp.verify import verify
+from hf_dp.step.metrics import ReleasedMetrics, contribution
+from hf_dp.step.run import PrivateRun
 
 E2E = {"sample_rate": 1024 / 42061, "num_steps": 410}
 DELTA = 8e-6
@@ -156,13 +156,9 @@ def test_removing_any_record_moves_the_joint_vector_by_at_most_its_sensitivity(t
     for clip_norm, bound, reached in ((1e-3, 0.5, True), (0.2, 5.0, False), (1e3, 100.0, False)):
         config = {**runs.NOISELESS, "clip_norm": clip_norm, "expected_batch_size": 9, "log_loss_up_to": bound}
         trainer = runs.trainer(tmp_path, None, config, train_dataset=runs.Dataset.from_list(rows))
-        trainer._prepare_for_step()
         sums = []
         for kept in [rows, *[rows[:i] + rows[i + 1 :] for i in range(len(rows))]]:
-            trainer._flat.zero_()
-            for start in range(0, len(kept), 4):
-                trainer._add_clipped_gradients(runs.collate(kept[start : start + 4]))
-            sums.append(trainer._flat.clone())
+            sums.append(runs.clipped_sum(trainer, runs.collated(kept, 4)))
         moves = torch.stack([(s - sums[0]).norm() for s in sums[1:]]) / trainer.mechanism.sensitivity
         assert float(moves.max()) <= 1 + 1e-5  # float32 sums
         assert float(moves.max()) > 0.999 or not reached

@@ -6,12 +6,14 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import find_batch_size, send_to_device
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
-from hf_dp.errors import ConfigError
-from hf_dp.microbatch import (
+from hf_dp.errors import CaptureError, ConfigError
+from hf_dp.per_example.batches import MicroBatch
+from hf_dp.sampling.microbatch import (
     READ_AT_ONCE,
     DrawnRecords,
     LogicalBatchCollator,
@@ -25,7 +27,7 @@ from hf_dp.microbatch import (
     tokens_of_a_pass,
     unpacked,
 )
-from hf_dp.sampling import Draw, PoissonSampler
+from hf_dp.sampling.poisson import Draw, PoissonSampler
 
 
 @given(
@@ -115,19 +117,22 @@ def records(lengths):
 
 
 def pad(features):
+    features = [unpacked(f) for f in features]
     width = max(len(f["input_ids"]) for f in features)
-    return {
+    batch = {
         "id": torch.tensor([f["id"] for f in features]),
         "input_ids": torch.tensor([f["input_ids"] + [0] * (width - len(f["input_ids"])) for f in features]),
         "labels": torch.tensor([f["labels"] + [-100] * (width - len(f["labels"])) for f in features]),
     }
+    return [MicroBatch(batch, len(features))]
 
 
 def test_the_container_has_whole_micro_batches_and_no_top_level_labels():
     features = records([3, 9, 5, 4, 1])
     before = pickle.dumps(features)
     container = LogicalBatchCollator(pad, 8, 10)(Draw(features, 6))
-    assert set(container) == {"micro_batches", "draw_number"}
+    assert set(container) == {"micro_batches", "sizes", "draw_number"}
+    assert container["sizes"] == [m.size for m in micro_batches(container)] == [1, 2, 2]
     assert container["draw_number"] == 6
     assert [m["id"].tolist() for m in micro_batches(container)] == [[1], [2, 3], [0, 4]]
     for micro_batch in micro_batches(container):
@@ -137,8 +142,8 @@ def test_the_container_has_whole_micro_batches_and_no_top_level_labels():
 
 
 def test_an_empty_draw_gives_an_empty_container():
-    assert LogicalBatchCollator(pad, 8)([]) == {"micro_batches": []}
-    assert LogicalBatchCollator(pad, 8)(Draw([], 3)) == {"micro_batches": [], "draw_number": 3}
+    assert LogicalBatchCollator(pad, 8)([]) == {"micro_batches": [], "sizes": []}
+    assert LogicalBatchCollator(pad, 8)(Draw([], 3)) == {"micro_batches": [], "sizes": [], "draw_number": 3}
 
 
 @pytest.mark.parametrize("feature", [{"pixel_values": [1, 2, 3]}, ([1, 2], 3), 5])
@@ -165,10 +170,10 @@ class RandomRecords:
 def test_reading_and_collating_draw_from_secret_randomness_and_leave_the_public_generator_alone():
     def read(size):
         torch.manual_seed(42)
-        batch = LogicalBatchCollator(lambda f: (f, torch.rand(()).item()), 99)(
+        batch = LogicalBatchCollator(lambda f: [MicroBatch({"x": f, "y": torch.rand(()).item()}, len(f))], 99)(
             DrawnRecords(RandomRecords()).__getitems__(range(size))
         )
-        return batch["micro_batches"], torch.rand(()).item()
+        return [(b["x"], b["y"]) for b in batch["micro_batches"]], torch.rand(()).item()
 
     (three, after_three), (again, _), (five, after_five) = read(3), read(3), read(5)
     assert after_three == after_five  # the position would tell the size of the batch
@@ -256,7 +261,7 @@ def test_what_was_narrowed_comes_out_again(values):
         "x": torch.tensor([0.5]),
         "name": "a",
     }
-    (out,) = micro_batches({"micro_batches": [narrowed(batch)]})
+    (out,) = micro_batches({"micro_batches": [narrowed(batch)], "sizes": [1]})
     assert list(out) == list(batch)
     assert out["input_ids"].dtype == torch.int64
     assert out["input_ids"].tolist() == values
@@ -271,26 +276,78 @@ def test_what_waits_for_its_turn_takes_the_least_bytes_that_hold_it():
     }
     kept = {name: v.values.dtype for name, v in narrowed(batch).items() if isinstance(v, Narrow)}
     assert kept == {"input_ids": torch.int32, "labels": torch.int16, "mask": torch.uint8}
-    assert narrowed(["text"]) == ["text"]
 
 
-def test_a_draw_is_read_piece_by_piece_packed_and_collated_as_it_was():
+def test_a_draw_is_read_piece_by_piece_packed_and_collated_as_it_was(monkeypatch):
     rows = [{"input_ids": [i] * (1 + i % 7)} for i in range(3 * READ_AT_ONCE)]
-    pieces = []
-
-    class Rows:
-        def __len__(self):
-            return len(rows)
-
-        def __getitems__(self, indices):
-            pieces.append(len(indices))
-            return [rows[i] for i in indices]
-
+    pieces, fetch = [], Dataset.__getitems__
+    monkeypatch.setattr(Dataset, "__getitems__", lambda own, piece: pieces.append(len(piece)) or fetch(own, piece))
     drawn = Draw(range(2 * READ_AT_ONCE + 5), 4)
-    read = DrawnRecords(Rows()).__getitems__(drawn)
+    read = DrawnRecords(Subset(Dataset.from_list(rows), range(len(rows)))).__getitems__(drawn)
     assert pieces == [READ_AT_ONCE, READ_AT_ONCE, 5]
     assert all(isinstance(r["input_ids"], Packed) for r in read)
-    container = LogicalBatchCollator(list, 64)(read)
+    container = LogicalBatchCollator(lambda f: [MicroBatch({"rows": list(map(unpacked, f))}, len(f))], 64)(read)
     assert container["draw_number"] == 4
-    collated = [r for batch in micro_batches(container) for r in batch]
+    collated = [r for batch in micro_batches(container) for r in batch["rows"]]
     assert sorted(map(str, collated)) == sorted(str(rows[i]) for i in drawn)
+
+
+@pytest.mark.parametrize("kind", ["list", "transform", "subset", "own"])
+def test_a_data_set_that_gives_several_records_or_none_for_an_index_fails_the_step_that_drew_it(kind):
+    table = Dataset.from_dict({"tokens": [[1, 2], [3, 4, 5, 6, 7], [8], []]})
+
+    def chunk(columns):
+        return {"input_ids": [ids[i : i + 2] for ids in columns["tokens"] for i in range(0, len(ids), 2)]}
+
+    class Own:
+        def __getitems__(self, indices):
+            return [{"input_ids": [1]} for i in indices for _ in range((1, 3, 1, 0)[i])]
+
+    view = {"list": table, "transform": table.with_transform(chunk), "own": Own()}.get(kind)
+    view = Subset(table.with_transform(chunk), range(4)) if view is None else view
+    drawn = {
+        indices: LogicalBatchCollator(lambda f: [MicroBatch({"n": f}, len(f))], 8, length_of=lambda f: 1)(
+            DrawnRecords(view, 4).__getitems__(Draw(indices, 3))
+        )
+        for indices in ((0, 2), (0, 1), (0, 1, 3), (3,))
+    }
+    assert [b.size for b in micro_batches(drawn[0, 2])] == [2]
+    for indices in ((0, 1), (0, 1, 3), (3,)):
+        if kind == "list":
+            assert [b.size for b in micro_batches(drawn[indices])] == [len(indices)]
+        else:  # three rows of one record and none of another are as many as were asked for
+            with pytest.raises(CaptureError, match=r"one for one index.*The step is charged, nothing was released"):
+                list(micro_batches(drawn[indices]))
+
+
+@pytest.mark.parametrize("where", ["reading", "collating"])
+def test_a_record_that_fails_fails_its_step_and_is_not_quoted(where):
+    class Records:
+        def __getitem__(self, index):
+            if where == "reading" and index == 1:
+                raise KeyError("the patient's name")
+            return {"input_ids": [index]}
+
+    def collate(features):
+        if any(f["input_ids"][0] == 1 for f in features):
+            raise ValueError(f"cannot take {unpacked(features[0])}: the patient's name")
+        return [MicroBatch({"x": torch.zeros(len(features), 1)}, len(features))]
+
+    cut, records = LogicalBatchCollator(collate, 2), DrawnRecords(Records(), 9)
+    assert sum(b.size for b in micro_batches(cut(records.__getitems__(Draw([0, 2, 3], 5))))) == 3
+    container = cut(records.__getitems__(Draw([0, 1, 2], 6)))
+    assert container["draw_number"] == 6
+    with pytest.raises(CaptureError, match=r"(KeyError|ValueError) in test_microbatch\.py, line \d+.*charged") as error:
+        list(micro_batches(container))
+    assert "patient" not in str(error.value)
+
+
+def test_a_record_without_tokens_counts_as_drawn_and_is_in_no_micro_batch():
+    container = LogicalBatchCollator(pad, 2)(Draw(records([0, 3, 0, 2, 4]), 1))
+    assert [m["id"].tolist() for m in micro_batches(container)] == [[4], [1, 3]]
+    assert container["sizes"] == [1, 2]
+    assert LogicalBatchCollator(pad, 2)(Draw(records([0, 0]), 2)) == {
+        "micro_batches": [],
+        "sizes": [],
+        "draw_number": 2,
+    }

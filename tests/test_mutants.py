@@ -35,12 +35,12 @@ from broken import (
     shuffled_epochs,
 )
 
-from hf_dp import epsilon
+from hf_dp.accounting import epsilon
 from hf_dp.errors import HfDpError
-from hf_dp.ledger import LEDGER_NAME, Ledger
-from hf_dp.noise import NoiseSource
-from hf_dp.release import Releaser
-from hf_dp.sampling import PoissonSampler
+from hf_dp.ledger.ledger import LEDGER_NAME, Ledger
+from hf_dp.randomness.noise import NoiseSource
+from hf_dp.sampling.poisson import PoissonSampler
+from hf_dp.step.release import Releaser
 
 FAILS = (AssertionError, HfDpError, pytest.fail.Exception)
 

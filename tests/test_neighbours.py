@@ -35,16 +35,9 @@ class Replay:
         rows = runs.Dataset.from_list(records(random.Random(0)))
         privacy = {**runs.NOISELESS, "expected_batch_size": len(rows)}
         self.trainer = runs.trainer(folder, model, privacy, train_dataset=rows, bf16=precision == "bfloat16")
-        self.trainer._prepare_for_step()
 
     def sum_of(self, rows: list[dict[str, Any]], clip_norm: float, micro_batch: int) -> Tensor:
-        self.trainer._flat.zero_()
-        self.trainer.mechanism = type(self.trainer.mechanism)(
-            **{**vars(self.trainer.mechanism), "clip_norm": clip_norm}
-        )
-        for start in range(0, len(rows), micro_batch):
-            self.trainer._add_clipped_gradients(runs.collate(rows[start : start + micro_batch]))
-        return self.trainer._flat.clone()
+        return runs.clipped_sum(self.trainer, runs.collated(rows, micro_batch), clip_norm=clip_norm)
 
 
 @pytest.mark.parametrize(

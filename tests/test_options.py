@@ -12,7 +12,7 @@ from transformers import Seq2SeqTrainingArguments, Trainer
 
 from hf_dp import DPTrainerMixin, PrivacyConfig
 from hf_dp.errors import UnsupportedOptionError
-from hf_dp.options import ENVIRONMENT, HANDLED, REFUSED, SAFE, check_options
+from hf_dp.training.options import ENVIRONMENT, HANDLED, REFUSED, SAFE, check_options
 
 FIELDS = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
 ELSEWHERE = {

@@ -26,9 +26,9 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from hf_dp import losses
 from hf_dp.errors import CaptureError, UnsupportedParameterError
-from hf_dp.per_example.batches import unambiguous
+from hf_dp.per_example import losses
+from hf_dp.per_example.batches import MicroBatch, unambiguous
 from hf_dp.per_example.capture import Capture, clipped_gradient_sum, per_example_factors
 
 # The clip factor aims 1e-6 below C (clipping.ROUNDING_MARGIN); float64 adds nothing to that.
@@ -437,7 +437,7 @@ def test_any_number_of_rows_of_any_length(lengths: list[int], row: str, seed: in
         batch["input_ids"][i, : len(ids)], batch["labels"][i, : len(ids)] = ids, ids
         batch["attention_mask"][i, : len(ids)] = 1
     ours = {name: torch.zeros_like(p) for name, p in slow.items()}
-    for part in unambiguous(batch):
+    for part in unambiguous(MicroBatch(batch, len(rows))):
         for name, g in engine_sum(model, part, "ForCausalLM", 0.05)[0].items():
             ours[name] += g
     assert reference.relative_difference(ours, slow) < EXACT or float(reference.norm(slow)) == 0.0

@@ -10,10 +10,10 @@ import time
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-from hf_dp import accounting
+from hf_dp.accounting import planned as accounting
+from hf_dp.accounting.picture import curve_of, draw_epsilon
 from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import Mechanism, Segment
-from hf_dp.plots import curve_of, draw_epsilon
 
 COMMAND = [sys.executable, "-c", "from hf_dp.cli import main; main()", "plan"]
 PUBLISHED = "--num-examples 42061 --expected-batch-size 1024 --epochs 10 --target-delta 8e-6".split()

@@ -14,13 +14,13 @@ from scipy import stats
 
 import recipes as R
 from hf_dp import PrivacyConfig, plan
+from hf_dp.card.verification import verify
 from hf_dp.errors import ConfigError, LedgerError, RecipeError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.privacy_unit import groups_by
-from hf_dp.recipe import read
-from hf_dp.sampling import PoissonSampler
-from hf_dp.task import build
-from hf_dp.verify import verify
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
+from hf_dp.recipe.recipe import read
+from hf_dp.recipe.task import build
+from hf_dp.sampling.poisson import PoissonSampler
+from hf_dp.sampling.privacy_unit import groups_by
 
 AUTHORS = ["b", "a", "b", "c", "b", "a", "b"]
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 4, "unit_column": "author"}

@@ -9,8 +9,8 @@ import pytest
 from folders import failures, model_folder
 from hub_server import READ_ONLY_TOKEN, TOKEN, HubServer, Repo
 
+from hf_dp.accounting.selection import Selection
 from hf_dp.mechanism import Segment
-from hf_dp.selection import Selection
 
 HERE = Path(__file__).parent
 COMMAND = """

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
-from hf_dp import losses
 from hf_dp.errors import UnsupportedOptionError
-from hf_dp.options import check_options
+from hf_dp.per_example import losses
 from hf_dp.per_example.capture import clipped_gradient_sum
+from hf_dp.training.options import check_options
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'hf_dp[quantised]'")
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_dp.errors import HfDpError
-from hf_dp.grid import STD
-from hf_dp.microbatch import micro_batches
-from hf_dp.per_example.batches import example, num_examples
-from hf_dp.run import PrivateRun
+from hf_dp.per_example.batches import Batch, MicroBatch
+from hf_dp.randomness.grid import STD
+from hf_dp.sampling.microbatch import micro_batches
+from hf_dp.step.run import PrivateRun
 
 OPTIONS: dict[str, list[Any]] = {
     "per_device_train_batch_size": [1, 2, 5, 24],
@@ -71,6 +71,13 @@ EXTRA: dict[str, list[Any]] = {"micro_batch_tokens": [None, None, 20, 100]}
 MODELS = [partial(M.with_lora, M.llama), partial(M.with_lora, M.gpt2), M.llama]
 
 
+def example(batch: MicroBatch, row: int) -> Batch:
+    """One example without its padding."""
+    one = batch.rows(slice(row, row + 1))
+    columns = slice(0, int(one["attention_mask"].sum()))
+    return {name: value[:, columns] for name, value in one.items()}
+
+
 class Watched(runs.DPTrainer):
     """Keeps the examples that were drawn."""
 
@@ -78,7 +85,7 @@ class Watched(runs.DPTrainer):
         self.drawn = [
             {k: v.clone() for k, v in example(batch, i).items()}
             for batch in micro_batches(inputs)
-            for i in range(num_examples(batch))
+            for i in range(batch.size)
         ]
         return super().training_step(model, inputs, num_items_in_batch)
 

@@ -11,7 +11,7 @@ import reference
 import torch
 import transformers
 
-from hf_dp import accounting
+from hf_dp.accounting import planned as accounting
 from hf_dp.demo.base import train_tokenizer
 from hf_dp.demo.records import write_records
 from hf_dp.mechanism import Segment

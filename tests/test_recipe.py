@@ -6,9 +6,9 @@ import pytest
 
 import recipes as R
 from hf_dp.errors import RecipeError
-from hf_dp.recipe import read
-from hf_dp.recipe_yaml import nested, parse
-from hf_dp.template import Template
+from hf_dp.recipe.recipe import read
+from hf_dp.recipe.template import Template
+from hf_dp.recipe.yaml_text import nested, parse
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 

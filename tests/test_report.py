@@ -17,13 +17,13 @@ import pytest
 from folders import STEPS, model_folder
 from typer.testing import CliRunner
 
+from hf_dp.card.report import curves
+from hf_dp.card.report.page import page
+from hf_dp.card.report.plot import Axes, line_chart, ticks
+from hf_dp.card.report.training import losses, trained
+from hf_dp.card.verification import read_record, verify
 from hf_dp.cli import app
 from hf_dp.errors import ConfigError
-from hf_dp.report import curves
-from hf_dp.report.page import page
-from hf_dp.report.plot import Axes, line_chart, ticks
-from hf_dp.report.training import losses, trained
-from hf_dp.verify import read_record, verify
 
 DATA = Path(__file__).parent / "data"
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>&amp;$name"

@@ -13,14 +13,15 @@ from test_plan import number
 from torch import nn
 from transformers import LlamaConfig
 
-from hf_dp import DPTrainer, model_shapes, run_cost
 from hf_dp.cli.plan import plan
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import capture
 from hf_dp.per_example.factors import Dense, Outer
-from hf_dp.run_cost import Shapes, Work
-from hf_dp.sampling import PoissonSampler
+from hf_dp.recipe import model_shapes, run_cost
+from hf_dp.recipe.run_cost import Shapes, Work
+from hf_dp.sampling.poisson import PoissonSampler
+from hf_dp.step import PrivateStep
 
 SIZE: dict[str, Any] = {"num_examples": 1000, "expected_batch_size": 40, "max_steps": 10, "noise_multiplier": 1.0}
 
@@ -45,13 +46,13 @@ def test_micro_batches_are_the_mean_over_draws(processes: int, examples: int, to
 
 
 def test_passes_of_a_run_are_those_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes, add, steps = [0], DPTrainer._add_clipped_gradients, 60
+    passes, add, steps = [0], PrivateStep.add, 60
 
-    def counting(trainer: DPTrainer, batch: Any) -> None:
+    def counting(step: PrivateStep, batch: Any) -> None:
         passes[0] += 1
-        add(trainer, batch)
+        add(step, batch)
 
-    monkeypatch.setattr(DPTrainer, "_add_clipped_gradients", counting)
+    monkeypatch.setattr(PrivateStep, "add", counting)
     privacy = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
     trainer = runs.trainer(
         tmp_path, None, privacy, learning_rate=0.0, max_steps=steps, logging_steps=steps, per_device_train_batch_size=3

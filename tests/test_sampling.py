@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from hf_dp.errors import ConfigError, HfDpError
-from hf_dp.sampling import Draw, PoissonSampler
+from hf_dp.sampling.poisson import Draw, PoissonSampler
 
 N, T = 2000, 2000
 Q = 0.05

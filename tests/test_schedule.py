@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import TrainerCallback
 
-from hf_dp import PrivacyConfig, PrivateLoop, accounting
-from hf_dp.epsilon import deltas, spent
+from hf_dp import PrivacyConfig, PrivateLoop
+from hf_dp.accounting import planned as accounting
+from hf_dp.accounting.epsilon import deltas, spent
+from hf_dp.card.verification import verify
 from hf_dp.errors import ConfigError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Mechanism, Segment, first_steps
-from hf_dp.sampling import PoissonSampler
+from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.schedule import MOST_LEVELS, Level, Schedules, factors, levels, mean_batch
-from hf_dp.verify import verify
 
 SETTINGS = {"target_delta": 1e-3, "expected_batch_size": 8, "clip_norm": 0.1}
 

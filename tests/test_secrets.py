@@ -17,12 +17,12 @@ import runs
 import torch
 from torch import Tensor
 
-from hf_dp import noise as noise_module
-from hf_dp import run as run_module
-from hf_dp.fingerprint import KEY_NAME
-from hf_dp.ledger import LEDGER_NAME
-from hf_dp.run import PrivateRun
-from hf_dp.streams import Role, fresh_key, stream
+from hf_dp.ledger.fingerprints import KEY_NAME
+from hf_dp.ledger.ledger import LEDGER_NAME
+from hf_dp.randomness import noise as noise_module
+from hf_dp.randomness.streams import Role, fresh_key, stream
+from hf_dp.step import run as run_module
+from hf_dp.step.run import PrivateRun
 
 SECRET = "Margarethe Quittenbaum-4711"
 LENGTH = 1913  # of the planted record: no other number in the run is this one
@@ -409,13 +409,13 @@ def test_exceptions_of_the_privacy_code_show_no_number_of_the_data(tmp_path: Pat
     from hf_dp.errors import ReleaseError
 
     trainer = runs.trainer(tmp_path, None, {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8})
-    original = trainer._add_clipped_gradients
+    original = trainer.private_step.add
 
     def spoiling(batch: Any) -> None:
         original(batch)
-        trainer._flat[3] = math.nan
+        trainer.private_step.sum.flat[3] = math.nan
 
-    trainer._add_clipped_gradients = spoiling
+    trainer.private_step.add = spoiling
     with pytest.raises(ReleaseError) as refusal:
         trainer.train()  # all but once in 17,000 runs some record is drawn
     assert re.findall(r"\d", str(refusal.value)) == []

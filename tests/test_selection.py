@@ -13,14 +13,15 @@ from dp_accounting.rdp import RdpAccountant
 from folders import DELTA, STEPS, failures, model_folder
 from scipy import integrate, special, stats
 
-from hf_dp import accounting, selection
-from hf_dp.card import PRIVACY_JSON, with_selection
-from hf_dp.epsilon import divergences
+from hf_dp.accounting import planned as accounting
+from hf_dp.accounting import selection
+from hf_dp.accounting.epsilon import divergences
+from hf_dp.accounting.selection import SHAPES, Selection, best_of, draw_number, halting
+from hf_dp.accounting.tradeoffs import RATES
+from hf_dp.card.record import PRIVACY_JSON, with_selection
+from hf_dp.card.verification import _is_begun
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
-from hf_dp.selection import SHAPES, Selection, best_of, draw_number, halting
-from hf_dp.tradeoff import RATES
-from hf_dp.verify import _is_begun
 
 E2E = Segment(0.0243, 0.8, 410)
 OTHER = Segment(0.1, 2.0, 400)  # cheaper than E2E at high orders, dearer at low ones

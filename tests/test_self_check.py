@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from hf_dp import losses
 from hf_dp.errors import CaptureError, SelfCheckError, UnsupportedParameterError
+from hf_dp.per_example import losses
 from hf_dp.per_example.self_check import self_check
 
 Batch = dict[str, Tensor]

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hf_dp import ConfigError, DPTrainerMixin, PrivacyConfig, UnsupportedOptionError
-from hf_dp.card_files import section_of
+from hf_dp.card.readme import section_of
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 

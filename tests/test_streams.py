@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_dp.errors import ConfigError
-from hf_dp.streams import Role, checked_key, fresh_key, stream
+from hf_dp.randomness.streams import Role, checked_key, fresh_key, stream
 
 
 def words(*args: int) -> np.ndarray:

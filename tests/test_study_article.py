@@ -8,13 +8,14 @@ import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from hf_dp.accounting.epsilon import spent
 from hf_dp.audit.one_run import gaussian_epsilon
-from hf_dp.epsilon import spent
 from hf_dp.mechanism import Segment
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "study_article"
@@ -110,12 +111,12 @@ def test_runs_that_stand_there_are_not_repeated_and_other_settings_are_refused(s
 
 @pytest.mark.parametrize("norm", [0.5, 40.0])
 def test_a_batch_is_clipped_as_a_whole(study: Any, norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = study.Broken.__new__(study.Broken)
-    trainer.bound, trainer._flat = 8.0, torch.zeros(100)
+    step = study.BrokenStep.__new__(study.BrokenStep)
+    step.bound, step.sum = 8.0, SimpleNamespace(flat=torch.zeros(100))
     direction = torch.nn.functional.normalize(torch.randn(100), dim=0)
-    monkeypatch.setattr(study.DPTrainer, "_sum_up", lambda self, parts: self._flat.copy_(norm * direction))
-    trainer._sum_up([])
-    torch.testing.assert_close(trainer._flat, min(norm, 8.0) * direction)
+    monkeypatch.setattr(study.PrivateStep, "sum_up", lambda self, *_: self.sum.flat.copy_(norm * direction))
+    step.sum_up([])
+    torch.testing.assert_close(step.sum.flat, min(norm, 8.0) * direction)
 
 
 def test_a_broken_trainer_writes_no_card(study: Any, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from folders import failures
 from safetensors.torch import load_file
 
 import recipes as R
-from hf_dp import accounting, selection
-from hf_dp.calibration import round_up
+from hf_dp.accounting import planned as accounting
+from hf_dp.accounting import selection
+from hf_dp.accounting.calibration import round_up
+from hf_dp.card.report import curves
 from hf_dp.cli import main
 from hf_dp.errors import ConfigError, HfDpError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.report import curves
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.sweep import folder as folders
 from hf_dp.sweep import grid, outcome, run, trial
 

@@ -1,6 +1,6 @@
 """Every field of privacy.json changed, alone and with the card rendered again; ledgers cut, edited and hashed again; old folders.
 
-What cannot be told is listed here by name, as in the first lines of hf_dp/verify.py, and nothing else passes.
+What cannot be told is listed here by name, as in the first lines of hf_dp/card/verification.py, and nothing else passes.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ import jsonschema
 import pytest
 from folders import failures, model_folder
 
-from hf_dp import card
+from hf_dp.accounting.selection import Selection
 from hf_dp.audit.report import Counts, audit_record
-from hf_dp.ledger import LEDGER_NAME
-from hf_dp.ledger_format import GENESIS, HASH_FIELD, encode
+from hf_dp.card import record as card
+from hf_dp.card.verification import SCHEMA, verify
+from hf_dp.ledger.format import GENESIS, HASH_FIELD, encode
+from hf_dp.ledger.ledger import LEDGER_NAME
 from hf_dp.mechanism import Segment
-from hf_dp.selection import Selection
-from hf_dp.verify import SCHEMA, verify
 
 Path_ = tuple[str | int, ...]
 DATA = Path(__file__).parent / "data"

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from hf_dp.epsilon import deltas, spent
+from hf_dp.accounting.epsilon import deltas, spent
+from hf_dp.accounting.tradeoffs import RATES, tradeoff
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
-from hf_dp.tradeoff import RATES, tradeoff
 
 NORMAL = statistics.NormalDist()
 

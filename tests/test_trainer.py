@@ -19,8 +19,8 @@ from transformers import Trainer as PlainTrainer
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_dp import DPTrainer, PrivacyConfig
-from hf_dp.errors import ConfigError, LedgerError, UnsupportedOptionError, UnsupportedParameterError
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.errors import CaptureError, ConfigError, LedgerError, UnsupportedOptionError, UnsupportedParameterError
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 
 BERT_LORA = partial(M.with_lora, partial(M.bert, pad_token_id=0), task_type="SEQ_CLS")
 CASES = {
@@ -141,15 +141,10 @@ def test_removing_any_one_record_moves_the_sum_by_at_most_c(tmp_path: Path) -> N
         train_dataset=runs.Dataset.from_list(rows),
         privacy={**runs.NOISELESS, "expected_batch_size": 15},
     )
-    trainer._prepare_for_step()
     for clip_norm in (1e-3, 0.2, 1e3):
         sums = []
         for kept in [rows, *[rows[:i] + rows[i + 1 :] for i in range(len(rows))]]:
-            trainer._flat.zero_()
-            trainer.mechanism = type(trainer.mechanism)(**{**vars(trainer.mechanism), "clip_norm": clip_norm})
-            for start in range(0, len(kept), 4):
-                trainer._add_clipped_gradients(runs.collate(kept[start : start + 4]))
-            sums.append(trainer._flat.clone())
+            sums.append(runs.clipped_sum(trainer, runs.collated(kept, 4), clip_norm=clip_norm))
         moves = torch.stack([(s - sums[0]).norm() for s in sums[1:]]) / clip_norm
         assert float(moves.max()) <= 1 + 1e-5  # float32 sums
         assert float(moves.max()) > (0.99 if clip_norm < 1 else 0.0)
@@ -516,17 +511,47 @@ def test_q_above_one_and_q_of_one(tmp_path: Path) -> None:
     assert trainer.mechanism.sample_rate == 1.0
 
 
-def test_a_users_loss_returns_one_number_an_example(tmp_path: Path) -> None:
-    def mine(outputs: Any, labels: Tensor, **k: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+def _mean(outputs: Any, labels: Tensor, **k: Any) -> Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels)
 
-    def mean(outputs: Any, labels: Tensor, **k: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs.logits, labels)
 
-    rows = runs.class_rows()
-    runs.trainer(tmp_path / "a", BERT_LORA(), train_dataset=rows, compute_loss_func=mine).train()
-    with pytest.raises(Exception, match=r"one loss for each of 3 examples, shape \[3\]; got shape \[\]"):
-        runs.trainer(tmp_path / "b", BERT_LORA(), train_dataset=rows, compute_loss_func=mean)
+def _truncated(outputs: Any, labels: Tensor, **k: Any) -> Tensor:
+    """Without the larger half of the losses of whatever it is given."""
+    each = nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+    return each * (each <= each.median())
+
+
+def _contrastive(outputs: Any, labels: Tensor, **k: Any) -> Tensor:
+    """Against the other examples of whatever it is given."""
+    logits = outputs[0] - outputs[0].mean(0, keepdim=True) / 2
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+@pytest.mark.parametrize("function", [_mean, _truncated, _contrastive])
+def test_a_users_loss_of_the_whole_batch_sees_one_example_at_a_time(
+    function: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of a step is that of the loss on each record alone, whatever it would make of a batch."""
+    sums, rows = runs.record_sums(monkeypatch), runs.class_rows(7)
+    model, clip_norm = BERT_LORA(), 0.05
+    slow = torch.zeros(())
+    for row in rows:
+        inputs = runs.collate([row])
+        labels = inputs.pop("labels")
+        found = torch.autograd.grad(function(model(**inputs), labels).sum(), list(reference.trainable(model).values()))
+        flat = torch.cat([g.flatten() for g in found]).double()
+        slow = slow + flat * min(1.0, clip_norm / float(flat.norm()))
+    privacy = {**runs.NOISELESS, "expected_batch_size": 7, "clip_norm": clip_norm}
+    runs.trainer(tmp_path, model, privacy, train_dataset=rows, compute_loss_func=function).train()
+    assert float((sums[0].double() - slow).norm() / slow.norm()) < 1e-4
+
+
+def test_a_users_loss_of_several_numbers_an_example_is_an_error(tmp_path: Path) -> None:
+    def two(outputs: Any, labels: Tensor, **k: Any) -> Tensor:
+        return outputs.logits[:, :2].flatten()
+
+    with pytest.raises(CaptureError, match=r"one example at a time: expected its loss, .* got shape \[2\]"):
+        runs.trainer(tmp_path, BERT_LORA(), train_dataset=runs.class_rows(), compute_loss_func=two)
 
 
 def test_plain_evaluation_agrees_with_plain_trainer(tmp_path: Path) -> None:

@@ -1,1 +1,28 @@
-"""How private a run was, measured: canaries' scores -> a lower bound on epsilon that holds with a stated confidence."""
+"""Scores of what a run gave away go in; a lower bound on its epsilon comes out."""
+
+from hf_dp.audit.exposure import CHANCE, are_given_away, exposures
+from hf_dp.audit.membership import FEWEST_MODELS, Attack, Coins, ceilings, is_refuted, lira_scores, measured
+from hf_dp.audit.membership_picture import draw_attacks
+from hf_dp.audit.report import Counts, audit_record, computed_again, counted, power
+from hf_dp.audit.scores import Floats, log_likelihood_ratio
+
+__all__ = [
+    "CHANCE",
+    "FEWEST_MODELS",
+    "Attack",
+    "Coins",
+    "Counts",
+    "Floats",
+    "are_given_away",
+    "audit_record",
+    "ceilings",
+    "computed_again",
+    "counted",
+    "draw_attacks",
+    "exposures",
+    "is_refuted",
+    "lira_scores",
+    "log_likelihood_ratio",
+    "measured",
+    "power",
+]

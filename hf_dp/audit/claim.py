@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hf_dp.accounting import MAX_SIGMA, PAIRS, deltas, spent
 from hf_dp.audit.one_run import Guesses, InverseBlowUp, refutes
-from hf_dp.epsilon import MAX_SIGMA, deltas, spent
 from hf_dp.errors import AuditError
 from hf_dp.mechanism import Segment
-from hf_dp.tradeoff import PAIRS
 
 LEAST_SIGMA = (
     0.1  # one step with less costs epsilon 90 and more, which no number of canaries shows, and takes minutes to account

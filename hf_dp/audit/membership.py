@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from hf_dp.accounting import spent
 from hf_dp.audit.claim import claim_is_refuted, claims_inverse_blow_up
 from hf_dp.audit.scores import SHARES, Floats, guess
-from hf_dp.epsilon import spent
 from hf_dp.errors import AuditError
 from hf_dp.mechanism import Segment
 

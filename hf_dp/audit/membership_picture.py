@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_dp.accounting import spent
 from hf_dp.audit.membership import Attack, ceilings
-from hf_dp.epsilon import spent
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import Segment
 

@@ -11,6 +11,7 @@ from hf_dp.cli.audit import audit
 from hf_dp.cli.budget import budget
 from hf_dp.cli.card import card
 from hf_dp.cli.check import check
+from hf_dp.cli.libraries import quiet
 from hf_dp.cli.plan import plan
 from hf_dp.cli.push import push
 from hf_dp.cli.report import report
@@ -18,6 +19,8 @@ from hf_dp.cli.sweep import sweep
 from hf_dp.cli.train import train
 from hf_dp.cli.verify import verify
 from hf_dp.errors import HfDpError
+
+__all__ = ["main", "quiet"]
 
 USER_ERROR = 2
 

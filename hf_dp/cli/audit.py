@@ -58,10 +58,10 @@ def audit(
 
 
 def _audited(asked: Any, config: Any) -> None:
-    from hf_dp import task
     from hf_dp.cli.tables import console, print_table
     from hf_dp.errors import LedgerError
     from hf_dp.ledger import LEDGER_NAME
+    from hf_dp.recipe import task
 
     if (asked.output_dir / LEDGER_NAME).exists():
         raise LedgerError(
@@ -84,7 +84,7 @@ def _audited(asked: Any, config: Any) -> None:
 
 def _control(asked: Any, config: Any) -> float:
     """Area under the curve of the same run without noise, on the canaries alone. Its folder is thrown away."""
-    from hf_dp import task
+    from hf_dp.recipe import task
 
     print("Positive control: without noise, on the canaries alone.")
     free = dataclasses.replace(asked.privacy, target_epsilon=None, noise_multiplier=0.0, budget_file=None)
@@ -98,7 +98,7 @@ def _control(asked: Any, config: Any) -> float:
 
 
 def _rows(found: dict[str, Any], spent: Any) -> list[tuple[str, str, str]]:
-    from hf_dp.audit.report import power
+    from hf_dp.audit import power
 
     shares = ", ".join(f"{v} of {r}" for r, v in found["guesses"])
     gaussian = found["epsilon_at_least_if_gaussian"], found["ceiling_if_gaussian"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from hf_dp.budget import Budget
+    from hf_dp.ledger import Budget
 
 
 def budget(
@@ -21,9 +21,9 @@ def budget(
     ] = None,
 ) -> None:
     """Creates a privacy budget for several runs on the same data, or shows what is spent and reserved of one."""
-    from hf_dp import budget as budgets
     from hf_dp.errors import ConfigError
     from hf_dp.ledger import LEDGER_NAME, Ledger, read_ledger
+    from hf_dp.ledger import budget as budgets
 
     if (target_epsilon is None) != (target_delta is None):
         raise ConfigError("a new budget needs both --target-epsilon and --target-delta; to show one give neither")
@@ -41,8 +41,7 @@ def budget(
 
 
 def _show(file: Path, found: "Budget") -> None:
-    from hf_dp.accounting import spent
-    from hf_dp.calibration import round_up
+    from hf_dp.accounting import round_up, spent
     from hf_dp.cli.tables import print_table
 
     delta = found.target_delta

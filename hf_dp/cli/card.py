@@ -10,9 +10,8 @@ def card(
     folder: Annotated[Path, typer.Argument(help="The folder of a model saved by hf_dp.")],
 ) -> None:
     """Writes the card again from privacy.json; what others wrote in README.md stays."""
-    from hf_dp.card import write_card
+    from hf_dp.card import read_record, schema_problems, write_card
     from hf_dp.errors import ConfigError
-    from hf_dp.verify import read_record, schema_problems
 
     record = read_record(folder)
     problems = schema_problems(record)

@@ -12,10 +12,11 @@ def check(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")] = None,
 ) -> None:
     """Shows every trainable parameter with its rule, proves them on made-up records, and prints the plan."""
-    from hf_dp import accounting, budget, task
+    from hf_dp import accounting
     from hf_dp.cli.libraries import quiet
     from hf_dp.cli.tables import print_derivation, print_inventory
-    from hf_dp.recipe import read
+    from hf_dp.ledger import budget
+    from hf_dp.recipe import read, task
 
     quiet()
     asked = read(recipe, overrides or [])

@@ -17,17 +17,14 @@ import numpy as np
 import torch
 import typer
 
-from hf_dp import task
-from hf_dp.audit.membership import FEWEST_MODELS, Attack, Coins, ceilings, is_refuted, lira_scores, measured
-from hf_dp.audit.membership_picture import draw_attacks
-from hf_dp.audit.scores import Floats
+from hf_dp.accounting import spent
+from hf_dp.audit import FEWEST_MODELS, Attack, Coins, Floats, ceilings, draw_attacks, is_refuted, lira_scores, measured
 from hf_dp.cli.tables import console, print_table
-from hf_dp.epsilon import spent
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.losses import IGNORED
 from hf_dp.mechanism import Segment
-from hf_dp.recipe import Recipe
+from hf_dp.per_example import IGNORED
+from hf_dp.recipe import Recipe, task
 
 IN_TURN = {
     "save_strategy": "no",

@@ -68,7 +68,7 @@ def plan(
 
 
 def _draw(mechanism: Any, plot: Path, against: str, epochs: float | None) -> None:
-    from hf_dp.plots import draw_epsilon
+    from hf_dp.accounting import draw_epsilon
 
     draw_epsilon(mechanism, plot, against, epochs)
     print(f"Epsilon against {against}: {plot}")
@@ -86,8 +86,8 @@ def _refuse_work(model: str | None, work: dict[str, int | None]) -> None:
 
 
 def _cost(mechanism: Any, model: str, work: dict[str, int | None]) -> list[Any]:
-    from hf_dp import model_shapes, run_cost
     from hf_dp.cli.libraries import quiet
+    from hf_dp.recipe import model_shapes, run_cost
 
     quiet()
     shapes = model_shapes.of_name(model, work["lora_r"])

@@ -16,8 +16,8 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
     """Verifies a model's card, then uploads the model with it, in one commit."""
+    from hf_dp.card import verify
     from hf_dp.errors import ConfigError
-    from hf_dp.verify import verify
 
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}: expected that of a model saved by hf_dp")

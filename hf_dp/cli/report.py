@@ -12,11 +12,9 @@ def report(
 ) -> None:
     """Verifies a model's card, and writes a page for people who must know what it promises."""
     from hf_dp import durable
+    from hf_dp.card import DESCRIPTIONS, page, read_record, verify
     from hf_dp.cli.hub import CARD_FILES, local_copy
     from hf_dp.errors import ConfigError
-    from hf_dp.report.page import page
-    from hf_dp.report.training import DESCRIPTIONS
-    from hf_dp.verify import read_record, verify
 
     folder = local_copy(model, [*CARD_FILES, *DESCRIPTIONS])
     name = Path(model).resolve().name if Path(model).is_dir() else model

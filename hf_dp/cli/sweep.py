@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from hf_dp.sweep.run import Asked, Tell
+    from hf_dp.sweep import Asked, Tell
 
 
 def sweep(
@@ -31,8 +31,7 @@ def sweep(
     """
     from hf_dp.cli.folders import no_empty_folder
     from hf_dp.cli.libraries import quiet
-    from hf_dp.sweep.grid import combinations
-    from hf_dp.sweep.run import Asked
+    from hf_dp.sweep import Asked, combinations
 
     quiet()
     found = combinations(recipe, overrides or [], grid or [])
@@ -49,9 +48,8 @@ def sweep(
 
 def _swept(asked: "Asked", *, resume: bool) -> None:
     from hf_dp.cli.tables import print_table
+    from hf_dp.sweep import derivation, run
     from hf_dp.sweep import folder as folders
-    from hf_dp.sweep import run
-    from hf_dp.sweep.plan import derivation
 
     if resume:
         state = folders.resume(asked.folder, asked.texts)
@@ -94,9 +92,9 @@ def _progress() -> "Iterator[Tell]":
 
 
 def _show(folder: Path, found: Mapping[str, Any]) -> None:
-    from hf_dp.calibration import round_up
+    from hf_dp.accounting import round_up
     from hf_dp.cli.tables import print_table
-    from hf_dp.sweep.folder import SELECTED
+    from hf_dp.sweep import SELECTED
 
     keys = list(found["trials"][0]["combination"])
     rows = [

@@ -22,10 +22,10 @@ def train(
 
 
 def _run(asked: Any) -> None:
-    from hf_dp import task
     from hf_dp.cli.tables import print_metrics
     from hf_dp.errors import LedgerError
     from hf_dp.ledger import LEDGER_NAME
+    from hf_dp.recipe import task
 
     resume = asked.training.get("resume_from_checkpoint")
     if not resume and (asked.output_dir / LEDGER_NAME).exists():

@@ -12,8 +12,8 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
+    from hf_dp.card import verify as checks_of
     from hf_dp.cli.hub import local_copy
-    from hf_dp.verify import verify as checks_of
 
     checks = checks_of(local_copy(model))
     table = Table("", "check", "found", title=model, title_justify="left")

@@ -1,1 +1,1 @@
-"""The embedded default: made-up customer records, a small model, and a run with and without privacy."""
+"""Nothing goes in; a private and a plain run on made-up records come out, compared."""

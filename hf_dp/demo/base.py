@@ -10,9 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-from hf_dp import data_files
-from hf_dp.data import PadRight, completions
-from hf_dp.recipe import DataSection
+from hf_dp.recipe import DataSection, PadRight, completions, data_files
 
 PAD, END = "<pad>", "<end>"
 VOCABULARY = 768  # digits stay single, so that a number is as long as it looks

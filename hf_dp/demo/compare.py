@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from transformers import Trainer
 
-from hf_dp import task
-from hf_dp.recipe import Recipe
-from hf_dp.run import PrivacySpent
+from hf_dp.recipe import Recipe, task
+from hf_dp.step import PrivacySpent
 
 LOSS = "eval_nats_per_character"
 

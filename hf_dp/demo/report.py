@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_dp.demo.secrets import Exposure
-from hf_dp.run import PrivacySpent
+from hf_dp.step import PrivacySpent
 
 
 class Result(NamedTuple):

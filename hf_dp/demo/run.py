@@ -10,16 +10,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dp import recipe as recipes
-from hf_dp.cli.libraries import quiet
+from hf_dp.cli import quiet
 from hf_dp.demo import picture, report, secrets
 from hf_dp.demo.base import train_base
 from hf_dp.demo.compare import Tuned, tune_plain, tune_private
 from hf_dp.demo.folder import fresh_folder
 from hf_dp.demo.records import Halves, write_records
 from hf_dp.errors import HfDpError
-from hf_dp.recipe import DataSection, Recipe
-from hf_dp.recipe_yaml import nested
-from hf_dp.template import Template
+from hf_dp.recipe import DataSection, Recipe, Template, nested
 
 FOLDER = Path("out/demo")
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"

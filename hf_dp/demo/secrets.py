@@ -7,13 +7,11 @@ import datasets
 import numpy as np
 import torch
 
-from hf_dp import losses
-from hf_dp.audit.exposure import CHANCE, are_given_away, exposures
-from hf_dp.audit.scores import Floats
-from hf_dp.data import PadRight, completions
+from hf_dp.audit import CHANCE, Floats, are_given_away, exposures
 from hf_dp.demo.base import MAX_TOKENS
 from hf_dp.demo.records import FIRST_NAMES, SURNAMES, Record
-from hf_dp.recipe import DataSection
+from hf_dp.per_example import losses
+from hf_dp.recipe import DataSection, PadRight, completions
 
 NUM_SECRETS, NUM_OTHERS = 8, 400
 CODE_DIGITS = 6

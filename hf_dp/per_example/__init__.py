@@ -1,1 +1,68 @@
-"""Model and loss -> every example's squared gradient norm and the clipped sum, exactly, in one backward pass."""
+"""A model, a batch and a loss go in; each example's gradient norm and the clipped sum come out, exactly, in one backward pass."""
+
+from hf_dp.per_example import factors, losses
+from hf_dp.per_example.batches import (
+    LEFT,
+    RIGHT,
+    Batch,
+    MicroBatch,
+    Padding,
+    Path,
+    Untied,
+    is_tied,
+    leaves,
+    pad_and_join,
+    same,
+    stacked,
+    unambiguous,
+)
+from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
+from hf_dp.per_example.compiled import CompiledBlocks
+from hf_dp.per_example.cost import materialise_is_cheaper
+from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
+from hf_dp.per_example.inventory import Row, inventory_of_one, take_inventory
+from hf_dp.per_example.losses import IGNORED, public_sizes
+from hf_dp.per_example.one_at_a_time import each_alone
+from hf_dp.per_example.self_check import Report, precision, self_check, undisturbed
+from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
+
+__all__ = [
+    "IGNORED",
+    "LEFT",
+    "LENGTHS",
+    "MANY",
+    "OVER_VOCABULARY",
+    "RIGHT",
+    "Batch",
+    "CompiledBlocks",
+    "MicroBatch",
+    "Padding",
+    "Pass",
+    "Path",
+    "Report",
+    "Row",
+    "Untied",
+    "clipped_gradient_sum",
+    "decoder_inputs",
+    "each_alone",
+    "factors",
+    "inventory_of_one",
+    "is_tied",
+    "leaves",
+    "longest_taken",
+    "losses",
+    "materialise_is_cheaper",
+    "pad_and_join",
+    "per_example_factors",
+    "precision",
+    "public_sizes",
+    "records_of_the_same_shape",
+    "same",
+    "self_check",
+    "stacked",
+    "synthetic_records",
+    "take_inventory",
+    "unambiguous",
+    "undisturbed",
+    "views",
+]

@@ -1,66 +1,187 @@
-"""A collated micro-batch -> parts in which the number of examples is no other dimension's size, and their slices."""
+"""Batches of which each record was collated by itself -> one micro-batch whose rows are tied to its records; and slices of that.
 
-from collections.abc import Iterator
-from typing import Any
+How many examples a micro-batch has is told by whoever knows its records, never by the size of a tensor. A leaf is anything in a
+batch that is no mapping, tuple or list of further leaves; its path is the keys that lead to it.
+"""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 Batch = dict[str, Any]
+Path = tuple[Any, ...]
+RIGHT, LEFT = "right", "left"
 
 
-def num_examples(batch: Batch) -> int:
-    """The leading dimension that the batch's tensors share; that of `labels` where there are some.
+class Untied(Exception):
+    """Leaves of several records that can't be made the rows of one batch: each record then has a pass of its own."""
 
-    Raises:
-        ValueError: no tensor in the batch.
+
+class Padding(NamedTuple):
+    """What a leaf is filled up with, to the greatest size of each dimension, and on which side."""
+
+    value: float
+    side: str
+
+
+class MicroBatch(Batch):
+    """A batch for one pass, and how many examples it has.
+
+    With several examples every tensor, and every list of things that are no tensors, has one row for each, in their order; what is
+    neither is the same for all of them. The batch of one example is what the collator made of its record, whatever that is.
     """
-    tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim()}
-    if not tensors:
-        raise ValueError(
-            f"expected tensors in a micro-batch, got keys {sorted(batch)}: does the collator return tensors?"
-        )
-    return len(tensors.get("labels", next(iter(tensors.values()))))
+
+    def __init__(self, batch: Mapping[str, Any], size: int) -> None:
+        super().__init__(batch)
+        self.size = size
+
+    def rows(self, where: slice) -> "MicroBatch":
+        """Those examples."""
+        size = len(range(*where.indices(self.size)))
+        if size == self.size:
+            return self
+        return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, size)
+
+    def mapped(self, change: Callable[[Batch], Any]) -> "MicroBatch":
+        """The same examples in a batch that was changed as a whole, such as one that was moved to a device."""
+        return MicroBatch(change(dict(self)), self.size)
 
 
-def rows(batch: Batch, where: slice) -> Batch:
-    """Those examples of the batch: every tensor that leads with the examples is sliced, everything else kept."""
-    size = num_examples(batch)
-    return {k: v[where] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
-
-
-def example(batch: Batch, row: int) -> Batch:
-    """One example without its padding: the columns between the first and the last 1 of its `attention_mask`, where it has one."""
-    one = rows(batch, slice(row, row + 1))
-    mask = one.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.any():
-        return one
-    where = mask[0].nonzero().flatten()
-    columns, width = slice(int(where[0]), int(where[-1]) + 1), mask.shape[1]
-    return {
-        k: v[:, columns] if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == width else v for k, v in one.items()
-    }
-
-
-def same(a: Batch, b: Batch) -> bool:
-    """Whether two collated batches hold the same tensors."""
-    return a.keys() == b.keys() and all(
-        v.shape == b[k].shape and bool((v == b[k]).all()) for k, v in a.items() if isinstance(v, Tensor)
-    )
-
-
-def unambiguous(batch: Batch) -> Iterator[Batch]:
+def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
     """The batch in parts whose size is none of its other dimensions.
 
     A rule tells the examples by the size of the leading dimension. With 32 examples of 32 tokens, relative positions [T, T] or
     a layer that puts the sequence first could be taken for examples; in parts of 31 and 1 they cannot. One example
     alone is always unambiguous: then autograd's own gradient is used.
     """
-    size = num_examples(batch)
-    others = {n for v in batch.values() if isinstance(v, Tensor) for n in v.shape[1:]}
+    others = {n for leaf in leaves(batch).values() if isinstance(leaf, Tensor) for n in leaf.shape[1:]}
     start = 0
-    while start < size:
-        part = size - start
+    while start < batch.size:
+        part = batch.size - start
         while part > 1 and part in others:
             part -= 1
-        yield rows(batch, slice(start, start + part)) if part < size else batch
+        yield batch.rows(slice(start, start + part))
         start += part
+
+
+def leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
+    """Every leaf of a batch by its path. A list of things that are no tensors, such as one text for each example, is a leaf."""
+    if isinstance(value, Mapping):
+        members: Any = value.items()
+    elif _is_sequence_of_fields(value):
+        members = enumerate(value)
+    else:
+        return {path: value}
+    return {deeper: leaf for key, member in members for deeper, leaf in leaves(member, (*path, key)).items()}
+
+
+def is_tied(batch: Mapping[str, Any], size: int) -> bool:
+    """Whether every tensor, and every list of other things, has `size` rows."""
+    return all(_rows(leaf) in (size, None) for leaf in leaves(batch).values())
+
+
+def stacked(alone: Sequence[Batch], paddings: Mapping[Path, Padding]) -> MicroBatch:
+    """One micro-batch of records that were collated each by itself.
+
+    Args:
+        alone: the batch of each.
+        paddings: of the leaves that differ in size.
+
+    Raises:
+        Untied: a leaf has not exactly one row for its record, or differs in kind, type or size without a known padding.
+    """
+    if len(alone) == 1:
+        return MicroBatch(alone[0], 1)
+    return MicroBatch(_joined(list(alone), (), paddings), len(alone))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two batches, or leaves, hold the same: floats but for rounding, whole numbers and the rest exactly."""
+    first, second = leaves(a), leaves(b)
+    return first.keys() == second.keys() and all(_equal(leaf, second[path]) for path, leaf in first.items())
+
+
+def pad_and_join(tensors: Sequence[Tensor], padding: Padding) -> Tensor:
+    """Tensors [1, ...] of equal type and number of dimensions -> [B, ...], each filled up to the greatest size.
+
+    Raises:
+        Untied: types or numbers of dimensions differ, or one has not exactly one row.
+    """
+    if len({(x.dtype, x.dim(), x.shape[:1]) for x in tensors}) > 1 or tensors[0].shape[:1] != (1,):
+        raise Untied
+    shape = [max(sizes) for sizes in zip(*(x.shape for x in tensors), strict=True)]
+    out = tensors[0].new_full((len(tensors), *shape[1:]), padding.value)
+    for row, x in zip(out, tensors, strict=True):
+        right = padding.side == RIGHT
+        row[tuple(slice(0, n) if right else slice(m - n, m) for n, m in zip(x.shape[1:], row.shape, strict=True))] = x[
+            0
+        ]
+    return out
+
+
+def _joined(values: list[Any], path: Path, paddings: Mapping[Path, Padding]) -> Any:
+    first = values[0]
+    if any(type(v) is not type(first) for v in values):
+        raise Untied
+    if isinstance(first, Mapping):
+        if any(v.keys() != first.keys() for v in values):
+            raise Untied
+        return {key: _joined([v[key] for v in values], (*path, key), paddings) for key in first}
+    if isinstance(first, Tensor):
+        return _joined_tensors(values, path, paddings)
+    if all(map(_is_sequence_of_fields, values)):
+        if len({len(v) for v in values}) > 1:
+            raise Untied
+        return [_joined([v[i] for v in values], (*path, i), paddings) for i in range(len(first))]
+    if isinstance(first, (tuple, list)):
+        if any(len(v) != 1 for v in values):
+            raise Untied
+        return [member for v in values for member in v]
+    if any(not _equal(v, first) for v in values):
+        raise Untied
+    return first
+
+
+def _joined_tensors(tensors: list[Tensor], path: Path, paddings: Mapping[Path, Padding]) -> Tensor:
+    if len({x.shape for x in tensors}) > 1:
+        if path not in paddings:
+            raise Untied
+        return pad_and_join(tensors, paddings[path])
+    if tensors[0].shape[:1] != (1,) or len({x.dtype for x in tensors}) > 1:
+        raise Untied
+    return torch.cat(tensors)
+
+
+def _sliced(value: Any, where: slice) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _sliced(member, where) for key, member in value.items()}
+    if isinstance(value, Tensor):
+        return value[where]
+    if _is_sequence_of_fields(value):
+        return [_sliced(member, where) for member in value]
+    return value[where] if isinstance(value, (tuple, list)) else value
+
+
+def _is_sequence_of_fields(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and any(isinstance(m, (Tensor, Mapping, tuple, list)) for m in value)
+
+
+def _rows(leaf: Any) -> int | None:
+    if isinstance(leaf, Tensor):
+        return len(leaf) if leaf.dim() else 0
+    if isinstance(leaf, (tuple, list)):
+        return len(leaf)
+    return None if leaf is None or isinstance(leaf, (bool, int, float, str)) else 0
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return torch.allclose(a, b, 1e-5, 1e-6, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except (ValueError, TypeError, RuntimeError):  # such as of arrays
+        return False

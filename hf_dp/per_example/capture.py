@@ -12,12 +12,15 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hf_dp.clipping import clip_factors
 from hf_dp.errors import CaptureError, UnsupportedParameterError
 from hf_dp.per_example import factors as fx
+from hf_dp.per_example import norms
+from hf_dp.per_example.clipping import clip_factors
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
+from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.proxy import ParameterProxy
+from hf_dp.per_example.rules import apply_rule
 
 REMEDY = "freeze it, or set per_device_train_batch_size=1 (and no token budget): one example at a time is exact for any layer"
 
@@ -30,6 +33,8 @@ class Capture:
         operations: parameter name -> the operations that used it, in order.
         refusals: (parameter, operation) pairs without an exact rule. Collected rather than raised where `collecting`.
     """
+
+    apply_rule = staticmethod(apply_rule)  # proxies reach the rules by way of their capture
 
     def __init__(self, batch_size: int, *, collecting: bool = False) -> None:
         self.batch_size = batch_size
@@ -175,11 +180,11 @@ def _checked(losses: Tensor, batch_size: int) -> Tensor:
     return losses
 
 
-def squared_norms(factors: dict[str, list[Factor]], batch_size: int, like: Tensor) -> Tensor:
-    """|g_b|^2 over all parameters together, [B], in float32 or better. Without any factor: zeros."""
+def squared_norms(factors: dict[str, list[Factor]], batch_size: int, like: Tensor) -> Measured:
+    """Upper bounds of |g_b|^2 over all parameters together, [B], in float64. Without any factor: zeros."""
     if not factors:
-        return fx.exact(like.new_zeros(batch_size))
-    return torch.stack([fx.squared_norms(uses) for uses in factors.values()]).sum(0)
+        return Measured(like.new_zeros(batch_size, dtype=torch.float64), {})
+    return norms.squared_norms(factors)
 
 
 class PerExample(NamedTuple):
@@ -201,10 +206,10 @@ def clipped_gradient_sum(
     into: dict[str, Tensor],
     factors_of: Pass = per_example_factors,
 ) -> PerExample:
-    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`, and returns the norms |g_b| and the losses, which are secret.
+    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`; returns upper bounds of the norms |g_b|, and losses, which are secret.
 
     g_b is the gradient of example b's loss with respect to all trainable parameters together (flat clipping). An example
-    whose gradient is not finite adds exactly nothing. B = 0 does nothing.
+    whose gradient is not finite, or whose norm can't be bounded, adds exactly nothing. B = 0 does nothing.
 
     Args:
         model: the model, unwrapped (no DDP around it).
@@ -220,14 +225,14 @@ def clipped_gradient_sum(
     if batch_size == 0:
         return PerExample(torch.zeros(0), torch.zeros(0))
     factors, losses = factors_of(model, example_losses, batch_size)
-    norms = squared_norms(factors, batch_size, losses).sqrt()
-    weights = clip_factors(norms, clip_norm)
-    finite = torch.isfinite(norms)
-    if not bool(finite.all()):
-        factors = {name: fx.without_examples(uses, finite) for name, uses in factors.items()}
+    measured = squared_norms(factors, batch_size, losses)
+    weights = clip_factors(measured.squares.sqrt(), clip_norm)
+    bounded = weights > 0
+    if not bool(bounded.all()):
+        factors = {name: fx.without_examples(uses, bounded) for name, uses in factors.items()}
     for name, uses in factors.items():
-        fx.add_weighted_sum(uses, weights, into[name])
-    return PerExample(norms, losses)
+        fx.add_weighted_sum(uses, weights, into[name], measured.cancelling.get(name, ()))
+    return PerExample(measured.squares.sqrt(), losses)
 
 
 def views(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

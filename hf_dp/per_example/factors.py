@@ -7,12 +7,11 @@ Legend: B examples, T positions, d inputs, r outputs, V rows of a table. A gradi
     Rows     index [B, T], g [B, T, d]        G_b[v] = sum of g_b[t] with index_b[t] = v   (a lookup in a table)
 
 The norm of an Outer needs no gradient: |G_b|^2 = sum_{s,t} (x_s . x_t)(g_s . g_t)  (Goodfellow 2015, eq. 1 for T = 1; Li et al. 2021,
-section 4.1 for T > 1). Once the weights c_b are known, sum_b c_b G_b is one matrix product (book-keeping, Bu et al. 2023).
-Everything here computes in float32, or in float64 where the inputs are.
+section 4.1 for T > 1): see `norms`. Once the weights c_b are known, sum_b c_b G_b is one matrix product (book-keeping, Bu et al. 2023).
+Sums are formed in float32, or in float64 where the inputs are, or where an example's terms cancel.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -89,26 +88,66 @@ def merge(factors: Sequence[Factor]) -> list[Factor]:
     return merged
 
 
-def squared_norms(factors: Sequence[Factor]) -> Tensor:
-    """|sum of factors|^2 for each example, [B]; `factors` as `merge` returns them (one of a kind)."""
-    first, *rest = map(_squared_norm, factors)
-    total = sum(rest, first)
-    for a, b in combinations(factors, 2):
-        total = total + 2.0 * _inner(a, b)
-    return total
+def add_weighted_sum(
+    factors: Sequence[Factor], weights: Tensor, into: Tensor, in_float64_too: Sequence[int] = ()
+) -> None:
+    """into += sum_b weights_b G_b, in place. `weights` [B]; `into` has the parameter's shape, float32 or better.
 
-
-def add_weighted_sum(factors: Sequence[Factor], weights: Tensor, into: Tensor) -> None:
-    """into += sum_b weights_b G_b, in place. `weights` [B]; `into` has the parameter's shape, float32 or better."""
+    The gradients of the examples `in_float64_too`, whose terms cancel, are formed in float64 and rounded once.
+    """
+    for example in in_float64_too:
+        for rows, block in in_float64(factors, example):
+            matrix = into.view(matrix_shape(factors))
+            matrix[rows] += (block * weights[example]).to(into.dtype)
+    if in_float64_too:
+        weights = weights.index_fill(0, torch.tensor(in_float64_too, device=weights.device), 0.0)
+    weights = toward_zero(weights, into.dtype)
     for factor in factors:
         if isinstance(factor, Dense):
             flat = exact(factor.gradient).flatten(1).to(into.dtype)
-            into.view(-1).addmv_(flat.t(), weights.to(into.dtype))
+            into.view(-1).addmv_(flat.t(), weights)
         elif isinstance(factor, Outer):
             _add_outer(factor, weights, into)
         else:
             scaled = exact(factor.grads) * weights.view(-1, 1, 1)
             into.index_add_(0, factor.rows.reshape(-1), scaled.flatten(0, 1).to(into.dtype))
+
+
+def toward_zero(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of 0 or more in another precision, none of them greater than before."""
+    rounded = weights.to(dtype)
+    return torch.where(rounded > weights, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+
+
+def matrix_shape(factors: Sequence[Factor]) -> tuple[int, int]:
+    """(r, d) of the gradient of a parameter that is not kept dense alone."""
+    for factor in factors:
+        if isinstance(factor, Outer):
+            return factor.grads.shape[-1], factor.inputs.shape[-1]
+        if isinstance(factor, Rows):
+            return factor.num_rows, factor.grads.shape[-1]
+    raise AssertionError("dense gradients have no terms that cancel")
+
+
+def in_float64(factors: Sequence[Factor], example: int) -> Iterator[tuple[slice, Tensor]]:
+    """One example's gradient as a matrix, formed in float64, a few of its rows at a time: (which, [rows, d])."""
+    r, d = matrix_shape(factors)
+    for rows in chunks(r, max(1, CHUNK_ELEMENTS // 8 // d)):
+        block = torch.zeros(rows.stop - rows.start, d, dtype=torch.float64, device=_device(factors[0]))
+        for factor in factors:
+            if isinstance(factor, Dense):
+                block += factor.gradient[example].reshape(r, d)[rows]
+            elif isinstance(factor, Outer):
+                block.addmm_(factor.grads[example][:, rows].double().t(), factor.inputs[example].double())
+            else:
+                here = (factor.rows[example] >= rows.start) & (factor.rows[example] < rows.stop)
+                index = factor.rows[example][here] - rows.start
+                block.index_add_(0, index, factor.grads[example][here].double())
+        yield rows, block
+
+
+def _device(factor: Factor) -> torch.device:
+    return factor.gradient.device if isinstance(factor, Dense) else factor.grads.device
 
 
 def without_examples(factors: Sequence[Factor], keep: Tensor) -> list[Factor]:
@@ -131,83 +170,12 @@ def _add_outer(factor: Outer, weights: Tensor, into: Tensor) -> None:
     """Into [r, d] += (c g)^T x over all B T positions, a bounded number of positions at a time."""
     batch, positions, width = factor.inputs.shape
     step = max(1, CHUNK_ELEMENTS // max(1, positions * (width + factor.grads.shape[-1])))
-    for rows in _chunks(batch, step):
+    for rows in chunks(batch, step):
         scaled = exact(factor.grads[rows]) * weights[rows].view(-1, 1, 1)
         matrix = into.view(factor.grads.shape[-1], width)  # a convolution's kernel has more dimensions
         matrix.addmm_(scaled.flatten(0, 1).t().to(into.dtype), exact(factor.inputs[rows]).flatten(0, 1).to(into.dtype))
 
 
-def _squared_norm(factor: Factor) -> Tensor:
-    if isinstance(factor, Dense):
-        return torch.linalg.vector_norm(exact(factor.gradient).flatten(1), dim=1).square()
-    if isinstance(factor, Rows):
-        return _rows_squared_norm(factor)
-    return gram_squared_norm(factor) if gram_is_cheaper(factor) else product_squared_norm(factor)
-
-
-def gram_is_cheaper(factor: Outer) -> bool:
-    """T^2 (d + r) against T d r multiply-adds, for one example."""
-    _, positions, d = factor.inputs.shape
-    r = factor.grads.shape[-1]
-    return positions * (d + r) < d * r
-
-
-def gram_squared_norm(factor: Outer) -> Tensor:
-    """|G_b|^2 = <x_b x_b^T, g_b g_b^T>, [B]; never below zero, whatever the rounding."""
-    batch, positions, _ = factor.inputs.shape
-    parts = []
-    for rows in _chunks(batch, max(1, CHUNK_ELEMENTS // max(1, 2 * positions * positions))):
-        x, g = exact(factor.inputs[rows]), exact(factor.grads[rows])
-        parts.append((torch.bmm(x, x.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))).sum((1, 2)))
-    return torch.cat(parts).clamp_min(0.0)
-
-
-def product_squared_norm(factor: Outer) -> Tensor:
-    """|g_b^T x_b|^2 by forming the product for a few examples at a time, [B]."""
-    batch, _, d = factor.inputs.shape
-    r = factor.grads.shape[-1]
-    parts = []
-    for rows in _chunks(batch, max(1, CHUNK_ELEMENTS // max(1, d * r))):
-        product = per_example_product(factor.grads[rows], factor.inputs[rows])
-        parts.append(torch.linalg.vector_norm(product.flatten(1), dim=1).square())
-    return torch.cat(parts)
-
-
-def _rows_squared_norm(factor: Rows) -> Tensor:
-    """Rows looked up twice add up before they are squared: gather each row at its first position, [B]."""
-    batch, positions, width = factor.grads.shape
-    first = (factor.rows.unsqueeze(2) == factor.rows.unsqueeze(1)).int().argmax(2)  # [B, T]
-    summed = exact(factor.grads).new_zeros(batch, positions, width)
-    summed.scatter_add_(1, first.unsqueeze(-1).expand(batch, positions, width), exact(factor.grads))
-    return torch.linalg.vector_norm(summed.flatten(1), dim=1).square()
-
-
-def _inner(a: Factor, b: Factor) -> Tensor:
-    """<G_a, G_b> for each example, [B], for two factors of different kinds (as `merge` leaves them)."""
-    if isinstance(b, Dense):
-        a, b = b, a
-    if isinstance(b, Outer):
-        if isinstance(a, Dense):  # sum_t g_t^T D x_t
-            matrices = exact(a.gradient).reshape(len(a.gradient), b.grads.shape[-1], b.inputs.shape[-1])
-            mapped = torch.bmm(exact(b.inputs), matrices.transpose(1, 2))
-            return (mapped * exact(b.grads)).sum((1, 2))
-        assert isinstance(a, Rows)
-        return _rows_outer_inner(a, b)
-    assert isinstance(b, Rows)
-    if isinstance(a, Outer):
-        return _rows_outer_inner(b, a)
-    assert isinstance(a, Dense)
-    picked = exact(a.gradient).gather(1, b.rows.unsqueeze(-1).expand_as(b.grads))
-    return (picked * exact(b.grads)).sum((1, 2))
-
-
-def _rows_outer_inner(rows: Rows, outer: Outer) -> Tensor:
-    """Tied table: sum_{t,s} (e_t . x_s) g_s[index_t], e the lookup's gradients and (x, g) the head's, [B]."""
-    dots = torch.bmm(exact(rows.grads), exact(outer.inputs).transpose(1, 2))  # [B, T, S]
-    index = rows.rows.unsqueeze(1).expand(-1, outer.grads.shape[1], -1)  # [B, S, T]
-    picked = exact(outer.grads.gather(2, index)).transpose(1, 2)
-    return (dots * picked).sum((1, 2))
-
-
-def _chunks(total: int, step: int) -> Iterator[slice]:
+def chunks(total: int, step: int) -> Iterator[slice]:
+    """Slices of `step` that make up range(total); one empty slice for 0."""
     return (slice(start, min(start + step, total)) for start in range(0, max(total, 1), step))

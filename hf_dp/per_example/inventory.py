@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import UnsupportedParameterError
-from hf_dp.per_example.batches import Batch, num_examples
+from hf_dp.per_example.batches import Batch, MicroBatch
 from hf_dp.per_example.capture import Capture, per_example_factors, refusal_message
 from hf_dp.per_example.factors import Dense, Outer, Rows
 
@@ -29,24 +29,40 @@ class Row(NamedTuple):
     rule: str
 
 
-def take_inventory(model: nn.Module, batch: Batch, example_losses: ExampleLosses) -> list[Row]:
+def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses) -> list[Row]:
     """Every trainable parameter with the operations that use it and the form of its per-example gradients.
 
-    One forward and backward on `batch` (two examples or more, synthetic). A parameter that this batch does not use is listed as
-    such: it gets noise alone.
+    One forward and backward on `batch`, which is synthetic. A parameter that this batch does not use is listed as such: it gets noise
+    alone. With one example in the batch, as where each has a pass of its own, autograd's gradient is exact whatever uses a parameter.
 
     Raises:
         UnsupportedParameterError: naming all parameters that are used without an exact rule, with the remedy.
     """
-    capture = Capture(num_examples(batch), collecting=True)
+    capture = Capture(batch.size, collecting=True)
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         factors, _ = per_example_factors(
             model, lambda: example_losses(model, batch), capture.batch_size, capture=capture
         )
-    if capture.refusals:
+    if capture.refusals and batch.size > 1:
         raise UnsupportedParameterError(refusal_message(capture.refusals))
     return [
-        Row(name, tuple(p.shape), ", ".join(capture.operations.get(name, ())) or "-", _rule(factors.get(name, ())))
+        Row(
+            name,
+            tuple(p.shape),
+            ", ".join(capture.operations.get(name, ())) or "-",
+            "one example a pass" if batch.size == 1 else _rule(factors.get(name, ())),
+        )
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+
+
+def inventory_of_one(model: nn.Module, one: Batch, example_losses: ExampleLosses) -> list[Row]:
+    """As `take_inventory` where each pass holds one example, on a batch of one: autograd's gradient is its, whatever the layer."""
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
+        found, _ = per_example_factors(model, lambda: example_losses(model, one), 1)
+    return [
+        Row(name, tuple(p.shape), "any", "autograd's, one example a pass" if name in found else _rule(()))
         for name, p in model.named_parameters()
         if p.requires_grad
     ]

@@ -78,8 +78,6 @@ class ParameterProxy(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Every PyTorch function that has a proxy among its arguments."""
-        from hf_dp.per_example.rules import apply_rule  # rules make proxies: resolved when called
-
         kwargs = kwargs or {}
         if func.__name__ == "__set__" and args[1] is not None:
             return args[0].capture.refuse([args[0].parameter], "an assignment to one of its attributes", lambda: None)
@@ -88,7 +86,7 @@ class ParameterProxy(torch.Tensor):
             return True
         if name in ASKING or not torch.is_grad_enabled():
             return func(*plain(args), **plain(kwargs))
-        return apply_rule(name, func, tuple(args), kwargs)
+        return proxies_in((args, kwargs))[0].capture.apply_rule(name, func, tuple(args), kwargs)
 
 
 def operation_name(func: Callable[..., Any]) -> str:

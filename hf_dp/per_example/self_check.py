@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_dp.errors import SelfCheckError
-from hf_dp.per_example.batches import Batch, num_examples, rows
+from hf_dp.per_example.batches import Batch, MicroBatch
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors
 from hf_dp.per_example.factors import Factor, add_weighted_sum, exact
 from hf_dp.per_example.inventory import ExampleLosses
@@ -48,20 +48,24 @@ def self_check(
     example_losses: ExampleLosses,
     clip_norm: float,
     factors_of: Pass = per_example_factors,
+    one_a_pass: bool = False,
 ) -> Report:
     """Compares the gradient sum of a batch with that of its examples alone, and clipped sums of neighbours.
 
     Args:
         model: unwrapped; left in training mode, buffers and random state as they were.
-        collated: the whole batch first, then each of its examples collated alone, in the same order.
+        collated: the whole batch first, then each of its examples collated alone, in the same order. Where examples have a pass of their
+            own, the whole is the first one, and what is looked at of the others is what they leave in the model.
         example_losses: (model, batch) -> one loss an example.
         clip_norm: C.
         factors_of: what will do the passes over several examples.
+        one_a_pass: there will be none: then only what a pass leaves in the model is looked for.
 
     Raises:
         SelfCheckError: with the measured difference and the usual causes.
     """
-    batch, *alone = collated
+    whole, *alone = collated
+    batch = whole if isinstance(whole, MicroBatch) else MicroBatch(whole, len(alone))
     was_training = model.training
     model.train()
     try:
@@ -69,7 +73,21 @@ def self_check(
             if factors_of is per_example_factors or _draws(model, alone[0], example_losses):
                 stack.enter_context(_NoDropout())
             _refuse_what_is_written(model, alone, example_losses)
+            if one_a_pass:
+                return Report(difference=0.0, tolerance=0.0, sensitivity=1.0)
             return _compare(model, batch, alone, example_losses, clip_norm, factors_of)
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Passes in training mode without dropout, which leave no trace in the model, or in anybody's random numbers."""
+    was_training = model.training
+    model.train()
+    try:
+        with _state_put_back(model), torch.random.fork_rng(devices=_devices(model)), _NoDropout():
+            yield
     finally:
         model.train(was_training)
 
@@ -79,7 +97,7 @@ def _draws(model: nn.Module, batch: Batch, example_losses: ExampleLosses) -> boo
     devices = _devices(model)
     before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
     with _state_put_back(model):
-        per_example_factors(model, lambda: example_losses(model, batch), num_examples(batch))
+        per_example_factors(model, lambda: example_losses(model, batch), 1)
     after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
     return not all(map(torch.equal, before, after))
 
@@ -124,7 +142,7 @@ def _refuse_what_is_written(model: nn.Module, alone: Sequence[Batch], example_lo
 
 def _compare(
     model: nn.Module,
-    batch: Batch,
+    batch: MicroBatch,
     alone: Sequence[Batch],
     example_losses: ExampleLosses,
     clip_norm: float,
@@ -133,7 +151,7 @@ def _compare(
     differences, sizes = _squared_differences(model, batch, alone, example_losses, factors_of)
     tiny = torch.finfo(sizes.dtype).tiny
     difference = float((differences.max() / sizes.max().clamp_min(tiny)).sqrt())
-    tolerance = TOLERANCE[_precision(model)]
+    tolerance = TOLERANCE[precision(model)]
     if not difference <= tolerance:
         raise SelfCheckError(_explanation(difference, tolerance))
     sensitivity = _largest_move(model, batch, example_losses, clip_norm, factors_of) / clip_norm
@@ -145,13 +163,13 @@ def _compare(
 
 
 def _squared_differences(
-    model: nn.Module, batch: Batch, alone: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass
+    model: nn.Module, batch: MicroBatch, alone: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass
 ) -> tuple[Tensor, Tensor]:
     """|g_b in the batch - g_b alone|^2 and |g_b alone|^2 for each example, [B] each; one parameter of one example at a time."""
-    size = num_examples(batch)
+    size = batch.size
     together, losses = factors_of(model, lambda: example_losses(model, batch), size)
     totals = torch.zeros(2, size, dtype=exact(losses).dtype, device=losses.device)
-    for row, one in enumerate(alone):
+    for row, one in enumerate(alone[:size]):
         singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -168,7 +186,8 @@ def _gradient(factors: Sequence[Factor], row: int, size: int, like: Tensor) -> T
     return into
 
 
-def _precision(model: nn.Module) -> torch.dtype:
+def precision(model: nn.Module) -> torch.dtype:
+    """The coarsest dtype that activations may have."""
     device = next(model.parameters()).device.type
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if torch.is_autocast_enabled(device):
@@ -177,29 +196,28 @@ def _precision(model: nn.Module) -> torch.dtype:
 
 
 def _largest_move(
-    model: nn.Module, batch: Batch, example_losses: ExampleLosses, clip_norm: float, factors_of: Pass
+    model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses, clip_norm: float, factors_of: Pass
 ) -> float:
     """max over examples of |clipped sum with it - clipped sum without it|: at most C."""
     whole = _clipped_sum(model, batch, example_losses, clip_norm, factors_of)
-    size = num_examples(batch)
     moves = []
-    for row in range(size):
-        parts = [rows(batch, slice(0, row)), rows(batch, slice(row + 1, size))]
-        clipped = [_clipped_sum(model, p, example_losses, clip_norm, factors_of) for p in parts if num_examples(p)]
+    for row in range(batch.size):
+        parts = [batch.rows(slice(0, row)), batch.rows(slice(row + 1, batch.size))]
+        clipped = [_clipped_sum(model, p, example_losses, clip_norm, factors_of) for p in parts if p.size]
         without = sum(clipped)
         moves.append(float((whole - without).norm()))
     return max(moves)
 
 
 def _clipped_sum(
-    model: nn.Module, batch: Batch, example_losses: ExampleLosses, clip_norm: float, factors_of: Pass
+    model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses, clip_norm: float, factors_of: Pass
 ) -> Tensor:
     into = {
         name: torch.zeros(p.shape, dtype=exact(p).dtype, device=p.device)
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    clipped_gradient_sum(model, lambda: example_losses(model, batch), num_examples(batch), clip_norm, into, factors_of)
+    clipped_gradient_sum(model, lambda: example_losses(model, batch), batch.size, clip_norm, into, factors_of)
     return torch.cat([g.reshape(-1) for g in into.values()])
 
 
@@ -208,7 +226,8 @@ def _explanation(difference: float, tolerance: float) -> str:
         f"an example's gradient in a batch differs from its gradient alone by {difference:.3g} (relative; rounding allows "
         f"{tolerance:.0e}): something couples the examples, so no bound on one example's influence holds. Usual causes: padding "
         "on the left with absolute positions (set tokenizer.padding_side='right'), a loss averaged over the batch or over its "
-        "tokens, a router's auxiliary loss, batch statistics, a layer that mixes examples."
+        "tokens, a router's auxiliary loss, batch statistics, a layer that mixes examples. With per_device_train_batch_size=1 each "
+        "example has a pass of its own, in which there is nobody to mix it with."
     )
 
 

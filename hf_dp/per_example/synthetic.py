@@ -4,22 +4,35 @@ Only the record's *schema* is looked at: column names, types, which columns are 
 `input_ids`. Values and lengths are made up from a fixed generator and the model's public sizes.
 """
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from hf_dp.errors import ConfigError
-from hf_dp.per_example.batches import Batch, example, same
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega")
 LENGTHS = (5, 9, 7)
+MANY = 512  # tokens, where a model's config does not say how many it takes
+
+
+def longest_taken(model: Any) -> int | None:
+    """How many tokens a model's config has positions for, if it says so."""
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+SAMPLES = 400  # of sound, where a text would have a token: what reads waveforms takes windows of hundreds
 
 
 def synthetic_records(
-    record: dict[str, Any], *, vocab_size: int, label_values: int, lengths: Sequence[int] = LENGTHS
+    record: dict[str, Any],
+    *,
+    vocab_size: int,
+    label_values: int,
+    lengths: Sequence[int] = LENGTHS,
+    end: int | None = None,
 ) -> list[dict[str, Any]]:
     """As many records as `lengths`, with the columns and types of `record`.
 
@@ -28,6 +41,7 @@ def synthetic_records(
         vocab_size: token ids are drawn below it (public).
         label_values: labels are drawn below it: the number of classes, or the vocabulary's size for a language model.
         lengths: number of tokens in each record's sequences.
+        end: the token that ends a text, which `input_ids` end with where it is given; models that pool there need it, once.
 
     Raises:
         ConfigError: a column of a type that cannot be made up; names all of them.
@@ -40,19 +54,30 @@ def synthetic_records(
             f"cannot make up values for the columns {', '.join(unknown)}: let the dataset return tensors, numbers, strings or lists "
             "of them, or pass check_records=[...], a few public records for the self-check"
         )
-    return [
-        {name: _made_up(name, value, length, limits.get(name, vocab_size), generator) for name, value in record.items()}
+    made = [
+        {
+            name: _made_up(
+                name, value, length, length if "position" in name else limits.get(name, vocab_size), generator
+            )
+            for name, value in record.items()
+        }
         for length in lengths
     ]
+    return made if end is None else [_ended(one, end) for one in made]
 
 
-def together_and_alone(records: list[Any], collate: Callable[[list[Any]], Batch]) -> list[Batch]:
-    """All records in one batch, then each collated alone."""
-    whole, again = (collate(copy.deepcopy(records)) for _ in range(2))
-    if same(whole, again):
-        return [whole, *(collate([copy.deepcopy(r)]) for r in records)]
-    # a collator that draws, as for masked language modelling, would give each record another target
-    return [whole, *(example(whole, row) for row in range(len(records)))]
+def _ended(record: dict[str, Any], end: int) -> dict[str, Any]:
+    """Its `input_ids`, where they are a row of tokens, hold `end` once, at the end."""
+    ids = record.get("input_ids")
+    if not isinstance(ids, (list, torch.Tensor, np.ndarray)) or np.ndim(ids) != 1:
+        return record
+    others = [int(token) + (int(token) == end) for token in ids[:-1]]
+    ended = [*others, end]
+    return {**record, "input_ids": ended if isinstance(ids, list) else _like_values(ids, ended)}
+
+
+def _like_values(like: Any, values: list[int]) -> Any:
+    return torch.tensor(values, dtype=like.dtype) if isinstance(like, torch.Tensor) else np.asarray(values, like.dtype)
 
 
 def records_of_the_same_shape(record: Any, count: int = 3) -> list[Any]:
@@ -108,7 +133,8 @@ def _made_up(name: str, value: Any, length: int, limit: int, generator: np.rando
     fixed = array.ndim > 1 or (
         array.dtype.kind == "f" and "label" in name
     )  # pictures, and a score for each of k labels
-    made = _numbers(name, array, array.shape if fixed else (length,), limit, generator)
+    count = length * (SAMPLES if name == "input_values" and array.dtype.kind == "f" else 1)
+    made = _numbers(name, array, array.shape if fixed else (count,), limit, generator)
     return made if isinstance(value, np.ndarray) or array.ndim > 1 else made.tolist()
 
 

@@ -1,1 +1,17 @@
-"""A recipe and a grid of settings -> the best of a random number of trainings, with the epsilon of the choice on its card."""
+"""A recipe and a grid of settings go in; the best run comes out, with the choice accounted for."""
+
+from hf_dp.sweep import folder, run
+from hf_dp.sweep.folder import SELECTED
+from hf_dp.sweep.grid import combinations
+from hf_dp.sweep.plan import derivation
+from hf_dp.sweep.run import Asked, Tell
+
+__all__ = [
+    "SELECTED",
+    "Asked",
+    "Tell",
+    "combinations",
+    "derivation",
+    "folder",
+    "run",
+]

@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import filelock
 
 from hf_dp import durable
+from hf_dp.accounting import Selection, draw_number
 from hf_dp.errors import ConfigError, LedgerError
-from hf_dp.fingerprint import KEY_NAME
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger import KEY_NAME, LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
-from hf_dp.selection import Selection, draw_number
 from hf_dp.sweep.plan import Plan
 
 STATE, LOCK = "_sweep.json", "_sweep.lock"  # Trainer and `hf-dp push` leave such names out of what they upload

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 from hf_dp import recipe as recipes
 from hf_dp.errors import RecipeError
-from hf_dp.recipe import Recipe
-from hf_dp.recipe_yaml import nested, parse
-from hf_dp.settings import nearest
+from hf_dp.recipe import Recipe, nearest, nested, parse
 
 MOST = 1000  # combinations
 PRIVACY = tuple(

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_dp import accounting, card, durable, selection
+from hf_dp import accounting, card, durable
+from hf_dp.accounting import selection
+from hf_dp.card import read_record
 from hf_dp.sweep import folder as folders
 from hf_dp.sweep import picture
 from hf_dp.sweep.folder import SELECTED, State
-from hf_dp.verify import read_record
 
 STAYS = ("_*", "log.txt", folders.TRIAL)  # of the trial's folder, what is not the model's
 

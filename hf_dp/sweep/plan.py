@@ -5,15 +5,13 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from hf_dp import accounting, selection
-from hf_dp.accounting import Derived
-from hf_dp.calibration import round_up
+from hf_dp import accounting
+from hf_dp.accounting import Derived, Selection, round_up, selection
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import AccountingError, ConfigError, RecipeError
 from hf_dp.mechanism import Mechanism, Segment
-from hf_dp.selection import Selection
+from hf_dp.recipe import training_arguments
 from hf_dp.sweep.grid import Combination
-from hf_dp.task import training_arguments
 
 
 class Plan(NamedTuple):

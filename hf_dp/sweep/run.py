@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_dp import data_files, task
 from hf_dp.errors import ConfigError
-from hf_dp.fingerprint import key_of, under_key
-from hf_dp.options import check_options
-from hf_dp.privacy_unit import groups_by
+from hf_dp.ledger import key_of, under_key
+from hf_dp.recipe import data_files, task
+from hf_dp.sampling import groups_by
 from hf_dp.sweep import folder as folders
 from hf_dp.sweep import trial as trials
 from hf_dp.sweep.grid import Combination
 from hf_dp.sweep.outcome import conclude
 from hf_dp.sweep.plan import Plan, plan
+from hf_dp.training import check_options
 
 Tell = Callable[[int, int, int], None]
 

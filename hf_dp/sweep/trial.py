@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hf_dp import task
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
-from hf_dp.recipe import Recipe
+from hf_dp.recipe import Recipe, task
 from hf_dp.sweep.plan import segments_of
 
 POINTS = 8  # evaluations of a trial, where the recipe does not say when

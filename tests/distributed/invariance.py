@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hf_dp import sharding
+from hf_dp.step import sharding
 
 MICRO_BATCHES: dict[str, dict[str, Any]] = {
     "1": {"per_device_train_batch_size": 1},

@@ -13,7 +13,7 @@ import invariance
 from launch import collected, results, run_groups
 from noise_checks import assert_gaussian, assert_uncorrelated
 
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 
 Found = dict[str, list[dict[str, Any]]]
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from launch import finish, free_port
 
 import recipes as R
-from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))

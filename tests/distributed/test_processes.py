@@ -16,9 +16,9 @@ from launch import WORKER, all_alike, collected, finish, free_port, results, run
 from noise_checks import assert_gaussian, assert_uncorrelated
 from reference import relative_difference
 
-from hf_dp.accounting import spent
-from hf_dp.ledger import LEDGER_NAME, read_ledger
-from hf_dp.sampling import PoissonSampler
+from hf_dp.accounting.planned import spent
+from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
+from hf_dp.sampling.poisson import PoissonSampler
 
 ALL = ("one_step", "trajectory", "empty_draws", "noise", "slices", "refused", "counted", "different")
 MEMORY = ("scarce", "exhausted")

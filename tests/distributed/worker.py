@@ -33,10 +33,12 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-from hf_dp import DPTrainer, HfDpError, model_shapes, run_cost, task
-from hf_dp.ledger import LEDGER_NAME
-from hf_dp.recipe import read
-from hf_dp.run import PrivateRun
+from hf_dp import HfDpError
+from hf_dp.ledger.ledger import LEDGER_NAME
+from hf_dp.recipe import model_shapes, run_cost, task
+from hf_dp.recipe.recipe import read
+from hf_dp.step import PrivateStep
+from hf_dp.step.run import PrivateRun
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NOISY = {"noise_multiplier": 1.0, "debug_seed": 3, "target_delta": 1e-3, "expected_batch_size": 8}
@@ -164,16 +166,19 @@ def at_third_step(folder: Path, act: Callable[[], Any]) -> dict[str, Any]:
     """A run of six steps in which something happens to the last process; what each is told, and how long it waited for that."""
     begun: list[float] = []
 
-    def fate(trainer: DPTrainer, batch: dict[str, torch.Tensor]) -> None:
+    steps: list[int] = []
+
+    def fate(step: PrivateStep, batch: dict[str, torch.Tensor]) -> None:
         begun[:] = [time.monotonic()]
-        if trainer.privacy_spent().num_steps == 2 and trainer.args.process_index == trainer.args.world_size - 1:
+        if len(steps) == 3 and dist.get_rank() == dist.get_world_size() - 1:
             act()
 
     def observed(run: PrivateRun, *step: Any) -> None:
         with open(folder / f"observed.{run._process}", "ab", buffering=0) as file:
             file.write(b"x")
 
-    with after(DPTrainer, "_add_clipped_gradients", fate), after(PrivateRun, "release", observed):
+    count = after(PrivateStep, "prepare", lambda step: steps.append(1))
+    with count, after(PrivateStep, "add", fate), after(PrivateRun, "release", observed):
         try:
             train(folder, {**NOISY, "debug_seed": None}, max_steps=6)
         except HfDpError as error:
@@ -187,14 +192,14 @@ def scarce(folder: Path) -> dict[str, Any]:
         return {**one_step(folder), "largest": 4}
     tried: list[int] = []
 
-    def allocate(trainer: DPTrainer, batch: dict[str, torch.Tensor]) -> None:
+    def allocate(step: PrivateStep, batch: dict[str, torch.Tensor]) -> None:
         torch.empty(len(batch["labels"]) << 28, dtype=torch.uint8)
         tried.append(len(batch["labels"]))
 
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + (5 << 27), resource.RLIM_INFINITY))
     try:
-        with after(DPTrainer, "_add_clipped_gradients", allocate):
+        with after(PrivateStep, "add", allocate):
             return {**one_step(folder), "largest": max(tried)}
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

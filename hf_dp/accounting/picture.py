@@ -1,0 +1,138 @@
+"""A mechanism and what is to vary -> a picture of epsilon against steps, sigma, batch or delta, all else as planned."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from hf_dp.accounting.epsilon import Epsilon, spent
+from hf_dp.config import MIN_DELTA
+from hf_dp.errors import AccountingError, ConfigError
+from hf_dp.mechanism import Mechanism, Segment, steps_per_epoch
+
+POINTS = 16
+AGAINST = ("steps", "sigma", "batch", "delta")
+
+
+class Curve(NamedTuple):
+    """The varied quantity's name, its value in the plan, (value, epsilon) in rising order, and whether it spans powers of ten."""
+
+    name: str
+    planned: float
+    points: list[tuple[float, Epsilon]]
+    logarithmic: bool = False
+
+
+def draw_epsilon(
+    mechanism: Mechanism, path: Path, against: str = "steps", num_train_epochs: float | None = None
+) -> None:
+    """Writes the picture; the format is the file name's ending (png, svg, pdf).
+
+    Args:
+        mechanism: the plan.
+        path: of the picture.
+        against: one of AGAINST. Steps go up to those planned, the others from a quarter of their value to four times it, delta
+            from a ten-thousandth of it up to 1 / N.
+        num_train_epochs: passes over the data, so that with another batch there are other numbers of steps; None: the steps are fixed.
+
+    Raises:
+        ConfigError: no noise, so that there is no epsilon to draw, a quantity that is none, or a path that cannot be written.
+    """
+    if not mechanism.noise_multiplier:
+        raise ConfigError("cannot draw epsilon: without noise it is infinite after the first step")
+    curve = curve_of(mechanism, against, num_train_epochs)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    values = [value for value, _ in curve.points]
+    axes.plot(values, [e.rdp for _, e in curve.points], color="0.6", label="by RDP, looser")
+    axes.plot(values, [e.epsilon for _, e in curve.points], marker="o", markersize=3, label="epsilon")
+    if mechanism.target_epsilon is not None:
+        axes.axhline(mechanism.target_epsilon, color="0.3", linestyle=":", label="target")
+    if against != "steps":
+        axes.axvline(curve.planned, color="0.3", linewidth=0.8, label="as planned")
+    at_delta = "epsilon" if against == "delta" else f"epsilon at delta {mechanism.delta:g}"
+    axes.set(xlabel=curve.name, ylabel=at_delta)
+    axes.set(**({"yscale": "log"} if against == "sigma" else {"ylim": (0, None)}))
+    axes.set(**({"xscale": "log"} if curve.logarithmic else {"xlim": (0, None)}))
+    if against in ("sigma", "batch"):
+        ticks = values[:: POINTS // 4]
+        axes.set_xticks([], minor=True)
+        axes.set_xticks(ticks, labels=[f"{x:,.0f}" if against == "batch" else f"{x:.3g}" for x in ticks])
+    axes.set_title(_what_is_fixed(mechanism, against, num_train_epochs), fontsize=10)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write the picture {path}: {error}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def curve_of(m: Mechanism, against: str, num_train_epochs: float | None = None) -> Curve:
+    """What is drawn. Values at which no accountant has a finite answer are left out.
+
+    Raises:
+        ConfigError: `against` is none of AGAINST.
+    """
+    if against not in AGAINST:
+        raise ConfigError(f"cannot draw epsilon against {against!r}: expected {', '.join(AGAINST)}")
+    first = " at first" if m.levels else ""
+    if against == "steps":
+        steps = sorted({max(1, round(m.num_steps * (i / POINTS) ** 2)) for i in range(1, POINTS + 1)})
+        points = _points(steps, lambda t: spent(m.segments(0, round(t)), m.delta))
+        return Curve("steps", m.num_steps, list(points))
+    if against == "sigma":
+        points = _points(_around(m.noise_multiplier), lambda s: spent(_with_sigma(m, s), m.delta))
+        return Curve(f"noise multiplier sigma{first}", m.noise_multiplier, list(points), True)
+    if against == "batch":
+        sizes = sorted({max(1, min(m.num_examples, round(b))) for b in _around(m.expected_batch_size)})
+        points = _points(sizes, lambda b: spent(_with_batch(m, round(b), num_train_epochs), m.delta))
+        return Curve(f"expected batch size{first}", m.expected_batch_size, list(points), True)
+    low, high = max(MIN_DELTA, m.delta * 1e-4), max(m.delta, 0.999 / m.num_examples)
+    deltas = [low * (high / low) ** (i / POINTS) for i in range(POINTS + 1)]
+    return Curve("delta", m.delta, list(_points(deltas, lambda d: spent(m.segments(), d))), True)
+
+
+def _points(values: list[float] | list[int], epsilon_at: Callable[[float], Epsilon]) -> Iterator[tuple[float, Epsilon]]:
+    for value in values:
+        with suppress(AccountingError):
+            found = epsilon_at(value)
+            if math.isfinite(found.epsilon):
+                yield float(value), found
+
+
+def _around(value: float) -> list[float]:
+    return [value * 4 ** (2 * i / POINTS - 1) for i in range(POINTS + 1)]
+
+
+def _with_sigma(m: Mechanism, sigma: float) -> list[Segment]:
+    """Another first sigma; those that follow in a schedule are in proportion."""
+    factor = sigma / m.noise_multiplier
+    return [s._replace(noise_multiplier=s.noise_multiplier * factor) for s in m.segments()]
+
+
+def _with_batch(m: Mechanism, batch: int, epochs: float | None) -> list[Segment]:
+    """Another first B, in proportion as well; with `epochs` so many steps that the passes over the data stay, level by level."""
+    factor = batch / m.expected_batch_size
+    if epochs is None or not m.levels:
+        steps = m.num_steps if epochs is None else math.ceil(epochs * steps_per_epoch(m.num_examples, batch))
+        found = m.segments(0, steps) if not m.levels else m.segments()
+    else:
+        found = tuple(s._replace(num_steps=max(1, round(s.num_steps / factor))) for s in m.segments())
+    return [s._replace(sample_rate=min(1.0, s.sample_rate * factor)) for s in found]
+
+
+def _what_is_fixed(m: Mechanism, against: str, epochs: float | None) -> str:
+    of_steps = f"{m.num_steps:,} steps" if epochs is None or against != "batch" else f"{epochs:g} epochs"
+    fixed = {
+        "steps": (f"q = {m.sample_rate:.4g}", f"sigma = {m.noise_multiplier:.4g}"),
+        "sigma": (f"q = {m.sample_rate:.4g}", of_steps),
+        "batch": (f"N = {m.num_examples:,}", f"sigma = {m.noise_multiplier:.4g}", of_steps),
+        "delta": (f"q = {m.sample_rate:.4g}", f"sigma = {m.noise_multiplier:.4g}", of_steps),
+    }
+    return ", ".join(fixed[against])

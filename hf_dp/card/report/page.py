@@ -1,0 +1,272 @@
+"""A folder, its record and what verification found -> the report as one HTML page, with every word that comes from a file escaped.
+
+A page whose checks failed claims nothing: it shows what is wrong, and what the folder states, but no sentence and no curve made of it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from hf_dp.card.record import COVERED, INFINITE, PRIVACY_JSON, further_bounds, library_versions
+from hf_dp.card.report.curves import curves
+from hf_dp.card.report.training import trained
+from hf_dp.card.verification import Check
+from hf_dp.card.words import attackers_limits, in_turn, in_words, selection_in_short, units
+from hf_dp.errors import LedgerError
+from hf_dp.ledger import LEDGER_NAME, read_ledger
+from hf_dp.mechanism import DISCRETE, Segment
+
+Cell = tuple[str, Any]
+CARD = "README.md"
+
+
+class Html(str):
+    """Text that is HTML already; any other is escaped before it comes to the page."""
+
+
+def page(folder: Path, name: str, record: Mapping[str, Any], checks: Sequence[Check]) -> str:
+    """The whole page. `record` may be anything where its form is the check that failed."""
+    verified = all(check.holds for check in checks)
+    known = checks[0].holds
+    parts: dict[str, str] = {
+        "name": name,
+        "verdict": _verdict(record, checks),
+        "trained": _table(trained(folder).items()),
+        "checks": _checks(folder, checks),
+        "audit": _audit(record if known else {}),
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "ledger": _table(_ledger(folder)),
+        "figures": Html(),
+        "claim": Html(),
+        "curves": Html(),
+        "mechanism": Html("<p>Unknown: the record cannot be read.</p>"),
+        "versions": _table(_versions(record if known else {})),
+        "again": _again(folder, record, verified=verified),
+    }
+    if known:
+        words = "" if verified else "<p>As the record states it, which is not verified.</p>\n"
+        parts["mechanism"] = Html(words + _table(_mechanism(record)))
+    if verified and record["private"]:
+        record = _with_bounds(record)
+        parts |= {"figures": _figures(record), "claim": _claim(record)}
+    if verified:
+        parts["curves"] = Html(curves(folder, record, attackers_limits(record)))
+    return _filled("page.html", parts)
+
+
+def _filled(template: str, parts: Mapping[str, str]) -> Html:
+    text = files("hf_dp.card.report").joinpath(template).read_text(encoding="utf-8")
+    return Html(Template(text).substitute({name: _html(value) for name, value in parts.items()}))
+
+
+def _html(value: Any) -> str:
+    return value if isinstance(value, Html) else escape(str(value))
+
+
+def _table(rows: Iterable[Cell]) -> Html:
+    cells = "\n".join(f"<tr><th>{_html(name)}</th><td>{_html(value)}</td></tr>" for name, value in rows)
+    return Html(f"<table><tbody>\n{cells}\n</tbody></table>")
+
+
+def _list(items: Iterable[str]) -> Html:
+    return Html(f"<ul>{''.join(f'<li>{_html(item)}</li>' for item in items)}</ul>")
+
+
+def _verdict(record: Mapping[str, Any], checks: Sequence[Check]) -> Html:
+    failed = [check.name for check in checks if not check.holds]
+    if failed:
+        words = "What this folder states of its privacy does not hold together. Rely on none of it. What failed:"
+        return Html(
+            f'<div class="verdict bad" role="alert"><strong>NOT VERIFIED.</strong> {words}{_list(failed)}</div>'
+        )
+    if not record["private"]:
+        reason = escape(record["reason"])
+        words = f"This model carries no privacy guarantee: {reason}. Treat it like the training data itself."
+        return Html(f'<div class="verdict bad" role="alert"><strong>NOT PRIVATE.</strong> {words}</div>')
+    words = f"All {len(checks)} checks passed: epsilon computed again is the one that is stated."
+    return Html(f'<div class="verdict"><strong>Verified.</strong> {words}</div>')
+
+
+def _with_bounds(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with what a record of version 1 lacks."""
+    if record["schema_version"] > 1:
+        return dict(record)
+    segments = [Segment(s["sample_rate"], s["noise_multiplier"], s["num_steps"]) for s in record["segments"]]
+    return {"covered": list(COVERED), **record, **further_bounds(segments, record["delta"], claimed=True)}
+
+
+def _figures(record: Mapping[str, Any]) -> Html:
+    words = in_words(record)
+    shown = (
+        ("epsilon", words["epsilon"]),
+        ("delta", words["delta"]),
+        ("unit of privacy", f"one {record['unit']}"),
+        (f"training {words['units']}", words["num_examples"]),
+        ("noisy steps", f"{record['num_steps']:,}"),
+        ("best guess at a fair coin", f"{words['best_guess']}"),
+    )
+    return Html(f'<ul class="figures">{"".join(f"<li><b>{_html(v)}</b>{_html(k)}</li>" for k, v in shown)}</ul>')
+
+
+def _claim(record: Mapping[str, Any]) -> Html:
+    lists = {name: _list(record[name]) for name in ("covered", "assumptions", "not_covered")}
+    selected = (
+        f"<p><b>Selected</b>: {escape(selection_in_short(record['selection']))}. Epsilon is that of the whole, the choice included.</p>\n"
+        if "selection" in record
+        else ""
+    )
+    return _filled("claim.html", in_words(record) | lists | {"selected": Html(selected)})
+
+
+def _mechanism(record: Mapping[str, Any]) -> list[Cell]:
+    m = record["mechanism"]
+    segments = record["segments"] or [m]
+
+    def each(name: str) -> str:
+        return in_turn(s[name] for s in segments)
+
+    rows = [
+        ("mechanism", m["name"]),
+        ("unit of privacy", f"one {record['unit']}"),
+        ("neighbouring data sets", f"{record['relation']}: one {record['unit']} is replaced by an empty one"),
+        ("training set's size N (public)", f"{m['num_examples']:,}"),
+        ("expected batch size B", each("expected_batch_size")),
+        ("sample rate q = B / N", each("sample_rate")),
+        ("sampler", m["sampler"]),
+        ("clipping bound C", f"{each('clip_norm')}: {m['clipping']}"),
+        ("released in each step", m.get("released", "the gradient")),
+        ("noise multiplier sigma", each("noise_multiplier")),
+        ("noise", m["noise"]),
+        ("source of randomness", m["noise_generator"]),
+        ("steps charged", f"{record['num_steps']:,} (planned: {m['num_steps_planned']:,})"),
+        ("epsilon", f"{record['epsilon']} (stated)"),
+        ("by privacy loss distributions; by Rényi accounting", f"{record['epsilon_pld']}; {record['epsilon_rdp']}"),
+        ("delta", record["delta"]),
+        ("target epsilon", _target(record)),
+        ("accountant", f"{record['accountant']['name']} {record['accountant']['version']}"),
+    ]
+    if "selection" in record:
+        of_one = f"{record['selection']['epsilon_of_one_run']:.4g}"
+        rows.append(("selected", f"{selection_in_short(record['selection'])}; a run by itself has epsilon {of_one}"))
+    further = "; ".join(f"{at['epsilon']:.4g} at {at['delta']:.3g}" for at in record.get("epsilon_at", ())[1:])
+    return [*rows, ("epsilon at other deltas", further)] if further else rows
+
+
+def _target(record: Mapping[str, Any]) -> Any:
+    if "selection" in record:
+        return f"{record['selection']['target_epsilon']} of the whole, {record['mechanism']['target_epsilon']} of a run"
+    return "none" if record["mechanism"]["target_epsilon"] is None else record["mechanism"]["target_epsilon"]
+
+
+def _ledger(folder: Path) -> list[Cell]:
+    try:
+        ledger = read_ledger(folder / LEDGER_NAME)
+    except LedgerError as error:
+        missing = not (folder / LEDGER_NAME).exists()
+        return [("ledger", "not in this folder" if missing else _without(folder, str(error)))]
+    header = ledger.header
+    return [
+        ("steps charged", f"{ledger.num_steps:,}"),
+        ("settings in turn", f"{len([s for s in ledger.executed if s.num_steps]):,}"),
+        ("about", f"{header.num_examples:,} {units(header.unit)}, {header.relation}, delta {header.delta:g}"),
+        ("last line", "cut short, and counted as a step" if ledger.torn else "whole"),
+        ("hash of the last line", Html(f"<code>{escape(ledger.head)}</code>")),
+    ]
+
+
+def _audit(record: Mapping[str, Any]) -> Html:
+    """What the record says of an audit, number by number."""
+    audit = record.get("audit")
+    if not audit:
+        return Html("<p>No audit was run: nobody tried to find out from this model who was in its training data.</p>")
+    return _table(
+        (name.replace("_", " "), value) for name, value in audit.items() if not isinstance(value, list | dict)
+    )
+
+
+def _checks(folder: Path, checks: Sequence[Check]) -> Html:
+    rows = [
+        f"<tr><td{'' if c.holds else ' class=no'}>{'ok' if c.holds else 'FAILED'}</td><td>{_html(c.name)}</td>"
+        f"<td>{_html(_without(folder, c.found))}</td></tr>"
+        for c in checks
+    ]
+    head = "<thead><tr><th>result</th><th>check</th><th>found</th></tr></thead>"
+    return Html(f'<table class="checks">{head}<tbody>\n' + "\n".join(rows) + "\n</tbody></table>")
+
+
+def _without(folder: Path, message: str) -> str:
+    """Without the place of the folder on this machine."""
+    return message.replace(f"{folder}/", "")
+
+
+def _versions(record: Mapping[str, Any]) -> list[Cell]:
+    now = library_versions(("hf_dp", "dp-accounting"))
+    stated = ", ".join(f"{name} {version}" for name, version in record.get("libraries", {}).items())
+    return [
+        ("as recorded when the model was saved", stated or "not recorded"),
+        ("that checked it for this page", ", ".join(f"{name} {version}" for name, version in now.items())),
+    ]
+
+
+def _again(folder: Path, record: Mapping[str, Any], *, verified: bool) -> Html:
+    names = [name for name in (PRIVACY_JSON, CARD, LEDGER_NAME) if (folder / name).is_file()]
+    digests = _table(
+        (f"SHA-256 of {name}", Html(f"<code>{hashlib.sha256((folder / name).read_bytes()).hexdigest()}</code>"))
+        for name in names
+    )
+    write = _selection_by_hand if "selection" in record else _by_hand
+    by_hand = write(record) if verified and record["private"] and record["segments"] else ""
+    return Html(
+        "<p><code>hf-dp verify FOLDER_OR_REPOSITORY</code> repeats the checks, and <code>hf-dp report FOLDER_OR_REPOSITORY</code> "
+        f"makes this page again. The files that were looked at:</p>\n{digests}\n{by_hand}"
+    )
+
+
+def _by_hand(record: Mapping[str, Any]) -> Html:
+    steps = [(s["sample_rate"], s["noise_multiplier"], s["num_steps"]) for s in record["segments"]]
+    package, made, stated = (
+        ("rdp", "RdpAccountant([*range(2, 64), 128, 256, 512, 1024], ", "epsilon_rdp")
+        if record["epsilon_pld"] == INFINITE  # as with discrete noise, which is accounted at whole orders
+        else ("pld", "PLDAccountant(value_discretization_interval=1e-4, neighboring_relation=", "epsilon_pld")
+    )
+    code = f"""\
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.{package} import {made.partition("(")[0]}
+
+accountant = {made}NeighboringRelation.REPLACE_SPECIAL)
+for q, sigma, steps in {steps}:
+    accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
+print(accountant.get_epsilon({record["delta"]}))  # {record[stated]:.6g}, but for rounding"""
+    return _as_code(code)
+
+
+def _selection_by_hand(record: Mapping[str, Any]) -> Html:
+    s = record["selection"]
+    runs = [[(g["sample_rate"], g["noise_multiplier"], g["num_steps"]) for g in run] for run in s["mechanisms"]]
+    whole = any(g["noise"] == DISCRETE for run in s["mechanisms"] for g in run)
+    orders = "[*range(2, 64), 128, 256, 512, 1024]" if whole else "RdpAccountant().orders"
+    shape = 'float("inf")' if s["shape"] == INFINITE else s["shape"]
+    code = f"""\
+import numpy as np
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp.rdp_privacy_accountant import _compute_rdp_repeat_and_select, compute_epsilon
+
+orders, curves = {orders}, []
+for run in {runs}:
+    accountant = RdpAccountant(orders, NeighboringRelation.REPLACE_SPECIAL)
+    for q, sigma, steps in run:
+        accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
+    curves.append(accountant.rdp)
+best = _compute_rdp_repeat_and_select(orders, np.max(curves, axis=0), mean={s["mean"]}, shape={shape})
+print(compute_epsilon(orders, best, {record["delta"]})[0])  # {record["epsilon_rdp"]:.6g}, but for rounding"""
+    return _as_code(code)
+
+
+def _as_code(code: str) -> Html:
+    return Html(f"<p>Epsilon without hf_dp, in Python with Google's dp-accounting:</p>\n<pre>{escape(code)}</pre>")

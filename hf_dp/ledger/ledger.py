@@ -1,0 +1,358 @@
+"""Steps really drawn -> an append-only record on disk, ahead of every release; what it says can be read by anybody.
+
+The file lies in the output folder, outside the checkpoints. A step is on disk before its noisy sum leaves the process, so the ledger
+never counts less than was released; after a crash it may count one step more. One process at a time writes to it.
+"""
+
+import fcntl
+import os
+import weakref
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from hf_dp import durable
+from hf_dp.errors import LedgerError
+from hf_dp.ledger.format import (
+    GENESIS,
+    ExecutedSegment,
+    LedgerHeader,
+    LedgerRecord,
+    check_header,
+    check_segment,
+    encode,
+    for_accounting,
+    header_record,
+    parse,
+    segment_record,
+    step_record,
+)
+from hf_dp.mechanism import Segment
+
+__all__ = ["LEDGER_NAME", "ExecutedSegment", "Ledger", "LedgerHeader", "LedgerRecord", "read_ledger", "refuse_rollback"]
+
+LEDGER_NAME = "privacy_ledger.jsonl"
+CHECKPOINTS = "checkpoint-*"
+
+
+class Ledger:
+    """The open ledger of a run. Made by `Ledger.open`; a context manager that closes itself.
+
+    Every error is a `LedgerError` raised before the step that it stops. After a failed write nothing more can be charged until the
+    ledger is opened again, which counts a half-written step.
+    """
+
+    def __init__(self, path: Path, descriptor: int, data: bytes, record: LedgerRecord) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._size = len(data)
+        self._record = record
+        self._executed = list(record.executed)
+        self._num_steps = record.num_steps
+        self._head = record.head
+        self._writing = False
+        _OPEN.add(self)
+
+    @classmethod
+    def open(cls, path: Path | str, header: LedgerHeader) -> "Ledger":
+        """Creates the ledger, or continues it, and locks it until `close` or the end of the process.
+
+        A torn last line is recovered, at the price of one step. The copies in the checkpoint folders beside the ledger must all be
+        beginnings of it.
+
+        Raises:
+            LedgerError: locked by another process; damaged; of another header, naming each difference; older than a checkpoint's
+                copy, or missing where one exists; or the folder can't be written.
+        """
+        path = Path(path)
+        try:
+            check_header(header)
+        except ValueError as error:
+            raise LedgerError(f"this run can't have a ledger: {error}") from error
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                for checkpoint in sorted(path.parent.glob(CHECKPOINTS)):
+                    _refuse_older(path, b"", checkpoint)
+                durable.create(path, encode(header_record(header), GENESIS)[0])
+            return cls._continue(path, header)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    @classmethod
+    def _continue(cls, path: Path, header: LedgerHeader) -> "Ledger":
+        descriptor = _locked(path)
+        try:
+            data = path.read_bytes()
+            record = parse(data, str(path))
+            _refuse_other(path, record.header, header)
+            for checkpoint in sorted(path.parent.glob(CHECKPOINTS)):
+                _refuse_older(path, data, checkpoint)
+            if data.endswith(b"\n"):
+                return cls(path, descriptor, data, record)
+            mended = _mended(data, record)
+            staged = durable.stage(path, mended)
+            replacement = _locked(staged)
+            os.replace(staged, path)
+            durable.sync_folder(path.parent)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return cls(path, replacement, mended, parse(mended, str(path)))
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        sample_rate: float,
+        noise_multiplier: float,
+        clip_norm: float,
+        expected_batch_size: int,
+        noise: str = "gaussian",
+        loss_bound: float | None = None,
+    ) -> None:
+        """The steps from here on have these settings: a new segment where they differ from the last one's.
+
+        `noise_multiplier` is noise over the sensitivity of all that a step releases, loss and batch size included.
+
+        Raises:
+            LedgerError: a value out of range, q other than B / N, or the disk refuses.
+        """
+        settings = (float(sample_rate), float(noise_multiplier), float(clip_norm), expected_batch_size)
+        segment = ExecutedSegment(*settings, num_steps=0, loss_bound=loss_bound, noise=noise)
+        try:
+            check_segment(segment, self._record.header.num_examples)
+        except ValueError as error:
+            raise LedgerError(f"{self._path}: a segment that can't be: {error}") from error
+        if self.current is None or self.current._replace(num_steps=0) != segment:
+            self._append(segment_record(segment))
+            self._executed.append(segment)
+
+    def charge(self, step_number: int | None = None) -> int:
+        """Counts one draw, on disk when this returns. Nothing of the draw may leave the process before.
+
+        Args:
+            step_number: the trainer's own number of the step, for readers; steps repeated after a crash come twice.
+
+        Returns:
+            Steps charged in all.
+
+        Raises:
+            LedgerError: the disk refuses, or the file is no longer the one that was opened. The step must not be released.
+        """
+        if self.current is None:
+            raise LedgerError(
+                f"{self._path}: expected a segment before the first step; call begin() with the settings of the steps"
+            )
+        if step_number is not None and (type(step_number) is not int or step_number < 0):
+            raise LedgerError(
+                f"{self._path}: expected a step number that is a whole number, 0 or more, got {step_number!r}"
+            )
+        self._append(step_record(self._num_steps + 1, step_number))
+        self._num_steps += 1
+        self._executed[-1] = self._executed[-1]._replace(num_steps=self._executed[-1].num_steps + 1)
+        return self._num_steps
+
+    def _append(self, record: dict[str, object]) -> None:
+        self._check_untouched()
+        line, head = encode(record, self._head)
+        self._writing = True  # stays so when anything interrupts the next two lines
+        try:
+            durable.write_fully(self._descriptor, line)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+        self._writing = False
+        self._head = head
+        self._size += len(line)
+
+    def _check_untouched(self) -> None:
+        if self._descriptor < 0:
+            raise LedgerError(
+                f"{self._path} is closed, or belongs to the parent of this process: open it where it is used"
+            )
+        if self._writing:
+            raise LedgerError(
+                f"{self._path}: an earlier write did not finish; open the ledger again, which counts that step"
+            )
+        try:
+            there, mine = os.stat(self._path), os.fstat(self._descriptor)
+        except OSError as error:
+            raise LedgerError(
+                f"{self._path} is gone since it was opened; stop, and put it back before you resume"
+            ) from error
+        if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino) or mine.st_size != self._size:
+            raise LedgerError(
+                f"{self._path} changed under the running training: expected {self._size} bytes of its own, found {there.st_size}; "
+                "stop, and put the right one back before you resume"
+            )
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def header(self) -> LedgerHeader:
+        """What the whole ledger is about."""
+        return self._record.header
+
+    @property
+    def current(self) -> ExecutedSegment | None:
+        """The segment that steps are charged to."""
+        return self._executed[-1] if self._executed else None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps charged, in all sessions."""
+        return self._num_steps
+
+    @property
+    def head(self) -> str:
+        """Hash of the last line, hex: it vouches for all before it."""
+        return self._head
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Everything charged, run-length encoded, for accounting."""
+        return for_accounting(self._executed)
+
+    def record(self) -> LedgerRecord:
+        """Everything that the ledger says now, as `read_ledger` would."""
+        return LedgerRecord(self.header, self.segments(), self.head, self.num_steps, False, tuple(self._executed))
+
+    def copy_to(self, folder: Path | str) -> None:
+        """Puts a copy into a checkpoint, whole or not at all. It holds resumption to a ledger that knows at least as much.
+
+        Raises:
+            LedgerError: the disk refuses, or the file is no longer the one that was opened.
+        """
+        self._check_untouched()
+        target = Path(folder) / LEDGER_NAME
+        try:
+            durable.replace(target, self._path.read_bytes())
+        except OSError as error:
+            raise _unwritable(target, error) from error
+
+    def fileno(self) -> int:
+        """The open file's descriptor."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Unlocks the ledger; it can be opened again. A second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_ledger(path: Path | str) -> LedgerRecord:
+    """What the ledger at `path` says, of a running training too. Changes nothing.
+
+    Raises:
+        LedgerError: missing, unreadable, or damaged beyond a torn last line.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise LedgerError(f"{path}: no ledger can be read there ({error.strerror})") from error
+    return parse(data, str(path))
+
+
+def refuse_rollback(path: Path | str, checkpoint: Path | str) -> None:
+    """Passes if the ledger at `path` contains all that the ledger's copy in `checkpoint` does: then resuming from it is counted.
+
+    Raises:
+        LedgerError: no ledger, no copy, a damaged one, or a ledger that is older than the copy or of another run.
+    """
+    path, copy = Path(path), Path(checkpoint) / LEDGER_NAME
+    if not copy.is_file():
+        raise LedgerError(
+            f"{checkpoint} has no {LEDGER_NAME}: it is unfinished, or not of a private training, and what it spent is not known. "
+            "Resume from another checkpoint, or start anew in another output_dir"
+        )
+    try:
+        data = path.read_bytes() if path.exists() else b""
+        _refuse_older(path, data, Path(checkpoint))
+    except OSError as error:
+        raise LedgerError(f"{path}: no ledger can be read there ({error.strerror})") from error
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _locked(path: Path) -> int:
+    """A descriptor for appending to `path`, which no other process holds."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there, mine = os.stat(path), os.fstat(descriptor)
+            if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise LedgerError(
+                f"{path} is in use by another process: two trainings can't share one output_dir. Wait for the other, or choose another"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # replaced between open and lock, by another process that recovered it
+
+
+def _mended(data: bytes, record: LedgerRecord) -> bytes:
+    """`data` with its unfinished last line made whole, or, if torn, replaced by the step that it counts for."""
+    if not record.torn:
+        return data + b"\n"
+    whole = data[: data.rindex(b"\n") + 1]
+    return whole + encode(step_record(record.num_steps, None), record.head)[0] if record.executed else whole
+
+
+def _refuse_other(path: Path, found: LedgerHeader, expected: LedgerHeader) -> None:
+    ours, theirs = asdict(expected), asdict(found)
+    different = [f"{k}: the ledger has {theirs[k]!r}, this run {v!r}" for k, v in ours.items() if theirs[k] != v]
+    if different:
+        raise LedgerError(
+            f"{path} is of another run: {'; '.join(different)}. Resume with the settings and data that it was begun with (a fingerprint "
+            "also changes when its key file is lost), or start anew in another output_dir: what was spent on the same data adds up"
+        )
+
+
+def _refuse_older(path: Path, data: bytes, checkpoint: Path) -> None:
+    copy = checkpoint / LEDGER_NAME
+    if not copy.is_file():
+        return
+    kept = copy.read_bytes()
+    record = parse(kept, str(copy))
+    if record.torn or not kept.endswith(b"\n"):
+        raise LedgerError(f"{copy} is cut short; a checkpoint's copy is written whole. Resume from another checkpoint")
+    if data.startswith(kept):
+        return
+    have = "is missing" if not data else f"has {parse(data, str(path)).num_steps} steps and is not its continuation"
+    raise LedgerError(
+        f"{checkpoint.name} was saved after {record.num_steps} charged steps (head {record.head[:12]}), but {path} {have}: steps would go "
+        "uncounted. Put the newest ledger back (it lies beside the checkpoints that it belongs to), or start anew in another output_dir"
+    )
+
+
+def _unwritable(path: Path, error: OSError) -> LedgerError:
+    return LedgerError(
+        f"{path} can't be written ({error.strerror}): stopped before anything was released. Make room or give write access, then resume; "
+        "what was saved is intact"
+    )
+
+
+_OPEN: "weakref.WeakSet[Ledger]" = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A forked worker must neither hold its parent's lock nor write to its ledger."""
+    for ledger in list(_OPEN):
+        ledger.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

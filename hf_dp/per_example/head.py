@@ -1,0 +1,200 @@
+"""A model and a batch -> its forward pass as training needs it: next-token losses without needless logits, a decoder's inputs."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_dp.per_example import losses
+from hf_dp.per_example.batches import Batch
+from hf_dp.per_example.operations import autocast
+
+# Of an output layer that was seen at work: whether its logits came out as the model's. Only a guess at the next pass, which is looked at.
+_comes_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
+    """One forward pass: position t predicts label t + 1; the mean cross entropy over each example's own targets, [B].
+
+    Logits are formed as `at_targets` does, if nothing of the output layer is trained; otherwise from the first target on, where the model
+    takes `logits_to_keep` and has no virtual tokens in front; else all.
+    """
+    labels = losses.predictable(labels, inputs.get("attention_mask"))
+    head = frozen_head(base)
+    if head is not None:
+        outputs, found = at_targets(model, head, inputs, losses.shifted(labels), smoothing)
+        return losses.causal_lm(outputs, labels, smoothing) if found is None else found
+    start = losses.first_needed(labels) if can_leave_out_logits(model, base) else 0
+    outputs = model(**inputs, logits_to_keep=labels.shape[1] - start) if start else model(**inputs)
+    return losses.causal_lm(outputs, labels[:, start:], smoothing)
+
+
+def aligned_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
+    """As `next_token_losses`, where position t predicts label t."""
+    head = frozen_head(base)
+    if (
+        head is None or labels.dim() != 2 or "labels" in inputs
+    ):  # the model's own loss, computed beside, reads all logits
+        return losses.aligned_tokens(model(**inputs), labels, smoothing)
+    outputs, found = at_targets(model, head, inputs, labels, smoothing)
+    return losses.aligned_tokens(outputs, labels, smoothing) if found is None else found
+
+
+# Kinds of losses over a vocabulary, of which most logits need not be.
+OVER_VOCABULARY = {
+    "ForCausalLM": next_token_losses,
+    "ForConditionalGeneration": aligned_losses,
+    "ForMaskedLM": aligned_losses,
+}
+
+
+def at_targets(
+    model: nn.Module, head: nn.Linear, inputs: Batch, targets: Tensor, smoothing: float
+) -> tuple[Any, Tensor | None]:
+    """The model's outputs, and losses [B] of logits that are formed where there is a target [B, T] and nowhere else.
+
+    Once a pass has shown that nothing comes after the head, later ones hold logits of a few rows at a time, as long as the very tensor
+    that the head gives is what the model returns; a pass where it is not is made again with logits. No losses, but outputs with all
+    logits, where the head is not called as a module is, or not on [B, T, d].
+    """
+    where = (targets.flatten() != losses.IGNORED).nonzero().flatten()
+    if _comes_last.get(head, False) and is_plain(head):
+        with losses_for_logits(head, where, targets, smoothing) as given:
+            outputs = model(**inputs)
+        if outputs.logits.shape == (1, len(where), 1) and _untouched(given, outputs.logits):
+            here = outputs.logits.device
+            return outputs, losses.mean_over_targets(outputs.logits.flatten(), targets.to(here), where.to(here))
+        _comes_last[head] = False  # something comes after it after all; the pass is made again
+    with head_at(head, where, targets.shape) as made:
+        outputs = model(**inputs)
+    if outputs.logits.shape[:2] != (1, len(where)):
+        return outputs, None
+    if head not in _comes_last and len(where):
+        _comes_last[head] = not caps_logits(model) and _alone(made, outputs.logits)
+    here = outputs.logits.device
+    return outputs, losses.token_mean(outputs.logits, targets.to(here), smoothing, where.to(here))
+
+
+def frozen_head(base: nn.Module) -> nn.Linear | None:
+    """The output layer, where it is a linear map of each position by itself and none of it is trained."""
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    frozen = isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters())
+    return cast(nn.Linear, head) if frozen else None
+
+
+def is_plain(head: nn.Linear) -> bool:
+    """Whether calling the module is the linear map of its weight and nothing else: no subclass, hook, quantised or sharded weight."""
+    own = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
+    return own and not head._forward_hooks and not head._forward_pre_hooks and head.out_features > 1
+
+
+def caps_logits(model: nn.Module) -> bool:
+    """Whether the config speaks of soft caps: near zero, and in few bits, capped logits look like those of the head."""
+    config = cast(Any, model).config.get_text_config().to_dict()
+    return any(value for name, value in config.items() if "softcap" in name or "soft_cap" in name)
+
+
+@contextmanager
+def head_at(head: nn.Linear, positions: Tensor, shape: tuple[int, ...]) -> Iterator[list[Tensor]]:
+    """While it lasts, `head` gets the hidden states [B, T, d], B and T as in `shape`, at `positions` [N] of the B T: [1, N, d].
+
+    Yields copies of what it gives, of an `is_plain` one, until it is known what comes of that.
+    """
+    made: list[Tensor] = []
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (_rows(args[0], positions).unsqueeze(0), *args[1:]) if args[0].shape[:-1] == shape else None
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        made.append(output.detach().clone())
+
+    unknown = head not in _comes_last and is_plain(head)
+    handles = [head.register_forward_pre_hook(pick)]
+    if unknown:
+        handles.append(head.register_forward_hook(note))
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def losses_for_logits(
+    head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float
+) -> Iterator[list[tuple[Tensor, int]]]:
+    """While it lasts, `head` gives for hidden states [B, T, d] the losses at `positions` [N], [1, N, 1], and holds no logits.
+
+    Yields what it gives, each with its version then.
+
+    Args:
+        head: an `is_plain` one.
+        positions: of the B T.
+        targets: [B, T].
+        smoothing: of labels.
+    """
+
+    given: list[tuple[Tensor, int]] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        if hidden.shape[:-1] != targets.shape:
+            return F.linear(hidden, head.weight, head.bias)
+        labels = targets.flatten()[positions].to(hidden.device)
+        operands = autocast(_rows(hidden, positions), head.weight, head.bias)  # the weight once, not for every few rows
+        found: Tensor = losses.HeadCrossEntropy.apply(*operands, labels, smoothing).view(1, -1, 1)
+        given.append((found, found._version))
+        return found
+
+    head.forward = forward  # type: ignore[assignment,method-assign]
+    try:
+        yield given
+    finally:
+        del head.forward
+
+
+def _rows(x: Tensor, positions: Tensor) -> Tensor:
+    """[B, T, d] -> [N, d] at `positions` [N] of the B T."""
+    return x.flatten(0, 1).index_select(0, positions.to(x.device))
+
+
+def _untouched(given: list[tuple[Tensor, int]], logits: Tensor) -> bool:
+    """Whether the head was called once, and what it gave is the tensor that came out, with nothing done to it or to its gradient."""
+    return len(given) == 1 and logits is given[0][0] and logits._version == given[0][1] and not logits._backward_hooks
+
+
+def _alone(made: list[Tensor], logits: Tensor) -> bool:
+    """Whether the head was called once, and what it gave came out unchanged but for its type."""
+    return len(made) == 1 and torch.equal(made[0].to(logits.dtype), logits)
+
+
+def can_leave_out_logits(model: nn.Module, base: nn.Module) -> bool:
+    """Whether the forward takes `logits_to_keep`, and no virtual tokens shift its positions."""
+    shifts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    return not shifts and "logits_to_keep" in _forward_arguments(cast(Any, type(base)))
+
+
+@cache
+def _forward_arguments(model_class: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def decoder_inputs(model: nn.Module, inputs: Batch, labels: Any) -> Batch:
+    """What an encoder-decoder's decoder reads: the labels shifted right, as its own forward would make them; {} for other models.
+
+    Where the model has no method that shifts them, the labels themselves: its forward shifts them then, and the loss that it computes
+    beside is not used. Labels that are no tokens, as a classifier's, make no decoder's inputs.
+    """
+    tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+    own = getattr(model, "config", None)
+    if not getattr(own, "is_encoder_decoder", False) or "decoder_input_ids" in inputs or not tokens:
+        return {}
+    shift_right: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return {"labels": labels} if shift_right is None else {"decoder_input_ids": shift_right(labels=labels)}

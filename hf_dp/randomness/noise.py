@@ -1,0 +1,119 @@
+"""A number of coordinates and a standard deviation -> fresh noise, Gaussian in float32 or discrete, from a key nobody else has.
+
+Generator: numpy's ziggurat normals (Marsaglia and Tsang 2000) over Philox4x64-10 with a 128-bit key: float32, 23 random bits within
+each of 256 layers, values up to 8.2 standard deviations. Or, for a `ChaChaKey`, Box-Muller in float64 over ChaCha20, rounded to float32.
+The analysis assumes exact arithmetic: no claim is made against attacks on floating-point noise (Mironov 2012), whatever the
+generator, as for any noise in floating point that is not proved against them. `discrete` draws whole numbers instead (`discrete.py`).
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_dp.errors import ConfigError, HfDpError
+from hf_dp.randomness.chacha import ChaCha20Stream
+from hf_dp.randomness.discrete import discrete_gaussian
+from hf_dp.randomness.streams import Key, Role, checked_key, keyed_stream
+
+if TYPE_CHECKING:  # torch takes seconds, and whoever only reads ledgers draws no noise
+    import torch
+    from torch import Tensor
+
+BLOCK = 1 << 18  # normals of one stream: a block has its own, so that threads do not change the result
+SMALLEST_STD, LARGEST_STD = 1e-30, 1e30  # beyond them float32 would round the noise to nothing or to infinity
+
+
+class NoiseSource:
+    """Independent Gaussian noise, a new stream at every call.
+
+    Guarantee: no two calls of one source, and no two sources, share a stream; no seed of torch, numpy or Python has any influence.
+    The key is never shown, never pickled, and a forked copy refuses to draw, because it would repeat its parent's noise.
+
+    Args:
+        key: 128 secret bits, for Philox, or a `ChaChaKey`; None draws bits for Philox from the operating system. A fixed key is for
+            tests: its noise protects nothing.
+
+    Raises:
+        ConfigError: not a 128-bit whole number.
+    """
+
+    def __init__(self, *, key: Key | None = None) -> None:
+        self._key = checked_key(key)
+        self._numbers = itertools.count()
+        self._process = os.getpid()
+
+    def gaussian(self, numel: int, *, std: float, device: "torch.device | str | None" = None) -> "Tensor":
+        """N(0, std² I), float32, [numel], on `device`; zeros for std = 0.
+
+        Drawn on the CPU, in threads: the values depend on key and call alone, not on the device or the number of threads.
+
+        Raises:
+            ConfigError: std negative, not finite, or beyond float32; numel negative.
+            HfDpError: in a forked copy of the process that made the source.
+        """
+        if numel < 0 or not (std == 0 or (math.isfinite(std) and SMALLEST_STD <= std <= LARGEST_STD)):
+            raise ConfigError(
+                f"noise needs numel >= 0 and std 0 or from {SMALLEST_STD} to {LARGEST_STD} (got numel={numel}, std={std})"
+            )
+        import torch
+
+        number = self._next_number()
+        if std == 0:
+            return torch.zeros(numel, dtype=torch.float32, device=device)
+        values = np.empty(numel, dtype=np.float32)
+
+        def fill(block: int) -> None:
+            part = values[block * BLOCK : (block + 1) * BLOCK]
+            keyed_stream(self._key, Role.NOISE, number, block).standard_normal(dtype=np.float32, out=part)
+            part *= np.float32(std)
+
+        _for_each_block(numel, fill)
+        return torch.from_numpy(values).to(device)
+
+    def discrete(self, numel: int, *, device: "torch.device | str | None" = None) -> "Tensor":
+        """N_Z(0, S²) in each of `numel` coordinates, S = `grid.STD`, int64, on `device`. Drawn on the CPU, in threads.
+
+        Raises:
+            ConfigError: the key is not a `ChaChaKey`.
+            HfDpError: in a forked copy of the process that made the source.
+        """
+        import torch
+
+        number = self._next_number()
+        values = np.empty(numel, dtype=np.int64)
+
+        def fill(block: int) -> None:
+            stream = keyed_stream(self._key, Role.NOISE, number, block)
+            if not isinstance(stream, ChaCha20Stream):
+                raise ConfigError("discrete noise takes its random bits from ChaCha20: give a ChaChaKey")
+            part = values[block * BLOCK : (block + 1) * BLOCK]
+            part[:] = discrete_gaussian(stream.words, len(part))
+
+        _for_each_block(numel, fill)
+        return torch.from_numpy(values).to(device)
+
+    def _next_number(self) -> int:
+        if os.getpid() != self._process:
+            raise HfDpError(
+                "this noise source belongs to the parent process, whose noise it would repeat: make one here"
+            )
+        return next(self._numbers)
+
+    def __repr__(self) -> str:
+        return "NoiseSource(key=<secret>)"
+
+    def __reduce__(self) -> str:
+        raise HfDpError("a NoiseSource holds a secret key and is not pickled or copied: make one where it is used")
+
+
+def _for_each_block(numel: int, fill: Callable[[int], None]) -> None:
+    import torch
+
+    blocks = range(-(-numel // BLOCK))
+    with ThreadPoolExecutor(max(1, min(len(blocks), torch.get_num_threads()))) as pool:
+        list(pool.map(fill, blocks))

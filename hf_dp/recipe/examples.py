@@ -1,0 +1,213 @@
+"""Records -> examples for training: token rows whose loss is on the target alone, or texts with the number of their class.
+
+Every record becomes exactly one example, so that N, which is public, depends on no record's content.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from torch import Tensor
+
+from hf_dp.errors import RecipeError
+from hf_dp.per_example import IGNORED
+from hf_dp.recipe.recipe import DataSection
+from hf_dp.recipe.template import Template, missing_column
+
+CHUNK = 1000  # records tokenised at once
+MAX_LABELS = 20  # where more classes than this are more than half of the records, the column holds text
+
+
+class Examples(NamedTuple):
+    """`rows` has the columns input_ids and labels; `num_characters` is the length of all targets as kept (0 in classification)."""
+
+    rows: datasets.Dataset
+    num_characters: int = 0
+
+
+@dataclass(frozen=True)
+class PadRight:
+    """A collator: features -> input_ids, attention_mask and labels, [B, T] each ([B] labels in classification), padded on the right."""
+
+    pad_token_id: int
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch; T is its longest row, 1 at least."""
+        rows = [list(f["input_ids"]) for f in features]
+        width = max([1, *map(len, rows)])
+        labels = [f["labels"] for f in features]
+        return {
+            "input_ids": torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+            "labels": torch.tensor(
+                [
+                    label if isinstance(label, int) else list(label) + [IGNORED] * (width - len(label))
+                    for label in labels
+                ]
+            ),
+        }
+
+
+# ---- causal language models ---------------------------------------------------------------------------------------------
+
+
+def completions(
+    records: datasets.Dataset, data: DataSection, tokenizer: Any, max_length: int, which: str = "train"
+) -> Examples:
+    """Prompt, target and end-of-text mark of every record as one token row; labels are -100 on the prompt.
+
+    Prompt and target are tokenised apart, so that a prompt alone gives the very tokens it had in training. A target longer than
+    `max_length` tokens loses its end (and the end-of-text mark), then a prompt that does not fit loses its beginning. A record with an
+    empty target is an example without labels: its loss and gradient are zero, and it still counts in N.
+
+    Raises:
+        RecipeError: a template names an unknown column, or the tokenizer has no end-of-text mark.
+    """
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(
+            "the tokenizer has no eos_token, so that a model could not learn where a target ends: set one"
+        )
+    prompt = _resolved(data.prompt or "", records, f"data.prompt on data.{which}")
+    target = _resolved(data.target or "", records, f"data.target on data.{which}")
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    num_characters = 0
+    for chunk in _chunks(records):
+        prompts = _tokens(tokenizer, [prompt.render(r) for r in chunk], special=True)
+        texts = [target.render(r) for r in chunk]
+        for start, text, ids in zip(prompts, texts, _tokens(tokenizer, texts, special=False), strict=True):
+            row, kept = _joined(_beginning(start, tokenizer), ids if text.strip() else [], tokenizer, max_length)
+            rows["input_ids"].append(row)
+            rows["labels"].append([IGNORED] * (len(row) - kept) + row[len(row) - kept :])
+            whole = kept > len(ids)
+            num_characters += len((text if whole else tokenizer.decode(ids[:kept])).strip())
+    return Examples(_dataset(rows, {"labels": datasets.Sequence(datasets.Value("int32"))}), num_characters)
+
+
+def _beginning(prompt: list[int], tokenizer: Any) -> list[int]:
+    """Without a closing mark that the tokenizer added; one token at least, for the first of the target to follow."""
+    if prompt[-1:] == [tokenizer.eos_token_id] and tokenizer.eos_token_id != tokenizer.bos_token_id:
+        prompt = prompt[:-1]
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return prompt or [first]
+
+
+def _joined(prompt: list[int], target: list[int], tokenizer: Any, max_length: int) -> tuple[list[int], int]:
+    """(the row, how many tokens at its end are the target). At least one token of the prompt stays."""
+    ended = [*target, tokenizer.eos_token_id][: max_length - 1] if target else []
+    room = max_length - len(ended)
+    if len(prompt) > room:
+        mark = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room > 1 else []
+        prompt = mark + prompt[len(prompt) - room + len(mark) :]
+    return prompt + ended, len(ended)
+
+
+# ---- classification -------------------------------------------------------------------------------------------------------
+
+
+def label_names(data: DataSection, train: datasets.Dataset, validation: datasets.Dataset | None) -> list[str | int]:
+    """The classes in the order of their numbers: `data.labels`, else those that the data set's schema names, else those in `validation`.
+
+    They become part of the published model, so they are never read off the private records.
+
+    Raises:
+        RecipeError: none of the three is there, fewer than two classes, or so many that the column must hold text.
+    """
+    column = _label_column(data, train, "train")
+    if data.labels is not None:
+        names = list(data.labels)
+    elif isinstance(train.features[column], datasets.ClassLabel):
+        names = list(train.features[column].names)
+    elif validation is not None:
+        found = set(validation[_label_column(data, validation, "validation")]) - {None}
+        if len(found) > max(MAX_LABELS, len(validation) / 2):
+            raise RecipeError(
+                f"data.label: expected a column of classes, got {column!r} with {len(found):,} different values in "
+                f"{len(validation):,} records of data.validation; is it text? Name another column, or list data.labels"
+            )
+        names = sorted(found, key=lambda name: (isinstance(name, str), name))
+    else:
+        raise RecipeError(
+            "data.labels: missing. Class names become part of the published model, so they are not read off private records: list them "
+            "(data.labels=[yes, no]), or give data.validation, whose classes are taken"
+        )
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise RecipeError(f"data.labels: expected two different classes or more, got {names}")
+    return names
+
+
+def classified(
+    records: datasets.Dataset, data: DataSection, tokenizer: Any, sizes: tuple[int, Sequence[str | int]], which: str
+) -> Examples:
+    """Text and class number of every record; a text longer than `max_length` tokens loses its end.
+
+    Args:
+        records: the data.
+        data: names the text's template and the label's column.
+        tokenizer: adds its special tokens.
+        sizes: (max_length, names of the classes in the order of their numbers).
+        which: train or validation, for messages.
+
+    Raises:
+        RecipeError: an unknown column, or a label that is none of the classes.
+    """
+    max_length, names = sizes
+    text = _resolved(data.text or "", records, f"data.text on data.{which}")
+    column = _label_column(data, records, which)
+    numbers = _numbers(records[column], records.features[column], names, which)
+    rows: dict[str, list[Any]] = {"input_ids": [], "labels": numbers}
+    for chunk in _chunks(records):
+        texts = [text.render(r) for r in chunk]
+        rows["input_ids"] += tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return Examples(_dataset(rows, {"labels": datasets.Value("int64")}))
+
+
+def _numbers(values: Sequence[Any], feature: Any, names: Sequence[str | int], which: str) -> list[int]:
+    number = {name: i for i, name in enumerate(names)}
+    if isinstance(feature, datasets.ClassLabel):  # such columns hold numbers of the schema's own names
+        values = [None if v is None or v < 0 else feature.names[v] for v in values]
+    unknown = sorted({repr(v) for v in values if v not in number})
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise RecipeError(
+            f"data.label on data.{which}: expected one of {len(names)} classes ({', '.join(map(repr, names[:5]))}"
+            f"{', ...' if len(names) > 5 else ''}), got {len(unknown)} other value(s): {shown}. Name another column, or list all "
+            "classes under data.labels"
+        )
+    return [number[v] for v in values]
+
+
+def _label_column(data: DataSection, records: datasets.Dataset, which: str) -> str:
+    alternatives = [name.strip() for name in str(data.label).split("|")]
+    found = [name for name in alternatives if name in records.column_names]
+    if not found:
+        raise RecipeError(f"data.label on data.{which}: {missing_column(alternatives, records.column_names)}")
+    return found[0]
+
+
+# ---- both -------------------------------------------------------------------------------------------------------------------
+
+
+def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:
+    try:
+        return Template.parse(text).resolve(records.column_names)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _chunks(records: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(records), CHUNK):
+        columns = records[start : start + CHUNK]
+        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _tokens(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
+    return [
+        list(ids) for ids in tokenizer(texts, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+    ]
+
+
+def _dataset(rows: dict[str, list[Any]], features: dict[str, Any]) -> datasets.Dataset:
+    schema = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32")), **features})
+    return datasets.Dataset.from_dict(rows, features=schema)

@@ -1,0 +1,212 @@
+"""A recipe (YAML with the sections model, lora, data, training, privacy) and overrides -> `Recipe`, frozen and checked.
+
+A recipe is a complete run. Paths are relative to the current directory. Reading one opens no data and loads no model.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from hf_dp.config import PrivacyConfig
+from hf_dp.errors import ConfigError, RecipeError
+from hf_dp.recipe.settings import nearest, problems
+from hf_dp.recipe.template import Template
+from hf_dp.recipe.yaml_text import nested
+
+SECTIONS = ("model", "lora", "data", "training", "privacy")
+TASKS = ("causal_lm", "sequence_classification")
+DTYPES = ("auto", "float32", "bfloat16")
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
+OF_THE_TRAINER = ("micro_batch_tokens",)  # keys of `training` that are DPTrainer's own
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The base model. `name` is a folder or a name on the Hub."""
+
+    name: str = field(metadata={"help": "a folder, or a name on the Hub such as openai-community/gpt2"})
+    task: str = "causal_lm"
+    dtype: str = "auto"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The records, and how one becomes an example.
+
+    `train` and `validation` are files (.jsonl, .json, .csv, .parquet) or names on the Hub; `name`, `revision` and the splits are
+    for the Hub alone. A causal LM takes the templates `prompt` and `target`, a classifier the template `text` and the column `label`.
+    """
+
+    train: str = field(metadata={"help": "a file (.jsonl, .json, .csv, .parquet), or a data set's name on the Hub"})
+    validation: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    prompt: str | None = None
+    target: str | None = None
+    text: str | None = None
+    label: str | None = None
+    labels: list[str | int] | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. `training` holds keywords of `TrainingArguments` (`output_dir` always), `lora` those of peft's `LoraConfig`."""
+
+    name: str
+    model: ModelSection
+    data: DataSection
+    training: Mapping[str, Any]
+    privacy: PrivacyConfig
+    lora: Mapping[str, Any] | None = None
+    micro_batch_tokens: int | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the model, its card and its ledger go."""
+        return Path(self.training["output_dir"])
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and puts overrides `section.key=value` over it.
+
+    Raises:
+        RecipeError: the file is not there or not YAML, or holds anything that is no setting, of a wrong type, missing, contradictory, or a
+            file that does not exist. Names everything wrong at once.
+        UnsupportedOptionError: options that would void the guarantee.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RecipeError(f"cannot read the recipe {path}: {reason}.") from None
+    return from_mapping(nested(text, str(path), overrides), name=path.stem)
+
+
+def from_mapping(sections: Mapping[str, Any], *, name: str) -> Recipe:
+    """The recipe in a nested mapping; `name` gives the default output folder, out/NAME.
+
+    Raises:
+        RecipeError: as `read`.
+    """
+    all_sections = f"; the sections are {', '.join(SECTIONS)}"
+    wrong = [
+        f"{s}: there is no such section{nearest(s, SECTIONS) or all_sections}" for s in sections if s not in SECTIONS
+    ]
+    wrong += [
+        f"{s}: expected `key: value` lines, got {sections[s]!r}"
+        for s in SECTIONS
+        if not isinstance(sections.get(s), dict | None)
+    ]
+    if not wrong:
+        given = {s: sections.get(s) or {} for s in SECTIONS}
+        training = {"output_dir": f"out/{name}", **given["training"]}
+        wrong += [*_of_types(given), *_of_model(given["model"]), *_of_data(given["data"], given["model"])]
+        wrong += [*_of_training(training), *_of_privacy(given["privacy"])]
+    if wrong:
+        raise RecipeError("\n".join(f"  - {problem}" for problem in wrong))
+    lora = sections.get("lora")
+    micro_batch_tokens = training.pop("micro_batch_tokens", None)
+    return Recipe(
+        name=name,
+        model=ModelSection(**given["model"]),
+        data=DataSection(**given["data"]),
+        training=MappingProxyType(training),
+        privacy=PrivacyConfig(**given["privacy"]),
+        lora=None if lora is None else MappingProxyType(dict(lora)),
+        micro_batch_tokens=micro_batch_tokens,
+    )
+
+
+def is_file(source: str) -> bool:
+    """Whether a data source means a file on this machine and not a name on the Hub."""
+    return source.lower().endswith(FILE_KINDS)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model's name means a folder on this machine: it is one, or is written as only a path can be."""
+    return Path(name).is_dir() or not _HUB_NAME.fullmatch(name)
+
+
+def _of_types(given: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Names and types of every section, from the classes that they fill."""
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    yield from problems("model", given["model"], ModelSection)
+    yield from problems("lora", given["lora"], LoraConfig)
+    yield from problems("data", given["data"], DataSection)
+    training = {k: v for k, v in given["training"].items() if (k, v) != ("resume_from_checkpoint", True)}
+    yield from problems("training", training, TrainingArguments, extra=OF_THE_TRAINER)
+    known = [name for name in given["privacy"] if name in PrivacyConfig.__dataclass_fields__]
+    yield from problems("privacy", {k: v for k, v in given["privacy"].items() if k not in known}, PrivacyConfig)
+
+
+def _of_model(model: Mapping[str, Any]) -> Iterator[str]:
+    for key, choices in (("task", TASKS), ("dtype", DTYPES)):
+        value = model.get(key, choices[0])
+        if isinstance(value, str) and value not in choices:
+            yield f"model.{key}: expected {' or '.join(choices)}, got {value!r}{nearest(value, choices)}"
+    name = model.get("name")
+    if isinstance(name, str) and is_folder(name) and not (Path(name) / "config.json").is_file():
+        there = "holds no config.json, so it is no model" if Path(name).is_dir() else "does not exist"
+        yield f"model.name: the folder {name} {there}"
+
+
+def _of_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    task = model.get("task", TASKS[0])
+    needed, foreign = (
+        (("target",), ("text", "label", "labels")) if task == TASKS[0] else (("text", "label"), ("prompt", "target"))
+    )
+    if task in TASKS:
+        yield from (f"data.{key}: missing; the task {task} needs it" for key in needed if data.get(key) is None)
+        yield from (
+            f"data.{key}: not for the task {task}; drop it" for key in foreign if data.get(key, None) is not None
+        )
+    for key in ("prompt", "target", "text"):
+        try:
+            if isinstance(data.get(key), str):
+                Template.parse(data[key])
+        except RecipeError as error:
+            yield f"data.{key}: {error}"
+    for key in ("train", "validation"):
+        source = data.get(key)
+        if not isinstance(source, str):
+            continue
+        if is_file(source):
+            if not Path(source).is_file():
+                yield f"data.{key}: the file {source} does not exist"
+        elif Path(source).exists() or not _HUB_NAME.fullmatch(source):
+            yield f"data.{key}: expected a file ending in {', '.join(FILE_KINDS)} or a name on the Hub, got {source!r}"
+    length = data.get("max_length")
+    if isinstance(length, int) and length < 2:
+        yield f"data.max_length: expected 2 tokens or more, got {length}"
+
+
+def _of_training(training: Mapping[str, Any]) -> Iterator[str]:
+    from hf_dp.training import REFUSED
+
+    for name, (unsafe, remedy) in REFUSED.items():
+        if name in training and unsafe(training[name]):
+            yield f"training.{name}={training[name]}: cannot be combined with differential privacy: {remedy}"
+    tokens = training.get("micro_batch_tokens")
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
+        yield f"training.micro_batch_tokens: expected a whole number, 1 or more, got {tokens!r}"
+    if not training.get("output_dir"):
+        yield f"training.output_dir: expected a folder's path, got {training.get('output_dir')!r}"
+
+
+def _of_privacy(privacy: Mapping[str, Any]) -> Iterator[str]:
+    known = {k: v for k, v in privacy.items() if k in PrivacyConfig.__dataclass_fields__}
+    try:
+        PrivacyConfig(**known)
+    except ConfigError as error:
+        yield "privacy: " + str(error).removeprefix("PrivacyConfig: ")

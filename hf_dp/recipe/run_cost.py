@@ -1,0 +1,126 @@
+"""A mechanism, a model's shapes and how the work is dealt out -> what a run costs: passes, bytes all-reduced, memory. Imports no torch.
+
+Legend: B expected batch, W processes, b examples of a micro-batch, L tokens of each; d inputs and r outputs of a linear map.
+"""
+
+import math
+from typing import NamedTuple
+
+from hf_dp.accounting import Derived
+from hf_dp.mechanism import METRICS, Mechanism
+from hf_dp.per_example import materialise_is_cheaper
+
+FLOAT = 4  # bytes of float32: what is clipped, summed and reduced
+BESIDE_THE_SUM = 3  # numbers that the all-reduce carries beside the sum: see `release`
+INDEX = 2  # a whole number of 64 bits, in units of FLOAT
+TAIL = 1e-12  # draws as rare as this are left out of a mean
+
+
+class Shapes(NamedTuple):
+    """What a model is to its cost; of trainable parameters, how they are used.
+
+    `linear` holds (d, r) of each linear map, `tables` the width of the table of tokens; `others` counts the rest: biases, scales.
+    """
+
+    parameters: int
+    bytes_of_weights: int
+    trainable: int
+    linear: tuple[tuple[int, int], ...] = ()
+    tables: tuple[int, ...] = ()
+    others: int = 0
+
+
+class Work(NamedTuple):
+    """How a step is dealt out: W, at most how many examples and padded tokens a micro-batch has, and the tokens of an example, padded."""
+
+    num_processes: int
+    max_examples: int
+    max_tokens: int | None
+    length: int
+
+    @property
+    def examples(self) -> int:
+        """Examples of a full micro-batch, b."""
+        return (
+            self.max_examples
+            if self.max_tokens is None
+            else max(1, min(self.max_examples, self.max_tokens // self.length))
+        )
+
+
+def micro_batches(mechanism: Mechanism, work: Work) -> float:
+    """Forward and backward passes in a step of the process that has the most: ceil(ceil(n / W) / b), its mean over draws n."""
+    import numpy as np
+    from scipy.stats import binom
+
+    drawn = binom(mechanism.num_examples, mechanism.largest.sample_rate)
+    low, high = (int(n) for n in drawn.ppf([TAIL, 1 - TAIL]))
+    n = np.arange(low, high + 1)
+    passes = np.ceil(np.ceil(n / work.num_processes) / work.examples)
+    return float((drawn.pmf(n) * passes).sum())
+
+
+def all_reduced(mechanism: Mechanism, shapes: Shapes) -> int:
+    """Bytes of a step's one all-reduce; 0 is never among them, however the draw fell."""
+    metrics = 0 if mechanism.loss_bound is None else len(METRICS)
+    return _number_summed(mechanism) * (shapes.trainable + metrics + BESIDE_THE_SUM)
+
+
+def _number_summed(mechanism: Mechanism) -> int:
+    """Bytes of one coordinate of the sum: whole numbers have 64 bits."""
+    return INDEX * FLOAT if mechanism.is_discrete else FLOAT
+
+
+def per_example_gradients(shapes: Shapes, work: Work) -> int:
+    """Bytes of all that is held of a full micro-batch's per-example gradients until their norms are known; at most, in bfloat16.
+
+    Each linear map's as [r, d], or as its inputs and output gradients where `cost` finds that better. One example alone: its gradient.
+    """
+    if work.examples == 1:
+        return FLOAT * shapes.trainable
+    length = work.length
+    held = sum(d * r if materialise_is_cheaper(length, d, r) else length * (d + r) for d, r in shapes.linear)
+    held += length * sum(width + INDEX for width in shapes.tables) + shapes.others
+    return FLOAT * work.examples * held
+
+
+def derivation(mechanism: Mechanism, shapes: Shapes, work: Work) -> list[Derived]:
+    """What the run costs, each number with its rule."""
+    number = _number_summed(mechanism)
+    work = work._replace(max_examples=1) if mechanism.is_discrete else work
+    passes, reduced, alone = micro_batches(mechanism, work), all_reduced(mechanism, shapes), work.num_processes == 1
+    at_most = f"min({work.max_examples}, {work.max_tokens} // {work.length})" if work.max_tokens else "given"
+    at_most = "noise on whole numbers takes one example a pass" if mechanism.is_discrete else at_most
+    sharded = "" if alone else f"; 1/{work.num_processes} of it each, and a layer whole, where FSDP2 shards it"
+    return [
+        Derived(
+            "model",
+            f"{shapes.parameters:,}",
+            f"parameters, {shapes.trainable:,} of them trained; weights take {size(shapes.bytes_of_weights)} a process{sharded}",
+        ),
+        Derived("examples of a micro-batch b", str(work.examples), f"{at_most}; speed and memory, never the result"),
+        Derived(
+            "micro-batches a step",
+            f"{passes:.1f}",
+            f"ceil(ceil(n / {work.num_processes}) / b) of the busiest process, its mean over draws n; "
+            f"{math.ceil(passes * mechanism.num_steps):,} in all",
+        ),
+        Derived(
+            "all-reduced a step",
+            "nothing" if alone else size(reduced),
+            "one process"
+            if alone
+            else f"{number} bytes x (P + {reduced // number - shapes.trainable}), once; {size(reduced * mechanism.num_steps)} in all",
+        ),
+        Derived(
+            "per-example gradients",
+            size(per_example_gradients(shapes, work)),
+            f"of a full micro-batch at {work.length} tokens, in float32, until it is clipped; activations come beside it",
+        ),
+    ]
+
+
+def size(number_of_bytes: float) -> str:
+    """Bytes in the unit that leaves one to four digits before the point."""
+    power = min(3, max(0, math.floor(math.log(max(number_of_bytes, 1), 1024))))
+    return f"{number_of_bytes / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

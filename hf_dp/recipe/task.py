@@ -1,0 +1,262 @@
+"""Recipe -> everything that a training needs: model with LoRA, tokenizer, data sets, collator, metrics; and `DPTrainer` over it."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from hf_dp import accounting, durable
+from hf_dp.config import AuditConfig
+from hf_dp.errors import HfDpError, RecipeError
+from hf_dp.per_example import losses
+from hf_dp.recipe import data_files, examples
+from hf_dp.recipe.recipe import Recipe, is_folder
+from hf_dp.sampling import groups_by
+from hf_dp.training import DPTrainer
+
+Metrics = dict[str, float]
+_TASK_TYPE = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+
+
+class Parts(NamedTuple):
+    """What a Trainer is built of. `reduce` and `metrics` are its preprocess_logits_for_metrics and compute_metrics."""
+
+    model: nn.Module
+    tokenizer: Any
+    train: datasets.Dataset
+    validation: datasets.Dataset | None
+    collator: examples.PadRight
+    reduce: Callable[[Any, Tensor], Tensor]
+    metrics: Callable[[Any], Metrics]
+
+
+def prepare(recipe: Recipe) -> Parts:
+    """Reads the data, then the model, and makes one ready for the other. Each call makes a fresh model, the same for the same seed.
+
+    What is wrong shows as early as it can: the plan is tried before the model is loaded.
+
+    Raises:
+        RecipeError: data, template, labels, model or LoRA settings that do not fit.
+        ConfigError, AccountingError: a plan that is impossible, such as an epsilon out of reach.
+    """
+    train, validation = data_files.load(recipe.data, "train"), data_files.load(recipe.data, "validation")
+    assert train is not None  # a recipe always names it
+    args = training_arguments(recipe)
+    column = recipe.privacy.unit_column
+    groups = groups_by(train, column)
+    num_units = len(train) if groups is None else groups.num_groups
+    accounting.plan(recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+    classes = None
+    if recipe.model.task == "sequence_classification":
+        classes = examples.label_names(recipe.data, train, validation)
+    transformers.set_seed(args.seed)  # a fresh head and LoRA's A: public randomness
+    tokenizer = _tokenizer(recipe)
+    model = _model(recipe, tokenizer, classes)
+    max_length = _max_length(recipe, tokenizer, model.config)
+
+    def make(records: datasets.Dataset, which: str) -> examples.Examples:
+        if classes is None:
+            return examples.completions(records, recipe.data, tokenizer, max_length, which)
+        return examples.classified(records, recipe.data, tokenizer, (max_length, classes), which)
+
+    train_rows = make(train, "train").rows
+    if column is not None:
+        if column in train_rows.column_names:
+            raise RecipeError(f"privacy.unit_column={column}: rows have a column of that name already; rename yours")
+        train_rows = train_rows.add_column(column, list(train[column]))
+    held_out = None if validation is None else make(validation, "validation")
+    characters = held_out.num_characters if held_out else 0
+    return Parts(
+        model=_with_lora(recipe, model),
+        tokenizer=tokenizer,
+        train=train_rows,
+        validation=_longest_first(held_out.rows) if held_out else None,
+        collator=examples.PadRight(tokenizer.pad_token_id),
+        reduce=_reduce_completions if classes is None else _reduce_classes,
+        metrics=(lambda e: _completion_metrics(e, characters)) if classes is None else _class_metrics,
+    )
+
+
+def trainer_keywords(recipe: Recipe, parts: Parts, output_dir: str | Path | None = None) -> dict[str, Any]:
+    """Keywords of `transformers.Trainer`, private or not: DPTrainer only adds `privacy` and `micro_batch_tokens`."""
+    return {
+        "model": parts.model,
+        "args": training_arguments(recipe, output_dir),
+        "train_dataset": parts.train,
+        "eval_dataset": parts.validation,
+        "data_collator": parts.collator,
+        "processing_class": parts.tokenizer,
+        "compute_metrics": parts.metrics,
+        "preprocess_logits_for_metrics": parts.reduce,
+    }
+
+
+def build(
+    recipe: Recipe,
+    parts: Parts | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    callbacks: Sequence[Any] = (),
+    audit: AuditConfig | None = None,
+) -> DPTrainer:
+    """The private trainer of a recipe, ready to train. Its construction makes the output folder and nothing in it.
+
+    Raises:
+        HfDpError: whatever the recipe asks for that cannot be, as `prepare` and `DPTrainer` say.
+    """
+    parts = parts or prepare(recipe)
+    keywords = trainer_keywords(recipe, parts, output_dir)
+    own: dict[str, Any] = {
+        "privacy": recipe.privacy,
+        "micro_batch_tokens": recipe.micro_batch_tokens,
+        "callbacks": list(callbacks),
+        "audit": audit,
+    }
+    try:
+        return DPTrainer(**keywords, **own)
+    except HfDpError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
+
+
+def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> TrainingArguments:
+    """The recipe's `TrainingArguments`, in another output folder where one is given.
+
+    Raises:
+        RecipeError: transformers refuses them.
+    """
+    # transformers takes a quiet log for a wish to see no progress
+    given = {"report_to": "none", "disable_tqdm": False, **recipe.training}
+    if output_dir is not None:
+        given["output_dir"] = str(output_dir)
+    try:
+        return TrainingArguments(**given)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
+
+
+def evaluate(trainer: Any) -> Metrics:
+    """Loss and metric on the validation set, {} without one: `loss` (an example's mean; transformers' own for a plain Trainer), then
+    `nats_per_character` of the target, end-of-text mark included, or `accuracy`.
+    """
+    if trainer.eval_dataset is None:
+        return {}
+    measured = trainer.evaluate()
+    wanted = ("loss", "nats_per_character", "accuracy")
+    return {name: measured[f"eval_{name}"] for name in wanted if f"eval_{name}" in measured}
+
+
+def save_class_names(trainer: Any, recipe: Recipe) -> None:
+    """A classifier's adapter has no config.json in its folder, so that the names of its classes would be lost."""
+    if recipe.lora is None or recipe.model.task != "sequence_classification":
+        return
+    names, path = trainer.model.config.id2label, recipe.output_dir / "classes.json"
+    durable.replace(path, (json.dumps(names, indent=2, ensure_ascii=False) + "\n").encode())
+    print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={len(names)}")
+
+
+# ---- model and tokenizer --------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(recipe: Recipe) -> Any:
+    tokenizer = _loaded(recipe, transformers.AutoTokenizer.from_pretrained)
+    tokenizer.padding_side = "right"  # padding on the left shifts absolute positions by other examples' lengths
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise RecipeError(f"model.name {recipe.model.name!r}: its tokenizer has neither pad_token nor eos_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _model(recipe: Recipe, tokenizer: Any, classes: Sequence[str | int] | None) -> Any:
+    keywords: dict[str, Any] = {"dtype": recipe.model.dtype}
+    auto: Any = transformers.AutoModelForCausalLM
+    if classes is not None:
+        auto = transformers.AutoModelForSequenceClassification
+        names = {i: str(name) for i, name in enumerate(classes)}
+        keywords |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    model = _loaded(recipe, auto.from_pretrained, **keywords)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _loaded(recipe: Recipe, load: Callable[..., Any], **keywords: Any) -> Any:
+    name = recipe.model.name
+    revision = {} if recipe.model.revision is None else {"revision": recipe.model.revision}
+    try:
+        return load(name, **revision, **keywords)
+    except (OSError, ValueError, KeyError) as error:
+        remedy = (
+            "is the folder a whole model for this task?"
+            if is_folder(name)
+            else "there is no such folder, and the Hub did not give it: check the name and the network, or give a folder: model.name=FOLDER"
+        )
+        raise RecipeError(f"model.name: cannot load {name!r}: {_first_line(error)} ({remedy})") from None
+
+
+def _with_lora(recipe: Recipe, model: Any) -> Any:
+    if recipe.lora is None:
+        return model
+    try:
+        config = peft.LoraConfig(**{"task_type": _TASK_TYPE[recipe.model.task], **recipe.lora})
+        return peft.get_peft_model(model, config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"lora: peft refuses these settings for this model: {_first_line(error)}") from None
+
+
+def _max_length(recipe: Recipe, tokenizer: Any, config: Any) -> int:
+    """`data.max_length`, else what tokenizer and model take at most; never more than the model has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    bounds = [n for n in (positions, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
+    asked = recipe.data.max_length
+    if asked is None and not bounds:
+        raise RecipeError("data.max_length: missing; neither model nor tokenizer says how long a row may be")
+    if asked is not None and bounds and asked > min(bounds):
+        raise RecipeError(f"data.max_length: expected at most {min(bounds)}, which the model takes; got {asked}")
+    return min(bounds) if asked is None else asked
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def _longest_first(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows of like length beside each other, so that evaluation pads little; running out of memory shows at once."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lambda i: -lengths[i]))
+
+
+# ---- metrics on the validation set ----------------------------------------------------------------------------------------
+
+
+class _Outputs(NamedTuple):
+    logits: Tensor
+
+
+def _reduce_completions(logits: Any, labels: Tensor) -> Tensor:
+    """[B, T, V], [B, T] -> the sum of an example's target losses in nats, [B]: all that the metric needs of the logits."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return losses.causal_lm(_Outputs(logits), labels) * (labels[:, 1:] != losses.IGNORED).sum(1)
+
+
+def _completion_metrics(evaluated: Any, num_characters: int) -> Metrics:
+    return {"nats_per_character": float(evaluated.predictions.sum()) / max(1, num_characters)}
+
+
+def _reduce_classes(logits: Any, labels: Tensor) -> Tensor:
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return torch.argmax(logits, -1)
+
+
+def _class_metrics(evaluated: Any) -> Metrics:
+    return {"accuracy": float((evaluated.predictions == evaluated.label_ids).mean())}

@@ -1,0 +1,144 @@
+"""Micro-batches of one draw -> `p.grad` = (clipped sum + noise) / B for every trainable parameter: the whole algorithm, in one place.
+
+This is algorithm 1 of Abadi et al. 2016. `Trainer`, `PrivateLoop` and the audit's controls all take their steps here.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.mechanism import Mechanism
+from hf_dp.per_example import Batch, MicroBatch, Pass, per_example_factors, views
+from hf_dp.randomness import fork_forward_rng
+from hf_dp.step import sharding
+from hf_dp.step.memory import Room
+from hf_dp.step.run import PrivateRun
+from hf_dp.step.sums import ClippedSum, new_sum, refuse_impossible_sum, trainable
+
+Batches = Callable[[], Iterable[MicroBatch]]  # called again where memory ran out and the sum is begun anew
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How passes are made, as whoever owns the model wants them.
+
+    Attributes:
+        example_losses: (model, batch) -> one loss an example, [B].
+        device: where the sum is kept.
+        to_device: brings a collated micro-batch to the model.
+        precision: the context of a forward pass, such as autocast.
+        factors_of: forms the per-example gradients of a pass; compiled passes are others than the default.
+        made_up: a batch of one made-up example, for passes that only other processes need; asked for where weights are sharded.
+        largest: a made-up batch of the largest size, to try out what fits in memory; None where nothing is tried.
+    """
+
+    example_losses: Callable[[nn.Module, Batch], Tensor]
+    device: torch.device
+    to_device: Callable[[Batch], Batch]
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext
+    factors_of: Pass = per_example_factors
+    made_up: Callable[[], MicroBatch] | None = None
+    largest: Callable[[], MicroBatch] | None = None
+
+
+class PrivateStep:
+    """Takes the private steps of one model: `released = step(run, batches, draw_number)`.
+
+    Guarantee: of each record, at most `level.clip_norm` is in the sum, in Euclidean norm, and the sum leaves through `run.release` alone.
+
+    Args:
+        model: unwrapped (no DDP around it).
+        mechanism: of the run.
+        passes: how a pass is made.
+
+    Raises:
+        ConfigError: as `refuse_impossible_sum`.
+
+    Attributes:
+        level: the mechanism of the step under way; before the first step, of the run.
+        sum: what has been summed up so far in this step. Secret until released.
+    """
+
+    sum: ClippedSum
+
+    def __init__(self, model: nn.Module, mechanism: Mechanism, passes: Passes) -> None:
+        refuse_impossible_sum(model, mechanism)
+        self.model, self.level, self.passes = model, mechanism, passes
+        self.sharded = sharding.is_sharded(model)
+        self._memory = Room(fixed=self.sharded)
+        self._names: list[str] = []
+
+    def __call__(
+        self, run: PrivateRun, batches: Batches, draw_number: int, beside: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """One step: clip and sum, charge, add noise, write the gradients. Returns what was released, float32 [P] or [P + 2].
+
+        Args:
+            run: open; it knows the step's level, charges the ledger and adds the noise.
+            batches: the micro-batches of this process's slice of the draw, none where it is empty.
+            draw_number: of the draw.
+            beside: adds to the sum what belongs to the draw beside its records, such as canaries.
+
+        Raises:
+            ReleaseError: as `PrivateRun.release`. Any error of the passes: the step is charged, nothing was released.
+        """
+        self.prepare()
+        with run.told_to_all(self.sum.flat, draw_number, waiting_in_release=not self.sharded):
+            self.level = run.level
+            if self.passes.largest is not None:
+                self._memory.try_out(
+                    self.model, self.passes.largest, lambda some: self.sum_up(some, run.forward_seed())
+                )
+            self._memory.until_it_fits(lambda: self.sum_up(batches(), run.forward_seed()))
+            if beside is not None:
+                beside(self.sum.flat)
+        released = run.release(self.sum.flat, draw_number)
+        self.write_gradients(released)
+        return released
+
+    def prepare(self) -> None:
+        """Training mode, and a sum at zero for the parameters that are trainable now."""
+        self.model.train()
+        names = list(trainable(self.model))
+        if names != self._names:
+            self.sum, self._names = new_sum(self.model, self.level, self.passes.device, self.passes.factors_of), names
+        self.sum.flat.zero_()
+
+    def sum_up(self, batches: Iterable[MicroBatch], forward_seed: int | None = None) -> None:
+        """Begins at zero and adds every example of the batches, under dropout masks that no public seed gives."""
+        self.sum.flat.zero_()
+        with fork_forward_rng([self.passes.device], seed=forward_seed):
+            parts: Iterable[MicroBatch] = self._memory.parts(b.mapped(self.passes.to_device) for b in batches)
+            parts, missing = sharding.counted(parts, self.passes.device) if self.sharded else (parts, 0)
+            for part in self._memory.one_by_one(parts):
+                self.add(part)
+            for _ in range(missing):
+                self._pass_for_the_others()
+
+    def add(self, batch: MicroBatch) -> None:
+        """One pass: the clipped gradients of its examples join the sum."""
+        with self.passes.precision():
+            losses = lambda: self.passes.example_losses(self.model, batch)  # noqa: E731  # made when the pass is under way
+            self.sum.add(self.model, losses, batch.size, self.level)
+
+    def write_gradients(self, released: Tensor) -> None:
+        """p.grad = released / B with the public B: assigned, whatever was there before."""
+        parameters, mean = trainable(self.model), released / self.level.expected_batch_size
+        for name, gradient in views(mean, parameters).items():
+            parameters[name].grad = gradient.to(parameters[name].dtype)
+
+    def forget(self) -> None:
+        """Lets go of the sum's memory; the next step makes another."""
+        if self._names:
+            del self.sum
+        self._names = []
+
+    def _pass_for_the_others(self) -> None:
+        """Forward and backward over a made-up example whose result is dropped: other processes wait for our shards."""
+        assert self.passes.made_up is not None
+        model, made_up = self.model, self.passes.made_up()
+        with self.passes.precision():
+            per_example_factors(model, lambda: self.passes.example_losses(model, made_up), 1)

@@ -1,0 +1,197 @@
+"""Each process's part of a clipped sum -> the noisy sum, on every process: the one exit for all that is private.
+
+The order is the guarantee. What is checked of public things (arguments, ledger, the draw's number) is checked first and costs nothing.
+Then the step is charged, on disk. Only then is the sum looked at: that a sum is not finite is itself something about the data, so
+whoever sees the training stop for it has been charged for the draw. Then noise, and only then does anything leave the process.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_dp.errors import HfDpError, ReleaseError
+from hf_dp.ledger import Ledger
+from hf_dp.mechanism import DISCRETE
+from hf_dp.randomness import NoiseSource
+
+EXACT = 1 << 24  # whole numbers up to here are exact in float32
+
+
+class Releaser:
+    """Releases sums under the Gaussian mechanism: `releaser(clipped_sum, sensitivity=C, noise_multiplier=sigma)`.
+
+    Process 0 charges the ledger and adds the whole noise, N(0, (sigma C)² I), to its part; then one `all_reduce(SUM)` on every process.
+    The total noise is the same whatever the number of processes, and so are the bits of the result on all of them. A sum of
+    whole numbers (int64) is in steps of `grid.py`, and takes N_Z(0, S²) in each coordinate instead: S steps are sigma C.
+
+    The same `all_reduce` carries three more numbers: the draw's number and its square, which show that all processes are at one draw
+    (a sum of squares is the square of the sum over W only if all are equal), and a mark of failure. A process that can't go on
+    still takes part, with zeros, so that all of them stop at this step instead of waiting for each other.
+
+    Args:
+        ledger: open, with the settings of the steps begun. On process 0 alone; None elsewhere.
+        noise: on process 0 alone; None elsewhere.
+        process_index: this process, from 0.
+        num_processes: how many take part.
+
+    Raises:
+        ReleaseError: process 0 without ledger or noise.
+    """
+
+    def __init__(
+        self, ledger: Ledger | None, noise: NoiseSource | None, *, process_index: int = 0, num_processes: int = 1
+    ) -> None:
+        if not 0 <= process_index < num_processes:
+            raise ReleaseError(f"expected a process_index from 0 to {num_processes - 1}, got {process_index}")
+        if process_index == 0 and (ledger is None or noise is None):
+            raise ReleaseError("process 0 charges and adds the noise: it needs a ledger and a noise source")
+        self._ledger = ledger
+        self._noise = noise
+        self._process_index = process_index
+        self._num_processes = num_processes
+        self._last_draw = -1
+
+    @torch.no_grad()
+    def __call__(
+        self, clipped_sum: Tensor, *, sensitivity: float, noise_multiplier: float, draw_number: int | None = None
+    ) -> Tensor:
+        """The sum of all processes' `clipped_sum` plus N(0, (sensitivity x noise_multiplier)² I); the argument is left as it was.
+
+        Args:
+            clipped_sum: this process's part, [P], float32, or int64 where the ledger's noise is "discrete"; zeros for an empty slice.
+            sensitivity: the most, in Euclidean norm, that one unit can move the sum of all parts.
+            noise_multiplier: sigma. 0 adds nothing, and is charged as what it is: epsilon is infinite.
+            draw_number: number of the draw behind the sum, above every earlier one; None counts the calls.
+
+        Returns:
+            [P] of the same type, new memory, on every process; no two calls have noise in common.
+
+        Raises:
+            ReleaseError: an argument out of range; settings that the ledger does not have; a draw released before; processes at
+                different draws; another process that failed. Not charged, where process 0 sees it before charging.
+            ReleaseError: a sum that is not finite: a fault of the per-example stage. Charged, and nothing left the process.
+            LedgerError: the charge could not be written. Nothing left the process.
+        """
+        number = self._last_draw + 1 if draw_number is None else draw_number
+        size = clipped_sum.numel()
+        buffer = clipped_sum.new_zeros(size + 3)
+        failure: Exception | None = None
+        try:
+            self._check(clipped_sum, sensitivity, noise_multiplier, number)
+            self._fill(buffer[:size], clipped_sum, sensitivity, noise_multiplier)
+        except Exception as error:  # whatever it is, the other processes are told before it is raised here
+            failure = error
+            buffer.zero_()
+        tag = number % _modulus(self._num_processes)
+        buffer[size:] = torch.tensor([tag, tag * tag, failure is not None])
+        self._reduce(buffer)
+        if failure is not None:
+            raise failure
+        self._check_together(tag, *buffer[size:].tolist())
+        return buffer[:size]
+
+    def abandon(self, clipped_sum: Tensor, *, tell: bool = True) -> None:
+        """Gives up this step. To `tell`, takes part in its `all_reduce` with nothing but the mark of failure: all processes stop here.
+
+        `clipped_sum` gives the shape. Charged on process 0, whoever failed: that a step fails is itself something about its draw.
+        """
+        try:
+            if self._ledger is not None:
+                self._ledger.charge()
+        finally:
+            if tell:
+                buffer = clipped_sum.new_zeros(len(clipped_sum) + 3)
+                buffer[-1] = 1.0
+                self._reduce(buffer)
+
+    def _reduce(self, buffer: Tensor) -> None:
+        """The step's one collective.
+
+        Raises:
+            ReleaseError: a process is gone, or did not come within the time-out.
+        """
+        if self._num_processes == 1 or self._num_processes != _world_size():
+            return
+        try:
+            dist.all_reduce(buffer)
+        except RuntimeError as error:
+            raise ReleaseError(
+                f"process {self._process_index} of {self._num_processes} lost another one in this step: it has ended, or did not come "
+                "within the time-out (ddp_timeout); see its messages. The step is charged, nothing was released. Mend what ended it "
+                f"and go on with resume_from_checkpoint=True, on as many processes as you like ({error})"
+            ) from error
+
+    def _fill(self, buffer: Tensor, clipped_sum: Tensor, sensitivity: float, noise_multiplier: float) -> None:
+        """Charges on process 0, then this process's part with the noise that belongs to it."""
+        std = sensitivity * noise_multiplier
+        if self._process_index == 0:
+            assert self._ledger is not None
+            self._ledger.charge()
+        if not bool(clipped_sum.isfinite().all()):
+            raise ReleaseError(
+                "the clipped sum is not finite, although examples that are not count as zero: a fault of the per-example stage. "
+                "The step is charged, nothing was released; report it"
+            )
+        buffer += clipped_sum
+        if self._process_index == 0 and std > 0:
+            assert self._noise is not None
+            if buffer.dtype == torch.int64:
+                buffer += self._noise.discrete(len(buffer), device=buffer.device)
+            else:
+                buffer += self._noise.gaussian(len(buffer), std=std, device=buffer.device)
+
+    def _check(self, clipped_sum: Tensor, sensitivity: float, noise_multiplier: float, number: int) -> None:
+        wrong = [*_wrong_arguments(clipped_sum, sensitivity, noise_multiplier), *self._wrong_state(number)]
+        if not wrong and self._ledger is not None:
+            current = self._ledger.current
+            charged = current and (current.noise_multiplier, current.sensitivity)
+            if charged != (noise_multiplier, sensitivity):
+                wrong.append(
+                    f"the ledger would charge (sigma, C) = {charged}, the release has {(noise_multiplier, sensitivity)}: begin a segment"
+                )
+            if current and (current.noise == DISCRETE) != (clipped_sum.dtype == torch.int64):
+                wrong.append(f"the ledger would charge noise {current.noise!r}, the sum is {clipped_sum.dtype}")
+        if wrong:
+            raise ReleaseError("nothing was charged or released: " + "; ".join(wrong))
+        self._last_draw = number
+
+    def _wrong_state(self, number: int) -> Iterator[str]:
+        if number <= self._last_draw:
+            yield (
+                f"expected a draw after number {self._last_draw}, got {number}: two releases of one draw cost more than two charges say"
+            )
+        if self._num_processes != _world_size():
+            yield f"expected {self._num_processes} processes in torch.distributed, found {_world_size()}"
+
+    def _check_together(self, tag: int, tags: float, squares: float, failures: float) -> None:
+        if failures:
+            raise ReleaseError(
+                f"{int(failures)} of {self._num_processes} processes could not release this step; see their messages"
+            )
+        if (tags, squares) != (self._num_processes * tag, self._num_processes * tag * tag):
+            raise ReleaseError(
+                "the processes are at different draws, so their parts don't belong together; they must all have read the same batches"
+            )
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _wrong_arguments(clipped_sum: Tensor, sensitivity: float, noise_multiplier: float) -> Iterator[str]:
+    if clipped_sum.dim() != 1 or clipped_sum.dtype not in (torch.float32, torch.int64):
+        yield f"expected a flat float32 or int64 sum, got {clipped_sum.dtype} {list(clipped_sum.shape)}"
+    if not (math.isfinite(sensitivity) and sensitivity > 0):
+        yield f"expected a finite sensitivity above 0, got {sensitivity}"
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+        yield f"expected a finite noise_multiplier, 0 or more, got {noise_multiplier}"
+
+
+def _modulus(num_processes: int) -> int:
+    """The largest power of two m for which num_processes x (m - 1)² is exact in float32: 4096 for one process, 2 at 2**24."""
+    if num_processes > EXACT:
+        raise HfDpError(f"expected at most {EXACT} processes, got {num_processes}")
+    return 1 << int(math.log2(EXACT // num_processes) / 2)

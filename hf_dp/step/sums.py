@@ -1,0 +1,91 @@
+"""Passes over examples -> what a step releases, before its noise: a sum in float32, or one of whole numbers.
+
+Both are one flat vector, zeroed at the start of a step, with a view for each trainable parameter; the two coordinates of noised metrics
+(see `metrics`) come last. Which of the two a run needs follows from its mechanism: `new_sum` is the only place that asks.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.mechanism import METRICS, Mechanism
+from hf_dp.per_example import Pass, clipped_gradient_sum, per_example_factors, views
+from hf_dp.step.integers import add_integer_gradient, grid_of
+from hf_dp.step.metrics import contribution
+
+
+class ClippedSum(Protocol):
+    """The vector of one step.
+
+    Attributes:
+        flat: [P], or [P + 2] with metrics; P trainable numbers in the order of the model's parameters.
+    """
+
+    flat: Tensor
+
+    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: Mechanism) -> None:
+        """Adds the clipped gradients of `size` examples, whose losses [size] the forward pass `losses` returns.
+
+        Raises:
+            UnsupportedParameterError, CaptureError: as `per_example_factors`.
+        """
+
+
+class FloatSum:
+    """sum_b min(1, C / |g_b|) g_b in float32 (Abadi et al. 2016, algorithm 1), and the metrics where the mechanism has them."""
+
+    def __init__(
+        self, model: nn.Module, mechanism: Mechanism, device: torch.device, factors_of: Pass = per_example_factors
+    ) -> None:
+        parameters = trainable(model)
+        extra = 0 if mechanism.loss_bound is None else len(METRICS)
+        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()) + extra, device=device)
+        self._parts = views(self.flat, parameters)
+        self._factors_of = factors_of
+
+    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: Mechanism) -> None:
+        """See `ClippedSum.add`."""
+        seen = clipped_gradient_sum(model, losses, size, level.clip_norm, self._parts, self._factors_of)
+        if level.loss_bound is not None:
+            metrics = contribution(seen.losses, clip_norm=level.clip_norm, loss_bound=level.loss_bound)
+            self.flat[-len(METRICS) :] += metrics
+
+
+class IntegerSum:
+    """The same on the grid of `noise="discrete"`: whole numbers of bounded norm, int64, one example a pass (see `randomness.grid`)."""
+
+    def __init__(self, model: nn.Module, mechanism: Mechanism, device: torch.device) -> None:
+        parameters = trainable(model)
+        self._grid = grid_of(model, mechanism.noise_multiplier, mechanism.clip_norm)
+        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=torch.int64, device=device)
+        self._parts = views(self.flat, parameters)
+
+    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: Mechanism) -> None:
+        """See `ClippedSum.add`; more than one example is an error."""
+        add_integer_gradient(model, losses, size, self._grid, self._parts)
+
+
+def refuse_impossible_sum(model: nn.Module, mechanism: Mechanism) -> None:
+    """Sees, before anything is made, whether the sum that the mechanism needs can be kept.
+
+    Raises:
+        ConfigError: whole numbers have no room for this sigma and so many parameters.
+    """
+    if mechanism.is_discrete:
+        grid_of(model, mechanism.noise_multiplier, mechanism.clip_norm)
+
+
+def new_sum(
+    model: nn.Module, mechanism: Mechanism, device: torch.device, factors_of: Pass = per_example_factors
+) -> ClippedSum:
+    """A sum of the kind that the mechanism's noise is for, at zero."""
+    if mechanism.is_discrete:
+        return IntegerSum(model, mechanism, device)
+    return FloatSum(model, mechanism, device, factors_of)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,15 @@
+"""A model, records and a `PrivacyConfig` go in; a privately trained model with its card comes out. Wiring, no formulas."""
+
+from hf_dp.training.loop import PrivateLoop, plan
+from hf_dp.training.options import REFUSED, check_options
+from hf_dp.training.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
+
+__all__ = [
+    "REFUSED",
+    "DPSeq2SeqTrainer",
+    "DPTrainer",
+    "DPTrainerMixin",
+    "PrivateLoop",
+    "check_options",
+    "plan",
+]

@@ -1,0 +1,265 @@
+"""Model, optimizer, loss and a plan -> private steps of an ordinary PyTorch loop on any `nn.Module`, without Trainer.
+
+`PrivateLoop.draws` yields Poisson draws, `backward` takes the place of `loss.backward()`, and the optimizer steps as ever. What is out of
+order (a step without a release, two releases in one step, gradients from elsewhere) is an error before the weights change.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from hf_dp import accounting
+from hf_dp.config import PrivacyConfig
+from hf_dp.errors import CaptureError, ConfigError, ReleaseError
+from hf_dp.mechanism import Mechanism
+from hf_dp.per_example import (
+    Batch,
+    MicroBatch,
+    records_of_the_same_shape,
+    self_check,
+    take_inventory,
+)
+from hf_dp.randomness import require_cryptography
+from hf_dp.sampling import (
+    DRAW_NUMBER,
+    FAILURE,
+    Collation,
+    Draw,
+    DrawnRecords,
+    LogicalBatchCollator,
+    PoissonSampler,
+    micro_batches,
+    tokens_of_a_pass,
+)
+from hf_dp.step import Passes, PrivacySpent, PrivateRun, PrivateStep
+
+BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw waits for
+
+
+def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1) -> Mechanism:
+    """What a loop over `num_examples` records will run: as `accounting.plan` says, with sigma calibrated where a target is given.
+
+    Raises:
+        ConfigError: settings that do not fit the data, a `budget_file` or a `unit_column`, which a mechanism does not hold.
+        AccountingError: a target out of reach.
+    """
+    for name, value in (("budget_file", privacy.budget_file), ("unit_column", privacy.unit_column)):
+        if value is not None:
+            raise ConfigError(f"a PrivateLoop takes no {name}: leave it out, or use DPTrainer")
+    return accounting.plan(privacy, num_examples, num_train_epochs=num_train_epochs, max_steps=max_steps)
+
+
+class PrivateLoop:
+    """One private training in a loop of your own: `for draw in loop.draws(data): loop.backward(draw); optimizer.step()`.
+
+    Guarantee: that of `mechanism`, for the weights that the optimizer leaves, as long as nothing else computes them from the records.
+    One process; a loop does not resume: another training on the same records adds up.
+
+    Args:
+        model: in training mode during every pass; parameters with `requires_grad` are trained, all of them by `optimizer`.
+        optimizer: a torch optimizer whose `step` takes no closure. From now on it steps on what this loop released alone.
+        example_losses: (model, batch) -> one loss an example, [B], each a function of its example alone. The batch is what `collate`
+            makes of records: a mapping, or a tuple, of tensors that lead with the examples.
+        mechanism: from `hf_dp.plan(PrivacyConfig(...), num_examples, num_train_epochs=...)`.
+        output_dir: where the ledger is kept, one training in each.
+
+    Raises:
+        ConfigError: several processes, a mechanism with more than the gradient in it, or trainable parameters that the optimizer
+            does not hold, and the reverse. Names all of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        example_losses: Callable[[nn.Module, Any], Tensor],
+        mechanism: Mechanism,
+        output_dir: str | Path,
+    ) -> None:
+        wrong = [*_wrong_setting(mechanism), *_wrong_parameters(model, optimizer)]
+        if wrong:
+            raise ConfigError("PrivateLoop: " + "; ".join(wrong) + ".")
+        self.model = model
+        if mechanism.generator == "chacha20":
+            require_cryptography()
+        self.mechanism = mechanism
+        self._example_losses = example_losses
+        self._device = next(model.parameters()).device
+        self._run = PrivateRun(mechanism, Path(output_dir), 0, 1)
+        self._begun = False
+        self._draw: Draw[MicroBatch] | None = None
+        self._size = 0
+        self._failure: str | None = None
+        self._waits_for: str | None = None
+        self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
+        self._written: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        self._optimizer = optimizer
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def draws(
+        self,
+        dataset: Any,
+        *,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        max_examples: int = 256,
+        check_records: list[Any] | None = None,
+    ) -> Iterator[Draw[MicroBatch]]:
+        """T draws, fewer where one more would exceed the target epsilon: each keeps every record with probability q, by itself.
+
+        First the inventory, and the self-check on made-up records; then the ledger is opened. A draw may be empty.
+
+        Args:
+            dataset: with `len` and integer indices; as many records as the mechanism was planned for.
+            collate: records -> batch, one row a record; it is given one record at a time, but for torch's `default_collate`.
+            max_examples: the most records of one pass: memory and speed, never the result.
+            check_records: a few public records for the self-check, where none can be made up from the shapes of the first.
+
+        Raises:
+            ConfigError: another number of records than planned, records that can't be made up, or a budget that is spent.
+            UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
+            SelfCheckError: something couples the examples of a batch.
+            LedgerError: `output_dir` holds the ledger of another training.
+            ReleaseError: the last draw is still without its release or its step.
+        """
+        m = self.mechanism
+        if len(dataset) != m.num_examples:
+            raise ConfigError(
+                f"expected the {m.num_examples:,} records of the plan, got {len(dataset):,}: plan with N of these"
+            )
+        collation = Collation(
+            collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
+        )
+        self._check(collation)
+        self._run.open(dataset, None, seed=None)
+        self._begun = True
+        try:
+            records = DrawnRecords(dataset, m.num_examples)
+            rate = lambda number: self._run.at(number).sample_rate  # noqa: E731  # of a schedule each level has its own
+            size = 1 if m.is_discrete else max_examples
+            cut = LogicalBatchCollator(collation, size, pass_cost=tokens_of_a_pass(self._device))
+            for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=self._run.sampling_key):
+                container = cut(records.__getitems__(kept))
+                self._failure = container.get(FAILURE)
+                batches = [] if self._failure else list(micro_batches(container))
+                self._draw, self._waits_for = Draw(batches, container[DRAW_NUMBER]), BACKWARD
+                self._size = sum(batch.size for batch in batches)
+                yield self._draw
+                if self._waits_for is not None:
+                    raise ReleaseError(
+                        f"draw {self._draw.number} is over without {self._waits_for}: each takes one, once"
+                    )
+                if self._run.exhausted:
+                    return
+        finally:
+            self._draw = self._waits_for = None
+            self._run.close()
+
+    def backward(self, draw: Draw[MicroBatch]) -> None:
+        """p.grad = (clipped sum + noise) / B for every trainable parameter, whatever was there before; charged first, on disk.
+
+        Raises:
+            ReleaseError: not the draw that `draws` yielded last, or a second time. Nothing is charged or released.
+            CaptureError: not one loss an example, or another number of rows than were drawn. Charged, nothing released.
+        """
+        if draw is not self._draw or self._waits_for != BACKWARD:
+            raise ReleaseError(
+                f"backward takes the draw that draws() yielded last, once (that one waits for {self._waits_for or 'nothing'}): "
+                "two releases of one draw cost more than two charges say"
+            )
+        self._step(self._run, lambda: self._checked(draw), draw.number)
+        self._written = {p: (p.grad, p.grad._version) for p in self.model.parameters() if p.grad is not None}
+        self._waits_for = STEP
+
+    def privacy_spent(self) -> PrivacySpent:
+        """(epsilon, delta) of every step charged so far; 0 before the first."""
+        return self._run.spent() if self._begun else PrivacySpent(0.0, self.mechanism.delta, 0)
+
+    def write_card(self, folder: str | Path, *, public_eval: bool = False) -> None:
+        """The privacy section in `folder`/README.md, and privacy.json beside it, from what was charged.
+
+        `public_eval` declares that the data of any evaluation beside them are public.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._run.write_card(Path(folder), public_eval=public_eval)
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._example_losses(model, tuple(batch.values()) if all(k.isdigit() for k in batch) else batch)
+
+    def _check(self, collation: Collation) -> None:
+        whole, *alone = (batch.mapped(self._on_device) for batch in collation.together_and_alone(collation.tried))
+        self.model.train()
+        take_inventory(self.model, whole, self._losses)
+        self_check(self.model, [whole, *alone], self._losses, self.mechanism.clip_norm)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return cast(Batch, send_to_device(batch, self._device))
+
+    def _checked(self, draw: Draw[MicroBatch]) -> Draw[MicroBatch]:
+        """The draw itself, unless its records could not be collated, or are not all there."""
+        if self._failure is not None:
+            raise CaptureError(self._failure)
+        _refuse_other_examples(draw, self._size)
+        return draw
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._waits_for != STEP:
+            raise ReleaseError(f"optimizer.step() without a release: the draw waits for {self._waits_for or 'nothing'}")
+        if any(a is not None for a in (*args[1:], *kwargs.values())):
+            raise ReleaseError(
+                "optimizer.step() takes no closure: it would compute gradients without clipping and noise"
+            )
+        changed = [
+            p
+            for p, (gradient, version) in self._written.items()
+            if p.grad is not gradient or gradient._version != version
+        ]
+        held = itertools.chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
+        strays = [p for p in held if p.grad is not None and p not in self._written]
+        if changed or strays:
+            names = {p: name for name, p in self.model.named_parameters()}
+            listed = ", ".join(names.get(p, "one outside the model") for p in (*changed, *strays))
+            raise ReleaseError(
+                f"the gradients of {listed} are not those that backward(draw) wrote: call no loss.backward() beside it"
+            )
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._waits_for, self._written = None, {}
+
+
+def _refuse_other_examples(batches: list[MicroBatch], expected: int) -> None:
+    if not all(isinstance(batch, MicroBatch) for batch in batches) or sum(batch.size for batch in batches) != expected:
+        raise CaptureError(
+            f"expected the micro-batches of {expected} examples that draws() yielded, got others: clipping bounds an example"
+        )
+
+
+def _wrong_setting(m: Mechanism) -> Iterator[str]:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        yield f"a loop runs in one process, found {dist.get_world_size()}: use DPTrainer"
+    if m.loss_bound is not None:
+        yield "log_loss_up_to releases more than the gradient: leave it out, or use DPTrainer"
+    if m.debug:
+        yield "debug_seed is for tests of DPTrainer: leave it out"
+
+
+def _wrong_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for p, name in trainable.items() if p not in held]
+    foreign = len(held - set(model.parameters()))
+    if not trainable:
+        yield "the model has no trainable parameter"
+    if missing:
+        yield f"the optimizer does not hold {', '.join(missing)}: freeze them (requires_grad_(False)), or give them to it"
+    if foreign:
+        yield f"the optimizer holds {foreign} parameters that are not the model's: they would be trained without clipping and noise"

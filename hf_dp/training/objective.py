@@ -1,0 +1,337 @@
+"""A trainer (its class, arguments and model) -> the loss of an example that training takes, held against the one that was asked for.
+
+What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; what the model itself returns as its loss for
+one example, to which the host's `compute_loss` comes. A class of models whose loss is known has a fast form, for many examples a pass; it
+is taken where, on made-up records, its loss and gradient are the model's own. Everywhere else the model's own loss is trained, one example
+a pass, which is that example's alone by construction.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_dp.config import is_number
+from hf_dp.errors import ConfigError, HfDpError
+from hf_dp.per_example import (
+    OVER_VOCABULARY,
+    Batch,
+    MicroBatch,
+    decoder_inputs,
+    each_alone,
+    leaves,
+    losses,
+    per_example_factors,
+    precision,
+    undisturbed,
+)
+from hf_dp.training.overrides import host_of, owns
+
+YOURS, FUNCTION, OWN, HOST = "example_losses", "compute_loss_func", "the model's own", "the host's compute_loss"
+ALONE = (OWN, HOST)  # for one example a pass
+RECORDS = 2  # made-up ones that losses are compared on
+# What rounding may make of a loss and of its gradient (relative), by the dtype of the activations: both come of the same forward pass.
+ROUNDING = {
+    torch.float64: (1e-9, 1e-8),
+    torch.float32: (5e-5, 5e-4),
+    torch.bfloat16: (0.01, 0.08),
+    torch.float16: (2e-3, 0.02),
+}
+REMEDY = "override DPTrainer.example_losses(model, inputs), which returns one loss an example, [batch]"
+
+
+class Objective(NamedTuple):
+    """What is trained: `kind` is a key of `losses.LOSSES`, or YOURS, FUNCTION, OWN or HOST; `rule` says why, for the plan."""
+
+    kind: str
+    rule: str
+
+
+class Measured(NamedTuple):
+    """A loss on one made-up record, and its gradient by parameter."""
+
+    loss: float
+    gradient: dict[str, Tensor]
+
+
+def choose(trainer: Any) -> Objective:
+    """The objective of a trainer, on made-up records, each collated by itself. The model is left as it was.
+
+    Raises:
+        ConfigError: no loss of an example is known or comes from the model, the host's `compute_loss` is another than the one that would be
+            trained, or settings that only a known loss can follow, or the model can't take the made-up records. With the remedy.
+    """
+    alone = trainer._synthetic_batches()[1:]
+    try:
+        with trainer.compute_loss_context_manager():
+            found = _chosen(trainer, alone)
+    except (HfDpError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise refused_records(error, alone[0]) from error
+    _refuse_settings(trainer, found)
+    return found
+
+
+def refused_records(error: Exception, batch: Batch) -> ConfigError:
+    """The one error for made-up records that a model, or a loss, can't take."""
+    return ConfigError(
+        f"the model does not take made-up records with {', '.join(sorted(batch))} ({type(error).__name__}: {first_line(error)}). Pass "
+        "check_records=[...], a few public records like yours; columns that the model's forward does not name are dropped unless "
+        "TrainingArguments(remove_unused_columns=False)"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error on made-up records says, shortened."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def _chosen(trainer: Any, alone: Sequence[Batch]) -> Objective:
+    if owns(type(trainer), "example_losses"):
+        return Objective(YOURS, "overridden")
+    if trainer.compute_loss_func is not None:
+        return Objective(FUNCTION, "given")
+    found = _known_or_own(trainer, alone[:RECORDS])
+    return found if _host_agrees(trainer, found, alone[0]) else _of_the_host(trainer)
+
+
+def losses_of(trainer: Any, kind: str, model: nn.Module, inputs: Batch) -> Tensor:
+    """One loss an example, [B], times its class's weight where the trainer has weights."""
+    if kind in ALONE:
+        found = _one_by_one(partial(_own_loss if kind == OWN else _hosts_loss, trainer, model), inputs)
+    else:
+        given, inputs = inputs, dict(inputs)
+        labels = _taken(inputs, trainer.label_names if kind == FUNCTION else ("labels",))
+        if kind == FUNCTION:
+            size = given.size if isinstance(given, MicroBatch) else len(leaves({"labels": labels}).popitem()[1])
+            outputs = model(**inputs, **_decoder_reads(trainer, inputs, labels))
+            found = each_alone(trainer.compute_loss_func, outputs, labels, size)
+        else:
+            found = _from_labels(trainer, kind, model, inputs, labels)
+    weights = trainer.class_weights
+    return (
+        found if weights is None else found * _weight_of_each(weights, inputs if kind in ALONE else {"labels": labels})
+    )
+
+
+def mean_of_the_users(trainer: Any, model: nn.Module, inputs: Batch) -> tuple[Tensor, Any]:
+    """For evaluation: the mean over the batch of what `compute_loss_func` returns, and the model's outputs."""
+    inputs = dict(inputs)
+    labels = _taken(inputs, trainer.label_names)
+    outputs = model(**inputs, **_decoder_reads(trainer, inputs, labels))
+    return trainer.compute_loss_func(outputs, labels).mean(), outputs
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------------
+
+
+def _taken(inputs: Batch, names: Sequence[str]) -> Any:
+    """The labels, taken out of the inputs: `labels`, or where there is none all that `label_names` name, as a tuple.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if "labels" in inputs:
+        return inputs.pop("labels")
+    found = tuple(inputs.pop(name) for name in names if name in inputs)
+    if not found:
+        raise ConfigError(
+            f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}): name the target column `labels`, name the columns "
+            f"in TrainingArguments(label_names=[...]), or {REMEDY}"
+        )
+    return found
+
+
+def _decoder_reads(trainer: Any, inputs: Batch, labels: Any) -> Batch:
+    return decoder_inputs(trainer._base_model(), inputs, labels)
+
+
+def _from_labels(trainer: Any, kind: str, model: nn.Module, inputs: Batch, labels: Any) -> Tensor:
+    inputs.update(_decoder_reads(trainer, inputs, labels))
+    smoothing = trainer.args.label_smoothing_factor
+    if kind in OVER_VOCABULARY:
+        return OVER_VOCABULARY[kind](model, trainer._base_model(), inputs, labels, smoothing)
+    return losses.LOSSES[kind](model(**inputs), labels, smoothing)
+
+
+def _one_by_one(loss: Callable[[Batch], Tensor], inputs: Batch) -> Tensor:
+    """[B], by a pass for each example. A batch of one is passed on as it is."""
+    each: list[Batch] = [inputs]
+    if isinstance(inputs, MicroBatch):
+        each = [inputs.rows(slice(i, i + 1)) for i in range(inputs.size)]
+    return torch.cat([loss(one).reshape(1) for one in each])
+
+
+def _own_loss(trainer: Any, model: nn.Module, inputs: Batch) -> Tensor:
+    loss = own_loss(model(**inputs))
+    if loss is None:
+        raise ConfigError(f"{type(model).__name__} returned no loss: {REMEDY}")
+    return loss
+
+
+def _hosts_loss(trainer: Any, model: nn.Module, inputs: Batch) -> Tensor:
+    """The host's `compute_loss`, of which nothing stays but the loss: what it notes of private examples would be logged."""
+    host: Any = host_of(type(trainer), "compute_loss")
+    with _books_put_back(trainer):
+        loss: Tensor = host.compute_loss(trainer, model, dict(inputs))
+    return loss
+
+
+def own_loss(outputs: Any) -> Tensor | None:
+    """The loss in a model's outputs, a number; None where there is none."""
+    found = outputs.get("loss") if isinstance(outputs, dict) else outputs[0] if isinstance(outputs, tuple) else None
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+def _weight_of_each(weights: Tensor, inputs: Batch) -> Tensor:
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+        raise ConfigError(
+            f"class_weights need one label of a class in each record, as `labels`: leave them out, and {REMEDY}"
+        )
+    return weights.to(labels.device)[labels.clamp_min(0)]
+
+
+# ---- what was asked for ----------------------------------------------------------------------------------------------------
+
+
+def _known_or_own(trainer: Any, alone: Sequence[Batch]) -> Objective:
+    base = trainer._base_model()
+    name, found = type(base).__name__, Objective(OWN, "")
+    for batch in alone:
+        theirs = _measured(trainer.model, partial(_own_or_none, trainer.model, batch))
+        kind = losses.loss_kind(
+            name, getattr(base, "config", None)
+        )  # after that pass, which may settle config.problem_type
+        if kind is None and theirs is None:
+            raise ConfigError(
+                f"no loss of an example is known for {name}, and it returns none for one record: {REMEDY}"
+            )
+        if kind is None:
+            return Objective(OWN, f"no form for many examples is known for {name}")
+        if theirs is None:
+            return Objective(kind, f"{name} has no loss of its own")
+        ours = _measured(trainer.model, partial(_known, trainer, kind, batch))
+        if not same(ours, theirs, precision(trainer.model)):
+            return Objective(OWN, f"it is not the {kind} loss of its logits: that was seen on made-up records")
+        found = Objective(kind, "the model's own, as compared on made-up records")
+    return found
+
+
+def _known(trainer: Any, kind: str, batch: Batch) -> Tensor | None:
+    """A known loss as the model itself would take it, without smoothing or weights; None where it can't be formed."""
+    inputs, model = dict(batch), trainer.model
+    try:
+        labels = _taken(inputs, ("labels",))
+        inputs.update(_decoder_reads(trainer, inputs, labels))
+        if kind in OVER_VOCABULARY:
+            return OVER_VOCABULARY[kind](model, trainer._base_model(), inputs, labels, 0.0)
+        return losses.LOSSES[kind](model(**inputs), labels, 0.0)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        return None
+
+
+def _own_or_none(model: nn.Module, batch: Batch) -> Tensor | None:
+    try:
+        loss = own_loss(model(**batch))
+    except TypeError:  # its forward takes no labels
+        return None
+    return None if loss is None else loss.reshape(1)
+
+
+def _host_agrees(trainer: Any, chosen: Objective, batch: Batch) -> bool:
+    """Whether a host's `compute_loss` (trl's, for supervised fine-tuning: `overrides` refuses all others) is what is chosen."""
+    if host_of(type(trainer), "compute_loss").__module__.startswith("transformers."):
+        return True
+    model = trainer.model
+    theirs = _measured(model, lambda: _hosts_loss(trainer, model, batch).reshape(1))
+    ours = _measured(model, lambda: losses_of(trainer, chosen.kind, model, batch))
+    return same(ours, theirs, precision(model))
+
+
+def _of_the_host(trainer: Any) -> Objective:
+    name, setting = host_of(type(trainer), "compute_loss").__name__, vars(trainer.args).get("loss_type")
+    rule = f"{name}'s{f' with loss_type={setting!r}' if setting else ''} is not the mean cross entropy over a record's own targets"
+    if trainer.args.world_size > 1:
+        raise ConfigError(
+            f"{rule}, and it can't be trained in several processes, which it makes wait for each other: {REMEDY}"
+        )
+    return Objective(HOST, rule)
+
+
+@contextmanager
+def _books_put_back(trainer: Any) -> Iterator[None]:
+    """trl's trainers keep averages of what their `compute_loss` has seen, and log them."""
+    kept = {
+        name: copy.deepcopy(value)
+        for name, value in vars(trainer).items()
+        if name in ("_metrics", "_total_train_tokens")
+    }
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
+def _refuse_settings(trainer: Any, chosen: Objective) -> None:
+    if chosen.kind == OWN and trainer.args.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into the model's own loss, which is trained here "
+            f"({chosen.rule}): leave it at 0, or {REMEDY}"
+        )
+    if chosen.kind == YOURS and trainer.class_weights is not None:
+        raise ConfigError("class_weights are not for an example_losses of your own: multiply its losses by them there")
+
+
+def class_weights(given: Sequence[float] | None) -> Tensor | None:
+    """The weights of classes as a tensor.
+
+    Raises:
+        ConfigError: not a list of finite numbers, 0 or more.
+    """
+    if given is None:
+        return None
+    numbers = list(given)
+    if not numbers or not all(is_number(w) and w >= 0 for w in numbers):
+        raise ConfigError(f"class_weights must be finite numbers, 0 or more, one a class (got {given!r})")
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+# ---- on one record ---------------------------------------------------------------------------------------------------------
+
+
+def _measured(model: nn.Module, compute: Callable[[], Tensor | None]) -> Measured | None:
+    """The loss and gradient of one record, with dropout off and the same random numbers for everybody; None where there is no loss."""
+    seen: list[Tensor | None] = []
+
+    def loss() -> Tensor:
+        found = compute()
+        seen.append(found)
+        return torch.zeros(1) if found is None else found
+
+    with undisturbed(model):
+        torch.manual_seed(0)
+        factors, values = per_example_factors(model, loss, 1)
+    if seen[0] is None:
+        return None
+    return Measured(float(values[0]), {name: uses[0].gradient[0] for name, uses in factors.items()})  # type: ignore[union-attr]
+
+
+def same(a: Measured | None, b: Measured | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether two losses and their gradients differ by what rounding in `dtype` makes of them and no more."""
+    if a is None or b is None:
+        return False
+    of_loss, of_gradient = ROUNDING[dtype]
+    apart = size = 0.0
+    for name in a.gradient.keys() | b.gradient.keys():
+        x, y = (m.gradient.get(name, torch.zeros(())).double() for m in (a, b))
+        apart += float((x - y).square().sum())
+        size += float(x.square().sum() + y.square().sum()) / 2
+    return math.isclose(a.loss, b.loss, rel_tol=of_loss, abs_tol=of_loss) and apart <= of_gradient**2 * size

@@ -1,0 +1,337 @@
+"""Trainer options -> the ones that would void the guarantee, all at once, each with its remedy.
+
+Every field of `TrainingArguments` has a verdict here: REFUSED (at some values), HANDLED (it does something else than in a plain
+Trainer, or something beside training that must be seen to) or SAFE. A test fails when a new transformers brings one that has none.
+"""
+
+import copy
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from hf_dp.errors import UnsupportedOptionError
+from hf_dp.step import sharding
+from hf_dp.training.overrides import ignored
+
+DEFAULT_MAX_GRAD_NORM = (
+    1.0  # Trainer's default, which nobody chose; it rescaled private updates 12-fold, so it is switched off
+)
+
+COMPILED = (
+    "torch.compile cannot trace the stand-ins that watch the trainable parameters; pass the model as it was before torch.compile, and "
+    "TrainingArguments(torch_compile=True)"
+)
+
+# option -> (is this value unsafe?, why and what to do instead)
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "gradient_accumulation_steps": (
+        lambda v: v != 1,
+        "the logical batch is drawn and cut into micro-batches inside one step; set it to 1, choose the logical batch with "
+        "expected_batch_size and the memory with per_device_train_batch_size",
+    ),
+    "max_grad_norm": (
+        lambda v: v not in (None, 0, DEFAULT_MAX_GRAD_NORM),
+        "it clips the whole batch, not an example; set PrivacyConfig.clip_norm and leave this alone",
+    ),
+    "fp16": (bool, "loss scaling skips steps depending on the data; use bf16=True or float32"),
+    "neftune_noise_alpha": (
+        lambda v: v is not None,
+        "its noise depends on the padded length, and so on other examples; drop it",
+    ),
+    "auto_find_batch_size": (bool, "it restarts training and spends twice; set per_device_train_batch_size"),
+    "ignore_data_skip": (bool, "the sampler needs no skipping to be fresh; leave it at False"),
+    "include_num_input_tokens_seen": (lambda v: v not in (False, "no"), "token counts are private; leave it off"),
+    "train_sampling_strategy": (
+        lambda v: v not in ("random", None),
+        "batches must be Poisson samples; leave it at 'random' (records are sorted by length inside each logical batch anyway)",
+    ),
+    "group_by_length": (
+        bool,
+        "batches must be Poisson samples; drop it (each logical batch is sorted by length anyway)",
+    ),
+    "dataloader_drop_last": (bool, "a dropped batch is not a Poisson sample; leave it at False"),
+    "deepspeed": (
+        bool,
+        "it reduces and steps inside backward; use DDP (accelerate launch --multi_gpu), or load the base sharded with "
+        f"{sharding.LOADING}",
+    ),
+    "fsdp": (
+        bool,
+        "accelerate's FSDP shards the trainable parameters too, whose per-example gradients need them whole; leave it out, load the "
+        f"base with {sharding.LOADING} and put an adapter on it, or use DDP (accelerate launch --multi_gpu)",
+    ),
+    "parallelism_config": (
+        lambda v: v is not None,
+        "tensor, context and sequence parallelism split one example over processes; use DDP, or load the base sharded with "
+        f"{sharding.LOADING}",
+    ),
+    "optim": (
+        lambda v: any(word in str(v).lower() for word in ("lomo", "layerwise")),
+        "it updates inside backward, before clipping and noise; use adamw_torch or sgd",
+    ),
+    "lr_scheduler_type": (
+        lambda v: str(getattr(v, "value", v)) in ("reduce_lr_on_plateau", "greedy"),
+        "it follows private numbers; use a schedule fixed in advance, such as linear or cosine",
+    ),
+    "use_liger_kernel": (bool, "its fused kernels hide the head's gradient from the per-example rules; leave it off"),
+    "torch_compile_mode": (
+        lambda v: v not in (None, "default"),
+        "the blocks are compiled with dynamic shapes, which CUDA graphs and tuning for one shape do not go with; leave it out",
+    ),
+    "tf32": (
+        bool,
+        "norms would have ten bits, and clipped gradients exceed C by 1e-3; use bf16=True, which keeps them in float32",
+    ),
+    "debug": (
+        lambda v: any("underflow_overflow" in str(option).lower() for option in _listed(v)),
+        "it prints activations of private examples; use it on public data, without privacy",
+    ),
+    "skip_memory_metrics": (
+        lambda v: v is False,
+        "peak memory tells the length of the longest private record; leave it at True",
+    ),
+    "sortish_sampler": (
+        bool,
+        "batches must be Poisson samples; drop it (each logical batch is sorted by length anyway)",
+    ),
+    "packing": (bool, "packing joins records in one row; leave it off"),
+    "padding_free": (bool, "it joins the records of a batch in one row; leave it off"),
+}
+
+# option -> what becomes of it
+HANDLED: dict[str, str] = {
+    "output_dir": "the ledger and its fingerprint key lie there; another training's ledger there is refused",
+    "per_device_train_batch_size": "examples of a micro-batch: memory and speed, never the result",
+    "num_train_epochs": "T = ceil(epochs x round(N / B))",
+    "max_steps": "T where it is above 0",
+    "average_tokens_across_devices": "not read: each example's loss is its own mean",
+    "label_smoothing_factor": "applied to each example's own loss",
+    "bf16": "autocast; norms, factors, sums and noise stay float32",
+    "gradient_checkpointing": "recomputed under the same random state as the forward pass",
+    "activation_checkpointing": "as gradient_checkpointing",
+    "logging_strategy": "losses of private examples are left out, or noised (PrivacyConfig.log_loss_up_to); epsilon is put in",
+    "logging_first_step": "as logging_strategy",
+    "logging_nan_inf_filter": "no training loss is logged that it could filter: a noised one is finite",
+    "report_to": "gets what is logged, and no more",
+    "save_strategy": "'best' needs PrivacyConfig(public_eval=True); a checkpoint is sealed with the ledger's copy",
+    "load_best_model_at_end": "needs PrivacyConfig(public_eval=True)",
+    "metric_for_best_model": "only for load_best_model_at_end",
+    "greater_is_better": "only for load_best_model_at_end",
+    "eval_strategy": "evaluation data are not covered: the log says so unless they were declared public",
+    "eval_on_start": "as eval_strategy",
+    "hub_token": "refused, never shown: Trainer saves it in training_args.bin, which is pushed",
+    "push_to_hub": "the card and privacy.json go along, the fingerprint's key stays",
+    "hub_strategy": "as push_to_hub; checkpoints hold only what was released, are sealed first, and are waited for",
+    "restore_callback_states_from_checkpoint": "what was spent comes from the ledger, never from a callback's state",
+    "resume_from_checkpoint": "train() takes it, and the newest complete checkpoint for True",
+    "seed": "initial weights and plain loaders; never draws, noise, dropout or masks",
+    "data_seed": "not read: draws come from a secret key",
+    "full_determinism": "deterministic kernels; draws, noise and dropout stay secret",
+    "accelerator_config": "split_batches, dispatch_batches and num_steps are refused; even_batches is not read",
+    "dataloader_num_workers": "records are read under secret randomness in each worker",
+    "dataloader_in_order": "not read: draws arrive in their order",
+    "torch_compile": "the repeated blocks are compiled, where LoRA on linear layers is all that is trained in them",
+    "torch_compile_backend": "as torch_compile; the self-check goes through what it made",
+    "liger_kernel_config": "only for use_liger_kernel, which is refused",
+    "length_column_name": "only for grouping by length, which is refused",
+}
+
+# options that neither see private examples nor touch the sum, the noise or what is counted
+SAFE = frozenset(
+    """
+    learning_rate lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_args optim_target_modules
+    activation_checkpointing_kwargs gradient_checkpointing_kwargs use_cache torch_empty_cache_steps
+    bf16_full_eval fp16_full_eval eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics do_train do_eval do_predict
+    predict_with_generate generation_max_length generation_num_beams generation_config
+    logging_steps logging_dir log_on_each_node log_level log_level_replica disable_tqdm run_name project
+    trackio_space_id trackio_bucket_id trackio_static_space_id
+    save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
+    hub_private_repo hub_model_id hub_always_push hub_revision
+    use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
+    fsdp_config dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context remove_unused_columns label_names
+    """.split()
+)
+
+# what `accelerate launch` and its config file say by way of the environment -> (is this value unsafe?, remedy)
+ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
+    "ACCELERATE_USE_DEEPSPEED": (lambda v: v.lower() in ("1", "true"), REFUSED["deepspeed"][1]),
+    "ACCELERATE_USE_FSDP": (lambda v: v.lower() in ("1", "true"), REFUSED["fsdp"][1]),
+    "ACCELERATE_USE_MEGATRON_LM": (lambda v: v.lower() in ("1", "true"), REFUSED["parallelism_config"][1]),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (lambda v: v.lower() in ("1", "true"), REFUSED["parallelism_config"][1]),
+    "ACCELERATE_MIXED_PRECISION": (lambda v: v.lower() in ("fp16", "fp8"), REFUSED["fp16"][1]),
+}
+
+
+def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
+    """Raises one error that names every option of `TrainingArguments`, and every other argument, that cannot be allowed.
+
+    Args:
+        args: the `TrainingArguments`.
+        public_eval: whether the evaluation data were declared public.
+        others: the trainer's other arguments by name (model, train_dataset, data_collator, optimizers, model_init, ...), and `trainer`, its
+            class.
+
+    Raises:
+        UnsupportedOptionError: with one line an option.
+    """
+    problems = [*_of_training_arguments(args, public_eval), *_of_surroundings(), *_of_data(others)]
+    problems += _of_model(others.get("model"))
+    problems += ignored(others.get("trainer", transformers.Trainer))
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")
+
+
+def positional_names(trainer: type, *, after: type) -> list[str]:
+    """What the positional arguments of `trainer`'s bases after `after` are called; one that hands its `*args` on takes them as the next."""
+    hosts = trainer.__mro__[trainer.__mro__.index(after) + 1 :]
+    for init in (host.__dict__["__init__"] for host in hosts if "__init__" in host.__dict__):
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        if all(p.kind is not p.VAR_POSITIONAL for p in parameters):
+            return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return []
+
+
+def without_batch_clipping(args: Any) -> Any:
+    """A copy of the `TrainingArguments` with `max_grad_norm` 0: the caller's own stay as they are."""
+    args = copy.copy(args)
+    args.max_grad_norm = 0.0
+    return args
+
+
+def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
+    given = vars(args)
+    for name, (unsafe, remedy) in REFUSED.items():
+        if name in given and unsafe(given[name]):
+            yield f"{name}={getattr(given[name], 'value', given[name])}: {remedy}"
+    if given.get("hub_token"):
+        yield (
+            "hub_token: it would be saved in training_args.bin, beside the model and on the Hub; log in with `hf auth login`, or set "
+            "the environment variable HF_TOKEN"
+        )
+    if args.n_gpu > 1:
+        yield f"DataParallel over {args.n_gpu} GPUs: start one process a GPU (accelerate launch --multi_gpu)"
+    config = given.get("accelerator_config") or {}
+    config = config if isinstance(config, dict) else vars(config)
+    for name in ("split_batches", "dispatch_batches"):
+        if config.get(name):
+            yield f"accelerator_config.{name}: batches must be Poisson samples of the whole data set; drop it"
+    if "num_steps" in (config.get("gradient_accumulation_kwargs") or {}):
+        yield f"accelerator_config.gradient_accumulation_kwargs['num_steps']: {REFUSED['gradient_accumulation_steps'][1]}"
+    chooses = given.get("load_best_model_at_end") or str(getattr(args.save_strategy, "value", "")) == "best"
+    if chooses and not public_eval:
+        yield (
+            "load_best_model_at_end / save_strategy='best': choosing a checkpoint by private data spends privacy; declare the "
+            "evaluation data public with PrivacyConfig(public_eval=True), or drop it"
+        )
+
+
+def _of_surroundings() -> Iterator[str]:
+    for name, (unsafe, remedy) in ENVIRONMENT.items():
+        if unsafe(os.environ.get(name, "")):
+            yield f"{name}={os.environ[name]} (from accelerate's launcher or config file): {remedy}"
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        yield f"torch.set_float32_matmul_precision({precision!r}): {REFUSED['tf32'][1]}, and set 'highest'"
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _of_data(others: dict[str, Any]) -> Iterator[str]:
+    dataset, collator = others.get("train_dataset"), others.get("data_collator")
+    if isinstance(dataset, dict):
+        splits = ", ".join(map(str, dataset))
+        yield f"train_dataset is a {type(dataset).__name__} of the splits {splits}: give one of them, as train_dataset=data['train']"
+    elif dataset is not None and not _has_length(dataset):
+        yield (
+            f"train_dataset of type {type(dataset).__name__}: Poisson sampling needs its length and random access; "
+            "load it as a map-style dataset (datasets.load_dataset without streaming=True)"
+        )
+    if type(collator).__name__ == "DataCollatorWithFlattening":
+        yield "DataCollatorWithFlattening: packing joins records in one row; use a padding collator"
+    if getattr(collator, "seed", None) is not None:
+        yield (
+            f"{type(collator).__name__}(seed=...): masks from a public seed are dealt out in the order of the batch, which "
+            "couples its records; leave the seed out (masks then come from the operating system)"
+        )
+    if others.get("model_init") is not None:
+        yield "model_init: hyperparameter search spends privacy that nobody accounts for; pass a model"
+    if others.get("optimizer_cls_and_kwargs") is not None and "lomo" in str(others["optimizer_cls_and_kwargs"]).lower():
+        yield "optimizer_cls_and_kwargs: LOMO updates inside backward; use adamw_torch or sgd"
+
+
+def _has_length(dataset: Any) -> bool:
+    try:
+        return len(dataset) >= 0 and callable(type(dataset).__getitem__)
+    except (TypeError, AttributeError, NotImplementedError):
+        return False
+
+
+def _of_model(model: Any) -> Iterator[str]:
+    if not isinstance(model, nn.Module):
+        return
+    compiled = [n or type(m).__name__ for n, m in model.named_modules() if _is_compiled(m)]
+    if compiled:
+        yield f"{compiled[0]} is compiled: {COMPILED}"
+    normalised = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if normalised:
+        yield (
+            f"batch statistics in {', '.join(normalised[:3])}{' ...' if len(normalised) > 3 else ''}: they mix examples; replace "
+            "BatchNorm by GroupNorm or LayerNorm, or use a model without it"
+        )
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        yield "config.output_router_logits=True: the router's auxiliary loss mixes examples; set it to False"
+    yield from sharding.problems(model)
+    yield from _of_eight_bit_layers(model)
+    yield from _of_adapters(model)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def _of_eight_bit_layers(model: nn.Module) -> Iterator[str]:
+    """LLM.int8 keeps the columns in which *any* row of the batch has an outlier apart from the rest."""
+    states = {n: vars(m).get("state") for n, m in model.named_modules() if type(m).__name__ == "Linear8bitLt"}
+    coupled = {n: s.threshold for n, s in states.items() if getattr(s, "threshold", 0.0) > 0}
+    if coupled:
+        name, threshold = next(iter(coupled.items()))
+        yield (
+            f"llm_int8_threshold={threshold} in {name} and {len(coupled) - 1} more: outlier columns are looked for over the whole "
+            "batch, so one record changes how the others are rounded; load with "
+            "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in 4 bits"
+        )
+
+
+def _of_adapters(model: Any) -> Iterator[str]:
+    merged = [
+        n
+        for n, m in model.named_modules()
+        if getattr(m, "merged", False) is True and getattr(m, "active_adapters", None)
+    ]
+    if merged:
+        yield f"merged adapters in {', '.join(merged[:3])}: their weights are not used while training; call unmerge_adapter()"
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        init = getattr(config, "init_lora_weights", True)
+        if str(init).lower() in ("eva", "corda", "lora_ga"):
+            yield f"adapter {name!r} with init_lora_weights={init!r}: it reads the private data; use True or 'gaussian'"
+        if str(getattr(getattr(config, "peft_type", None), "value", "")) in _OWN_GRADIENTS:
+            kind = str(config.peft_type.value)
+            yield f"adapter {name!r} of type {kind}: {_OWN_GRADIENTS[kind]}; use another, such as LoRA"
+
+
+_OWN_GRADIENTS = {  # peft_type -> what it does beside the pass, where no norm sees it
+    "OSF": "it projects gradients in hooks of its own, after they would be clipped",
+    "CPT": "it scales gradients in a hook of its own, and projects its weights in each forward pass",
+}

@@ -1,0 +1,72 @@
+"""What a trainer is given (settings, options, records) -> its mechanism, its passes; and whether the records it made are still those."""
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from hf_dp import accounting
+from hf_dp.config import PrivacyConfig
+from hf_dp.errors import ConfigError, UnsupportedOptionError
+from hf_dp.mechanism import Mechanism
+from hf_dp.per_example import CompiledBlocks, Pass, Row, per_example_factors
+from hf_dp.randomness import require_cryptography
+from hf_dp.sampling import Groups, groups_by
+from hf_dp.step import is_sharded
+
+
+def plan_training(
+    privacy: PrivacyConfig, args: Any, dataset: Any, groups: Groups | None, num_canaries: int
+) -> Mechanism | None:
+    """The mechanism of a training on `dataset`, or its groups, with so many canaries' slots; None without a data set.
+
+    Raises:
+        ConfigError, AccountingError: as `accounting.plan`, or the noise needs a library that is not installed.
+    """
+    if dataset is None:
+        return None
+    if privacy.noise != "gaussian":
+        require_cryptography()
+    units = num_canaries + (len(dataset) if groups is None else groups.num_groups)
+    return accounting.plan(privacy, units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+
+
+def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> None:
+    """Trainers that prepare their data may pack, filter or sort them.
+
+    Raises:
+        ConfigError: `trainer.train_dataset` has another number of records than `planned`, or other groups.
+    """
+    name, found = type(trainer).__name__, len(trainer.train_dataset)
+    if found != planned:
+        raise ConfigError(
+            f"{name} made {found:,} training records out of the {planned:,} that it was given (by packing or "
+            "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
+        )
+    column = trainer.privacy.unit_column
+    again = groups_by(trainer.train_dataset, column)
+    if groups is not None and again is not None and not all(map(np.array_equal, groups, again)):
+        raise ConfigError(
+            f"{name} put the training records into another order, so that unit_column={column!r} would group others: prepare the "
+            "data first"
+        )
+
+
+def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, alone_because: str) -> Pass:
+    """What forms the per-example factors: the blocks compiled where `TrainingArguments` ask for it.
+
+    Raises:
+        UnsupportedOptionError: as `CompiledBlocks`, or where nothing would be compiled or could be.
+    """
+    if not args.torch_compile:
+        return per_example_factors
+    against = {
+        f"one example a pass ({alone_because})": bool(alone_because),
+        "gradient_checkpointing": args.gradient_checkpointing
+        or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        "a sharded base": is_sharded(model),
+    }
+    if any(against.values()):
+        names = ", ".join(name for name, there in against.items() if there)
+        raise UnsupportedOptionError(f"torch_compile cannot be combined with {names}: leave one of them off")
+    return CompiledBlocks(model, inventory, args.torch_compile_backend)

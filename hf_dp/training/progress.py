@@ -1,0 +1,70 @@
+"""What a person sees: the plan with its rules before the first step, and epsilon beside the progress bar."""
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import ProgressCallback
+
+from hf_dp import accounting
+
+
+class EpsilonProgress(ProgressCallback):
+    """Trainer's progress bar, with the epsilon spent so far behind it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Puts epsilon on the bar, then prints the logs as usual."""
+        if self.training_bar is not None and logs and "epsilon" in logs:
+            self.training_bar.set_postfix_str(f"epsilon {logs['epsilon']:.3f}")
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+def show_epsilon(trainer: Any) -> None:
+    """Replaces Trainer's own progress bar; a user's callback of another kind stays."""
+    if any(type(c) is ProgressCallback for c in trainer.callback_handler.callbacks):
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(EpsilonProgress)
+
+
+def print_summary(trainer: Any) -> None:
+    """Every derived number with the rule that it came from, on the main process."""
+    if not trainer.is_world_process_zero():
+        return
+    args, mechanism = trainer.args, trainer.mechanism
+    table = Table(title="Private training", title_justify="left")
+    for column in ("", "value", "rule"):
+        table.add_column(column)
+    for row in accounting.derivation(
+        trainer.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
+    ):
+        table.add_row(*row)
+    for name, value, rule in _of_the_machine(trainer):
+        table.add_row(name, value, rule)
+    console = Console()
+    console.print(table)
+    if not mechanism.is_private:
+        console.print(
+            "[bold red]NOT PRIVATE[/]: " + ("debug_seed is set" if mechanism.debug else "noise_multiplier is 0")
+        )
+
+
+def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
+    args, mechanism = trainer.args, trainer.mechanism
+    parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+    share = mechanism.largest.expected_batch_size / args.world_size
+    most = trainer._most_examples()
+    micro = math.ceil(share / most)
+    budget = f", at most {trainer.micro_batch_tokens} padded tokens each" if trainer.micro_batch_tokens else ""
+    loss, why_alone = trainer.objective, trainer.alone_because
+    return [
+        ("loss of an example", loss.kind, loss.rule),
+        *([("examples of a pass", "1", f"slower, and exact: {why_alone}")] if why_alone else []),
+        ("trainable parameters", f"{sum(parameters):,}", f"in {len(parameters)} tensors"),
+        (
+            "micro-batches a step",
+            f"about {micro}",
+            f"ceil({'greatest ' if mechanism.levels else ''}B / {args.world_size} processes / {most} examples){budget}; speed only",
+        ),
+        ("max_grad_norm", "0", "clipping is per example (clip_norm); Trainer's batch clipping is off"),
+    ]

@@ -1,0 +1,387 @@
+"""`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from hf_dp import accounting
+from hf_dp.config import AuditConfig, PrivacyConfig
+from hf_dp.errors import ConfigError
+from hf_dp.mechanism import METRICS, Mechanism
+from hf_dp.per_example import (
+    LENGTHS,
+    MANY,
+    Batch,
+    MicroBatch,
+    Report,
+    Row,
+    longest_taken,
+    losses,
+    self_check,
+    synthetic_records,
+)
+from hf_dp.randomness import fork_forward_rng
+from hf_dp.sampling import (
+    DRAW_NUMBER,
+    Collation,
+    DrawnRecords,
+    LogicalBatchCollator,
+    PoissonSampler,
+    groups_by,
+    logical_batches,
+    micro_batches,
+    tokens_of_a_pass,
+)
+from hf_dp.step import (
+    Passes,
+    PrivacySpent,
+    PrivateRun,
+    PrivateStep,
+    ReleasedMetrics,
+    checkpoint_to_resume,
+    largest_micro_batch,
+    sharding,
+)
+from hf_dp.training import objective as objectives
+from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
+from hf_dp.training.objective import Objective
+from hf_dp.training.options import check_options, positional_names, without_batch_clipping
+from hf_dp.training.passes import inventory_and_reason
+from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
+from hf_dp.training.progress import print_summary, show_epsilon
+
+if TYPE_CHECKING:
+    _Host = Trainer  # what a mixin may count on
+else:
+    _Host = object
+NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
+EVAL_MARK = "eval_not_covered_by_privacy"
+
+
+class DPTrainerMixin(_Host):
+    """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
+
+    Args:
+        *args: as the host class takes them.
+        privacy: what the run must guarantee.
+        micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
+            examples. A matter of speed and memory: it never changes the result.
+        check_records: a few public records for the self-check, where none can be made up from the data set's columns.
+        class_weights: a public number a class: in training each example's loss is multiplied by that of its label, before clipping.
+        audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
+        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with one example at a
+            time, whose rows are alone in both, and returns its loss, [1] or a scalar.
+
+    Attributes:
+        mechanism: what will be run, calibrated; None without a training set.
+        private_step: takes each step; there is one where there is a training set.
+        objective: which loss of an example is trained, and why; alone_because: why a pass holds one example, "" where more.
+
+    Raises:
+        UnsupportedOptionError: options that would void the guarantee; names all of them.
+        UnsupportedParameterError: trainable parameters whose gradients can't be told, one example a pass either.
+        ConfigError: no example's loss is known, or a plan that is impossible, such as q > 1 or an epsilon out of reach.
+    """
+
+    step_class: type[PrivateStep] = PrivateStep  # takes the steps; the audit's broken controls put their own here
+    private_step: PrivateStep
+    model: Any  # always there once the host is built
+    optimizer: Any
+    args: Any
+    compute_loss_func: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        privacy: PrivacyConfig,
+        micro_batch_tokens: int | None = None,
+        check_records: list[dict[str, Any]] | None = None,
+        audit: AuditConfig | None = None,
+        class_weights: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
+        training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
+        others = {k: v for k, v in options.items() if k != "args"} | {"trainer": type(self)}
+        check_options(training, public_eval=privacy.public_eval, **others)
+        options["args"] = without_batch_clipping(training)
+        refuse_audit(audit, privacy)
+        self.privacy = privacy
+        self._canaries = Canaries(audit)
+        self.micro_batch_tokens = micro_batch_tokens
+        self._check_records = check_records
+        self._learnt: tuple[Any, Collation] | None = None
+        self.class_weights = objectives.class_weights(class_weights)
+        self.objective: Objective | None = None
+        self.alone_because = ""
+        self._run: PrivateRun | None = None
+        self._released_metrics: ReleasedMetrics | None = None
+        given_data = options.get("train_dataset")
+        self._groups = groups_by(given_data, privacy.unit_column)
+        self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num)
+        with sharding.checkpoints_allowed(options["args"], options.get("model")):
+            super().__init__(**options)
+        show_epsilon(self)
+        if self.mechanism is not None:
+            refuse_other_records(self, len(cast(Any, given_data)), self._groups)
+            self._settle(objectives.choose(self))
+
+    # ---- what a user asks -----------------------------------------------------------------------------------------
+
+    def privacy_spent(self) -> PrivacySpent:
+        """(epsilon, delta) of everything charged so far in this output folder; 0 before the first step."""
+        mechanism = self._planned()
+        if self._run is None:
+            return PrivacySpent(0.0, mechanism.delta, 0)
+        return self._run.spent()
+
+    def audit_result(self) -> dict[str, Any]:
+        """What the canaries show, as in privacy.json: a lower bound on epsilon, its confidence, ceiling, and counts.
+
+        Raises:
+            AuditError: no audit was asked for, or nothing was trained yet.
+        """
+        return self._running().audited(self._canaries.counts())
+
+    def inventory(self) -> list[Row]:
+        """Each trainable parameter, the operations that use it, and how its per-example gradient is formed.
+
+        Raises:
+            UnsupportedParameterError: naming all that have no exact rule.
+        """
+        return inventory_and_reason(self)[0]
+
+    def self_check(self) -> Report:
+        """Compares a batch of synthetic records with each of them alone; runs at the start of every training.
+
+        Raises:
+            SelfCheckError: something couples the examples of a batch.
+        """
+        with self.compute_loss_context_manager():
+            batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
+            what = self.model, batches, self.example_losses, clip_norm, self._factors_of
+            return self_check(*what, one_a_pass=bool(self.alone_because))
+
+    # ---- the loss --------------------------------------------------------------------------------------------------
+
+    def example_losses(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """One loss an example, [B]. Override it for a task of your own: each must be a function of its example alone.
+
+        Raises:
+            ConfigError: the batch has no labels.
+        """
+        assert self.objective is not None, "losses before they were chosen, at construction with a train_dataset"
+        return objectives.losses_of(self, self.objective.kind, model, inputs)
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the host's, for evaluation alone; with `compute_loss_func` the mean of the losses that it returns, one an example."""
+        if self.compute_loss_func is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = objectives.mean_of_the_users(self, model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _settle(self, objective: Objective) -> None:
+        """What is trained, and the passes that it takes."""
+        self.objective, self.alone_because = objective, ""
+        inventory, self.alone_because = inventory_and_reason(self)
+        self._factors_of = passes_for(self.model, inventory, self.args, alone_because=self.alone_because)
+        self.private_step = self.step_class(self.model, self._planned(), self._passes())
+
+    # ---- seams of Trainer ------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Poisson logical batches, this process's slice, cut into micro-batches by the collator; never re-sharded."""
+        mechanism = self._planned()
+        dataset, _ = self._columns_for_model()
+        sampler = PoissonSampler(
+            self._groups or mechanism.num_examples,
+            lambda number: (self._run or mechanism).at(number).sample_rate,
+            accounting.epoch_length(self.privacy, mechanism.num_examples),
+            key=self._run.sampling_key if self._run is not None else None,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+        )
+        bounds = self._most_examples(), self.micro_batch_tokens, tokens_of_a_pass(self.args.device)
+        cut = self._canaries.collated(LogicalBatchCollator(self._collation(), *bounds))
+        records = DrawnRecords(self._canaries.among(dataset), mechanism.num_examples)
+        return logical_batches(records, sampler, cut, self.args, self.accelerator.device)
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any
+    ) -> TrainOutput:
+        """As `Trainer.train`; first the self-check, then the ledger is opened and what will happen is printed.
+
+        Raises:
+            SelfCheckError: something couples examples.
+            LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
+            ConfigError: the target epsilon is already spent, or `trial` is given (a search spends privacy nobody accounts for); a
+                BudgetError: the budget file does not hold this run.
+        """
+        if trial is not None:
+            raise ConfigError(
+                "hyperparameter search spends privacy that nobody accounts for: train once, with fixed settings"
+            )
+        if (now := objectives.choose(self)) != self.objective:  # the model was changed since
+            self._settle(now)
+        self.self_check()
+        folder = Path(self.args.output_dir)
+        checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
+        if self._run is None:
+            place = (self.args.process_index, self.args.world_size)
+            self._run = PrivateRun(self._planned(), folder, *place, budget_file=self.privacy.budget_file)
+        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
+        self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed, epoch_length=epoch)
+        self._released_metrics = ReleasedMetrics.of(self._planned())
+        print_summary(self)
+        weigh = begin_audit(self, self._canaries, checkpoint)
+        try:
+            output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        finally:
+            self._run.close()
+            self.private_step.forget()
+        self._canaries.weigh(weigh)
+        self._run.settle()
+        metrics = {k: v for k, v in output.metrics.items() if k not in NOT_RELEASED}
+        return output._replace(training_loss=float("nan"), metrics=metrics)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which is private."""
+        run, step = self._running(), self.private_step
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
+        released = step(run, lambda: micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
+        self._canaries.observe(released, run.level)
+        if self._released_metrics is not None:
+            self._released_metrics.add(released[-len(METRICS) :], run.level)
+        if run.exhausted:
+            self.control.should_training_stop = True
+        return torch.zeros((), device=self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with epsilon so far."""
+        released = self._released_metrics.take() if self._released_metrics is not None and "loss" in logs else {}
+        for name in NOT_RELEASED:
+            logs.pop(name, None)
+        logs.update(released)
+        if self.mechanism is not None and self._run is not None:
+            logs["epsilon"] = self.privacy_spent().epsilon
+        if not self.privacy.public_eval and any(name.startswith("eval_") for name in logs):
+            logs[EVAL_MARK] = 1.0
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with the card and privacy.json beside the weights."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        self._write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.create_model_card`; the privacy section is put back after whoever rewrote the card."""
+        super().create_model_card(*args, **kwargs)
+        self._write_card(Path(self.args.output_dir))
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The expected logical batch over all processes."""
+        return self.privacy.expected_batch_size
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, but what leaves is whole and of one step: sealed before, with its card, and waited for before the ledger grows."""
+        self._seal(Path(checkpoint_folder))
+        self._write_card(Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+        self._finish_current_push()
+
+    def _seal(self, checkpoint: Path) -> None:
+        if self.args.should_save and self._run is not None:
+            self._run.seal_checkpoint(checkpoint)
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _planned(self) -> Mechanism:
+        if self.mechanism is None:
+            raise ConfigError("there is nothing to plan or train without a train_dataset")
+        return self.mechanism
+
+    def _running(self) -> PrivateRun:
+        if self._run is None:
+            raise ConfigError("training_step belongs to train(): outside of it there is no ledger to charge")
+        return self._run
+
+    def _passes(self) -> Passes:
+        """How a step's passes are made for this trainer's model, data and arguments."""
+        return Passes(
+            example_losses=lambda model, batch: self.example_losses(model, batch),  # looked up then: it may be replaced
+            device=self.args.device,
+            to_device=self._prepare_inputs,
+            precision=self.compute_loss_context_manager,
+            factors_of=self._factors_of,
+            made_up=lambda: self._synthetic_batches()[1],
+            largest=self._largest_batch,
+        )
+
+    def _base_model(self) -> nn.Module:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def _columns_for_model(self) -> tuple[Any, Any]:
+        """The training set and collator, reduced to the columns that the model takes, as Trainer does."""
+        if isinstance(self.train_dataset, datasets.Dataset):
+            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
+        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+
+    def _collation(self) -> Collation:
+        """How records become micro-batches; learnt on made-up ones whenever the collator is another."""
+        _, collate = self._columns_for_model()
+        if self._learnt is None or self._learnt[0] is not self.data_collator:
+            lengths = (*LENGTHS, 1, longest_taken(self._base_model()) or MANY)
+            self._learnt = self.data_collator, Collation(collate, self._made_up_records(lengths))
+        return self._learnt[1]
+
+    def _synthetic_batches(self) -> list[MicroBatch]:
+        """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
+        with fork_forward_rng():  # a collator may draw
+            batches = self._collation().together_and_alone(self._made_up_records())
+        return [batch.mapped(self._prepare_inputs) for batch in batches]
+
+    def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Any]:
+        if self._check_records is not None:
+            return self._check_records
+        base = self._base_model()
+        vocabulary, labels = losses.public_sizes(type(base).__name__, getattr(base, "config", None))
+        record, end = self._columns_for_model()[0][0], losses.end_of_text(getattr(base, "config", None))
+        return synthetic_records(record, vocab_size=vocabulary, label_values=labels, lengths=lengths, end=end)
+
+    def _most_examples(self) -> int:
+        """Of one pass."""
+        return 1 if self.alone_because else int(self.args.per_device_train_batch_size)
+
+    def _largest_batch(self) -> MicroBatch:
+        dataset, _ = self._columns_for_model()
+        bounds = self._most_examples(), self.micro_batch_tokens
+        with fork_forward_rng([self.args.device]):  # a collator may draw
+            return self._collation()(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))[0]
+
+    def _write_card(self, folder: Path) -> None:
+        if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
+            self._run.write_card(folder, public_eval=self.privacy.public_eval, audit=self._canaries.counts())
+
+
+class DPTrainer(DPTrainerMixin, Trainer):
+    """`transformers.Trainer` with differential privacy; see `DPTrainerMixin` for what it takes."""
+
+
+class DPSeq2SeqTrainer(DPTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with differential privacy: `predict_with_generate` works in evaluation."""
