@@ -1,10 +1,13 @@
 """Whatever lets one example reach another leaves a pass unproved, whatever the lengths; sound models are proved."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import models as M
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_dp.errors import SelfCheckError
+from hf_dp.per_example import head, losses
 from hf_dp.per_example.proof import Proof, State, prove, state_put_back
 from hf_dp.per_example.proof.calls import tensors_in
+from hf_dp.per_example.proof.labels import UNWRITTEN
 from hf_dp.per_example.proof.tracker import Tracker
 
 Batch = dict[str, Tensor]
@@ -371,6 +376,60 @@ def test_either_attention_is_proved(build: Callable[..., nn.Module], attention: 
 def test_autocast_is_proved() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert proof_of(M.with_lora(M.llama)).reasons == ()
+
+
+def next_token(model: nn.Module, batch: Batch, smoothing: float = 0.1) -> Tensor:
+    base = getattr(model, "base_model", model)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    return head.next_token_losses(model, getattr(base, "model", model), inputs, batch["labels"], smoothing)
+
+
+def aligned(model: nn.Module, batch: Batch, smoothing: float = 0.1) -> Tensor:
+    return head.aligned_losses(
+        model, model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"], smoothing
+    )
+
+
+OWN = {"next": (M.llama, next_token, M.token_batch), "lora": (partial(M.with_lora, M.llama), next_token, M.token_batch)}
+OWN |= {"pairs": (M.t5, aligned, M.pair_batch), "masked": (M.bert_masked_lm, aligned, M.token_batch)}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_librarys_own_losses_are_proved_as_they_are_spelt_out(name: str) -> None:
+    build, loss, make = OWN[name]
+    torch.manual_seed(0)
+    model, batch = build(), make()
+    assert proof_of(model, make, loss).reasons == ()
+    with losses.spelt_out():
+        spelt = loss(model, batch)
+    torch.testing.assert_close(loss(model, batch), spelt, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss(model, batch), spelt, rtol=1e-5, atol=1e-6)  # the head's fast form comes second
+
+
+# What leaves PyTorch, and comes back.
+
+LEAVING: dict[str, Callable[[Tensor], Tensor]] = {
+    "tensor": lambda x: torch.tensor([x[0, 0, 0], 1.0]),
+    "new_tensor": lambda x: x.new_tensor([x[0, 0, 0]]),
+    "legacy": lambda x: torch.FloatTensor([x[0, 0, 0]]),
+    "an index in a list": lambda x: torch.ones(3, 3)[:, [(x[0, 0, 0] > 0).long(), 0]],
+    "array": lambda x: torch.from_numpy(np.asarray(x.detach())),
+    "copy": lambda x: copy.deepcopy(x.detach()),
+    "pickle": lambda x: pickle.loads(pickle.dumps(x.detach())),
+    "text": lambda x: torch.full((1,), float(len(str(x)))),
+    "close": lambda x: torch.ones(1) * torch.allclose(x[0], x[1]),
+    "memory": lambda x: torch.empty(0).set_(x.untyped_storage().clone(), 0, (2, 1)),
+    "unwritten": lambda x: torch.empty(4),
+}
+
+
+@pytest.mark.parametrize("way", LEAVING)
+def test_no_way_out_of_pytorch_and_back_is_taken_for_a_constant(way: str) -> None:
+    tracker, x = Tracker(nn.Identity()), torch.randn(3, 4, 5)
+    tracker.mark(x, 0)
+    with tracker.watching():
+        result = LEAVING[way](x)
+    assert tracker.found or (tracker.book.read(result) & UNWRITTEN).any()
 
 
 # The short list of harmless reads: the branch they choose changes no result.

@@ -28,6 +28,8 @@ def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: 
     takes `logits_to_keep` and has no virtual tokens in front; else all.
     """
     labels = losses.predictable(labels, inputs.get("attention_mask"))
+    if losses.are_spelt_out():
+        return losses.causal_lm(model(**inputs), labels, smoothing)
     head = frozen_head(base)
     if head is not None:
         outputs, found = at_targets(model, head, inputs, losses.shifted(labels), smoothing)
@@ -39,7 +41,7 @@ def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: 
 
 def aligned_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
     """As `next_token_losses`, where position t predicts label t."""
-    head = frozen_head(base)
+    head = None if losses.are_spelt_out() else frozen_head(base)
     if (
         head is None or labels.dim() != 2 or "labels" in inputs
     ):  # the model's own loss, computed beside, reads all logits

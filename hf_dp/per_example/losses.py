@@ -5,6 +5,8 @@ T positions, V vocabulary or classes. Labels of -100 are no targets; an example 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +17,22 @@ IGNORED = -100
 CHUNK_ELEMENTS = 1 << 22  # logits held in float32 at once (16 MiB)
 HEAD_ROWS = 512  # through a head at once: each time its whole weight is read
 ExampleLoss: TypeAlias = Callable[..., Tensor]  # (outputs, labels, smoothing=0.0) -> [B]
+_SPELT_OUT = ContextVar("_SPELT_OUT", default=False)
+
+
+@contextmanager
+def spelt_out() -> Iterator[None]:
+    """Within, losses over tokens are PyTorch's own cross entropy of the logits of all positions: slower, and `proof` can follow them."""
+    token = _SPELT_OUT.set(True)
+    try:
+        yield
+    finally:
+        _SPELT_OUT.reset(token)
+
+
+def are_spelt_out() -> bool:
+    """Whether the losses are to be computed so."""
+    return _SPELT_OUT.get()
 
 
 class TokenCrossEntropy(torch.autograd.Function):
@@ -122,6 +140,10 @@ def token_mean(logits: Tensor, labels: Tensor, smoothing: float = 0.0, positions
     With `positions` [N], of the B T, logits are those of these positions alone, [1, N, V]; the others have no target.
     """
     flat = labels.flatten()
+    if are_spelt_out() and positions is None:
+        wide = logits.flatten(0, 1).to(_wide(logits))
+        each = F.cross_entropy(wide, flat, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
+        return mean_over_targets(each, labels)
     if positions is None:
         losses: Tensor = TokenCrossEntropy.apply(logits.flatten(0, 1), flat, smoothing)
         return mean_over_targets(losses, labels)

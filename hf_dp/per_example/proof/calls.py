@@ -17,6 +17,7 @@ class Call:
         name: the operation's name without its overload and without the underscore of the form in place.
         arguments: name -> value, defaults included.
         results: the tensors it returned, in order.
+        answers: whether it returned anything, a number too.
         inputs: the tensors it reads, those in lists too, without those that it only writes.
         everything: all that any input depends on.
     """
@@ -26,7 +27,7 @@ class Call:
         self.name = plain_name(func)
         self._schema = func._schema.arguments
         self.arguments = bound(func, args, kwargs)
-        self.results = list(tensors_in(out))
+        self.results, self.answers = list(tensors_in(out)), out is not None
         self.inputs = [t for a in self._schema if not a.is_out for t in tensors_in(self.arguments[a.name])]
         self._read: dict[int, Labels] = {}
         self.everything = all_of(np.array([all_of(self.read(t)) for t in self.inputs], dtype=np.uint8))

@@ -21,13 +21,18 @@ from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
 from hf_dp.per_example.proof.labels import EXAMPLES, SHAPED, SIZE, UNWRITTEN, Book, Labels, address, bits_of
 from hf_dp.per_example.proof.rules import RULES, rule_of
 
-READS = frozenset("_local_scalar_dense item is_nonzero equal".split())
+NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
+    "_fused_sdp_choice sym_size sym_numel sym_stride sym_storage_offset sym_is_contiguous size stride dim numel is_same_size "
+    "is_pinned is_contiguous is_strides_like_format is_non_overlapping_and_dense _has_same_storage_numel result_type".split()
+)
 SIZED_BY_VALUES = frozenset(
     "nonzero masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive repeat_interleave bincount".split()
 )
-ADDRESSES = frozenset("data_ptr storage untyped_storage _typed_storage".split())
-LEAVES = ADDRESSES | frozenset("tolist numpy __array__ __dlpack__ __deepcopy__ __reduce_ex__".split())
+LEAVES = frozenset(
+    "tolist numpy __array__ data_ptr storage untyped_storage _typed_storage __dlpack__ __deepcopy__ __reduce_ex__ __repr__".split()
+)
 FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
+INDEXING = frozenset("__getitem__ __setitem__".split())
 HIDDEN_WRITES = {  # arguments that are written to though the schema does not say so
     "native_batch_norm": ("running_mean", "running_var"),
     "cudnn_batch_norm": ("running_mean", "running_var"),
@@ -48,6 +53,7 @@ class Tracker:
         found: what leaves a pass unproved wherever its result goes: reads into Python, sizes made of values, crossed rows.
         written: parameters, buffers and other memory from before the pass that were written to.
         gradients_mended: a hook on gradients was registered.
+        function: the function of PyTorch's that is at work.
         crossed: trained parameters met rows that are not the examples' own.
         in_backward: what follows are gradients, which add up over examples where they reach trained parameters.
     """
@@ -63,6 +69,7 @@ class Tracker:
         self.names = {id(module): name for name, module in model.named_modules()}
         self._kept = {address(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._trained = {address(p) for p in model.parameters() if p.requires_grad}
+        self.function = ""
         self._born: set[int] = set()
         self._pass = 0
 
@@ -108,7 +115,7 @@ class Tracker:
         """Follows one operation that has been done."""
         call = Call(func, args, kwargs, out, self.book)
         inputs, present = call.inputs, int(call.everything)
-        if call.name in READS and present:
+        if present and not call.results and call.name not in NO_VALUES and call.answers:
             self.read_into_python(call.name)
         self._note_sizes(call, present)
         self._note_writes(call)
@@ -170,8 +177,11 @@ class Tracker:
     def _lift(self, call: Call) -> None:
         for tensor in call.results:  # a constant that Python made within the pass
             if _key(tensor) not in self._kept:
+                known = self.function in FROM_PYTHON | INDEXING  # what they are given has been looked at
                 self._born.add(_key(tensor))
-                self.book.write(tensor, np.full(tuple(tensor.shape), SHAPED, dtype=np.uint8), fresh=True)
+                self.book.write(
+                    tensor, np.full(tuple(tensor.shape), SHAPED if known else SHAPED | UNWRITTEN, np.uint8), fresh=True
+                )
 
     def _labels(self, call: Call, inputs: list[Tensor], present: int) -> list[Labels]:
         targets = call.results or call.written()
@@ -226,9 +236,11 @@ class _Operations(TorchDispatchMode):
                 whole = func.decompose(*args, **kwargs)
             if whole is not NotImplemented:
                 return whole
-        self._tracker.before(func, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            self._tracker.before(func, args, kwargs)
         out = func(*args, **kwargs)
-        self._tracker.after(func, args, kwargs, out)
+        with torch._C.DisableTorchFunction():
+            self._tracker.after(func, args, kwargs, out)
         return out
 
 
@@ -242,10 +254,14 @@ class _Leaving(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in FROM_PYTHON or (name in LEAVES and not (name in ADDRESSES and _asked_by_torch())):
+        if name in LEAVES or name in FROM_PYTHON or name in INDEXING:
             self._look(name, [*args, *kwargs.values()])
         self._tracker.gradients_mended |= name in ("register_hook", "register_post_accumulate_grad_hook")
-        out = func(*args, **kwargs)
+        outer, self._tracker.function = self._tracker.function, name
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._tracker.function = outer
         if self._backward:
             for tensor in tensors_in(out):
                 self._watch(tensor, name)
@@ -253,8 +269,11 @@ class _Leaving(TorchFunctionMode):
 
     def _look(self, name: str, arguments: list[Any]) -> None:
         book = self._tracker.book
-        if name in FROM_PYTHON and isinstance(arguments[0], Tensor):
-            return
+        if name in ("as_tensor", "asarray") and isinstance(arguments[0], Tensor):
+            return  # the tensor itself, or an operation that is followed
+        if name in INDEXING:  # a list of numbers becomes a tensor, unseen
+            arguments = [a for a in _listed(arguments[1:2]) if isinstance(a, list)]
+        arguments = arguments[1:] if name == "new_tensor" else arguments
         if any(bool(book.read(t).any()) for t in tensors_in(arguments)):
             self._tracker.read_into_python(name)
 
@@ -279,13 +298,13 @@ def _is_composite(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
+def _listed(arguments: list[Any]) -> list[Any]:
+    """The argument that indexes, and what stands in it if it is a tuple."""
+    return [part for a in arguments for part in (a if isinstance(a, tuple) else (a,))]
+
+
 def _key(tensor: Tensor) -> int:
     return address(tensor) if tensor.layout is torch.strided else id(tensor)
-
-
-def _asked_by_torch() -> bool:
-    """Whether PyTorch's own Python asked for an address: to compare memory, not to hand it to a kernel."""
-    return sys._getframe(2).f_code.co_filename.startswith(_TORCH)
 
 
 def _reader() -> tuple[str, str]:
