@@ -241,6 +241,64 @@ def test_a_head_with_something_behind_it_forms_logits(model_class: Any) -> None:
     assert forward._comes_last[base_of(model).get_output_embeddings()] is False
 
 
+class Tempered(tf.LlamaForCausalLM):
+    """Logits over a temperature, once there is one."""
+
+    temperature = 1.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        if self.temperature != 1.0:
+            outputs.logits = outputs.logits / self.temperature
+        return outputs
+
+
+class Scaled(tf.LlamaForCausalLM):
+    """Logits that are changed where they lie, once there is a scale."""
+
+    scale = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        if self.scale is not None:
+            outputs.logits.mul_(self.scale)
+        return outputs
+
+
+class Steered(tf.LlamaForCausalLM):
+    """Logits whose gradient is changed on its way back, once it is asked for."""
+
+    times = 1.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        if self.times != 1.0:
+            outputs.logits.register_hook(lambda gradient: (self.times * gradient).clamp(-0.01, 0.01))
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("model_class", "name", "value"), [(Tempered, "temperature", 3.0), (Scaled, "scale", 2.0), (Steered, "times", 4.0)]
+)
+def test_what_comes_after_the_head_later_is_seen_in_the_same_pass(model_class: Any, name: str, value: float) -> None:
+    torch.manual_seed(0)
+    model, batch = M.with_lora(lambda: model_class(tf.LlamaConfig(**M.DECODER))), batch_of("padded right")
+    for _ in range(2):
+        torch.testing.assert_close(sums(model, fast, batch, 0.0)[1], sums(model, slow, batch, 0.0)[1])
+    vars(base_of(model))[name] = value
+    for _ in range(2):
+        torch.testing.assert_close(sums(model, fast, batch, 0.0), sums(model, slow, batch, 0.0))
+
+
+def test_a_head_that_two_models_share_is_looked_at_in_each() -> None:
+    torch.manual_seed(0)
+    plain, tempered = (M.with_lora(lambda: Tempered(tf.LlamaConfig(**M.DECODER))) for _ in range(2))
+    base_of(tempered).lm_head, base_of(tempered).temperature = base_of(plain).lm_head, 3.0
+    batch = batch_of("padded right")
+    for model in (plain, plain, tempered, plain):
+        torch.testing.assert_close(sums(model, fast, batch, 0.0), sums(model, slow, batch, 0.0))
+
+
 def test_a_soft_cap_that_few_bits_do_not_show_is_known_by_its_name() -> None:
     """Logits near zero, divided and multiplied by 1,024, which is exact: in bfloat16 the cap changes none of them."""
     torch.manual_seed(0)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_dp.errors import ConfigError
 from hf_dp.per_example import losses
 
 quick = settings(max_examples=30, deadline=None)
@@ -179,6 +178,11 @@ def test_the_loss_of_a_model_is_that_of_transformers(name: str, changes: dict, k
     assert kind in losses.LOSSES
 
 
-def test_a_model_without_a_known_loss_says_what_to_pass() -> None:
-    with pytest.raises(ConfigError, match=r"BertForQuestionAnswering; pass compute_loss_func"):
-        losses.loss_kind("BertForQuestionAnswering", CONFIG)
+@pytest.mark.parametrize("name", ["BertForQuestionAnswering", "BertForMultipleChoice", "Wav2Vec2ForCTC"])
+def test_a_model_without_a_known_loss_has_no_kind(name: str) -> None:
+    assert losses.loss_kind(name, CONFIG) is None
+
+
+def test_an_encoder_decoder_that_classifies_has_no_kind() -> None:
+    config = SimpleNamespace(**{**vars(CONFIG), "is_encoder_decoder": True})
+    assert losses.loss_kind("BartForSequenceClassification", config) is None

@@ -19,7 +19,7 @@ from transformers import Trainer as PlainTrainer
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_dp import DPTrainer, PrivacyConfig
-from hf_dp.errors import CaptureError, ConfigError, LedgerError, UnsupportedOptionError, UnsupportedParameterError
+from hf_dp.errors import CaptureError, ConfigError, LedgerError, UnsupportedOptionError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 
 BERT_LORA = partial(M.with_lora, partial(M.bert, pad_token_id=0), task_type="SEQ_CLS")
@@ -486,7 +486,7 @@ def test_compiled_models_are_refused(tmp_path: Path) -> None:
         runs.trainer(tmp_path, inner)
 
 
-def test_parameters_without_a_rule_are_named_at_construction(tmp_path: Path) -> None:
+def test_parameters_without_a_rule_are_named_in_the_reason_for_one_example_a_pass(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -498,9 +498,15 @@ def test_parameters_without_a_rule_are_named_at_construction(tmp_path: Path) -> 
             outputs.logits = outputs.logits + torch.cdist(outputs.logits, self.odd).sum(-1, keepdim=True)
             return outputs
 
+    model = M.with_lora(M.llama)
+
+    def logits_alone(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return type(model).forward(model, input_ids=input_ids, attention_mask=attention_mask)
+
+    model.forward = logits_alone  # it has no loss of its own to be held against
     OddForCausalLM = type("OddForCausalLM", (Odd,), {})
-    with pytest.raises(UnsupportedParameterError, match=r"odd \(used by cdist\)"):
-        runs.trainer(tmp_path, OddForCausalLM(M.with_lora(M.llama)), remove_unused_columns=False)
+    trainer = runs.trainer(tmp_path, OddForCausalLM(model), remove_unused_columns=False)
+    assert "odd (used by cdist)" in trainer.alone_because
 
 
 def test_q_above_one_and_q_of_one(tmp_path: Path) -> None:

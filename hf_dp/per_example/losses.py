@@ -260,6 +260,12 @@ def public_sizes(class_name: str, config: Any) -> tuple[int, int]:
     return vocabulary, vocabulary if over_tokens else getattr(config, "num_labels", None) or 2
 
 
+def sizes_of_records(class_name: str, config: Any) -> dict[str, Any]:
+    """What `synthetic_records` needs to know of a model: vocab_size, label_values and end."""
+    vocabulary, labels = public_sizes(class_name, config)
+    return {"vocab_size": vocabulary, "label_values": labels, "end": end_of_text(config)}
+
+
 def end_of_text(config: Any) -> int | None:
     """The token that an encoder-decoder's texts end with, where its classifier pools; None for other models."""
     found = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None

@@ -130,6 +130,7 @@ def _refuse_what_is_written(model: nn.Module, alone: Sequence[Batch], example_lo
             per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
             ends.append({name: value.detach().clone() for name, value in _state(model).items()})
         written = [name for name, p in model.named_parameters() if versions.get(name, p._version) != p._version]
+    written = _changed(model, written, alone[0], example_losses)
     first, last = ends[0], ends[-1]
     written += [name for name in first if name in kept and not torch.equal(first[name], last[name])]
     if written:
@@ -138,6 +139,15 @@ def _refuse_what_is_written(model: nn.Module, alone: Sequence[Batch], example_lo
             "saved without noise: freeze these statistics (module.eval(), momentum=0) or replace the layer (BatchNorm by "
             "GroupNorm or LayerNorm)."
         )
+
+
+def _changed(model: nn.Module, written: list[str], one: Batch, example_losses: ExampleLosses) -> list[str]:
+    """Of the frozen parameters that a pass wrote to, those that it left with other values than before."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in written}
+    if before:
+        with _state_put_back(model):
+            per_example_factors(model, lambda: example_losses(model, one), 1)
+    return [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
 
 
 def _compare(

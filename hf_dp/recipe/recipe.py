@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hf_dp.config import PrivacyConfig
+from hf_dp.config import PrivacyConfig, is_number
 from hf_dp.errors import ConfigError, RecipeError
 from hf_dp.recipe.settings import nearest, problems
 from hf_dp.recipe.template import Template
@@ -20,7 +20,7 @@ SECTIONS = ("model", "lora", "data", "training", "privacy")
 TASKS = ("causal_lm", "sequence_classification")
 DTYPES = ("auto", "float32", "bfloat16")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
-OF_THE_TRAINER = ("micro_batch_tokens",)  # keys of `training` that are DPTrainer's own
+OF_THE_TRAINER = ("micro_batch_tokens", "class_weights")  # keys of `training` that are DPTrainer's own
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -67,6 +67,7 @@ class Recipe:
     privacy: PrivacyConfig
     lora: Mapping[str, Any] | None = None
     micro_batch_tokens: int | None = None
+    class_weights: tuple[float, ...] | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -114,7 +115,7 @@ def from_mapping(sections: Mapping[str, Any], *, name: str) -> Recipe:
     if wrong:
         raise RecipeError("\n".join(f"  - {problem}" for problem in wrong))
     lora = sections.get("lora")
-    micro_batch_tokens = training.pop("micro_batch_tokens", None)
+    micro_batch_tokens, weights = training.pop("micro_batch_tokens", None), training.pop("class_weights", None)
     return Recipe(
         name=name,
         model=ModelSection(**given["model"]),
@@ -123,6 +124,7 @@ def from_mapping(sections: Mapping[str, Any], *, name: str) -> Recipe:
         privacy=PrivacyConfig(**given["privacy"]),
         lora=None if lora is None else MappingProxyType(dict(lora)),
         micro_batch_tokens=micro_batch_tokens,
+        class_weights=None if weights is None else tuple(weights),
     )
 
 
@@ -200,6 +202,11 @@ def _of_training(training: Mapping[str, Any]) -> Iterator[str]:
     tokens = training.get("micro_batch_tokens")
     if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
         yield f"training.micro_batch_tokens: expected a whole number, 1 or more, got {tokens!r}"
+    weights = training.get("class_weights")
+    if weights is not None and not (
+        isinstance(weights, list) and weights and all(is_number(w) and w >= 0 for w in weights)
+    ):
+        yield f"training.class_weights: expected a list of numbers, 0 or more, one a class in the order of data.labels, got {weights!r}"
     if not training.get("output_dir"):
         yield f"training.output_dir: expected a folder's path, got {training.get('output_dir')!r}"
 

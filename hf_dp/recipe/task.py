@@ -85,7 +85,7 @@ def prepare(recipe: Recipe) -> Parts:
 
 
 def trainer_keywords(recipe: Recipe, parts: Parts, output_dir: str | Path | None = None) -> dict[str, Any]:
-    """Keywords of `transformers.Trainer`, private or not: DPTrainer only adds `privacy` and `micro_batch_tokens`."""
+    """Keywords of `transformers.Trainer`, private or not: DPTrainer adds its own to them."""
     return {
         "model": parts.model,
         "args": training_arguments(recipe, output_dir),
@@ -116,6 +116,7 @@ def build(
     own: dict[str, Any] = {
         "privacy": recipe.privacy,
         "micro_batch_tokens": recipe.micro_batch_tokens,
+        "class_weights": recipe.class_weights,
         "callbacks": list(callbacks),
         "audit": audit,
     }

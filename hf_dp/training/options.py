@@ -301,9 +301,21 @@ def _of_model(model: Any) -> Iterator[str]:
     config = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
         yield "config.output_router_logits=True: the router's auxiliary loss mixes examples; set it to False"
+    yield from _of_shared_memory(model)
     yield from sharding.problems(model)
     yield from _of_eight_bit_layers(model)
     yield from _of_adapters(model)
+
+
+def _of_shared_memory(model: nn.Module) -> Iterator[str]:
+    """Tied weights are one parameter; two over one memory would each be stepped, and neither by what the other's gradient says."""
+    seen: dict[int, str] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad or type(p) is not nn.Parameter or p.device.type == "meta" or not p.numel():
+            continue
+        first = seen.setdefault(p.data_ptr(), name)
+        if first != name:
+            yield f"{first} and {name} are two trained parameters over one memory, stepped twice: tie them as one, or train one of them"
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -335,12 +347,13 @@ def _of_adapters(model: Any) -> Iterator[str]:
         init = getattr(config, "init_lora_weights", True)
         if str(init).lower() in ("eva", "corda", "lora_ga"):
             yield f"adapter {name!r} with init_lora_weights={init!r}: it reads the private data; use True or 'gaussian'"
-        if str(getattr(getattr(config, "peft_type", None), "value", "")) in _OWN_GRADIENTS:
+        if str(getattr(getattr(config, "peft_type", None), "value", "")) in _UNFIT:
             kind = str(config.peft_type.value)
-            yield f"adapter {name!r} of type {kind}: {_OWN_GRADIENTS[kind]}; use another, such as LoRA"
+            yield f"adapter {name!r} of type {kind}: {_UNFIT[kind]}; use another, such as LoRA"
 
 
-_OWN_GRADIENTS = {  # peft_type -> what it does beside the pass, where no norm sees it
+_UNFIT = {  # peft_type -> what it does that no norm or check sees
     "OSF": "it projects gradients in hooks of its own, after they would be clipped",
+    "PVERA": "it draws random numbers in each forward pass, so that a batch can't be compared with its examples; VeRA draws none",
     "CPT": "it scales gradients in a hook of its own, and projects its weights in each forward pass",
 }

@@ -87,7 +87,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
-        UnsupportedParameterError: trainable parameters whose gradients can't be told, one example a pass either.
+        UnsupportedParameterError: trainable parameters that one example a pass does not help.
         ConfigError: no example's loss is known, or a plan that is impossible, such as q > 1 or an epsilon out of reach.
     """
 
@@ -97,6 +97,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     optimizer: Any
     args: Any
     compute_loss_func: Any
+    objective: Any  # an Objective, chosen at construction with a train_dataset
 
     def __init__(
         self,
@@ -120,7 +121,6 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         self._check_records = check_records
         self._learnt: tuple[Any, Collation] | None = None
         self.class_weights = objectives.class_weights(class_weights)
-        self.objective: Objective | None = None
         self.alone_because = ""
         self._run: PrivateRun | None = None
         self._guard = WeightGuard()
@@ -181,7 +181,6 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         Raises:
             ConfigError: the batch has no labels.
         """
-        assert self.objective is not None, "losses before they were chosen, at construction with a train_dataset"
         return objectives.losses_of(self, self.objective.kind, model, inputs)
 
     def compute_loss(  # type: ignore[override]
@@ -227,8 +226,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         Raises:
             SelfCheckError: something couples examples.
             LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
-            ConfigError: the target epsilon is already spent, or `trial` is given (a search spends privacy nobody accounts for); a
-                BudgetError: the budget file does not hold this run.
+            ConfigError: the target epsilon is already spent, or `trial` is given; a BudgetError: the budget file does not hold this run.
         """
         if trial is not None:
             raise ConfigError(
@@ -371,9 +369,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         if self._check_records is not None:
             return self._check_records
         base = self._base_model()
-        vocabulary, labels = losses.public_sizes(type(base).__name__, getattr(base, "config", None))
-        record, end = self._columns_for_model()[0][0], losses.end_of_text(getattr(base, "config", None))
-        return synthetic_records(record, vocab_size=vocabulary, label_values=labels, lengths=lengths, end=end)
+        sizes = losses.sizes_of_records(type(base).__name__, getattr(base, "config", None))
+        return synthetic_records(self._columns_for_model()[0][0], lengths=lengths, **sizes)
 
     def _most_examples(self) -> int:
         """Of one pass."""
