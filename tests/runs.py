@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_dp import DPTrainer, PrivacyConfig
+from hf_dp.per_example.batches import MicroBatch
 from hf_dp.step.run import PrivateRun
 
 NOISELESS = {"noise_multiplier": 0.0, "debug_seed": 7, "target_delta": 1e-3}
@@ -43,6 +44,10 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     labels = [f["labels"] for f in features]
     batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else padded("labels", -100)
     return batch
+
+
+def micro_batch(features: list[dict[str, Any]]) -> MicroBatch:
+    return MicroBatch(collate(features), len(features))
 
 
 def arguments(folder: Path, **k: Any) -> TrainingArguments:
@@ -80,12 +85,12 @@ OF_THE_TRAINER = (
 ).split()
 
 
-def collated(rows: list[dict[str, Any]], micro_batch: int) -> list[dict[str, torch.Tensor]]:
+def collated(rows: list[dict[str, Any]], size: int) -> list[MicroBatch]:
     """The rows in micro-batches of so many, in their order."""
-    return [collate(rows[start : start + micro_batch]) for start in range(0, len(rows), micro_batch)]
+    return [micro_batch(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def clipped_sum(trainer: DPTrainer, batches: list[dict[str, torch.Tensor]], **settings: Any) -> torch.Tensor:
+def clipped_sum(trainer: DPTrainer, batches: list[MicroBatch], **settings: Any) -> torch.Tensor:
     """The sum that a step over these micro-batches would release, before noise, with `settings` of the mechanism replaced."""
     step = trainer.private_step
     step.level = dataclasses.replace(step.level, **settings)

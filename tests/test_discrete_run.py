@@ -86,7 +86,7 @@ def test_the_sum_has_no_order(tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, privacy=PRIVACY)
 
     def total(kept: list[Any]) -> Tensor:
-        return runs.clipped_sum(trainer, [runs.collate([row]) for row in kept])
+        return runs.clipped_sum(trainer, [runs.micro_batch([row]) for row in kept])
 
     whole = total(rows)
     for seed in range(2):

@@ -1,6 +1,6 @@
 """Records go in; Poisson draws come out, this process's share of them, cut into micro-batches."""
 
-from hf_dp.sampling.collation import Collation
+from hf_dp.sampling.collation import Collation, taken_by_the_model
 from hf_dp.sampling.loader import logical_batches
 from hf_dp.sampling.microbatch import (
     DRAW_NUMBER,
@@ -13,12 +13,14 @@ from hf_dp.sampling.microbatch import (
     read_records,
     tokens_of_a_pass,
 )
+from hf_dp.sampling.own_generators import REMEDY, own_generators
 from hf_dp.sampling.poisson import Draw, PoissonSampler
 from hf_dp.sampling.privacy_unit import Groups, groups_by
 
 __all__ = [
     "DRAW_NUMBER",
     "FAILURE",
+    "REMEDY",
     "Collation",
     "Draw",
     "DrawnRecords",
@@ -30,6 +32,8 @@ __all__ = [
     "groups_by",
     "logical_batches",
     "micro_batches",
+    "own_generators",
     "read_records",
+    "taken_by_the_model",
     "tokens_of_a_pass",
 ]

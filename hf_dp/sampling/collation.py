@@ -9,7 +9,8 @@ columns of the same types, and if on the made-up records that came to the same.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import default_data_collator
 
-from hf_dp.errors import CaptureError, ConfigError
+from hf_dp.errors import CaptureError, ConfigError, HfDpError
 from hf_dp.per_example import (
     LEFT,
     RIGHT,
@@ -129,6 +130,23 @@ class Collation:
         if any(not same(made.get(path), leaf) for path, leaf in whole.items() if path not in drawn):
             return "the collator makes something else of several records than of each alone"
         return None
+
+
+@contextmanager
+def taken_by_the_model() -> Iterator[None]:
+    """Around checks: an error of the model's or the loss's own, on made-up records, becomes one that says what to do.
+
+    Raises:
+        ConfigError: instead of it.
+    """
+    try:
+        yield
+    except (HfDpError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the model or its loss failed on records {OF_CHECKS} ({_said(error)}): {PASS_RECORDS}"
+        ) from error
 
 
 def as_mapping(batch: Any) -> Batch:

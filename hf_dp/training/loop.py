@@ -35,6 +35,7 @@ from hf_dp.sampling import (
     LogicalBatchCollator,
     PoissonSampler,
     micro_batches,
+    taken_by_the_model,
     tokens_of_a_pass,
 )
 from hf_dp.step import (
@@ -209,9 +210,10 @@ class PrivateLoop:
         """Inventory, proof and self-check; settles whether each example has a pass of its own."""
         self.model.train()
         subject = Subject(self.model, self._losses, collation, collation.tried, self._on_device)
-        _, reason = examined(subject, "noise='discrete'" if self.mechanism.is_discrete else "")
-        batches = subject.batches(collation.tried)
-        self_check(self.model, batches, self._losses, self.mechanism.clip_norm, one_a_pass=bool(reason))
+        with taken_by_the_model():
+            _, reason = examined(subject, "noise='discrete'" if self.mechanism.is_discrete else "")
+            batches = subject.batches(collation.tried)
+            self_check(self.model, batches, self._losses, self.mechanism.clip_norm, one_a_pass=bool(reason))
         passes = Passes(self._losses, self._device, self._on_device, alone=bool(reason))
         self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
 

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from hf_dp.errors import UnsupportedOptionError
+from hf_dp.sampling import REMEDY, own_generators
 from hf_dp.step import COARSE, coarse_products, sharding
 from hf_dp.training.deciders import deciders
 from hf_dp.training.overrides import ignored
@@ -273,6 +274,9 @@ def _of_data(others: dict[str, Any]) -> Iterator[str]:
             f"{type(collator).__name__}(seed=...): masks from a public seed are dealt out in the order of the batch, which "
             "couples its records; leave the seed out (masks then come from the operating system)"
         )
+    kept = own_generators(collator, "data_collator") + own_generators(dataset, "train_dataset")
+    if kept:
+        yield f"random generators of its own in {', '.join(kept)}: {REMEDY}"
     if others.get("model_init") is not None:
         yield "model_init: hyperparameter search spends privacy that nobody accounts for; pass a model"
     if others.get("optimizer_cls_and_kwargs") is not None and "lomo" in str(others["optimizer_cls_and_kwargs"]).lower():

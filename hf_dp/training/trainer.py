@@ -39,6 +39,7 @@ from hf_dp.sampling import (
     groups_by,
     logical_batches,
     micro_batches,
+    taken_by_the_model,
     tokens_of_a_pass,
 )
 from hf_dp.step import (
@@ -168,7 +169,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         Raises:
             SelfCheckError: something couples the examples of a batch.
         """
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), taken_by_the_model():
             batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
             what = self.model, batches, self.example_losses, clip_norm, self._factors_of
             return self_check(*what, one_a_pass=bool(self.alone_because))

@@ -1,0 +1,83 @@
+"""A collator or data set -> the random generators that it keeps for itself, by name.
+
+Reading and collating run under secret states of torch's, numpy's and Python's global generators (see `forked_rng`). A generator of one's
+own has a public seed, as a rule, and is dealt out in the order of the draw: remove one record, and all that follow get other masks.
+"""
+
+import functools
+import random
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+DEPTH = 8  # attributes of attributes
+MEMBERS = 64  # of a list or mapping that are looked at
+REMEDY = (
+    "what it draws for one record depends on which others were drawn before; draw from torch's, numpy's or Python's global generator "
+    "instead, which hf_dp runs under secret states"
+)
+
+
+def own_generators(holder: Any, name: str) -> list[str]:
+    """Where `holder` keeps random generators: attributes, members, what a function closes over and its module's globals that it names."""
+    return list(_found(holder, name, DEPTH, set()))
+
+
+def _found(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[str]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, GENERATORS):
+        if not isinstance(value, random.SystemRandom):
+            yield f"{name} ({type(value).__module__}.{type(value).__name__})"
+    elif depth and not isinstance(
+        value, (str, bytes, int, float, type, Tensor, np.ndarray, nn.Module, types.ModuleType)
+    ):
+        for member, inner in _members(value):
+            yield from _found(inner, f"{name}.{member}", depth - 1, seen)
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((str(key), member) for key, member in list(value.items())[:MEMBERS])
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from ((str(i), member) for i, member in enumerate(list(value)[:MEMBERS]))
+    elif isinstance(value, functools.partial):
+        yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
+    elif isinstance(value, types.MethodType):
+        yield from (("__self__", value.__self__), ("__func__", value.__func__))
+    elif isinstance(value, types.FunctionType):
+        yield from _of_function(value)
+    else:
+        yield from getattr(value, "__dict__", {}).items()
+        for kind in type(value).__mro__:
+            yield from ((slot, getattr(value, slot, None)) for slot in _listed(kind.__dict__.get("__slots__", ())))
+            if "__call__" in kind.__dict__ or "__getitem__" in kind.__dict__:
+                yield from _of_methods(kind)
+
+
+def _of_methods(kind: type) -> Iterator[tuple[str, Any]]:
+    methods = (kind.__dict__.get(name) for name in ("__call__", "__getitem__", "__getitems__"))
+    for method in methods:
+        if isinstance(method, types.FunctionType):
+            yield method.__name__, method
+
+
+def _of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
+    yield from (
+        ("default", value) for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    )
+    if function.__module__.partition(".")[0] not in ("transformers", "trl", "torch", "datasets", "numpy", "hf_dp"):
+        names = function.__code__.co_names
+        yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
+
+
+def _listed(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
