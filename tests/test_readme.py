@@ -1,4 +1,4 @@
-"""The README's code runs as it is printed (a tiny model stands in for GPT-2), and what it names is there."""
+"""The code on the README's pages runs as it is printed (a tiny model stands in for GPT-2), and what they name is there."""
 
 import copy
 import json
@@ -10,15 +10,45 @@ import pytest
 import reference
 import torch
 import transformers
+import typer
 
+from hf_dp import cli
 from hf_dp.accounting import planned as accounting
+from hf_dp.card import record as card
 from hf_dp.demo.base import train_tokenizer
 from hf_dp.demo.records import write_records
 from hf_dp.mechanism import Segment
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE, PLAIN_LOOP, RECOMPUTE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("hf_dp/**/README.md")), ROOT / "scripts/README.md"]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+WIDTH, LARGEST = 120, 16 * 1024
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+EXAMPLE, RECOMPUTE = blocks("README.md", "python")
+(RECIPE,) = blocks("README.md", "yaml")
+(PLAIN_LOOP,) = blocks("hf_dp/training/README.md", "python")
+
+
+@pytest.fixture(params=PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def page(request) -> Path:
+    return request.param
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """Each line of a page's blocks of code, and each span of code between backticks, on one line."""
+    inside = re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in inside for line in block.replace("\\\n", " ").splitlines()]
+    return lines + [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks(page))]
 
 
 @pytest.fixture
@@ -60,6 +90,19 @@ def test_the_example_trains_and_its_card_can_be_computed_again(gpt2, tmp_path, m
     )
 
 
+def test_the_recipe_trains(gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert RECIPE.count("openai-community/gpt2") == 1
+    shorter = RECIPE.replace("max_length: 256", "max_length: 128")  # the most that the small tokenizer takes
+    Path("notes.yaml").write_text(shorter.replace("openai-community/gpt2", str(gpt2)))
+    typer.main.get_command(cli.app)(["train", "notes.yaml"], standalone_mode=False)
+    record = json.loads(Path("out/notes/privacy.json").read_text())
+    assert 0 < record["epsilon"] <= 8
+    assert f"epsilon {record['epsilon']:.4g} at delta" in capsys.readouterr().out
+    assert Path("out/notes/adapter_model.safetensors").exists()
+
+
 def test_the_plain_loop_learns_within_its_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -99,14 +142,67 @@ def test_a_noiseless_step_of_the_plain_loop_is_the_clipped_mean(tmp_path, monkey
         assert torch.allclose(step, 2.0 * expected[name] / 100, atol=1e-6)  # float32 weights of about 0.3
 
 
-def test_every_file_that_the_readme_names_is_there():
-    for name in re.findall(r"`((?:scripts|recipes|hf_dp)/[\w./-]+)`", README):
+def test_no_page_has_code_that_no_test_runs():
+    run = [EXAMPLE, RECOMPUTE, RECIPE, PLAIN_LOOP]
+    there = [found for page in PAGES for found in blocks(str(page.relative_to(ROOT)), r"\w+")]
+    assert sorted(there) == sorted(run)
+
+
+def test_every_file_that_a_page_names_is_there(page):
+    for name in re.findall(r"`((?:scripts|recipes|hf_dp|tests)/[\w./-]+)`", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name
 
 
+def test_every_option_that_a_page_gives_a_command_exists(page):
+    verbs = typer.main.get_command(cli.app).commands
+    for line in commands(page):
+        for verb, arguments in re.findall(r"hf-dp (\w+)([^#]*)", line):
+            known = {"--help", *(option for parameter in verbs[verb].params for option in parameter.opts)}
+            assert set(re.findall(r"--[a-z][\w-]*", arguments)) <= known, line
+        for name, arguments in re.findall(r"(scripts/\w+) (-[^#]*)", line):
+            assert (source := ROOT / name).exists(), line
+            assert all(option in source.read_text() for option in re.findall(r"--[a-z][\w-]*", arguments)), line
+
+
+def test_every_link_of_a_page_leads_to_a_page_or_a_heading(page):
+    for link in LINK.findall(without_blocks(page)):
+        path, _, anchor = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", without_blocks(target), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, link
+
+
+def test_the_readme_links_every_page():
+    linked = {(ROOT / link).resolve() for link in LINK.findall(README) if "://" not in link}
+    assert [str(page) for page in PAGES[1:] if page not in linked] == []
+
+
+def test_the_readme_is_short_and_no_line_but_a_tables_is_wide(page):
+    assert page != PAGES[0] or len(README.encode()) < LARGEST
+    lines = page.read_text(encoding="utf-8").splitlines()
+    wide = [line for line in lines if len(line) > WIDTH and not line.startswith("|")]
+    assert wide == []
+
+
+def test_the_changelog_names_the_version_of_privacy_json_that_is_written():
+    assert f"`privacy.json` version {card.SCHEMA_VERSION}**" in README.split("## Changelog")[1]
+
+
 def test_the_file_tree_is_that_of_the_package():
-    tree = README.split("## Files")[1]
-    here = {p.name for p in (ROOT / "hf_dp").iterdir() if p.suffix == ".py" and p.name != "__init__.py"}
-    assert sorted(name for name in here if name not in tree) == []
-    named = set(re.findall(r"^ {2,4}(\w+\.py) ", tree, re.MULTILINE))
+    tree = README.split("## Files")[1].split("## ")[0]
+    inside = [p for p in (ROOT / "hf_dp").iterdir() if not p.name.startswith("__")]
+    here = {p.name for p in inside if p.suffix == ".py"} | {
+        f"{p.name}/" for p in inside if (p / "__init__.py").exists()
+    }
+    named = set(re.findall(r"^ {2,4}(\w+(?:\.py|/)) ", tree, re.MULTILINE))
+    assert sorted(here - named) == []
     assert sorted(named - here) == []
+
+
+def test_the_page_of_the_house_has_a_line_for_every_room():
+    rooms = {p.parent.name for p in (ROOT / "hf_dp").glob("*/__init__.py")}
+    named = re.findall(r"^\| `(\w+)/` \|", (ROOT / "hf_dp/README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(rooms)
