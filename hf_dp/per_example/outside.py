@@ -19,13 +19,22 @@ def hooks_in(model: nn.Module) -> Iterator[str]:
     of a whole micro-batch, and could mix its examples or keep them.
     """
     for name, p in model.named_parameters():
-        if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
+        hooks = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
+        if p.requires_grad and not all(map(_averages, hooks)):
             yield name
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             yield f"{name or type(module).__name__} (a module)"
     if of_all_modules._global_backward_hooks or of_all_modules._global_backward_pre_hooks:
         yield "all modules (register_module_full_backward_hook)"
+
+
+def _averages(hook: Any) -> bool:
+    """Whether it is the hook with which Trainer averages gradients over the processes of a sharded model.
+
+    It need not run, and never does: the sums of all processes are added up in the release.
+    """
+    return getattr(hook, "__module__", "") == "transformers.trainer"
 
 
 def refuse_hooks(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_dp.errors import ConfigError, ReleaseError, UnsupportedOptionError
@@ -210,6 +211,8 @@ def _sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _sum_of_words(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     if tensor.is_meta:  # lies elsewhere, as a module's hooks say
         return torch.zeros((), dtype=torch.int64)
     if is_traceable_wrapper_subclass(tensor):  # sharded or quantised: what it is made of

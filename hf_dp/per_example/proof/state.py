@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_dp.errors import SelfCheckError
 from hf_dp.per_example.proof.harmless import is_harmless_setting
@@ -72,7 +73,7 @@ class _KeptTensor:
 
     def _in_place(self) -> bool:
         now, then = self.tensor, self._alias
-        return now.data_ptr() == then.data_ptr() and now.shape == then.shape and now.dtype == then.dtype
+        return _local(now).data_ptr() == _local(then).data_ptr() and now.shape == then.shape and now.dtype == then.dtype
 
     def _unwritten(self) -> bool:
         if self.tensor._version == self._version and self._alias._version == self._version and self._copy is None:
@@ -241,11 +242,17 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and isinstance(a, _PLAIN) and a == b
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that lies in shards; any other as it is."""
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     """The same bits: a NaN equals itself, and -0.0 is not 0.0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    first, second = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    first, second = (_local(t).contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return bool(torch.equal(first, second))
 
 
