@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_dp.errors import UnsupportedParameterError
 from hf_dp.per_example.inventory import take_inventory
@@ -66,6 +67,16 @@ def test_hooks_that_do_not_touch_gradients_are_let_through():
     frozen.requires_grad_(False)
     refuse_hooks(net)
     handle.remove()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_are_seen_too(reentrant):
+    net, layer = Net(), nn.Linear(5, 5)
+    net.extra = lambda h: checkpoint(layer, h, use_reentrant=reentrant)
+    with pytest.raises(UnsupportedParameterError, match="gradients reach 2 tensors"):
+        take_inventory(net, BATCH, losses)
+    net.layer = layer
+    assert {row.parameter for row in take_inventory(net, BATCH, losses)} >= {"layer.weight", "layer.bias"}
 
 
 class Experts:

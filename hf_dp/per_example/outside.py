@@ -1,9 +1,10 @@
 """A model and its pass -> errors where gradients reach what is not the model's, or would have gone through hooks that never run."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,18 +55,26 @@ def refuse_hooks(model: nn.Module) -> None:
 class _Leaves(TorchDispatchMode):
     """Notes every foreign leaf that asks for a gradient and goes into an operation, and sets aside the gradient that it had."""
 
-    def __init__(self, own: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module, anchor: Tensor) -> None:
         super().__init__()
-        self._own = set(map(id, own))
+        self._model = model
+        self._own = {id(anchor)}
         self._seen: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for t in tensors_in([args, kwargs]):
-            if t.requires_grad and t.is_leaf and id(t) not in self._own and id(t) not in self._seen:
+        in_backward = torch._C._current_graph_task_id() != -1  # where checkpointing makes leaves of its own
+        for t in () if in_backward else tensors_in([args, kwargs]):
+            if t.requires_grad and t.is_leaf and id(t) not in self._seen and not self._is_own(t):
                 self._seen[id(t)] = t, t.grad
                 t.grad = None
         return func(*args, **kwargs)
+
+    def _is_own(self, leaf: Tensor) -> bool:
+        """Whether the model holds it now: during a pass other tensors stand in for its parameters."""
+        if id(leaf) not in self._own:
+            self._own.update(map(id, self._model.parameters()))
+        return id(leaf) in self._own
 
     def give_back(self) -> list[Tensor]:
         """Puts all gradients back as they were; returns the leaves that got one since."""
@@ -84,7 +93,7 @@ def nothing_outside(model: nn.Module, anchor: Tensor) -> Iterator[None]:
     Raises:
         UnsupportedParameterError: naming leaves outside the model that got a gradient; after the pass.
     """
-    leaves = _Leaves([*model.parameters(), anchor])
+    leaves = _Leaves(model, anchor)
     try:
         with leaves:
             yield

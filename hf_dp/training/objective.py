@@ -104,6 +104,8 @@ def _chosen(trainer: Any, alone: Sequence[Batch]) -> Objective:
 
 def losses_of(trainer: Any, kind: str, model: nn.Module, inputs: Batch) -> Tensor:
     """One loss an example, [B], times its class's weight where the trainer has weights."""
+    if kind == YOURS:  # an override that calls ours
+        kind = FUNCTION if trainer.compute_loss_func is not None else _kind_of_class(trainer) or OWN
     if kind in ALONE:
         found = _one_by_one(partial(_own_loss if kind == OWN else _hosts_loss, trainer, model), inputs)
     else:
@@ -223,6 +225,11 @@ def _known_or_own(trainer: Any, alone: Sequence[Batch]) -> Objective:
             return Objective(OWN, f"it is not the {kind} loss of its logits: that was seen on made-up records")
         found = Objective(kind, "the model's own, as compared on made-up records")
     return found
+
+
+def _kind_of_class(trainer: Any) -> str | None:
+    base = trainer._base_model()
+    return losses.loss_kind(type(base).__name__, getattr(base, "config", None))
 
 
 def _known(trainer: Any, kind: str, batch: Batch) -> Tensor | None:
