@@ -70,11 +70,11 @@ def fail_in_the_sum(monkeypatch: pytest.MonkeyPatch, trainer: Scarce) -> None:
     """After some parameters' sums have been added: what is in the buffer then must not stay there."""
     original, calls = fx.add_weighted_sum, [0]
 
-    def failing(factors: Any, weights: Tensor, into: Tensor) -> None:
+    def failing(factors: Any, weights: Tensor, into: Tensor, *rest: Any) -> None:
         calls[0] += 1
         if trainer.short and calls[0] % 5 == 0:
             raise trainer.error
-        original(factors, weights, into)
+        original(factors, weights, into, *rest)
 
     monkeypatch.setattr(capture.fx, "add_weighted_sum", failing)
 

@@ -143,13 +143,11 @@ def privacy_record(
     )
     if not reason and not math.isfinite(spent.epsilon):
         reason = "the noise is too weak for any finite epsilon at this delta"
+    of_audit = {}
+    if audit is not None:
+        of_audit["audit"] = audit_record(audit, claimed or ledger.segments, mechanism.delta, spent.epsilon)
     return {
-        "schema_version": SCHEMA_VERSION,
-        "private": not reason,
-        "reason": reason,
-        "epsilon": _number(spent.epsilon),
-        "epsilon_pld": _number(spent.pld),
-        "epsilon_rdp": _number(spent.rdp),
+        **_stated(reason, spent),
         "delta": mechanism.delta,
         **further_bounds(claimed, mechanism.delta, claimed=not reason),
         "accountant": {
@@ -168,11 +166,19 @@ def privacy_record(
         "declared": dict(declared),
         **sentences(declared, noises, mechanism.unit),
         "libraries": dict(libraries),
-        **(
-            {}
-            if audit is None
-            else {"audit": audit_record(audit, claimed or ledger.segments, mechanism.delta, spent.epsilon)}
-        ),
+        **of_audit,
+    }
+
+
+def _stated(reason: str | None, claimed: accounting.Epsilon) -> dict[str, Any]:
+    """Whether there is a guarantee, and its epsilon by each accountant."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "private": not reason,
+        "reason": reason,
+        "epsilon": _number(claimed.epsilon),
+        "epsilon_pld": _number(claimed.pld),
+        "epsilon_rdp": _number(claimed.rdp),
     }
 
 
