@@ -1,6 +1,8 @@
 """A model's folder -> a repository on the Hub, after its card was verified; of it what a model is made of. Imports no torch."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,19 +36,27 @@ def push(
             f"nothing was uploaded, because {folder} has no {', '.join(needed)} of its own (symbolic links are not followed): save the "
             "model there, and push again"
         )
-    print(f"Pushed: {_upload(folder, repository, private)}")
+    if found.behind:
+        print(found.words)
+    print(f"Pushed: {_upload(folder, repository, private, found.files)}")
 
 
-def _upload(folder: Path, repository: str, private: bool) -> Any:
+def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) -> Any:
     """The commit's address. What was uploaded before a failure is not sent again."""
-    from hf_dp.errors import ConfigError
-    from hf_dp.training import ModelOnly
+    from huggingface_hub import HfApi
 
-    api = ModelOnly()
+    from hf_dp.errors import ConfigError
+
+    api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         message = "Upload model with its privacy card"
-        return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url
+        return api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[escape(name) for name in files],
+            commit_message=message,
+        ).commit_url
     except (
         Exception
     ) as error:  # huggingface_hub's own, or of the HTTP library beneath it, which changes with its version

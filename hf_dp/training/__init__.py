@@ -1,7 +1,6 @@
 """A model, records and a `PrivacyConfig` go in; a privately trained model with its card comes out. Wiring, no formulas."""
 
 from hf_dp.training.evaluation import STEPS_TAKEN
-from hf_dp.training.hub_upload import ModelOnly
 from hf_dp.training.loop import PrivateLoop, plan
 from hf_dp.training.options import REFUSED, check_options
 from hf_dp.training.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
@@ -12,7 +11,6 @@ __all__ = [
     "DPSeq2SeqTrainer",
     "DPTrainer",
     "DPTrainerMixin",
-    "ModelOnly",
     "PrivateLoop",
     "check_options",
     "plan",

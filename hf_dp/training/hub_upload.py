@@ -1,4 +1,4 @@
-"""A folder -> the Hub, of its files those that `leaving` lets go: for `hf-dp push`, and around Trainer's own uploads. Imports no torch."""
+"""A folder that Trainer uploads -> the Hub, of its files those that `leaving` lets go."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
