@@ -100,6 +100,7 @@ def test_a_recipe_becomes_frozen_values(tmp_path):
     assert recipe.lora is None
     assert recipe.training["learning_rate"] == 2e-3
     assert recipe.micro_batch_tokens == 64
+    assert read(R.write(tmp_path), ["training.class_weights=[1, 2.5]"]).class_weights == (1, 2.5)
     assert "micro_batch_tokens" not in recipe.training
     assert recipe.privacy.target_epsilon == 8
     with pytest.raises(TypeError):
@@ -157,6 +158,9 @@ def test_everything_wrong_is_named_at_once(tmp_path):
         ("data.max_length=1", "2 tokens or more"),
         ("data.prompt={mr", "data.prompt: template"),
         ("training.micro_batch_tokens=0", "micro_batch_tokens"),
+        ("training.class_weights=[1.0, -2.0]", "class_weights"),
+        ("training.class_weights=3", "class_weights"),
+        ("training.class_weights=[]", "class_weights"),
         ("training.output_dir=null", "output_dir"),
         ("training.save_strategy=never", "one of 'no', 'steps', 'epoch', 'best'"),
         ("training.max_grad_norm=0.5", "clip_norm"),

@@ -133,7 +133,7 @@ def test_a_draw_is_a_function_of_key_and_number():
 
 def test_a_draw_does_not_depend_on_how_its_uniforms_are_blocked(monkeypatch):
     expected = PoissonSampler(N, Q, 1, key=3).draw(0)
-    monkeypatch.setattr("hf_dp.sampling.BLOCK", 137)
+    monkeypatch.setattr("hf_dp.sampling.poisson.BLOCK", 137)
     np.testing.assert_array_equal(PoissonSampler(N, Q, 1, key=3).draw(0), expected)
 
 

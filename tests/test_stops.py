@@ -319,9 +319,9 @@ class AtTheStart(TrainerCallback):
 
 BEFORE_THE_FIRST_STEP: dict[str, Any] = {
     "while the plan is written": lambda patch: patch.setattr(Ledger, "plan", raising),
-    "while keys are drawn": lambda patch: patch.setattr("hf_dp.run.fresh_key", raising),
-    "while the plan is printed": lambda patch: patch.setattr("hf_dp.trainer.print_summary", raising),
-    "while an audit begins": lambda patch: patch.setattr("hf_dp.trainer.begin_audit", raising),
+    "while keys are drawn": lambda patch: patch.setattr("hf_dp.step.run.fresh_key", raising),
+    "while the plan is printed": lambda patch: patch.setattr("hf_dp.training.trainer.print_summary", raising),
+    "while an audit begins": lambda patch: patch.setattr("hf_dp.training.trainer.begin_audit", raising),
     "while the first batch is drawn": lambda patch: patch.setattr(PoissonSampler, "__iter__", raising),
 }
 
@@ -372,17 +372,17 @@ def in_the_noise(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_the_passes(patch: pytest.MonkeyPatch) -> None:
-    import hf_dp.trainer
+    from hf_dp.step import PrivateStep
 
-    begun, calls = hf_dp.trainer.DPTrainerMixin._sum_up, []
+    begun, calls = PrivateStep.sum_up, []
 
-    def summed(self: Any, batches: Any) -> None:
+    def summed(self: Any, *batches: Any) -> None:
         calls.append(1)
-        begun(self, batches)
+        begun(self, *batches)
         if len(calls) >= 3:
             raise KeyboardInterrupt
 
-    patch.setattr(hf_dp.trainer.DPTrainerMixin, "_sum_up", summed)
+    patch.setattr(PrivateStep, "sum_up", summed)
 
 
 @pytest.mark.parametrize("act", [after_the_write, half_of_the_write, in_the_noise, in_the_passes])
