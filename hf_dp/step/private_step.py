@@ -35,6 +35,7 @@ class Passes:
         made_up: a batch of one made-up example, for passes that only other processes need; asked for where weights are sharded.
         largest: a made-up batch of the largest size, to try out what fits in memory; None where nothing is tried.
         alone: each example has a pass of its own, and finds the model's memory as the first of the training found it.
+        copied: names of the parameters that a pass is known to write to; they are put back too.
     """
 
     example_losses: Callable[[nn.Module, Batch], Tensor]
@@ -45,6 +46,7 @@ class Passes:
     made_up: Callable[[], MicroBatch] | None = None
     largest: Callable[[], MicroBatch] | None = None
     alone: bool = False
+    copied: tuple[str, ...] = ()
 
 
 class PrivateStep:
@@ -110,7 +112,7 @@ class PrivateStep:
         if names != self._names:
             self.sum, self._names = new_sum(self.model, self.level, self.passes.device, self.passes.factors_of), names
         if self.passes.alone and self._state is None:
-            self._state = State(self.model)
+            self._state = State(self.model, self.passes.copied)
         self.sum.flat.zero_()
 
     def sum_up(self, batches: Iterable[MicroBatch], forward_seed: int | None = None) -> None:

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError, HfDpError, UnsupportedParameterError
-from hf_dp.per_example import SIZE, Batch, MicroBatch, Proof, Row, inventory_of_one, prove, take_inventory
+from hf_dp.per_example import (
+    SIZE,
+    Batch,
+    MicroBatch,
+    Proof,
+    Row,
+    inventory_of_one,
+    per_example_factors,
+    prove,
+    take_inventory,
+)
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
 from hf_dp.training.objective import ALONE, first_line, refused_records
@@ -70,6 +80,14 @@ def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
         return rows, first_line(error)
     proof = proof_of(subject)
     return rows, "" if proof.independent else f"not proved that its examples are independent: {proof.reasons[0]}"
+
+
+def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:
+    """Names of the parameters that a pass over one example writes to, if only to write them back."""
+    before = {name: p._version for name, p in model.named_parameters()}
+    with torch.random.fork_rng(), torch.enable_grad():
+        per_example_factors(model, lambda: example_losses(model, one), 1)
+    return tuple(name for name, p in model.named_parameters() if p._version != before.get(name))
 
 
 def proof_of(subject: Subject) -> Proof:

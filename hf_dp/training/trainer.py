@@ -60,7 +60,7 @@ from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
-from hf_dp.training.passes import inventory_and_reason
+from hf_dp.training.passes import inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
 
@@ -318,8 +318,6 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         if self.args.should_save and self._run is not None:
             self._run.seal_checkpoint(checkpoint)
 
-    # ---- parts -----------------------------------------------------------------------------------------------------
-
     def _planned(self) -> Mechanism:
         if self.mechanism is None:
             raise ConfigError("there is nothing to plan or train without a train_dataset")
@@ -331,7 +329,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         return self._run
 
     def _passes(self) -> Passes:
-        """How a step's passes are made for this trainer's model, data and arguments."""
+        """How a step's passes are made."""
         return Passes(
             example_losses=lambda model, batch: self.example_losses(model, batch),  # looked up then: it may be replaced
             device=self.args.device,
@@ -341,7 +339,12 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
             made_up=lambda: self._synthetic_batches()[1],
             largest=self._largest_batch,
             alone=bool(self.alone_because),
+            copied=self._written_by_a_pass() if self.alone_because else (),
         )
+
+    def _written_by_a_pass(self) -> tuple[str, ...]:
+        with self.compute_loss_context_manager():
+            return written_by(self.model, self.example_losses, self._synthetic_batches()[1])
 
     def _base_model(self) -> nn.Module:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
