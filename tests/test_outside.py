@@ -6,10 +6,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_dp.errors import UnsupportedParameterError
+from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.inventory import take_inventory
 from hf_dp.per_example.outside import refuse_hooks
 
-BATCH = {"x": torch.randn(3, 4), "labels": torch.tensor([0, 1, 2])}
+BATCH = MicroBatch({"x": torch.randn(3, 4), "labels": torch.tensor([0, 1, 2])}, 3)
 
 
 class Net(nn.Module):

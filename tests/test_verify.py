@@ -191,7 +191,7 @@ def test_what_cannot_be_read_is_a_users_error(what: str, tmp_path: Path) -> None
 def test_no_torch_is_imported(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     code = (
-        f"import sys; from hf_dp.verify import verify; from pathlib import Path; verify(Path({str(folder)!r}));"
+        f"import sys; from hf_dp.card import verify; from pathlib import Path; verify(Path({str(folder)!r}));"
         "print(*[m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
