@@ -150,11 +150,7 @@ def privacy_record(
         **_stated(reason, spent),
         "delta": mechanism.delta,
         **further_bounds(claimed, mechanism.delta, claimed=not reason),
-        "accountant": {
-            "name": "dp-accounting",
-            "version": library_versions(["dp-accounting"]).get("dp-accounting", "unknown"),
-            "epsilon_is": kind_of(noises)["epsilon_is"],
-        },
+        "accountant": _accountant(noises),
         "unit": mechanism.unit,
         "relation": mechanism.relation,
         "mechanism": _mechanism(mechanism),
@@ -168,6 +164,11 @@ def privacy_record(
         "libraries": dict(libraries),
         **of_audit,
     }
+
+
+def _accountant(noises: list[str]) -> dict[str, str]:
+    version = library_versions(["dp-accounting"]).get("dp-accounting", "unknown")
+    return {"name": "dp-accounting", "version": version, "epsilon_is": kind_of(noises)["epsilon_is"]}
 
 
 def _stated(reason: str | None, claimed: accounting.Epsilon) -> dict[str, Any]:
