@@ -319,7 +319,7 @@ def test_the_schema_is_one_and_explains_every_field() -> None:
 
 def test_the_schema_is_shipped() -> None:
     project = (DATA.parents[1] / "pyproject.toml").read_text()
-    assert 'hf_dp = ["py.typed", "*.md", "*.json"]' in project
+    assert '"hf_dp.card" = ["card*.md", "*.json"]' in project
 
 
 def test_verify_answers_without_torch(sound: Path) -> None:
