@@ -59,6 +59,7 @@ class _Leaves(TorchDispatchMode):
         super().__init__()
         self._model = model
         self._own = {id(anchor)}
+        self._made: dict[int, Tensor] = {}  # what the pass computes is no parameter, even where it is made a leaf
         self._seen: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,16 +69,21 @@ class _Leaves(TorchDispatchMode):
             if t.requires_grad and t.is_leaf and id(t) not in self._seen and not self._is_own(t):
                 self._seen[id(t)] = t, t.grad
                 t.grad = None
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._made.update({id(t): t for t in tensors_in([result])})
+        return result
 
     def _is_own(self, leaf: Tensor) -> bool:
         """Whether the model holds it now: during a pass other tensors stand in for its parameters."""
+        if id(leaf) in self._made:
+            return True
         if id(leaf) not in self._own:
             self._own.update(map(id, self._model.parameters()))
         return id(leaf) in self._own
 
     def give_back(self) -> list[Tensor]:
         """Puts all gradients back as they were; returns the leaves that got one since."""
+        self._made = {}
         reached = [t for t, _ in self._seen.values() if t.grad is not None]
         for t, grad in self._seen.values():
             t.grad = grad
