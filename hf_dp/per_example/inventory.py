@@ -34,27 +34,24 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
     """Every trainable parameter with the operations that use it and the form of its per-example gradients.
 
     One forward and backward on `batch`, which is synthetic. A parameter that this batch does not use is listed as such: it gets noise
-    alone. With one example in the batch, as where each has a pass of its own, autograd's gradient is exact whatever uses a parameter.
+    alone. With one example in the batch, as where each has a pass of its own, it is that of `inventory_of_one`.
 
     Raises:
         UnsupportedParameterError: naming all parameters that are used without an exact rule, with the remedy; hooks on gradients; or
             leaves outside the model that get a gradient.
     """
+    if batch.size == 1:
+        return inventory_of_one(model, batch, example_losses)
     refuse_hooks(model)
     capture = Capture(batch.size, collecting=True)
     with torch.random.fork_rng(devices=_cuda_devices(model)), nothing_outside(model, capture.anchor):
         factors, _ = per_example_factors(
             model, lambda: example_losses(model, batch), capture.batch_size, capture=capture
         )
-    if capture.refusals and batch.size > 1:
+    if capture.refusals:
         raise UnsupportedParameterError(refusal_message(capture.refusals))
     return [
-        Row(
-            name,
-            tuple(p.shape),
-            ", ".join(capture.operations.get(name, ())) or "-",
-            "one example a pass" if batch.size == 1 else _rule(factors.get(name, ())),
-        )
+        Row(name, tuple(p.shape), ", ".join(capture.operations.get(name, ())) or "-", _rule(factors.get(name, ())))
         for name, p in model.named_parameters()
         if p.requires_grad
     ]

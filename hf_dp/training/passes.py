@@ -23,6 +23,7 @@ from hf_dp.per_example import (
     per_example_factors,
     prove,
     take_inventory,
+    undisturbed,
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
@@ -38,10 +39,10 @@ class Subject(NamedTuple):
     records: Sequence[Any]
     to_device: Callable[[Batch], Batch]
 
-    def batches(self, records: Sequence[Any]) -> list[MicroBatch]:
-        """All the records in one batch, if they ever are, else the first; then each alone."""
+    def batches(self, records: Sequence[Any] | None = None) -> list[MicroBatch]:
+        """All the records, its own if none are given, in one batch, if they ever are, else the first; then each alone."""
         with fork_forward_rng():  # a collator may draw
-            made = self.collation.together_and_alone(list(records))
+            made = self.collation.together_and_alone(list(self.records if records is None else records))
         return [batch.mapped(self.to_device) for batch in made]
 
 
@@ -52,10 +53,14 @@ def inventory_and_reason(trainer: Any) -> tuple[list[Row], str]:
         UnsupportedParameterError, CaptureError: a trained parameter or a loss that one example a pass can't help either.
     """
     trainer.model.train()
-    losses = lambda model, batch: trainer.example_losses(model, batch)  # noqa: E731
-    subject = Subject(trainer.model, losses, trainer._collation(), trainer._made_up_records(), trainer._prepare_inputs)
     with trainer.compute_loss_context_manager():
-        return examined(subject, _known_beforehand(trainer))
+        return examined(subject_of(trainer), _known_beforehand(trainer))
+
+
+def subject_of(trainer: Any) -> Subject:
+    """A trainer's model, losses, collator and made-up records."""
+    losses = lambda model, batch: trainer.example_losses(model, batch)  # noqa: E731
+    return Subject(trainer.model, losses, trainer._collation(), trainer._made_up_records(), trainer._prepare_inputs)
 
 
 def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
@@ -64,7 +69,7 @@ def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
     Raises:
         UnsupportedParameterError, CaptureError: what one example a pass can't help either.
     """
-    whole, one, *_ = subject.batches(subject.records)
+    whole, one, *_ = subject.batches()
     reason = known or subject.collation.apart or ""
     if reason:
         return inventory_of_one(subject.model, one, subject.example_losses), reason
@@ -85,9 +90,9 @@ def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
 def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:
     """Names of the parameters that a pass over one example writes to, if only to write them back."""
     before = {name: p._version for name, p in model.named_parameters()}
-    with torch.random.fork_rng(), torch.enable_grad():
+    with undisturbed(model):
         per_example_factors(model, lambda: example_losses(model, one), 1)
-    return tuple(name for name, p in model.named_parameters() if p._version != before.get(name))
+        return tuple(name for name, p in model.named_parameters() if p._version != before.get(name))
 
 
 def proof_of(subject: Subject) -> Proof:

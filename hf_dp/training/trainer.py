@@ -60,7 +60,7 @@ from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
-from hf_dp.training.passes import inventory_and_reason, written_by
+from hf_dp.training.passes import inventory_and_reason, subject_of, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
 
@@ -365,9 +365,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
 
     def _synthetic_batches(self) -> list[MicroBatch]:
         """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
-        with fork_forward_rng():  # a collator may draw
-            batches = self._collation().together_and_alone(self._made_up_records())
-        return [batch.mapped(self._prepare_inputs) for batch in batches]
+        return subject_of(self).batches()
 
     def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Any]:
         if self._check_records is not None:
