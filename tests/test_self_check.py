@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import models as M
 import pytest
+import runs
 import torch
 import transformers as tf
 from torch import Tensor, nn
@@ -197,3 +199,17 @@ def test_the_model_and_the_generators_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, values[n]) for n, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_trainer_checks_in_the_precision_of_its_training_however_often_it_trains(tmp_path: Path) -> None:
+    """Accelerate wraps the forward in autocast within `train`: the checks before must not run in float32, nor expect its rounding."""
+    seen: list[bool] = []
+    model = M.with_lora(M.llama)
+    trainer = runs.trainer(tmp_path, model, bf16=True)
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    trainer.self_check()
+    assert seen
+    assert all(seen)
+    trainer.train()
+    assert trainer.self_check()["tolerance"] == 0.08  # that of bfloat16, after training too

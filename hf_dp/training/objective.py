@@ -72,7 +72,7 @@ def choose(trainer: Any) -> Objective:
     """
     alone = trainer._synthetic_batches()[1:]
     try:
-        with trainer.compute_loss_context_manager():
+        with as_in_training(trainer):
             found = _chosen(trainer, alone)
     except (HfDpError, torch.OutOfMemoryError):
         raise
@@ -89,6 +89,13 @@ def refused_records(error: Exception, batch: Batch) -> ConfigError:
         "check_records=[...], a few public records like yours; columns that the model's forward does not name are dropped unless "
         "TrainingArguments(remove_unused_columns=False)"
     )
+
+
+@contextmanager
+def as_in_training(trainer: Any) -> Iterator[None]:
+    """Around passes that only check: training's precision. Accelerate wraps the model's forward in it later, in `train`."""
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        yield
 
 
 def first_line(error: Exception) -> str:

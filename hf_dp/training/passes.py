@@ -27,7 +27,7 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
-from hf_dp.training.objective import ALONE, first_line, refused_records
+from hf_dp.training.objective import ALONE, as_in_training, first_line, refused_records
 
 
 class Subject(NamedTuple):
@@ -53,7 +53,7 @@ def inventory_and_reason(trainer: Any) -> tuple[list[Row], str]:
         UnsupportedParameterError, CaptureError: a trained parameter or a loss that one example a pass can't help either.
     """
     trainer.model.train()
-    with trainer.compute_loss_context_manager():
+    with as_in_training(trainer):
         return examined(subject_of(trainer), _known_beforehand(trainer))
 
 

@@ -169,7 +169,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         Raises:
             SelfCheckError: something couples the examples of a batch.
         """
-        with self.compute_loss_context_manager(), taken_by_the_model():
+        with objectives.as_in_training(self), taken_by_the_model():
             batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
             what = self.model, batches, self.example_losses, clip_norm, self._factors_of
             return self_check(*what, one_a_pass=bool(self.alone_because))
@@ -343,7 +343,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         )
 
     def _written_by_a_pass(self) -> tuple[str, ...]:
-        with self.compute_loss_context_manager():
+        with objectives.as_in_training(self):
             return written_by(self.model, self.example_losses, self._synthetic_batches()[1])
 
     def _base_model(self) -> nn.Module:
