@@ -18,9 +18,10 @@ MANY = 512  # tokens, where a model's config does not say how many it takes
 
 
 def longest_taken(model: Any) -> int | None:
-    """How many tokens a model's config has positions for, if it says so."""
+    """How many tokens a model's config has positions for, if it says so; XLNet's says -1, for any number."""
     config = getattr(model, "config", None)
-    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    taken = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return taken if taken is not None and taken > 0 else None
 
 
 SAMPLES = 400  # of sound, where a text would have a token: what reads waveforms takes windows of hundreds
