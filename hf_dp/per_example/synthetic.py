@@ -147,7 +147,7 @@ def _numbers(
         return np.asarray(made, like.dtype)
     if like.dtype.kind == "b" or "mask" in name:
         return np.ones(shape, like.dtype)
-    if "type_ids" in name:
+    if "type_ids" in name or "task_id" in name:  # there may be one type, or task, alone
         return np.zeros(shape, like.dtype)
     first = 3 if limit > 10 and shape else 0  # below it a vocabulary's special tokens usually lie
     return np.asarray(generator.integers(first, max(limit, first + 1), size=shape), like.dtype)
