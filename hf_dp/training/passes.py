@@ -30,7 +30,6 @@ from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
 from hf_dp.training.objective import ALONE, as_in_training, first_line, refused_records
 
-
 COUPLED = (
     "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left padding with absolute "
     "positions, numbers drawn for the whole batch)"
