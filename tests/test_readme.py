@@ -7,7 +7,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import reference
 import torch
 import transformers
 import typer
@@ -18,6 +17,7 @@ from hf_dp.card import record as card
 from hf_dp.demo.base import train_tokenizer
 from hf_dp.demo.records import write_records
 from hf_dp.mechanism import Segment
+from tests.support import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

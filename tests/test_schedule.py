@@ -8,12 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import fft_accountant
-import models as M
 import numpy as np
 import pytest
-import reference
-import runs
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -28,6 +24,8 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Mechanism, Segment, first_steps
 from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.schedule import MOST_LEVELS, Level, Schedules, factors, levels, mean_batch
+from tests.support import fft_accountant, reference, runs
+from tests.support import models as M
 
 SETTINGS = {"target_delta": 1e-3, "expected_batch_size": 8, "clip_norm": 0.1}
 

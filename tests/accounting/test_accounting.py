@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 
 import dp_accounting as da
-import fft_accountant
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -16,6 +15,7 @@ from hf_dp.accounting.planned import affordable_steps, derivation, plan, spent
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import AccountingError, ConfigError, HfDpError
 from hf_dp.mechanism import Segment, default_delta, steps_per_epoch
+from tests.support import fft_accountant
 
 PACKAGE = Path(accounting.__file__).parent
 

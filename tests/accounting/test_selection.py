@@ -10,7 +10,6 @@ import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
-from folders import DELTA, STEPS, failures, model_folder
 from scipy import integrate, special, stats
 
 from hf_dp.accounting import planned as accounting
@@ -22,6 +21,7 @@ from hf_dp.card.record import PRIVACY_JSON, with_selection
 from hf_dp.card.verification import _is_begun
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
+from tests.support.folders import DELTA, STEPS, failures, model_folder
 
 E2E = Segment(0.0243, 0.8, 410)
 OTHER = Segment(0.1, 2.0, 400)  # cheaper than E2E at high orders, dearer at low ones

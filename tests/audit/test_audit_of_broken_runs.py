@@ -10,18 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import broken
-import models as M
 import pytest
-import runs
 import torch
-from test_canaries import audited, small_claim
 
 from hf_dp import DPTrainer
 from hf_dp.audit.report import POWER
 from hf_dp.mechanism import Mechanism
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.training.canaries import Canaries
+from tests.audit.test_canaries import audited, small_claim
+from tests.support import broken, runs
+from tests.support import models as M
 
 NEW = 300  # token ids behind those of the tokenizer, frozen and told apart by their random embeddings
 

@@ -6,17 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
-import runs
 import torch
-from broken import noise_divided_by_the_batch
-from folders import failures
 from scipy import stats
 from typer.testing import CliRunner
 
-import recipes as R
 from hf_dp import AuditConfig, DPTrainer, PrivacyConfig
 from hf_dp.accounting.calibration import calibrate
 from hf_dp.accounting.epsilon import spent
@@ -28,6 +23,11 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.sampling.microbatch import DRAW_NUMBER, MICRO_BATCHES, micro_batches
 from hf_dp.training.canaries import SLOTS, Canaries
+from tests.support import models as M
+from tests.support import recipes as R
+from tests.support import runs
+from tests.support.broken import noise_divided_by_the_batch
+from tests.support.folders import failures
 
 N, M_CANARIES, B = 24, 40, 16
 FALSE_ALARM = 1e-6

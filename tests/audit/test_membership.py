@@ -12,7 +12,6 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-import recipes as R
 from hf_dp.audit.membership import (
     FALSE_POSITIVE_RATES,
     Interval,
@@ -26,8 +25,9 @@ from hf_dp.audit.one_run import gaussian_epsilon
 from hf_dp.cli import app
 from hf_dp.errors import AuditError, ConfigError
 from hf_dp.mechanism import Segment
+from tests.support import recipes as R
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng
 
 

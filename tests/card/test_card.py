@@ -406,7 +406,7 @@ def test_a_hand_written_part_survives_three_saves(adapter, tmp_path):
 
 
 def test_a_real_run_writes_one_card_into_folder_and_checkpoints_and_goes_on_doing_so(tmp_path):
-    import runs
+    from tests.support import runs
 
     trainer = runs.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
     trainer.train()

@@ -12,9 +12,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
-import browser
 import pytest
-from folders import STEPS, model_folder
 from typer.testing import CliRunner
 
 from hf_dp.card.report import curves
@@ -24,8 +22,10 @@ from hf_dp.card.report.training import losses, trained
 from hf_dp.card.verification import read_record, verify
 from hf_dp.cli import app
 from hf_dp.errors import ConfigError
+from tests.support import browser
+from tests.support.folders import STEPS, model_folder
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "support" / "data"
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>&amp;$name"
 LOSS, EVAL_LOSS = 3.14159, 2.71828
 
@@ -205,7 +205,7 @@ def test_the_command_needs_no_torch_and_writes_beside_you(tmp_path):
         "import sys; from hf_dp.cli import main; sys.argv = ['hf-dp', 'report', 'model']\n"
         "try: main()\nfinally: print({'torch', 'matplotlib'} & set(sys.modules))"
     )
-    environment = os.environ | {"PYTHONPATH": str(DATA.parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(DATA.parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -15,7 +15,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from folders import failures, model_folder
 
 from hf_dp.accounting.selection import Selection
 from hf_dp.audit.report import Counts, audit_record
@@ -24,9 +23,10 @@ from hf_dp.card.verification import SCHEMA, verify
 from hf_dp.ledger.format import GENESIS, HASH_FIELD, encode
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
+from tests.support.folders import failures, model_folder
 
 Path_ = tuple[str | int, ...]
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "support" / "data"
 SAMPLED = {"false_positive_rates", "true_positive_rates"}  # of these long lists, first, middle and last are changed
 
 # changed alone, nothing else in the folder says otherwise

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from folders import failures, model_folder
 from typer.testing import CliRunner
 
 from hf_dp.cli import app
 from hf_dp.errors import ConfigError
+from tests.support.folders import failures, model_folder
 
 OWN = "# My model\n\nA text of my own.\n"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-import recipes as R
 from hf_dp.cli import main
+from tests.support import recipes as R
 
 
 @pytest.fixture

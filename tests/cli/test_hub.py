@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import push_runs
 import pytest
-from folders import failures
-from hub_server import TOKEN, HubServer
 
 from hf_dp.ledger.fingerprints import KEY_NAME
+from tests.support import push_runs
+from tests.support.folders import failures
+from tests.support.hub_server import TOKEN, HubServer
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 CARD = {"README.md", "privacy.json", "privacy_tradeoff.svg", "privacy_ledger.jsonl"}
 WEIGHTS = {
     "lora": {"adapter_config.json", "adapter_model.safetensors"},
@@ -42,7 +42,7 @@ COMMAND = "import sys; from hf_dp.cli import main; sys.argv = ['hf-dp', *sys.arg
 
 def run(hub, home, *arguments, token=TOKEN):
     """A process that takes `hub` for the Hub."""
-    environment = hub.environment(home, token) | {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    environment = hub.environment(home, token) | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=environment,
@@ -61,7 +61,7 @@ def trained(request, tmp_path_factory):
     """Runs, pushed to one server: the server, the folder that stayed, and the names of the runs."""
     folder = tmp_path_factory.mktemp("pushed")
     with HubServer() as hub:
-        done = run(hub, folder / "home", HERE / "push_runs.py", folder, *request.param)
+        done = run(hub, folder / "home", "-m", push_runs.__name__, folder, *request.param)
         assert done.returncode == 0, done.stdout + done.stderr
         yield hub, folder, request.param
 

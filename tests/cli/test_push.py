@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import failures, model_folder
-from hub_server import READ_ONLY_TOKEN, TOKEN, HubServer, Repo
 
 from hf_dp.accounting.selection import Selection
 from hf_dp.card.what_leaves import CARD_FILES
 from hf_dp.mechanism import Segment
+from tests.support.folders import failures, model_folder
+from tests.support.hub_server import READ_ONLY_TOKEN, TOKEN, HubServer, Repo
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = """
 import sys
 from hf_dp.cli import main
@@ -48,7 +48,7 @@ def push(hub, folder, repository, *options, token=TOKEN, **variables):
 
 def command(hub, place, *arguments, token=TOKEN, **variables):
     """`hf-dp` in a process that takes `hub` for the Hub: exit status, stdout, stderr."""
-    environment = hub.environment(place / "home", token) | {"PYTHONPATH": f"{HERE.parent}", **variables}
+    environment = hub.environment(place / "home", token) | {"PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments],
         env=environment,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import worker
+
+from tests.distributed import worker
 
 WORKER = str(Path(worker.__file__))
 SECONDS = 240

@@ -1,19 +1,15 @@
 """One update, however it is computed: processes, micro-batches, checkpointing, shards; and one run, whatever it is resumed on."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import invariance
-from launch import collected, results, run_groups
-from noise_checks import assert_gaussian, assert_uncorrelated
-
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
+from tests.distributed import invariance
+from tests.distributed.launch import collected, results, run_groups
+from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
 
 Found = dict[str, list[dict[str, Any]]]
 

@@ -1,4 +1,6 @@
-"""One process of a distributed run: names of scenarios and a folder in, `<folder>/<scenario>.<rank>.pt` out. Started by `test_processes`.
+"""One process of a distributed run: names of scenarios and a folder in, `<folder>/<scenario>.<rank>.pt` out.
+
+Started by `launch.py`, with the repository's root in PYTHONPATH.
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python worker.py FOLDER SCENARIO...
     python worker.py --fork 2 FOLDER SCENARIO... --fork 2 FOLDER SCENARIO...
@@ -20,14 +22,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import conftest  # noqa: F401  one thread, no network
-import invariance
-import models as M
-import reference
-import runs
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
@@ -39,6 +33,10 @@ from hf_dp.recipe import model_shapes, run_cost, task
 from hf_dp.recipe.recipe import read
 from hf_dp.step import PrivateStep
 from hf_dp.step.run import PrivateRun
+from tests import conftest  # noqa: F401  one thread, no network
+from tests.distributed import invariance
+from tests.support import models as M
+from tests.support import reference, runs
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NOISY = {"noise_multiplier": 1.0, "debug_seed": 3, "target_delta": 1e-3, "expected_batch_size": 8}

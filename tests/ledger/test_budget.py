@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from campaign import REFUSED, WENT_ON, Victim
-from children import KILLED, in_child, start, status_of
 from filelock import FileLock
-from test_faults import PRIVATE, SAVING, At, Stop, _stop
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -26,6 +22,10 @@ from hf_dp.ledger import budget
 from hf_dp.ledger.budget import TOKEN_NAME, Of
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
 from hf_dp.mechanism import Segment
+from tests.ledger.test_faults import PRIVATE, SAVING, At, Stop, _stop
+from tests.support import runs
+from tests.support.campaign import REFUSED, WENT_ON, Victim
+from tests.support.children import KILLED, in_child, start, status_of
 
 DELTA = 1e-5
 PLAN = Segment(0.1, 2.0, 100)

@@ -12,13 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import reference
-import runs
 import torch
-from campaign import FAULTS, campaign
-from children import KILLED, in_child
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -28,6 +23,10 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.sampling.microbatch import micro_batches
 from hf_dp.step.run import COMPLETE, PrivateRun
+from tests.support import models as M
+from tests.support import reference, runs
+from tests.support.campaign import FAULTS, campaign
+from tests.support.children import KILLED, in_child
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import torch
 from datasets import Dataset, concatenate_datasets
 
 from hf_dp.errors import ConfigError, LedgerError
 from hf_dp.ledger.fingerprints import KEY_BYTES, KEY_NAME, ROWS, fingerprint
+from tests.support import runs
 
 RECORDS = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4], "labels": 1}]
 

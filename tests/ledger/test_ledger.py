@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from children import KILLED, Bomb, in_child
 
 from hf_dp import durable
 from hf_dp.accounting.planned import spent
@@ -24,6 +23,7 @@ from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger, 
 from hf_dp.mechanism import Segment
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.step.release import Releaser
+from tests.support.children import KILLED, Bomb, in_child
 
 HEADER = LedgerHeader(num_examples=1000, unit="record", relation="zero-out", delta=1e-5, data_fingerprint="ab" * 32)
 SETTINGS = {"sample_rate": 0.05, "noise_multiplier": 1.0, "clip_norm": 0.5, "expected_batch_size": 50}

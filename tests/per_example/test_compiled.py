@@ -5,9 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import runs
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +16,8 @@ from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.capture import per_example_factors
 from hf_dp.per_example.compiled import AnchoredLinear, CompiledBlocks
 from hf_dp.per_example.inventory import take_inventory
+from tests.support import models as M
+from tests.support import runs
 
 LORA_WITH_HEAD = partial(M.with_lora, M.bert, task_type="SEQ_CLS", target_modules=["query", "value"])
 

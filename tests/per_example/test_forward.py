@@ -16,7 +16,7 @@ from hf_dp.per_example import head as forward
 from hf_dp.per_example import losses
 from hf_dp.per_example.capture import clipped_gradient_sum
 from hf_dp.per_example.head import next_token_losses
-from tests import models as M
+from tests.support import models as M
 
 SMALL = {**M.DECODER, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BUILD = {

@@ -1,6 +1,5 @@
 """The inventory lists every trainable parameter once, with its use and form, and names all that have none."""
 
-import models as M
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from hf_dp.errors import UnsupportedParameterError
 from hf_dp.per_example import losses
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.inventory import take_inventory
+from tests.support import models as M
 
 
 def lm_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import models as M
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_dp.per_example import losses
+from tests.support import models as M
 
 quick = settings(max_examples=30, deadline=None)
 

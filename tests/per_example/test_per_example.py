@@ -9,9 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import models as M
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +28,8 @@ from hf_dp.errors import CaptureError, UnsupportedParameterError
 from hf_dp.per_example import losses
 from hf_dp.per_example.batches import MicroBatch, unambiguous
 from hf_dp.per_example.capture import Capture, clipped_gradient_sum, per_example_factors
+from tests.support import models as M
+from tests.support import reference
 
 # The clip factor aims 1e-6 below C (clipping.ROUNDING_MARGIN); float64 adds nothing to that.
 EXACT = 2e-6

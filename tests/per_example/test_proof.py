@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from hf_dp.per_example.proof import Proof, State, prove, state_put_back
 from hf_dp.per_example.proof.calls import tensors_in
 from hf_dp.per_example.proof.labels import UNWRITTEN
 from hf_dp.per_example.proof.tracker import Tracker
+from tests.support import models as M
 
 Batch = dict[str, Tensor]
 

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import models as M
 import pytest
-import reference
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
@@ -14,6 +12,8 @@ from hf_dp.errors import UnsupportedOptionError
 from hf_dp.per_example import losses
 from hf_dp.per_example.capture import clipped_gradient_sum
 from hf_dp.training.options import check_options
+from tests.support import models as M
+from tests.support import reference
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'hf_dp[quantised]'")
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}

@@ -5,9 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import runs
 import torch
 import transformers as tf
 from torch import Tensor, nn
@@ -15,6 +13,8 @@ from torch import Tensor, nn
 from hf_dp.errors import CaptureError, SelfCheckError, UnsupportedParameterError
 from hf_dp.per_example import losses
 from hf_dp.per_example.self_check import self_check
+from tests.support import models as M
+from tests.support import runs
 
 Batch = dict[str, Tensor]
 LENGTHS = (5, 9, 7)

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
-from noise_checks import assert_gaussian, assert_uncorrelated
 from scipy import stats
-from test_sampling import GATES, N, Q, T, inclusion
 
 from hf_dp.accounting.planned import spent
 from hf_dp.card.verification import verify
@@ -22,6 +19,9 @@ from hf_dp.randomness.chacha import WORDS, ChaCha20Stream
 from hf_dp.randomness.noise import BLOCK, NoiseSource
 from hf_dp.randomness.streams import ChaChaKey, Role, checked_key, keyed_stream
 from hf_dp.sampling.poisson import PoissonSampler
+from tests.sampling.test_sampling import GATES, N, Q, T, inclusion
+from tests.support import runs
+from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
 
 D = 100_000
 

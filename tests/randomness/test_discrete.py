@@ -15,7 +15,7 @@ from hf_dp.randomness.discrete import Words, discrete_gaussian
 from hf_dp.randomness.grid import STD
 from hf_dp.randomness.noise import BLOCK, NoiseSource
 from hf_dp.randomness.streams import ChaChaKey, Role, keyed_stream
-from tests.noise_checks import FALSE_ALARM, assert_uncorrelated, std_is
+from tests.support.noise_checks import FALSE_ALARM, assert_uncorrelated, std_is
 
 
 def words(key: int) -> Words:

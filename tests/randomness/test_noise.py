@@ -15,7 +15,7 @@ from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.randomness.forked_rng import fork_forward_rng
 from hf_dp.randomness.noise import BLOCK, NoiseSource
 from hf_dp.randomness.streams import fresh_key
-from tests.noise_checks import assert_gaussian, assert_uncorrelated
+from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
 
 D = 100_000
 

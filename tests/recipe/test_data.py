@@ -6,13 +6,13 @@ import datasets
 import pytest
 import torch
 
-import recipes as R
 from hf_dp.errors import RecipeError
 from hf_dp.per_example import losses
 from hf_dp.recipe import data_files
 from hf_dp.recipe.examples import PadRight, classified, completions, label_names
 from hf_dp.recipe.recipe import DataSection
 from hf_dp.recipe.template import Template
+from tests.support import recipes as R
 
 PAD, END, UNK, NAME, PRICE, PUB, CHEAP, THE = range(8)
 

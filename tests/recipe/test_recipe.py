@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-import recipes as R
 from hf_dp.errors import RecipeError
 from hf_dp.recipe.recipe import read
 from hf_dp.recipe.template import Template
 from hf_dp.recipe.yaml_text import nested, parse
+from tests.support import recipes as R
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
-import runs
-from test_plan import number
 from torch import nn
 from transformers import LlamaConfig
 
@@ -22,6 +19,9 @@ from hf_dp.recipe import model_shapes, run_cost
 from hf_dp.recipe.run_cost import Shapes, Work
 from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.step import PrivateStep
+from tests.cli.test_plan import number
+from tests.support import models as M
+from tests.support import runs
 
 SIZE: dict[str, Any] = {"num_examples": 1000, "expected_batch_size": 40, "max_steps": 10, "noise_multiplier": 1.0}
 

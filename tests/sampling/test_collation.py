@@ -4,7 +4,6 @@ import copy
 import random
 
 import pytest
-import runs
 import torch
 from torch.utils.data import default_collate
 from transformers import (
@@ -20,6 +19,7 @@ from hf_dp.errors import CaptureError, ConfigError
 from hf_dp.per_example.batches import MicroBatch, Untied, leaves, same, stacked, unambiguous
 from hf_dp.sampling.collation import Collation
 from hf_dp.sampling.microbatch import packed
+from tests.support import runs
 
 
 def tokens(*lengths):

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import torch
 from torch.utils.data import Subset
 
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.sampling.own_generators import own_generators
+from tests.support import runs
 
 MODULE_LEVEL = np.random.default_rng(0)
 OF_PYTHON = random.Random(1)

@@ -4,15 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
-import runs
 import torch
 from datasets import Dataset
 from scipy import stats
 
-import recipes as R
 from hf_dp import PrivacyConfig, plan
 from hf_dp.card.verification import verify
 from hf_dp.errors import ConfigError, LedgerError, RecipeError
@@ -21,6 +18,9 @@ from hf_dp.recipe.recipe import read
 from hf_dp.recipe.task import build
 from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.sampling.privacy_unit import groups_by
+from tests.support import models as M
+from tests.support import recipes as R
+from tests.support import runs
 
 AUTHORS = ["b", "a", "b", "c", "b", "a", "b"]
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 4, "unit_column": "author"}

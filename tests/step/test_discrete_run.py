@@ -5,13 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import reference
-import runs
 import torch
-from folders import failures
-from test_loop import DATA, losses, mechanism
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -27,7 +22,11 @@ from hf_dp.step import PrivateStep
 from hf_dp.step.integers import add_integer_gradient
 from hf_dp.step.release import Releaser
 from hf_dp.step.run import PrivateRun
-from tests.noise_checks import std_is
+from tests.support import models as M
+from tests.support import reference, runs
+from tests.support.folders import failures
+from tests.support.noise_checks import std_is
+from tests.training.test_loop import DATA, losses, mechanism
 
 PRIVACY: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "noise": "discrete"}
 

@@ -4,11 +4,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
-import runs
-import test_memory
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -17,6 +14,9 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.step import memory
 from hf_dp.step.dry_run import greatest_lengths, largest_micro_batch
 from hf_dp.step.memory import Room
+from tests.step import test_memory
+from tests.support import models as M
+from tests.support import runs
 
 
 @pytest.fixture(autouse=True)

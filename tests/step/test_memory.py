@@ -4,9 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import runs
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,8 @@ from hf_dp.per_example import factors as fx
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.step import PrivateStep
 from hf_dp.step.memory import Room
+from tests.support import models as M
+from tests.support import runs
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(

@@ -6,13 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
-import reference
-import runs
 import torch
-from noise_checks import assert_gaussian, assert_uncorrelated, std_is
 
 from hf_dp import PrivacyConfig
 from hf_dp.accounting.planned import derivation, plan, spent
@@ -22,6 +18,9 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment
 from hf_dp.step.metrics import ReleasedMetrics, contribution
 from hf_dp.step.run import PrivateRun
+from tests.support import models as M
+from tests.support import reference, runs
+from tests.support.noise_checks import assert_gaussian, assert_uncorrelated, std_is
 
 E2E = {"sample_rate": 1024 / 42061, "num_steps": 410}
 DELTA = 8e-6

@@ -4,11 +4,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import runs
 import torch
 from torch import Tensor
+
+from tests.support import models as M
+from tests.support import runs
 
 LONGEST = 60
 SLACK = {"float32": 1e-5, "bfloat16": 1e-3}  # clipping itself is in float32; padding another way rounds otherwise

@@ -6,10 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import reference
-import runs
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
@@ -19,6 +16,8 @@ from hf_dp.per_example.batches import Batch, MicroBatch
 from hf_dp.randomness.grid import STD
 from hf_dp.sampling.microbatch import micro_batches
 from hf_dp.step.run import PrivateRun
+from tests.support import models as M
+from tests.support import reference, runs
 
 OPTIONS: dict[str, list[Any]] = {
     "per_device_train_batch_size": [1, 2, 5, 24],

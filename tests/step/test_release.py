@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from noise_checks import assert_gaussian, assert_uncorrelated
 
 from hf_dp.accounting.planned import spent
 from hf_dp.errors import LedgerError, ReleaseError
@@ -16,6 +15,7 @@ from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.step import release as release_module
 from hf_dp.step.release import EXACT, Releaser, _modulus
+from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
 
 HEADER = LedgerHeader(num_examples=1000, unit="record", relation="zero-out", delta=1e-5)
 C, SIGMA = 0.5, 1.3

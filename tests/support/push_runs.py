@@ -1,14 +1,17 @@
-"""Trains a tiny model and pushes it, once for each KIND-STRATEGY: python push_runs.py FOLDER lora-end full-every_save ...
+"""Trains a tiny model and pushes it, once for each KIND-STRATEGY.
 
-Run by test_hub.py in a process of its own, against the server that HF_ENDPOINT names.
+    python -m tests.support.push_runs FOLDER lora-end full-every_save ...
+
+Run by `tests/cli/test_hub.py` in a process of its own, against the server that HF_ENDPOINT names.
 """
 
 import sys
 from pathlib import Path
 
-import models as M
-import runs
 import torch
+
+from tests.support import models as M
+from tests.support import runs
 
 STRAY = "what lay in the folder before"
 STRAYS = (".env", "id_rsa", "train.jsonl", "wandb/run.log", "notes/config.json")

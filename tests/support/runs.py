@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +13,7 @@ from transformers import TrainingArguments
 from hf_dp import DPTrainer, PrivacyConfig
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.step.run import PrivateRun
+from tests.support import models as M
 
 NOISELESS = {"noise_multiplier": 0.0, "debug_seed": 7, "target_delta": 1e-3}
 

@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import failures
 from safetensors.torch import load_file
 
-import recipes as R
 from hf_dp.accounting import planned as accounting
 from hf_dp.accounting import selection
 from hf_dp.accounting.calibration import round_up
@@ -21,6 +19,8 @@ from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.sweep import folder as folders
 from hf_dp.sweep import grid, outcome, run, trial
+from tests.support import recipes as R
+from tests.support.folders import failures
 
 GRID = ["--grid", "training.learning_rate=1e-2,1", "--grid", "privacy.clip_norm=0.1,1"]
 DRAWS = (3, 0, 3)  # combinations of the trials: the second is not trained twice

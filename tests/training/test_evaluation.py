@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import runs
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.training.deciders import deciders
 from hf_dp.training.evaluation import EVAL_MARK, mark
+from tests.support import models as M
+from tests.support import runs
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 12}
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import runs
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_dp.errors import ConfigError, HfDpError, ReleaseError, UnsupportedParameterError
 from hf_dp.ledger.ledger import LEDGER_NAME
+from tests.support import models as M
+from tests.support import runs
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 12}
 ROWS = runs.text_rows()

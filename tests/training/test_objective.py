@@ -4,11 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models as M
 import peft
 import pytest
-import reference
-import runs
 import torch
 import torch.nn.functional as F
 import transformers as tf
@@ -19,6 +16,8 @@ from transformers import Trainer
 
 from hf_dp import ConfigError, DPTrainer, DPTrainerMixin, PrivacyConfig, UnsupportedOptionError
 from hf_dp.training.objective import OWN, YOURS, Measured, same
+from tests.support import models as M
+from tests.support import reference, runs
 
 CLIP = 0.1
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]

@@ -4,15 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import runs
 import torch
 from transformers import Seq2SeqTrainingArguments, Trainer
 
 from hf_dp import DPTrainerMixin, PrivacyConfig
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.training.options import ENVIRONMENT, HANDLED, REFUSED, SAFE, check_options
+from tests.support import models as M
+from tests.support import runs
 
 FIELDS = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
 ELSEWHERE = {

@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
-import runs
 import torch
 from torch import Tensor
 
@@ -23,6 +21,8 @@ from hf_dp.randomness import noise as noise_module
 from hf_dp.randomness.streams import Role, fresh_key, stream
 from hf_dp.step import run as run_module
 from hf_dp.step.run import PrivateRun
+from tests.support import models as M
+from tests.support import runs
 
 SECRET = "Margarethe Quittenbaum-4711"
 LENGTH = 1913  # of the planted record: no other number in the run is this one

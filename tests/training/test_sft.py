@@ -4,10 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-import models as M
 import pytest
-import reference
-import runs
 import torch
 import yaml
 from datasets import Dataset
@@ -20,6 +17,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hf_dp import ConfigError, DPTrainerMixin, PrivacyConfig, UnsupportedOptionError
 from hf_dp.card.readme import section_of
+from tests.support import models as M
+from tests.support import reference, runs
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from children import in_child, start, status_of
-from folders import failures
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_dp import durable
@@ -22,6 +19,9 @@ from hf_dp.mechanism import Segment
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.training.options import check_options
+from tests.support import runs
+from tests.support.children import in_child, start, status_of
+from tests.support.folders import failures
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
 STEP = Segment(8 / 24, 1.0, 1)

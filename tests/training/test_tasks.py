@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
-import reference
-import runs
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -21,6 +18,8 @@ from transformers import (
 )
 
 from hf_dp import DPSeq2SeqTrainer, PrivacyConfig, SelfCheckError, UnsupportedOptionError
+from tests.support import models as M
+from tests.support import reference, runs
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3}
 

@@ -8,11 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models as M
 import numpy as np
 import pytest
-import reference
-import runs
 import torch
 from torch import Tensor, nn
 from transformers import Trainer as PlainTrainer
@@ -21,6 +18,8 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_dp import DPTrainer, PrivacyConfig
 from hf_dp.errors import CaptureError, ConfigError, LedgerError, UnsupportedOptionError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
+from tests.support import models as M
+from tests.support import reference, runs
 
 BERT_LORA = partial(M.with_lora, partial(M.bert, pad_token_id=0), task_type="SEQ_CLS")
 CASES = {
