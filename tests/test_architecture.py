@@ -179,7 +179,7 @@ def test_light_modules_import_nothing_heavy(module):
     assert done.stdout.split() == [], f"{module} imports them before they are needed"
 
 
-# ---- what the world may rely on: adding or removing a name fails here, on purpose ---------------------------------------
+# ---- what the world may rely on: adding or removing a name fails here, on purpose ------------------------------------
 
 
 def test_the_public_names_are_these():

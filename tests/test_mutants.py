@@ -46,7 +46,7 @@ from tests.training import test_trainer
 FAILS = (AssertionError, HfDpError, pytest.fail.Exception)
 
 
-# ---- the checks ----------------------------------------------------------------------------------------------------------
+# ---- the checks ------------------------------------------------------------------------------------------------------
 
 
 def neighbour_replay(folder: Path) -> None:

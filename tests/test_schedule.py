@@ -30,7 +30,7 @@ from tests.support import models as M
 SETTINGS = {"target_delta": 1e-3, "expected_batch_size": 8, "clip_norm": 0.1}
 
 
-# ---- levels ------------------------------------------------------------------------------------------------------------
+# ---- levels ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_epochs_are_passes_over_the_data() -> None:
     assert sum(s.sample_rate * s.num_steps for s in m.segments()) == pytest.approx(4, rel=1e-3)
 
 
-# ---- parts of a course ---------------------------------------------------------------------------------------------------
+# ---- parts of a course -----------------------------------------------------------------------------------------------
 
 
 def test_any_part_of_the_course_is_what_its_steps_are_one_by_one() -> None:
@@ -132,7 +132,7 @@ def test_any_part_of_the_course_is_what_its_steps_are_one_by_one() -> None:
     assert first_steps(m.segments(), 99) == m.segments()
 
 
-# ---- epsilon -----------------------------------------------------------------------------------------------------------
+# ---- epsilon ---------------------------------------------------------------------------------------------------------
 
 
 def delta_of_two_steps(first: Segment, second: Segment, epsilon: float, *, adding: bool) -> float:
@@ -193,7 +193,7 @@ def test_calibration_never_overshoots_and_wastes_little(target: float, steps: in
     assert target * 0.997 <= spent(m.segments(), m.delta).epsilon <= target
 
 
-# ---- draws -------------------------------------------------------------------------------------------------------------
+# ---- draws -----------------------------------------------------------------------------------------------------------
 
 
 def test_each_draw_has_its_own_rate() -> None:
@@ -204,7 +204,7 @@ def test_each_draw_has_its_own_rate() -> None:
         assert abs(sum(part) - 200_000 * q) < 5 * math.sqrt(200_000 * q * (1 - q))
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 class Gradients(TrainerCallback):

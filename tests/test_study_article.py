@@ -23,6 +23,7 @@ STEPS, BATCH, RECORDS = 2, 16, 400  # of --quick
 
 
 def load() -> Any:
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run: it imports what the scripts share
     module = module_from_spec(spec_from_loader("study_article", SourceFileLoader("study_article", str(SCRIPT))))
     sys.modules["study_article"] = module  # dataclasses and named tuples look their module up
     module.__spec__.loader.exec_module(module)

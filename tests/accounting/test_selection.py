@@ -28,7 +28,7 @@ OTHER = Segment(0.1, 2.0, 400)  # cheaper than E2E at high orders, dearer at low
 ORDERS = RdpAccountant().orders
 
 
-# ---- figures -------------------------------------------------------------------------------------------------------------
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("distribution", "epsilon"), [("geometric", 10.0), ("logarithmic", 9.0), ("poisson", 11.2)])
@@ -81,7 +81,7 @@ def test_the_card_claims_nothing_that_one_run_alone_would(tmp_path):
     assert len(best["tradeoff"]["false_positive_rates"]) == len(RATES)
 
 
-# ---- the theorems, evaluated apart ------------------------------------------------------------------------------------------
+# ---- the theorems, evaluated apart -----------------------------------------------------------------------------------
 
 
 @functools.lru_cache
@@ -160,7 +160,7 @@ def test_with_discrete_noise_in_one_run_all_are_accounted_at_whole_orders():
         selection.spent(Selection("geometric", 5.0, ((discrete._replace(noise_multiplier=0.3),),), 12.0), 1e-5)
 
 
-# ---- the guarantee, by brute force ------------------------------------------------------------------------------------------
+# ---- the guarantee, by brute force -----------------------------------------------------------------------------------
 
 
 def law_of_best(q, distribution: str, mean: float):
@@ -216,7 +216,7 @@ def test_no_small_mechanism_breaks_the_bound(distribution, mean):
         assert broken_without > 0
 
 
-# ---- the number of runs ------------------------------------------------------------------------------------------------------
+# ---- the number of runs ----------------------------------------------------------------------------------------------
 
 
 def probability(distribution: str, mean: float, k):
@@ -254,7 +254,7 @@ def test_the_mean_is_never_above_the_one_accounted(mean):
     assert draw_number("logarithmic", 1.0) == draw_number("geometric", 1.0) == 1
 
 
-# ---- the part of one run, and mistakes -----------------------------------------------------------------------------------------
+# ---- the part of one run, and mistakes -------------------------------------------------------------------------------
 
 
 def test_one_run_gets_what_leaves_the_best_within_the_total():

@@ -175,7 +175,7 @@ def test_the_recursion_by_hand_for_two_right_guesses():
         assert one_run.refutes(Guesses(2, 2, 2), lambda x, curve=curve: curve[round(x, 9)]) is refuted
 
 
-# ---- scores --------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def test_guesses_are_the_highest_and_lowest_scores_on_a_fixed_list():
@@ -207,7 +207,7 @@ def test_scores_without_meaning_are_refused():
         audit(np.zeros(3), np.ones(3, dtype=bool), 1e-5)
 
 
-# ---- simulated audits ----------------------------------------------------------------------------------------------
+# ---- simulated audits ------------------------------------------------------------------------------------------------
 
 
 def gaussian_audit(generator, m, mu, delta):

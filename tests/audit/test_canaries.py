@@ -46,7 +46,7 @@ def audited(folder: Path, model: Any = None, **k: Any) -> DPTrainer:
     )
 
 
-# ---- the claim stays true -------------------------------------------------------------------------------------------------
+# ---- the claim stays true --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gradient", "random-token"])
@@ -145,7 +145,7 @@ def test_resuming_and_asking_too_early_are_errors(tmp_path: Path) -> None:
         audited(tmp_path / "new", audit={"kind": "new-token"}).train()
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_the_command_audits_a_recipe_at_claim_1(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_command_audits_a_recipe_at_claim_1(tmp_path: Path) -> None:
     assert isinstance(again.exception, LedgerError)
 
 
-# ---- the figures ----------------------------------------------------------------------------------------------------------
+# ---- the figures -----------------------------------------------------------------------------------------------------
 
 
 def simulated(segment: Segment, sigma: float, generator: np.random.Generator, m: int = 300) -> Any:

@@ -46,7 +46,7 @@ def simulated(models: int, records: int, effect: float, seed: int = 1) -> tuple[
     return np.log1p(np.exp(-confidence)), included
 
 
-# ---- curves ----------------------------------------------------------------------------------------------------------------
+# ---- curves ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 2.0])
@@ -100,7 +100,7 @@ def test_rates_without_enough_others_are_not_stated() -> None:
     assert [a for a, _ in measured(*gaussians(RNG(6), (4, 100), 1.0)).rates] == [0.1]
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def test_confidences_are_log_odds_around_each_models_median() -> None:
@@ -149,7 +149,7 @@ def test_what_is_no_attack(wrong: str) -> None:
         lira_scores(losses, included)
 
 
-# ---- the guarantee ---------------------------------------------------------------------------------------------------------
+# ---- the guarantee ---------------------------------------------------------------------------------------------------
 
 
 def test_the_limit_is_the_gaussians_own() -> None:
@@ -170,7 +170,7 @@ def test_an_attack_at_the_limit_refutes_nothing_and_one_beyond_it_does() -> None
     assert all(refuted[1.5])
 
 
-# ---- trainings -------------------------------------------------------------------------------------------------------------
+# ---- trainings -------------------------------------------------------------------------------------------------------
 
 
 def test_members_of_overfitted_models_are_found_and_those_of_private_ones_are_not(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def in_words(page: str) -> str:
     return " ".join(Elements(page).text.split())
 
 
-# ---- what it says ------------------------------------------------------------------------------------------------------
+# ---- what it says ----------------------------------------------------------------------------------------------------
 
 
 def test_the_page_says_what_was_trained_claimed_and_checked(tmp_path):
@@ -220,7 +220,7 @@ def test_the_command_needs_no_torch_and_writes_beside_you(tmp_path):
     assert (tmp_path / "model-privacy.html").is_file()
 
 
-# ---- what it must not say ----------------------------------------------------------------------------------------------
+# ---- what it must not say --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_bound", [None, 10.0])
@@ -312,7 +312,7 @@ def test_of_a_base_in_a_local_folder_only_the_last_name_is_told(name, base, tmp_
     assert trained(tmp_path)["base model"] == base
 
 
-# ---- how it looks ------------------------------------------------------------------------------------------------------
+# ---- how it looks ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["verified", "failed", "long words"])

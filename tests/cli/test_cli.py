@@ -33,7 +33,7 @@ def files(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
 
-# ---- what works ----------------------------------------------------------------------------------------------------------
+# ---- what works ------------------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_trains_and_the_adapter_loads_with_peft_alone(hf_dp, tmp_path):
@@ -109,7 +109,7 @@ def test_check_of_a_classifier_lists_the_head(hf_dp, tmp_path):
     assert "classifier.modules_to_save.default.bias" in out
 
 
-# ---- what does not -------------------------------------------------------------------------------------------------------
+# ---- what does not ---------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "a typo": (["training.learning_rat=1"], "did you mean 'learning_rate'?"),

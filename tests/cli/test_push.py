@@ -204,7 +204,7 @@ def test_an_interrupted_upload_is_told_or_goes_on_and_the_next_one_completes_it(
     assert "adapter_model.safetensors" in hub.files(repository)
 
 
-# ---- reading: verify and report of a repository --------------------------------------------------------------------------
+# ---- reading: verify and report of a repository ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def total(path: Path) -> float:
     return spent(budget.read(path).segments(), DELTA).epsilon
 
 
-# ---- reserving -----------------------------------------------------------------------------------------------------------
+# ---- reserving -------------------------------------------------------------------------------------------------------
 
 
 def test_all_runs_are_composed_and_the_one_that_does_not_fit_is_told_why(path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_copied_folder_is_another_run_and_a_moved_one_the_same(path: Path) -> 
     assert [Path(run.folder).name for run in budget.read(path).runs] == ["copy", "moved"]
 
 
-# ---- what may draw on it -------------------------------------------------------------------------------------------------
+# ---- what may draw on it ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_an_older_ledger_is_refused(path: Path) -> None:
         budget.settle(path, path.parent / "a", [steps(49)])
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------------
+# ---- the file --------------------------------------------------------------------------------------------------------
 
 
 def test_a_budget_is_made_once_and_its_numbers_are_numbers(path: Path) -> None:
@@ -259,7 +259,7 @@ def test_nonsense_is_refused_whatever_its_hash(change: dict[str, Any], path: Pat
         budget.read(path)
 
 
-# ---- several processes ---------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 def slowly(patch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_waiting_for_the_lock_has_an_end(path: Path, monkeypatch: pytest.MonkeyP
     assert take(path, "a") == 100  # the lock died with its process
 
 
-# ---- whole runs ----------------------------------------------------------------------------------------------------------
+# ---- whole runs ------------------------------------------------------------------------------------------------------
 
 STEP = Segment(8 / 24, 1.0, 1)  # of PRIVATE
 
@@ -446,7 +446,7 @@ def test_every_process_learns_the_refusal(tmp_path: Path) -> None:
     assert [(r.ended, r.charged) for r in budget.read(path).runs] == [(True, 2)]
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def hf_dp(*arguments: Any) -> Any:

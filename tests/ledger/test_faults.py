@@ -66,7 +66,7 @@ def charged(folder: Path) -> int:
     return read_ledger(folder / LEDGER_NAME).num_steps
 
 
-# ---- the campaign of scripts/faults, in short ----------------------------------------------------------------------------
+# ---- the campaign of scripts/faults, in short ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -76,7 +76,7 @@ def test_a_short_campaign_of_faults_is_clean(fault: str, tmp_path: Path) -> None
     assert count.clean(), count
 
 
-# ---- F1 in a whole run ---------------------------------------------------------------------------------------------------
+# ---- F1 in a whole run -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("event", ["begin", slow("released"), slow("end"), slow("saved")])
@@ -94,7 +94,7 @@ def test_a_kill_in_the_middle_of_training_hides_no_step_and_resuming_goes_on(eve
     assert charged(tmp_path) == released + 4 - repeated == trainer.privacy_spent().num_steps
 
 
-# ---- F7: a disk that fills up while a checkpoint is saved ----------------------------------------------------------------
+# ---- F7: a disk that fills up while a checkpoint is saved ------------------------------------------------------------
 
 
 def test_a_full_disk_while_saving_leaves_the_older_checkpoint_and_the_count(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_full_disk_while_saving_leaves_the_older_checkpoint_and_the_count(tmp_
     assert charged(tmp_path) == 2 + 3
 
 
-# ---- F10: examples that are no numbers -----------------------------------------------------------------------------------
+# ---- F10: examples that are no numbers -------------------------------------------------------------------------------
 
 LAYERS = [
     "model.embed_tokens",
@@ -206,7 +206,7 @@ def test_one_record_many_times_counts_each_time(tmp_path: Path) -> None:
     assert float(often.norm()) == pytest.approx(3 * 0.1, rel=1e-5)  # C = 0.1, and each of them is clipped
 
 
-# ---- F16: another place ---------------------------------------------------------------------------------------------------
+# ---- F16: another place ----------------------------------------------------------------------------------------------
 
 
 def test_a_run_whose_folder_was_moved_goes_on(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_run_whose_folder_was_moved_goes_on(tmp_path: Path) -> None:
     assert trainer.state.global_step == trainer.privacy_spent().num_steps == charged(tmp_path / "there") == 3
 
 
-# ---- F11: empty draws ----------------------------------------------------------------------------------------------------
+# ---- F11: empty draws ------------------------------------------------------------------------------------------------
 
 
 def test_empty_draws_are_charged_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +242,7 @@ def test_empty_draws_are_charged_without_a_word(tmp_path: Path, capsys: pytest.C
     assert "empty" not in capsys.readouterr().err.lower()
 
 
-# ---- F14: edited settings and files --------------------------------------------------------------------------------------
+# ---- F14: edited settings and files ----------------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -333,7 +333,7 @@ def test_a_resumed_run_has_fresh_noise_and_fresh_draws(tmp_path: Path, monkeypat
     assert float(correlation.abs().max()) < 5 / math.sqrt(len(noises[0]))  # five standard errors
 
 
-# ---- F17: the end of the budget ------------------------------------------------------------------------------------------
+# ---- F17: the end of the budget --------------------------------------------------------------------------------------
 
 
 def test_training_stops_before_the_step_that_would_exceed_the_target(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_training_stops_before_the_step_that_would_exceed_the_target(tmp_path: P
     assert spent([*record.segments, step._replace(noise_multiplier=sigma)], 1e-3).epsilon > target
 
 
-# ---- F18: interruptions --------------------------------------------------------------------------------------------------
+# ---- F18: interruptions ----------------------------------------------------------------------------------------------
 
 
 def broken(*args: Any, **kwargs: Any) -> None:
@@ -425,7 +425,7 @@ def test_the_model_can_be_used_after_an_exception(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
 
 
-# ---- F19: files that would run as code -----------------------------------------------------------------------------------
+# ---- F19: files that would run as code -------------------------------------------------------------------------------
 
 
 class Sentinel:

@@ -257,7 +257,7 @@ def test_lines_left_out_doubled_swapped_or_foreign_are_refused(tmp_path: Path) -
         parse(b"", "empty")
 
 
-# ---- F15, F20: values and versions that the hashes vouch for, and nobody believes -----------------------------------------
+# ---- F15, F20: values and versions that the hashes vouch for, and nobody believes ------------------------------------
 
 
 def forged(*records: dict[str, Any]) -> bytes:
@@ -337,7 +337,7 @@ def test_records_that_may_not_follow_are_refused(records: list[dict[str, Any]]) 
         parse(forged(*records), "forged")
 
 
-# ---- F4, F5: missing and rolled back -------------------------------------------------------------------------------------
+# ---- F4, F5: missing and rolled back ---------------------------------------------------------------------------------
 
 
 def test_a_deleted_ledger_is_missed_where_a_checkpoint_remembers_it(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_a_ledger_changed_while_it_is_open_stops_the_next_charge(tmp_path: Path)
         path.unlink(missing_ok=True)
 
 
-# ---- F6, F8: a disk that refuses -----------------------------------------------------------------------------------------
+# ---- F6, F8: a disk that refuses -------------------------------------------------------------------------------------
 
 
 def fill_up(folder: Path, room: int) -> None:
@@ -502,7 +502,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "out")
 
 
-# ---- F9: one writer at a time --------------------------------------------------------------------------------------------
+# ---- F9: one writer at a time ----------------------------------------------------------------------------------------
 
 
 def test_a_second_writer_is_refused_until_the_first_has_closed(tmp_path: Path) -> None:
@@ -572,7 +572,7 @@ def test_many_that_start_at_once_leave_one_whole_ledger(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / LEDGER_NAME).num_steps == 6
 
 
-# ---- F14, F16: changed settings, moved folders ---------------------------------------------------------------------------
+# ---- F14, F16: changed settings, moved folders -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_recipe_is_a_mapping(text):
         nested(text, "f")
 
 
-# ---- templates ---------------------------------------------------------------------------------------------------------
+# ---- templates -------------------------------------------------------------------------------------------------------
 
 
 def test_a_template_takes_the_first_alternative_that_is_there():
@@ -91,7 +91,7 @@ def test_every_missing_column_is_named_with_the_nearest():
         Template.parse("{reff} {mrr|m} {mr}").resolve(["mr", "ref"])
 
 
-# ---- recipes -----------------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_becomes_frozen_values(tmp_path):

@@ -35,7 +35,7 @@ def records_of(*sizes: int) -> Dataset:
     return by_author([f"author {g}" for g, size in enumerate(sizes) for _ in range(size)])
 
 
-# ---- groups ---------------------------------------------------------------------------------------------------------------
+# ---- groups ----------------------------------------------------------------------------------------------------------
 
 
 def test_groups_come_in_the_order_of_their_first_record() -> None:
@@ -83,7 +83,7 @@ def test_a_loop_of_ones_own_counts_records_alone() -> None:
         plan(PrivacyConfig(**PRIVATE), 24, num_train_epochs=1)
 
 
-# ---- draws ----------------------------------------------------------------------------------------------------------------
+# ---- draws -----------------------------------------------------------------------------------------------------------
 
 
 def test_each_group_comes_with_q_whatever_its_size_and_each_of_its_records_as_often_as_another() -> None:
@@ -112,7 +112,7 @@ def test_processes_share_one_draw() -> None:
         assert sorted(i for part in slices for i in part[number]) == sorted(whole.draw(number).tolist())
 
 
-# ---- a run ----------------------------------------------------------------------------------------------------------------
+# ---- a run -----------------------------------------------------------------------------------------------------------
 
 
 def moved(folder: Path, rows: Dataset, **privacy: Any) -> torch.Tensor:
@@ -193,7 +193,7 @@ def test_a_trainer_that_reorders_its_records_is_refused(tmp_path: Path) -> None:
         Private(**settings, train_dataset=by_author([f"author {min(i, 11)}" for i in range(24)]))
 
 
-# ---- a recipe -------------------------------------------------------------------------------------------------------------
+# ---- a recipe --------------------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_takes_the_column_of_its_data(tmp_path: Path) -> None:

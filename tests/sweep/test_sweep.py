@@ -67,7 +67,7 @@ def files(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-# ---- what works -------------------------------------------------------------------------------------------------------------
+# ---- what works ------------------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_leaves_one_model_with_the_epsilon_of_the_choice(hf_dp, drawn, tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_sweep_over_batches_steps_noise_and_lora_of_a_classifier(hf_dp, drawn,
     assert "sigma" in out
 
 
-# ---- what does not ------------------------------------------------------------------------------------------------------------
+# ---- what does not ---------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "no grid": (["--trials", "3"], "expected at least one"),
@@ -326,7 +326,7 @@ def test_several_processes_are_refused(hf_dp, tmp_path, monkeypatch):
     assert "a sweep runs in one process" in hf_dp("sweep", R.write(tmp_path), *GRID)[2]
 
 
-# ---- parts --------------------------------------------------------------------------------------------------------------------
+# ---- parts -----------------------------------------------------------------------------------------------------------
 
 
 def test_combinations_are_the_product_of_the_grid(tmp_path):

@@ -83,7 +83,7 @@ def exact(folder: Path, model: nn.Module, rows: Any, loss: Loss = own, **k: Any)
     return trainer
 
 
-# ---- models whose own loss is another than that of their logits -------------------------------------------------------------
+# ---- models whose own loss is another than that of their logits ------------------------------------------------------
 
 
 class ZLossForCausalLM(tf.LlamaForCausalLM):
@@ -183,7 +183,7 @@ def test_losses_are_the_same_up_to_rounding(mine: Any, theirs: Any, expected: bo
     assert same(mine, theirs) is expected
 
 
-# ---- classes without a known form ------------------------------------------------------------------------------------------
+# ---- classes without a known form ------------------------------------------------------------------------------------
 
 
 def questions(count: int) -> Dataset:
@@ -267,7 +267,7 @@ def test_a_batch_without_labels_says_what_to_do(tmp_path: Path) -> None:
         summed(tmp_path, UNKNOWN["question answering"][0](), rows, compute_loss_func=of_both, label_names=["answers"])
 
 
-# ---- losses that are given ---------------------------------------------------------------------------------------------------
+# ---- losses that are given -------------------------------------------------------------------------------------------
 
 
 def squared(outputs: Any, labels: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ def test_smoothing_does_not_go_with_a_models_own_loss(tmp_path: Path) -> None:
         summed(tmp_path, OTHER["a focal loss"][0](), runs.class_rows(7), label_smoothing_factor=0.1)
 
 
-# ---- methods that would never be called --------------------------------------------------------------------------------------
+# ---- methods that would never be called ------------------------------------------------------------------------------
 
 
 def overriding(method: str, *, host: bool) -> type:
@@ -361,7 +361,7 @@ def test_a_compute_loss_stays_for_evaluation_beside_an_example_losses(tmp_path: 
         trainer.evaluate(runs.class_rows(3))
 
 
-# ---- encoder-decoders that have no method to shift labels --------------------------------------------------------------------
+# ---- encoder-decoders that have no method to shift labels ------------------------------------------------------------
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
@@ -390,7 +390,7 @@ def test_an_encoder_decoder_reads_its_labels_shifted(build: Callable[[], nn.Modu
     assert exact(tmp_path, model, pairs(6)).objective.kind == "ForConditionalGeneration"
 
 
-# ---- one example a pass where an operation has no rule -----------------------------------------------------------------------
+# ---- one example a pass where an operation has no rule ---------------------------------------------------------------
 
 
 def adapted(config: Any) -> nn.Module:
@@ -457,7 +457,7 @@ def shared_memory() -> nn.Module:
     return model
 
 
-# ---- messages ----------------------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

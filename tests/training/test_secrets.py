@@ -196,7 +196,7 @@ def where_bytes(needle: bytes, seen: Witness) -> list[str]:
     return [name for name, text in texts(seen) if needle.decode("latin-1") in text]
 
 
-# ---- M7 ------------------------------------------------------------------------------------------------------------------
+# ---- M7 --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_run_left_all_kinds_of_files(witness: Witness) -> None:
@@ -276,7 +276,7 @@ def test_logged_metrics_are_the_noisy_ones(witness_of_metrics: Witness) -> None:
         assert 0 < abs(100 * float(noise[-2])) < 70  # 10 sigma = 10: seven of it
 
 
-# ---- keys ----------------------------------------------------------------------------------------------------------------
+# ---- keys ------------------------------------------------------------------------------------------------------------
 
 
 def test_no_key_of_draws_or_noise_is_left(witness: Witness) -> None:
@@ -298,7 +298,7 @@ def test_the_fingerprints_key_is_in_its_own_file_alone(witness: Witness) -> None
         assert where_bytes(needle, witness) in ([f"out/{KEY_NAME}"], [])
 
 
-# ---- the noise cannot be told --------------------------------------------------------------------------------------------
+# ---- the noise cannot be told ----------------------------------------------------------------------------------------
 
 LAGS = 1 << 18
 

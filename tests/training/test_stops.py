@@ -79,7 +79,7 @@ def assert_the_plan_is_claimed(folder: Path, taken: int) -> None:
     assert f"Steps taken: {taken} of {T}" in (folder / "README.md").read_text()
 
 
-# ---- what a run claims that ended by its own outcome ---------------------------------------------------------------------
+# ---- what a run claims that ended by its own outcome -----------------------------------------------------------------
 
 PUBLIC = {
     "eval_strategy": "steps",
@@ -165,7 +165,7 @@ def test_a_finished_run_claims_the_steps_that_it_took(tmp_path: Path) -> None:
     assert "Steps taken" not in (tmp_path / "README.md").read_text()
 
 
-# ---- the ledger's plans --------------------------------------------------------------------------------------------------
+# ---- the ledger's plans ----------------------------------------------------------------------------------------------
 
 HEADER = LedgerHeader(24, "record", "zero-out", 1e-3)
 
@@ -236,7 +236,7 @@ def test_nonsense_in_a_plan_is_refused_though_the_hash_is_right(planned: Any, tm
         parse((tmp_path / LEDGER_NAME).read_bytes() + line, "forged")
 
 
-# ---- older copies --------------------------------------------------------------------------------------------------------
+# ---- older copies ----------------------------------------------------------------------------------------------------
 
 
 def put_back_all(out: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_new_training_where_a_model_lies_whose_ledger_is_lost_is_refused_and_t
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-# ---- interrupts ----------------------------------------------------------------------------------------------------------
+# ---- interrupts ------------------------------------------------------------------------------------------------------
 
 
 def raising(*args: Any, **kwargs: Any) -> Any:
@@ -400,7 +400,7 @@ def test_an_interrupt_in_a_step_leaves_answer_card_and_ledger_with_the_same_step
     assert failures(tmp_path) == ""
 
 
-# ---- processes that do not know of each other ------------------------------------------------------------------------------
+# ---- processes that do not know of each other ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", ["2", "3", "8"])
