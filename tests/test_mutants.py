@@ -1,7 +1,7 @@
-"""Bugs planted on purpose, each of a kind that was found in the wild: a named check of this suite has to fail for every one.
+"""Bugs planted on purpose, each of a kind found in the wild: a named check of this suite has to fail for every one.
 
-A mutant is a patch of a line or two. The checks are the suite's own test functions, called as they are; that they pass without a
-mutant is what the rest of the suite shows, and the last test here once more.
+A mutant is a patch of a line or two. The checks are the suite's own test functions, called as they are; that they pass
+without a mutant is what the rest of the suite shows, and the last test here once more.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The code on the README's pages runs as it is printed (a tiny model stands in for GPT-2), and what they name is there."""
+"""The code on the pages runs as printed (a tiny model stands in for GPT-2), and the files that they name exist."""
 
 import copy
 import json

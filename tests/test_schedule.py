@@ -1,4 +1,4 @@
-"""Schedules: their levels, epsilon against direct numerical integration, calibration, and runs that execute what is charged."""
+"""Schedules: their levels, epsilon against numerical integration, calibration, runs that execute what is charged."""
 
 import json
 import math
@@ -73,9 +73,9 @@ def test_a_schedule_that_goes_nowhere_is_none() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *" linear linear: linear:0 linear:-1 linear:nan linear:1e9 zigzag:2 linear:2:4 step:2:1 step:2:99 step:2:x".split(
-            " "
-        ),
+        "",
+        *"linear linear: linear:0 linear:-1 linear:nan linear:1e9 linear:2:4 zigzag:2".split(),
+        *"step:2:1 step:2:99 step:2:x".split(),
         "step:2:3:4",
         "LINEAR:2",
         0.5,

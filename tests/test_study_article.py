@@ -1,4 +1,4 @@
-"""The study of the article on made-up records: what each way of clipping is worth, by hand; and no card of a broken run."""
+"""The study of the article on made-up records: the epsilon of each way of clipping, and no card of a broken run."""
 
 import json
 import math

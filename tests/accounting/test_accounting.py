@@ -1,4 +1,4 @@
-"""Epsilon against golden values, closed forms and an independent convolution; the plan, the budget, and what is refused."""
+"""Epsilon against golden values, closed forms and an independent convolution; the plan, the budget, the refusals."""
 
 import math
 import random
@@ -19,8 +19,8 @@ from tests.support import fft_accountant
 
 PACKAGE = Path(accounting.__file__).parent
 
-# name: (segment, delta, certified lower bound, best estimate). Bounds: optimistic privacy buckets at 1e-5. Estimates: prv-accountant
-# at eps_error 0.01 and PLD on the finest grid, which agree to four digits or more.
+# name: (segment, delta, certified lower bound, best estimate). Bounds: optimistic privacy buckets at 1e-5. Estimates:
+# prv-accountant at eps_error 0.01 and PLD on the finest grid, which agree to four digits or more.
 GOLDEN = {
     "e2e, 10 epochs": (Segment(0.0243, 0.8, 410), 1e-5, 5.1945, 5.1966),
     "generic": (Segment(0.01, 1.0, 1000), 1e-5, 1.8232, 1.8282),

@@ -1,4 +1,4 @@
-"""The best of a random number of runs: epsilon against figures, the theorems evaluated apart, and the guarantee by brute force."""
+"""The best of a random number of runs: epsilon against figures, the theorems evaluated apart, brute force."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ ORDERS = RdpAccountant().orders
 
 @pytest.mark.parametrize(("distribution", "epsilon"), [("geometric", 10.0), ("logarithmic", 9.0), ("poisson", 11.2)])
 def test_the_best_of_ten_runs_on_average(distribution, epsilon):
-    """Known figures, to their digits; one run is 5.20 by PLD and 5.96 by Rényi accounting, ten runs composed are 17.2."""
+    """Known figures, to their digits: one run is 5.20 by PLD and 5.96 by Rényi accounting; ten composed are 17.2."""
     found = selection.spent(Selection(distribution, 10.0, ((E2E,),), 12.0), 1e-5)
     assert found == pytest.approx(epsilon, abs=0.05)
     one, ten = (accounting.spent([E2E._replace(num_steps=410 * k)], 1e-5) for k in (1, 10))
@@ -105,7 +105,7 @@ def epsilon_of(orders, curve, delta: float) -> float:
 
 
 def by_theorem(orders, curve, distribution: str, mean: float) -> list[float]:
-    """Papernot and Steinke 2022, theorems 2 (geometric, logarithmic) and 6 (Poisson), written out; then R is monotone in the order."""
+    """Papernot and Steinke 2022, theorems 2 (geometric, logarithmic) and 6 (Poisson), made monotone in the order."""
     if distribution == "poisson":
         bounds = []
         for a, r in zip(orders, curve, strict=True):
@@ -198,7 +198,7 @@ def mechanisms(generator, outcomes: int, strength: float):
 @pytest.mark.parametrize("distribution", SHAPES)
 @pytest.mark.parametrize("mean", [1.5, 6.0, 40.0])
 def test_no_small_mechanism_breaks_the_bound(distribution, mean):
-    """20 lists of two mechanisms: the best of K runs of one drawn each time, its exact law, and delta at the epsilon claimed."""
+    """20 pairs of mechanisms: one is drawn for each of K runs. The best run's exact law, and delta at epsilon."""
     generator, broken_without, orders = np.random.default_rng(5), 0, ORDERS[::4]
     for _, delta in itertools.product(range(20), (1e-2, 1e-5)):
         pairs = [mechanisms(generator, 4, strength) for strength in (0.3, 0.8)]
@@ -228,7 +228,7 @@ def probability(distribution: str, mean: float, k):
 
 @pytest.mark.parametrize("distribution", SHAPES)
 def test_the_number_is_drawn_from_the_law_that_is_accounted(distribution):
-    """Chi-square against the law with the right mean, and with means a quarter less and a third more; fails by chance once in 10^6."""
+    """Chi-square against the law of the right mean, of 3/4 and of 4/3 of it; fails by chance once in 10^6."""
     draws = np.array([draw_number(distribution, 5.0) for _ in range(20_000)])
     ks = np.arange(0, 15)
 

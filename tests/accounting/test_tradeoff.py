@@ -1,4 +1,4 @@
-"""The best attacker's rates: published numbers, the closed form of the Gaussian, and what must hold for any mechanism."""
+"""The best attacker's rates: published numbers, the Gaussian's closed form, and what must hold for any mechanism."""
 
 import math
 import statistics
@@ -23,7 +23,7 @@ def at(segments, rate, delta=1e-5):
     [(0.678, 0.43, (0.043, 0.152, 0.467)), (1.018, 0.24, (0.008, 0.047, 0.256)), (2.0, 0.10, (0.002, 0.020, 0.155))],
 )
 def test_rates_at_q_0243_and_410_steps_are_those_of_an_independent_computation(sigma, advantage, rates):
-    """By riskcal on the same privacy loss distribution, to the digits given; half a unit of the last one is rounding."""
+    """By riskcal on the same privacy loss distribution, to the digits given (half a unit of the last is rounding)."""
     segment = [Segment(0.0243, sigma, 410)]
     assert tradeoff(segment, 1e-5).advantage == pytest.approx(advantage, abs=0.005)
     assert [at(segment, rate) for rate in (0.001, 0.01, 0.1)] == pytest.approx(rates, abs=5.1e-4)
@@ -31,8 +31,8 @@ def test_rates_at_q_0243_and_410_steps_are_those_of_an_independent_computation(s
 
 @pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (20.0, 100), (5.0, 3)])
 def test_full_batches_have_the_gaussians_own_curve(sigma, steps):
-    """TPR = Phi(Phi^-1(FPR) + mu) with mu = sqrt(T) / sigma (Dong, Roth, Su 2022, equation 6). The hull of finitely many pairs lies
-    above it: by less than 0.002 where FPR is 0.001 or more."""
+    """TPR = Phi(Phi^-1(FPR) + mu) with mu = sqrt(T) / sigma (Dong, Roth, Su 2022, equation 6). The hull of finitely
+    many pairs lies above it: by less than 0.002 where FPR is 0.001 or more."""
     mu = math.sqrt(steps) / sigma
     curve = tradeoff([Segment(1.0, sigma, steps)], 1e-5)
     for rate, found in zip(RATES[1:-1], curve.true_positive_rates[1:-1], strict=True):

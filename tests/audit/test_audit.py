@@ -1,4 +1,4 @@
-"""The audit's mathematics: against published figures, naive sums, an independent implementation, and simulated audits."""
+"""The audit's mathematics against published figures, naive sums, an independent implementation and simulations."""
 
 import itertools
 import math
@@ -64,7 +64,7 @@ def test_bounds_are_the_figures_that_were_published_or_computed_independently():
 
 
 def published_scores(shift):
-    """20,000 canaries whose scores are the quantiles of two normals: counts of true and false positives at each threshold."""
+    """20,000 canaries with the quantiles of two normals as scores: true and false positives at each threshold."""
     quantiles = special.ndtri((np.arange(10_000) + 0.5) / 10_000)
     thresholds = np.unique(np.concatenate([quantiles, quantiles + shift]))
     inside = 10_000 - np.searchsorted(quantiles + shift, thresholds)
@@ -169,7 +169,7 @@ def test_a_mechanism_that_says_nothing_is_refuted_only_where_fair_coins_are():
 
 
 def test_the_recursion_by_hand_for_two_right_guesses():
-    """R = 0.05, H = 0; i = 1: H' = g(0.05) = 0.4, R = 0.05 + 0.4; i = 0: H' = g(0.45); refuted if 0.45 + g(0.45) > 1."""
+    """H = 0, R = 0.05. i = 1: H' = g(0.05) = 0.4, R = 0.45. i = 0: H' = g(0.45). Refuted if 0.45 + g(0.45) > 1."""
     for last, refuted in ((0.54, False), (0.56, True)):
         curve = {0.05: 0.4, 0.45: last}
         assert one_run.refutes(Guesses(2, 2, 2), lambda x, curve=curve: curve[round(x, 9)]) is refuted
@@ -244,7 +244,7 @@ def test_audits_of_the_subsampled_gaussian_are_healthy_at_epsilon_8_and_see_its_
         audit(scores, included, 1e-5).bound
         for scores in (projections.sum(0), log_likelihood_ratio(projections, E2E.sample_rate, E2E.noise_multiplier))
     )
-    # expected 1.1 and 1.5 of the sums, 1.7 and 2.4 of the ratios; from run to run about 0.4 either way, the share of error less
+    # expected 1.1 and 1.5 of the sums, 1.7 and 2.4 of the ratios; between runs they vary by about 0.4 either way
     assert 0.4 < by_sum.epsilon < 1.8
     assert 1.0 < by_ratio.epsilon < by_ratio.epsilon_gaussian < 3.5
     right = guess(log_likelihood_ratio(projections, *E2E[:2]), included)

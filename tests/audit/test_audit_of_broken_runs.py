@@ -1,8 +1,9 @@
 """Audits of runs that are broken on purpose: which bugs canaries see, at claim 1, and which they cannot.
 
-Seen here: noise too small (gradient canaries), noise from a known seed (gradient canaries, by an attacker who takes it off), a clipped
-batch and no clipping (new-token canaries). Not seen by 300 canaries: losses coupled over a batch's tokens, which the neighbour replay
-finds, and shuffling in place of Poisson sampling, which the sampler's own tests find (`test_mutants.py` for both).
+Seen here: noise too small (gradient canaries), noise from a known seed (gradient canaries, by an attacker who subtracts
+it), a clipped batch and no clipping (new-token canaries). Not seen by 300 canaries: losses coupled over a batch's
+tokens, which the neighbour replay finds, and shuffling in place of Poisson sampling, which the sampler's own tests find
+(`test_mutants.py` for both).
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class Known:
 
 
 def new_tokens(folder: Path, seed: int, *, claim: bool = True) -> dict[str, Any]:
-    """U3: 20 records and 300 new-token canaries, claim 1, 100 steps, all gradients far above C; or the positive control."""
+    """U3: 20 records, 300 new-token canaries, claim 1, 100 steps, gradients far above C; or the positive control."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": M.VOCAB + NEW}
     model = M.with_lora(partial(M.llama, **sizes), r=16)

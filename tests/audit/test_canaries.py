@@ -1,4 +1,4 @@
-"""Audited runs: the claim is that of N + m slots, canaries enter as records do, and what is found is put on the card and verified."""
+"""Audited runs claim for N + m slots, take canaries in as records, and put what is found on a card that verifies."""
 
 import json
 import math
@@ -175,7 +175,7 @@ def simulated(segment: Segment, sigma: float, generator: np.random.Generator, m:
 
 
 def test_correct_runs_are_rarely_refuted_and_broken_ones_often() -> None:
-    """U4: 200 audits at claim 1; 5 % and three standard errors may be refuted, and all with the noise divided by the batch."""
+    """U4: of 200 audits at claim 1, 5 % and three standard errors may be refuted; all where noise is divided by B."""
     q, steps, delta = 24 / 400, 100, 1e-5
     segment = Segment(q, calibrate(1.0, sample_rate=q, num_steps=steps, delta=delta), steps)
     epsilon, generator = spent([segment], delta).epsilon, np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Exposure of planted secrets: what it is by definition, how much of it is chance, and that the demo plants and measures it."""
+"""Exposure of planted secrets: its definition, how much of it is chance, and that the demo plants and measures it."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_what_is_no_exposure(secret: list[float], others: list[list[float]]) -> 
 
 
 def test_unseen_secrets_have_the_exposure_of_chance_and_are_rarely_taken_for_given_away() -> None:
-    """4,000 trials of 8 secrets: the mean within 5 standard errors of log2 e (plus what whole ranks take); at most 1 % false alarms."""
+    """4,000 trials of 8 secrets: their mean is that of chance, within 5 standard errors; 1 % are false alarms."""
     found = [exposures(RNG.random(8), RNG.random((8, 400))) for _ in range(4000)]
     ranks = np.arange(1, 402)
     expected, variance = np.log2(401 / ranks).mean(), np.log2(401 / ranks).var()

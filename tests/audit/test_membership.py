@@ -1,4 +1,4 @@
-"""Membership inference: curves that are known, few shadows, the guarantee's limit, and models that do and do not give members away."""
+"""Membership inference: known curves, few shadows, the guarantee's limit, models that do and do not betray members."""
 
 import math
 import re
@@ -65,9 +65,10 @@ def test_the_curve_of_two_normals(mu: float) -> None:
 
 
 def test_intervals_hold_as_often_as_they_say() -> None:
-    """100 attacks of known area and rates, each record with 3 scores that go together; 95 % less 5 standard errors is 84 %.
+    """100 attacks of known area and rates, each record with 3 dependent scores; 95 % less 5 standard errors is 84 %.
 
-    Were scores taken for independent, about 75 % of the areas would hold: coins are the same for all 3 here, or it would hardly matter.
+    If scores were taken as independent, about 75 % of the intervals would hold the area: all 3 scores of a record share
+    its coin here, since otherwise it would hardly matter.
     """
     generator, mu, held = RNG(4), 1.0, []
     truth = [stats.norm.cdf(mu / math.sqrt(2)), *stats.norm.cdf(mu + stats.norm.ppf((0.01, 0.1)))]
@@ -174,7 +175,7 @@ def test_an_attack_at_the_limit_refutes_nothing_and_one_beyond_it_does() -> None
 
 
 def test_members_of_overfitted_models_are_found_and_those_of_private_ones_are_not(tmp_path: Path) -> None:
-    """Linear models with nearly as many coordinates as records, and labels by a coin. Measured 0.89, 0.86, 0.63 and 0.53."""
+    """Linear models with nearly as many coordinates as records; labels by a coin. Measured 0.89, 0.86, 0.63, 0.53."""
     picture = tmp_path / "new" / "roc.png"
     command = [sys.executable, str(ROOT / "scripts" / "attack_membership"), str(picture), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)

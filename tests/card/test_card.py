@@ -203,7 +203,7 @@ def test_the_section_says_what_is_assumed_and_what_is_not_covered(tmp_path):
 
 
 def test_the_best_attackers_rates_are_told_rounded_up(tmp_path):
-    """q .02435, sigma .678, 410 steps: advantage .43271, true positives .04327, .15206, .46799 at false ones of .001, .01, .1."""
+    """q .02435, sigma .678, 410 steps: advantage .43271; true positives .04327, .15206, .46799 at .001, .01, .1."""
     card.write_card(tmp_path, record([(MECHANISM.sample_rate, 0.678, 410)]))
     text = ModelCard.load(tmp_path / "README.md").text
     for words in (
@@ -258,12 +258,14 @@ OTHERS = {
     "no newline at the end": "# My model",
     "front matter only": "---\nlicense: mit\n---\n",
     "empty front matter": "---\n\n---\nWords\n",
-    "comments and odd spacing": "---\n# mine\nlicense:   mit # really\ntags:\n  - zeta\n  - alpha\n\n# last\nbase_model: x\n---\nWords\n\n",
+    "comments and odd spacing": "---\n# mine\nlicense:   mit # really\ntags:\n  - zeta\n  - alpha\n\n# last\n"
+    "base_model: x\n---\nWords\n\n",
     "not a number": "---\nlicense: mit\nscore: .nan\n---\n",
     "flow tags": "---\ntags: [a,\n  b]\nlicense: mit\n---\nWords\n",
     "one tag": "---\ntags: a\nlicense: mit\n---\nWords\n",
     "windows": "---\r\nlicense: mit\r\ntags:\r\n- a\r\n---\r\nWords\r\n",
-    "old block in the middle": "---\nlicense: mit\nprivacy:\n  epsilon: 1.0\n  old: [1,\n 2]\n# mine\nbase_model: x\n---\nWords\n",
+    "old block in the middle": "---\nlicense: mit\nprivacy:\n  epsilon: 1.0\n  old: [1,\n 2]\n# mine\n"
+    "base_model: x\n---\nWords\n",
     "rule in the body": "Words\n\n---\n\nprivacy: none\n\n---\n",
 }
 

@@ -1,4 +1,4 @@
-"""`hf-dp report`: one page that needs nothing else, tells nothing private, claims nothing unverified, and can be read anywhere."""
+"""`hf-dp report`: one page that needs nothing else, tells nothing private and claims nothing unverified."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""`hf-dp card`: a card that was lost or spoilt is made again from privacy.json, and nothing is made of a spoilt record."""
+"""`hf-dp card`: a lost or spoilt card is made again from privacy.json, and nothing is made of a spoilt record."""
 
 import json
 

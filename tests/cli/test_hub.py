@@ -1,4 +1,4 @@
-"""The whole way over HTTP: train, push, download in a fresh process, load with plain libraries, verify; and what must stay at home."""
+"""The whole way over HTTP: train, push, download in a fresh process, load with plain libraries, verify."""
 
 import json
 import re

@@ -65,7 +65,8 @@ def test_help_comes_at_once():
 
 def test_planning_imports_nothing_heavy():
     code = (
-        "import sys; sys.argv = ['hf-dp', 'plan', '--num-examples', '1000', '--expected-batch-size', '10', '--epochs', '1', "
+        "import sys; sys.argv = ['hf-dp', 'plan', '--num-examples', '1000', '--expected-batch-size', '10', "
+        "'--epochs', '1', "
         "'--noise-multiplier', '1']\n"
         "from hf_dp.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"

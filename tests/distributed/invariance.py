@@ -1,4 +1,4 @@
-"""One way to run the same mathematics (micro-batches, checkpointing or compiling, sharding) -> the adapter's update after three steps."""
+"""One way to run the same mathematics (micro-batches, checkpointing, compiling, shards) -> the adapter's update."""
 
 import itertools
 from pathlib import Path

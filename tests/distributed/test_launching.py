@@ -1,4 +1,4 @@
-"""accelerate's config files in recipes/: it reads them, and `hf-dp train` runs under them, on one machine and on two launchers."""
+"""accelerate reads the config files in recipes/, and `hf-dp train` runs under them, with one launcher and with two."""
 
 import json
 import sys

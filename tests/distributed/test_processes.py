@@ -1,4 +1,4 @@
-"""Several processes are one: the same draw, one noise, the same parameters everywhere; a death stops all and hides no step."""
+"""Several processes are one: the same draw, noise and parameters everywhere; a death stops all and hides no step."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""The E2E recipe on rows of the real data, with one process and with two: the same epsilon, the same loss within the noise."""
+"""The E2E recipe on real rows, with one process and with two: the same epsilon, and the same loss within the noise."""
 
 import itertools
 import os

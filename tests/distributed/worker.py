@@ -155,13 +155,13 @@ def exhausted(folder: Path) -> dict[str, Any]:
 
 
 def stopped(folder: Path) -> dict[str, Any]:
-    """The last process sleeps in its third step for longer than the others wait (Trainer passes `ddp_timeout` on for GPUs alone)."""
+    """The last process sleeps in its third step for longer than the others wait (`ddp_timeout` is for GPUs alone)."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
     return at_third_step(folder, lambda: time.sleep(15))
 
 
 def at_third_step(folder: Path, act: Callable[[], Any]) -> dict[str, Any]:
-    """A run of six steps in which something happens to the last process; what each is told, and how long it waited for that."""
+    """Six steps in which something happens to the last process; what each is told, and how long it waited for that."""
     begun: list[float] = []
 
     steps: list[int] = []
@@ -185,7 +185,7 @@ def at_third_step(folder: Path, act: Callable[[], Any]) -> dict[str, Any]:
 
 
 def scarce(folder: Path) -> dict[str, Any]:
-    """The operating system lets the last process have 2 x 256 MiB beside what it holds; each example of a pass takes 256 MiB."""
+    """The last process gets 2 x 256 MiB more than it holds, and no more; each example of a pass takes 256 MiB."""
     if os.environ["RANK"] == "0":
         return {**one_step(folder), "largest": 4}
     tried: list[int] = []
@@ -245,7 +245,7 @@ SESSIONS: list[tuple[bool, dict[str, Any]]] = [
 
 
 def elastic(folder: Path) -> dict[str, Any]:
-    """Two more steps of one run, sharded or not, with other micro-batches and precision; the fourth is all six at once."""
+    """Two more steps of one run, sharded or not, other micro-batches, other precision; the fourth is all six at once."""
     here = folder.parent / "one run"
     done = len(list(here.glob("checkpoint-*")))
     sharded, settings = SESSIONS[done] if done < len(SESSIONS) else (False, {})
@@ -333,7 +333,7 @@ def refused_shards(folder: Path) -> dict[str, Any]:
 
 
 def real_rows(folder: Path) -> dict[str, Any]:
-    """Five private steps of the E2E recipe, and the validation loss before and after: a sum over examples, however batched."""
+    """Five private steps of the E2E recipe, and the validation loss before and after, as a sum over examples."""
     torch.set_num_threads(1)
     given = folder.parent / "given"
     overrides = {

@@ -1,4 +1,4 @@
-"""A budget file for several runs on the same data: never exceeded, however they are started, killed, copied or resumed."""
+"""A budget file for several runs on the same data is never exceeded by runs that start, die, are copied or resume."""
 
 import json
 import math
@@ -154,7 +154,10 @@ def test_a_copied_folder_is_another_run_and_a_moved_one_the_same(path: Path) -> 
 @pytest.mark.parametrize(
     ("of", "named"),
     [
-        (OF._replace(data="e" * 64, num_examples=900), r"other training records \(1,000 of them; this run has 900\).*--any-data"),
+        (
+            OF._replace(data="e" * 64, num_examples=900),
+            r"other training records \(1,000 of them; this run has 900\).*--any-data",
+        ),
         (OF._replace(unit="author"), "counts one record under zero-out, the run one author"),
         (OF._replace(relation="replace-one"), "the run one record under replace-one"),
         (OF._replace(num_examples=100_000), r"delta is 1e-05, and must be below 1 / N = 1e-05"),

@@ -1,4 +1,4 @@
-"""Whole runs under faults: kills, full disks, bad numbers, interruptions, edited files. The guarantee stays, and so does what was saved."""
+"""Whole runs under kills, full disks, bad numbers, interruptions and edited files: guarantee and checkpoints stay."""
 
 import contextlib
 import json
@@ -173,7 +173,7 @@ def test_an_example_without_targets_or_with_one_token_is_an_example(tmp_path: Pa
 
 
 def test_a_record_too_long_for_the_model_stops_training_and_the_step_counts(tmp_path: Path) -> None:
-    """Cutting records is for whoever tokenises them; here nothing of the step leaves, and what it might have cost is charged."""
+    """Who tokenises the records cuts them; here nothing of the step leaves, and what it might have cost is charged."""
     rows = [*runs.text_rows(6).to_list(), {"input_ids": [5] * 65, "attention_mask": [1] * 65, "labels": [5] * 65}]
     privacy = {**PRIVATE, "expected_batch_size": 7}
     trainer = runs.trainer(tmp_path, M.with_lora(M.gpt2), privacy, train_dataset=runs.Dataset.from_list(rows))
@@ -196,7 +196,7 @@ def test_a_data_set_of_one_record(tmp_path: Path) -> None:
 
 
 def test_one_record_many_times_counts_each_time(tmp_path: Path) -> None:
-    """The unit is the record: a copy is another one, clipped by itself, and so whoever is in k records moves the sum by k C."""
+    """The unit is the record. A copy is another record, clipped by itself: k copies move the sum by at most k C."""
     row = runs.text_rows(1).to_list()
     torch.manual_seed(0)
     once, _ = gradient_of(tmp_path / "a", M.with_lora(M.llama), row, 1)

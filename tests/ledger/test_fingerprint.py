@@ -1,4 +1,4 @@
-"""The same data are recognised and any other are not; without the folder's key the fingerprint tells nobody anything."""
+"""The same data are recognised, and others are not; without the folder's key the fingerprint tells nobody anything."""
 
 import hashlib
 from pathlib import Path

@@ -133,7 +133,7 @@ STEPS = 6
 
 
 def one_session(folder: Path, bomb: Bomb) -> None:
-    """Six steps with a checkpoint after every second; whoever asks for noise is seen by an observer first, as early as can be."""
+    """Six steps with a checkpoint after every second; an observer sees each request for noise as early as can be."""
     os.write, os.fsync = bomb.around("write", os.write), bomb.around("fsync", os.fsync)
     os.link, os.replace = bomb.around("link", os.link), bomb.around("replace", os.replace)
     ledger = opened(folder)
@@ -156,7 +156,7 @@ def one_session(folder: Path, bomb: Bomb) -> None:
 
 
 def kills_under(folder: Path, points: list[tuple[str, str, int]]) -> int:
-    """Kills a session at each point, one after the other in one folder, and ends with a whole one. Returns how many died."""
+    """Kills a session at each point, all in one folder, and ends with a whole one. Returns how many were killed."""
     observed, killed = folder / "observed", 0
     for point in points:
         killed += in_child(lambda point=point: one_session(folder, Bomb(*point))) == KILLED
@@ -410,7 +410,7 @@ def test_a_ledger_changed_while_it_is_open_stops_the_next_charge(tmp_path: Path)
 
 
 def fill_up(folder: Path, room: int) -> None:
-    """In a child: no file may grow by more than `room` bytes. Steps until the ledger refuses; nothing is released after that."""
+    """In a child, where no file may grow by more than `room` bytes: steps until the ledger refuses, and no further."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     ledger, drawn = opened(folder, 2), []
     source = NoiseSource()

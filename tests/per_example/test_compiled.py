@@ -1,4 +1,4 @@
-"""Compiled blocks against the pass without them, which has its own slow twin: the same factors, the same training, the model left alone."""
+"""Compiled blocks give the same factors and the same training as the pass without them, and leave the model alone."""
 
 from collections.abc import Callable
 from functools import partial

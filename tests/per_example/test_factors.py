@@ -1,4 +1,4 @@
-"""The algebra of factored per-example gradients against the gradients themselves, over random shapes, empty batches included."""
+"""Factored per-example gradients against the gradients themselves, over random shapes, empty batches included."""
 
 import pytest
 import torch

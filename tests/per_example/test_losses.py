@@ -1,4 +1,4 @@
-"""Per-example losses against torch's own, one example at a time; which loss belongs to which model; what is never held."""
+"""Per-example losses against torch's own, one example at a time; the loss of each model; what is never held."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What a pass would go around: hooks on gradients, and leaves that the model does not hold. Both are refused by name."""
+"""Hooks on gradients, and trained leaves that the model does not hold, bypass the pass: both are refused by name."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""The table of what people train: each row is exact against one example at a time in float64, or refused with its message.
+"""The table of what people train: each row equals one example at a time in float64, or is refused with its message.
 
-Models come from their config classes; LoRA's zeros are stirred so that no gradient is hidden. The clip norm is the median of the
-gradient norms: coupling would hide where all examples or none are clipped.
+Models come from their config classes; LoRA's zeros are stirred so that no gradient is hidden. The clip norm is the
+median of the gradient norms: coupling would hide where all examples or none are clipped.
 """
 
 import gc
@@ -379,7 +379,7 @@ LAYERS = {
 @pytest.mark.parametrize("row", LAYERS)
 @pytest.mark.parametrize("first", [True, False])
 def test_plain_layers_are_exact_on_their_own(row: str, first: bool) -> None:
-    """`first`: the layer's input needs no gradient. Otherwise a trained scale comes before it, and its gradient is compared too."""
+    """`first`: the layer's input needs no gradient. Otherwise a trained scale comes before it and is compared too."""
     build, shape = LAYERS[row]
     parts = [build()] if first else [nn.Linear(shape[-1], shape[-1]), build()]
     model, x = M.stirred(nn.Sequential(*parts)).double(), torch.randn(5, *shape).double()

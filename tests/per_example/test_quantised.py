@@ -37,7 +37,8 @@ def test_lora_on_a_quantised_base_is_exact(settings: dict, checkpointing: bool, 
     norms, _ = clipped_gradient_sum(model, lambda: losses.causal_lm(model(**inputs), batch["labels"]), 3, 0.05, into)
     assert len(into) == 28
     assert norms.min() > 0.05 / 10
-    model.get_base_model().gradient_checkpointing_disable()  # the slow twin asks autograd.grad, which the reentrant kind has not
+    # the slow twin calls autograd.grad, which the reentrant kind of checkpointing does not support
+    model.get_base_model().gradient_checkpointing_disable()
     slow = reference.clipped_sum(model, batch, reference.causal_lm_loss, 0.05)
     assert reference.relative_difference(into, slow) < 2e-5  # float32 matrix products of another shape
 

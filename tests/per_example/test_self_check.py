@@ -202,7 +202,7 @@ def test_the_model_and_the_generators_are_left_as_they_were() -> None:
 
 
 def test_a_trainer_checks_in_the_precision_of_its_training_however_often_it_trains(tmp_path: Path) -> None:
-    """Accelerate wraps the forward in autocast within `train`: the checks before must not run in float32, nor expect its rounding."""
+    """Accelerate puts the forward under autocast within `train`: the check before it runs in that precision too."""
     seen: list[bool] = []
     model = M.with_lora(M.llama)
     trainer = runs.trainer(tmp_path, model, bf16=True)

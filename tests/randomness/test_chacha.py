@@ -1,4 +1,4 @@
-"""ChaCha20 as the source of bits: the cipher itself, its addresses, draws and noise made of them, and what a run states."""
+"""ChaCha20 as the source of bits: the cipher, its addresses, draws and noise made of them, and what a run states."""
 
 import hashlib
 import itertools

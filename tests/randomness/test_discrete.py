@@ -1,4 +1,4 @@
-"""The sampler of N_Z(0, S²) against the exact law, at its own S and at a small one; its coins counted out word by word."""
+"""The sampler of N_Z(0, S²) against the exact law, at its own S and at a small one; its coins counted word by word."""
 
 import itertools
 import math
@@ -62,7 +62,7 @@ def test_every_value_has_its_probability(std: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_at_its_own_size_it_is_the_discrete_gaussian() -> None:
-    """Bins of equal probability; at S = 2**22 the sum over a bin is the Gaussian's integral from half to half, to 1e-13."""
+    """Bins of equal probability; at S = 2**22 the sum over a bin is the Gaussian's integral, half to half, to 1e-13."""
     draws = discrete_gaussian(words(2), 1_000_000)
     edges = np.round(stats.norm.ppf(np.arange(1, 400) / 400) * STD).astype(np.int64)
     chances = np.diff(stats.norm.cdf((edges - 0.5) / STD), prepend=0, append=1)

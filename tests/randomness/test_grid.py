@@ -1,4 +1,4 @@
-"""Whole numbers of bounded norm out of any floats; the proof's inequalities, computed; epsilon of discrete noise by another road."""
+"""Whole numbers of bounded norm from any floats; the proof's inequalities; epsilon of discrete noise twice."""
 
 import math
 from decimal import Decimal, localcontext
@@ -140,7 +140,7 @@ def test_metrics_have_no_place_on_the_grid() -> None:
 
 
 def divergences(std: float, shift: tuple[int, ...], q: float, order: float) -> tuple[float, float]:
-    """Rényi divergences of M = (1-q) P + q Q from P and of P from M, P = N_Z(0, std²)^d, by summing over the lattice."""
+    """Rényi divergences of M = (1-q) P + q Q from P, and of P from M, for P = N_Z(0, std²)^d: sums over the lattice."""
     reach = 30 * math.ceil(std) + math.ceil(order) * max(
         map(abs, shift)
     )  # Q's j-th moment sits around j times the shift
@@ -158,7 +158,7 @@ def divergences(std: float, shift: tuple[int, ...], q: float, order: float) -> t
 @pytest.mark.parametrize("q", [0.01, 0.3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize(("std", "shift"), [(1, (1,)), (2, (3,)), (8, (8,)), (2, (1, 2)), (3, (-3, 0)), (0.7, (1,))])
 def test_the_divergence_is_at_most_the_continuous_ones(q: float, std: float, shift: tuple[int, ...]) -> None:
-    """At whole orders, both directions, within dp-accounting's number; the first direction equals it where |z| = S / sigma."""
+    """At whole orders, both directions are within dp-accounting's number; the first equals it where |z| = S / sigma."""
     sigma = std / math.hypot(*shift)
     orders = [*range(2, 12), 16, 20]
     accounted = dict(zip(_default_orders(), _step_rdp(q, sigma), strict=True))
@@ -178,7 +178,10 @@ def _default_orders() -> list[float]:
 
 
 def by_hand(q: float, sigma: float, steps: int, delta: float) -> float:
-    """Epsilon from the sum in the proof, in 60 decimal digits, at whole orders up to 63 (Canonne, Kamath, Steinke 2020, proposition 12)."""
+    """Epsilon from the sum in the proof, in 60 decimal digits, at whole orders up to 63.
+
+    Canonne, Kamath, Steinke 2020, proposition 12.
+    """
     with localcontext() as context:
         context.prec = 60
         p, s, found = Decimal(q), Decimal(sigma), []

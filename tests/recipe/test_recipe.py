@@ -120,7 +120,8 @@ def test_a_budget_file_is_a_setting_of_privacy(tmp_path):
 def test_everything_wrong_is_named_at_once(tmp_path):
     wrong = {
         "model.nmae=x": "model.nmae: there is no such setting; did you mean 'name'?",
-        "model.task=causal": "model.task: expected causal_lm or sequence_classification, got 'causal'; did you mean 'causal_lm'?",
+        "model.task=causal": "model.task: expected causal_lm or sequence_classification, got 'causal'; "
+        "did you mean 'causal_lm'?",
         "lora.lora_aplha=4": "lora.lora_aplha: there is no such setting; did you mean 'lora_alpha'?",
         "lora.r=two": "lora.r: expected a whole number, got 'two'",
         "data.train=nowhere.jsonl": "data.train: the file nowhere.jsonl does not exist",

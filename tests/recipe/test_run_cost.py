@@ -1,4 +1,4 @@
-"""What `hf-dp plan` says of a run's cost, against runs: passes counted, bytes of factors that were held, numbers that were reduced."""
+"""What `hf-dp plan` says of a run's cost, against runs: passes, bytes of factors held, numbers reduced."""
 
 import re
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def mechanism(**k: Any) -> Mechanism:
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize(("examples", "tokens"), [(1, None), (8, None), (16, 60)])
 def test_micro_batches_are_the_mean_over_draws(processes: int, examples: int, tokens: int | None) -> None:
-    """Against the sampler's own draws, within 5 standard errors; ceil(B / W / b), the mean draw's, is mostly outside."""
+    """Within 5 standard errors of the sampler's own draws; ceil(B / W / b), of the mean draw, is mostly outside."""
     work, draws = Work(processes, examples, tokens, length=20), 2000
     b = 3 if tokens else examples
     sampler = PoissonSampler(1000, 0.04, 1, key=1)

@@ -1,4 +1,4 @@
-"""A record's row is what the collator makes of it alone, whatever it makes of several; where that does not stack, a pass of its own."""
+"""A record's row is what the collator makes of it alone; where rows do not stack, each record has a pass of its own."""
 
 import copy
 import random
@@ -122,7 +122,7 @@ def test_what_makes_something_else_of_several_records_gets_one_at_a_time(collate
 
 @pytest.mark.parametrize("collate", COUPLED)
 def test_a_row_does_not_change_with_the_other_records(collate):
-    """Whatever the micro-batch is: half of the collator's coupling is out of the check's sight if the made-up records are alike."""
+    """For any micro-batch: with made-up records that are alike, the check would miss half of the coupling."""
     collation = Collation(collate, tokens(1, 1, 1))
     one, *others = records = tokens(4, 11, 2, 4)
     for group in (records, [one], [one, others[1]]):
@@ -228,7 +228,7 @@ def test_records_of_other_columns_or_types_are_not_collated_together():
 
 
 def test_random_trees_stack_to_what_each_record_has_and_nothing_else():
-    """Every value of a record's leaves stands in its row, and fillers elsewhere; what can't be tied is no row of a batch."""
+    """Every value of a record stands in its row, among fillers; what can't be tied to records is no row of a batch."""
     generator = random.Random(1)
     for _ in range(60):
         names, number = generator.sample("abcdef", 3), generator.randint(2, 5)

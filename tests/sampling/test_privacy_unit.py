@@ -1,4 +1,4 @@
-"""Groups of records that are protected as one: how they are drawn, what one can do to a step, what card and ledger say."""
+"""Groups of records protected as one: how they are drawn, what one can do to a step, what card and ledger say."""
 
 import json
 from pathlib import Path

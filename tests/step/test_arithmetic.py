@@ -1,4 +1,4 @@
-"""Settings of PyTorch under which products of float32 have fewer bits: each is named, at construction and at every step."""
+"""PyTorch settings that give products of float32 fewer bits are named, at construction and at every step."""
 
 import pytest
 import torch

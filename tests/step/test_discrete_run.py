@@ -1,4 +1,4 @@
-"""Whole runs with noise="discrete": one example a pass, sums without an order, the step that brute force says, card and verification."""
+"""Whole runs with noise="discrete": one example a pass, the step that brute force gives, and a card that verifies."""
 
 import json
 import random
@@ -55,7 +55,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
 def test_a_step_is_the_float_step_within_the_grid(
     sigma: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Brute force in float64, clipped to R steps: half a step a coordinate and example, and the noise to its last bit."""
+    """Brute force in float64, clipped to R steps: off by half a step a coordinate and example; the noise is exact."""
     model, seen, gradients = M.with_lora(M.llama).double(), watched(monkeypatch), Gradients()
     parameters = reference.trainable(model)
     grid = grid_for(sigma, 0.1, sum(p.numel() for p in parameters.values()))

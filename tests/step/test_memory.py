@@ -1,4 +1,4 @@
-"""Memory that runs out in a micro-batch: the same sum in smaller parts, charged once; one example too large: a plain error."""
+"""Memory that runs out in a micro-batch: the same sum in smaller parts, charged once; or, for one example, an error."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training loss and batch size are coordinates of the one release: their noise, their share of epsilon, and nothing exact in a log."""
+"""Training loss and batch size are coordinates of the one release: their noise and share of epsilon; no exact log."""
 
 import dataclasses
 import json
@@ -168,7 +168,7 @@ def test_removing_any_record_moves_the_joint_vector_by_at_most_its_sensitivity(t
 
 
 def test_every_coordinate_has_the_stated_noise(tmp_path: Path) -> None:
-    """Two-sided, in the units of the log: 10 sigma L / B on the loss, 10 sigma on the batch size, sigma C on the gradient."""
+    """Two-sided, in the log's units: 10 sigma L / B on the loss, 10 sigma on the size, sigma C on the gradient."""
     m, steps = dataclasses.replace(MECHANISM, num_steps=1500), 1500
     run = PrivateRun(m, tmp_path, 0, 1)
     run.open([0] * 1000, None, seed=None)
@@ -224,7 +224,7 @@ def test_without_noise_the_log_has_the_clamped_mean_however_batches_are_cut(
 
 
 def test_the_gradient_has_the_same_noise_with_and_without_metrics(tmp_path: Path) -> None:
-    """Under one debugging seed the coordinates of the gradient get the same noise, sigma C: the metrics stand behind them."""
+    """Under one debug seed the coordinates of the gradient get the same noise, sigma C: the metrics come after them."""
     start, final = M.with_lora(M.llama).state_dict(), []
     for bound in (None, 3.0):
         model = M.with_lora(M.llama)

@@ -1,4 +1,4 @@
-"""Neighbour replay at random: whoever the others are and however they are cut up, one record moves the released sum by at most C."""
+"""Random neighbours: one record moves the released sum by at most C, whatever the other records and the batches."""
 
 import random
 from pathlib import Path
@@ -46,7 +46,7 @@ class Replay:
     [(8, "float32"), *(pytest.param(200, precision, marks=pytest.mark.slow) for precision in SLACK)],
 )
 def test_one_record_moves_the_sum_by_at_most_c(pairs: int, precision: str, tmp_path: Path) -> None:
-    """C far below all norms, in their midst, and far above: what couples records hides where all of them or none are clipped."""
+    """C far below all norms, among them, and far above: coupling would hide where all or none are clipped."""
     generator = random.Random(pairs)
     rows, replay = records(random.Random(0)), Replay(tmp_path, precision)
     norms = torch.stack([replay.sum_of([row], 1e9, 1).norm() for row in rows])

@@ -1,4 +1,4 @@
-"""Random `TrainingArguments` and `PrivacyConfig`: one correct step, by brute force, or a refusal with its message; nothing between."""
+"""Random `TrainingArguments` and `PrivacyConfig`: one step that equals brute force, or a refusal with its message."""
 
 import copy
 import random

@@ -85,7 +85,7 @@ def test_an_empty_sum_is_charged_as_any(releaser: Releaser, ledger: Ledger) -> N
 
 
 class Recorder:
-    """A stand-in for torch.distributed in which this process is one of `world`, and the others send zeros at the same draw."""
+    """A stand-in for torch.distributed: this process is one of `world`, and the others send zeros at the same draw."""
 
     def __init__(self, events: list[Any], world: int) -> None:
         self.events, self.world = events, world

@@ -1,4 +1,4 @@
-"""The guard of the weights: what changes them beside the optimizer's step on released gradients is found before it counts."""
+"""Weights that change beside the optimizer's step on released gradients are found before the next step counts."""
 
 import copy
 

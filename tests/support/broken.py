@@ -171,7 +171,7 @@ def epsilon_three_percent_too_small(patch: Patch) -> None:
 
 
 def noise_divided_by_the_processes(patch: Patch) -> None:
-    """As where each of 16 processes draws its part from one seed, and the parts are averaged as if they were independent."""
+    """Each of 16 processes draws its part from one seed, and their mean is taken as if they were independent."""
     original = NoiseSource.gaussian
     patch.setattr(NoiseSource, "gaussian", lambda self, n, *, std, device=None: original(self, n, std=std / 16))
 

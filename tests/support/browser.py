@@ -1,4 +1,6 @@
-"""A page -> what a real browser makes of it: its width, its contrasts, what it loads and complains of. Without scripts in the page.
+"""A page -> what a real browser makes of it: its width, its contrasts, what it loads and complains of.
+
+Scripts in the page do not run.
 
 One start of Chromium shows the page in frames, wide and narrow, light and dark, and a script beside them measures.
 """
@@ -13,7 +15,8 @@ from typing import Any
 
 import pytest
 
-HARNESS = """<!DOCTYPE html><meta charset="utf-8"><link rel="icon" href="data:,"><body>FRAMES<pre id="found"></pre><script>
+HARNESS = """<!DOCTYPE html><meta charset="utf-8"><link rel="icon" href="data:,"><body>FRAMES<pre id="found"></pre>
+<script>
 function rgb(text) { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n }
 function luminance(c) {
   const [r, g, b] = c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
@@ -53,7 +56,7 @@ addEventListener("load", () => {
 
 
 def look(page: str, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """What was measured in each of four frames, and what the browser said on its console. Skips where there is no Chromium."""
+    """What each of four frames measured, and what the browser said on its console. Skips where there is no Chromium."""
     program = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
     if program is None:
         pytest.skip("no chromium on PATH: the page was not looked at in a browser")

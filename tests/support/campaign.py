@@ -91,7 +91,7 @@ class Victim:
         self._newest = (0, "")  # the newest whole checkpoint: step and digest of its files
 
     def run(self, *expected: int, processes: int = 1, kill_after: float = math.inf, **session: Any) -> int | None:
-        """A session in processes of its own, then a look at what it must not have done. Its exit status; None: it hung."""
+        """Runs a session in its own processes and counts what must not happen. Its exit status; None where it hung."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -243,7 +243,7 @@ def change_the_processes(victim: Victim) -> None:
 
 
 def plant_no_number(victim: Victim) -> None:
-    """A record whose gradients are no numbers, from a layer at random: parameters stay finite, every step is charged."""
+    """A record with gradients that are no numbers, in a random layer: weights stay finite, every step is charged."""
     layer = victim.generator.choice(["model.embed_tokens", "model.layers.0.mlp", "model.norm", "lm_head"])
     bad = victim.generator.choice([math.nan, math.inf, 1e38])
     rows = [

@@ -1,4 +1,4 @@
-"""A function to run in a forked child, which may die there -> how it ended. Nothing hangs: whoever takes too long is killed."""
+"""A function to run in a forked child, which may die there -> how it ended; whoever takes too long is killed."""
 
 import contextlib
 import math

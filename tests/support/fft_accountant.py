@@ -1,8 +1,9 @@
-"""Segments and delta go in, epsilon comes out, by direct numerical convolution: a twin of the accountants, with none of their code.
+"""Segments and delta -> epsilon, by direct numerical convolution: a twin of the accountants, with none of their code.
 
-The privacy loss of one step, log(P/Q) under P, has a distribution function in closed form. It is put on a grid by rounding to the nearest
-point, the mean is put right again (Gopi et al. 2021, "PRV"), and steps are added up by the power of a Fourier transform. It is an
-estimate, neither an upper nor a lower bound: off by about half a grid cell for a step, in random directions.
+The privacy loss of one step, log(P/Q) under P, has a distribution function in closed form. It is put on a grid by
+rounding to the nearest point, the mean is corrected (Gopi et al. 2021, "PRV"), and steps are added up by the power of a
+Fourier transform. It is an estimate, neither an upper nor a lower bound: off by about half a grid cell for a step, in
+random directions.
 
 P and Q differ by one record: (1 - q) N(0, sigma²) + q N(1, sigma²) against N(0, sigma²), and the other way round.
 """
@@ -61,7 +62,7 @@ def _distribution(losses: np.ndarray, q: float, sigma: float, adding: bool) -> n
 
 
 def _reach(segments: list[tuple[float, float, int]]) -> float:
-    """Half the width of the grid: where the sum of losses has no mass worth speaking of, by Chernoff's bound at 1e-13."""
+    """Half the width of the grid: beyond it the sum of losses has a mass below 1e-13, by Chernoff's bound."""
     a = np.geomspace(0.5, 100, 40)
     total = np.zeros_like(a)
     for q, sigma, steps in segments:

@@ -4,8 +4,8 @@
         subprocess.run(..., env=hub.environment(home))
         hub.files("me/model")           # path -> bytes, as the last commit left them
 
-Spoken: whoami, create, validate-yaml, preupload, LFS (batch, PUT, verify), commit (NDJSON), info, tree, resolve (HEAD, GET, ETag). One
-user, `me`, and one token that may write. `faults` makes storage fail as networks and services do.
+Spoken: whoami, create, validate-yaml, preupload, LFS (batch, PUT, verify), commit (NDJSON), info, tree, resolve (HEAD,
+GET, ETag). One user, `me`, and one token that may write. `faults` makes storage fail as networks and services do.
 """
 
 import base64
@@ -41,8 +41,8 @@ class Repo:
 
 
 class HubServer:
-    """The server; a context manager. `faults` is a list of names that are consumed one by one: "cut" (the connection breaks
-    in the middle of an upload) and "refuse" (storage answers 403)."""
+    """The server; a context manager. `faults` is a list of names that are consumed one by one: "cut" (the connection
+    breaks in the middle of an upload) and "refuse" (storage answers 403)."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}

@@ -8,7 +8,7 @@ FALSE_ALARM = 1e-6
 
 
 def std_is(values: NDArray[np.float32], std: float) -> bool:
-    """Whether chi-square lets `values` be N(0, std²): at 1e5 of them an error of 2.2 % in the variance, 1.1 % in std, is caught."""
+    """Whether chi-square takes `values` for N(0, std²); 1e5 of them show a std that is wrong by 1.1 %."""
     d = len(values)
     statistic = float(np.square(values.astype(np.float64) / std).sum())
     low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], d)

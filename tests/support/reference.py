@@ -1,4 +1,4 @@
-"""The slow twin of the per-example engine: one example at a time, plain autograd, float64, loops. Nothing of `hf_dp` in it."""
+"""The slow twin of the per-example engine: one example at a time, by autograd, in float64; nothing of `hf_dp` in it."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def example_gradients(model: nn.Module, batch: dict, example_loss) -> list[dict[str, Tensor]]:
-    """For each example, the gradient of its loss alone, by parameter name. `example_loss(model, batch of one)` is a scalar."""
+    """Each example's gradient of its own loss, by parameter name; `example_loss(model, batch of one)` is a scalar."""
     gradients = []
     for row in range(len(batch["labels"])):
         one = {k: v[row : row + 1] for k, v in batch.items()}

@@ -80,7 +80,8 @@ def trainer(folder: Path, model: Any = None, privacy: dict[str, Any] | None = No
 
 
 OF_THE_TRAINER = (
-    "train_dataset data_collator eval_dataset compute_metrics callbacks compute_loss_func micro_batch_tokens check_records "
+    "train_dataset data_collator eval_dataset compute_metrics callbacks compute_loss_func micro_batch_tokens "
+    "check_records "
     "processing_class optimizers model_init"
 ).split()
 
@@ -91,7 +92,7 @@ def collated(rows: list[dict[str, Any]], size: int) -> list[MicroBatch]:
 
 
 def clipped_sum(trainer: DPTrainer, batches: list[MicroBatch], **settings: Any) -> torch.Tensor:
-    """The sum that a step over these micro-batches would release, before noise, with `settings` of the mechanism replaced."""
+    """The sum that a step over these micro-batches would release, before noise; `settings` replace the mechanism's."""
     step = trainer.private_step
     step.level = dataclasses.replace(step.level, **settings)
     step.prepare()

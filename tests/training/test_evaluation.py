@@ -1,4 +1,4 @@
-"""Exact numbers beside a private training: marked wherever they are written, and nothing decided by them unless public."""
+"""Exact numbers beside a private training are marked wherever they are written; nothing is decided by private ones."""
 
 import json
 from pathlib import Path

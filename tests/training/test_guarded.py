@@ -1,4 +1,4 @@
-"""A private Trainer whose callbacks reach for gradients, weights, hooks or the end of training: an error, or no effect."""
+"""Callbacks that reach for gradients, weights, hooks or the end of a private training: an error, or no effect."""
 
 from pathlib import Path
 from typing import Any

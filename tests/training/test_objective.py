@@ -1,4 +1,7 @@
-"""What is asked for is what is trained: losses of one's own, of the model, of the host; one example a pass where many can't be."""
+"""What is asked for is what is trained: the user's loss, the model's own or the host Trainer's.
+
+Where many examples a pass are impossible, each has a pass of its own.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

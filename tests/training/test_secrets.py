@@ -1,4 +1,4 @@
-"""What a run leaves behind: no text, loss, norm, length or key of the data, and nothing that helps to tell its noise."""
+"""A run leaves behind no text, loss, norm, length or key of the data, and nothing that tells its noise apart."""
 
 import functools
 import io
@@ -91,7 +91,8 @@ def witnessed(folder: Path, **privacy: Any) -> Witness:
         noisy = release(self, clipped_sum, draw_number)
         seen.noise.append((noisy - part).numpy().copy())
         seen.released_norms.append(float(noisy[: -2 if privacy else None].norm()) / BATCH)
-        # no means over coordinates: as small as the optimizer's moments, one of those 1e5 floats is the same by chance now and then
+        # no means over coordinates: they are as small as the optimizer's moments, and now and then one of 1e5 floats
+        # equals such a mean by chance
         seen.numbers.extend([float(part.norm()), float(part.norm()) / BATCH, float(part.sum())])
         if privacy:  # the exact metrics, as a log would have them
             loss, size = (part[-2:] * 100).tolist()  # METRIC_NOISE / C
@@ -243,7 +244,7 @@ def test_no_text_and_no_length_of_a_record_is_left(witness: Witness) -> None:
 
 @pytest.mark.parametrize("run", ["witness", "witness_of_metrics"])
 def test_no_loss_and_no_norm_is_left(run: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """300 numbers among 1e5 floats: in one run of 60, one is the same by chance. A leak is there in a second run too."""
+    """300 numbers are looked for among 1e5 floats: in one run of 60, one is found by chance. A leak is found twice."""
     witness: Witness = request.getfixturevalue(run)
     assert len(witness.numbers) > 3 * STEPS
     if found := left_numbers(witness):
@@ -264,7 +265,7 @@ def test_logs_hold_public_quantities_alone(witness: Witness) -> None:
 
 
 def test_logged_metrics_are_the_noisy_ones(witness_of_metrics: Witness) -> None:
-    """One entry a step, sigma 1: exact number plus the noise that the release added to its coordinate, in the log's unit."""
+    """One entry a step, at sigma 1: the exact number plus the noise on its coordinate, in the log's unit."""
     seen = witness_of_metrics
     logged = [entry for entry in seen.history if "loss" in entry]
     assert len(logged) == len(seen.noise) == STEPS
@@ -304,7 +305,7 @@ LAGS = 1 << 18
 
 
 def is_found(guess: np.ndarray, noise: np.ndarray) -> bool:
-    """Whether `noise`, in part or whole, in any place, is in the numbers `guess`: correlation above 7 standard errors somewhere.
+    """Whether the numbers `guess` contain `noise` or a part of it: a correlation above 7 standard errors somewhere.
 
     The greatest of 2**20 places by chance is at 5.3 standard errors, and beyond 7 once in 400,000 looks.
     """

@@ -45,8 +45,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def sft(folder: Path, data: Dataset, callbacks: Any = None, privacy: Any = runs.NOISELESS, **k: Any) -> DPSFTTrainer:
     plain = runs.arguments(folder).to_dict()
-    kept = "output_dir use_cpu report_to disable_tqdm max_steps per_device_train_batch_size save_strategy optim lr_scheduler_type"
-    settings = {name: plain[name] for name in kept.split()}
+    kept = "output_dir use_cpu report_to disable_tqdm max_steps per_device_train_batch_size save_strategy optim"
+    settings = {name: plain[name] for name in (*kept.split(), "lr_scheduler_type")}
     return DPSFTTrainer(
         model=M.llama(),
         args=trl.SFTConfig(**{**settings, "bf16": False, "gradient_checkpointing": False, "max_length": 32, **k}),

@@ -1,4 +1,7 @@
-"""A run that ends before its plan claims its plan; what is left behind by an end, an interrupt or an older copy is never taken for less."""
+"""A run that ends before its plan claims its plan.
+
+What an end, an interrupt or an older copy leaves behind is never taken for less than was spent.
+"""
 
 import json
 import os
