@@ -1,4 +1,4 @@
-"""What benchmarks and studies train on: the data sets' folder, made-up records with a small model, and MiniLM's embeddings."""
+"""What benchmarks and studies train on: real text, made-up records with a small model, MiniLM's embeddings."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def data_folder() -> Path:
 
 
 def first_lines(source: Path, count: int, path: Path, longest: int = 1 << 30) -> Path:
-    """Writes `count` lines of a file to `path`, in random order, none longer than `longest` characters; returns `path`."""
+    """Writes `count` random lines of a file, none longer than `longest` characters, to `path`; returns `path`."""
     lines = [line for line in source.read_text(encoding="utf-8").splitlines() if len(line) <= longest]
     random.Random(0).shuffle(lines)
     path.write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
@@ -44,7 +44,7 @@ def minilm() -> str:
 
 
 def sentence_embeddings(texts: list[str]) -> Tensor:
-    """MiniLM's last hidden states, averaged over the first 64 tokens of each text and scaled to norm 1: [texts, 384]."""
+    """MiniLM's hidden states, averaged over the first 64 tokens of each text, scaled to norm 1: [texts, 384]."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(minilm()), AutoModel.from_pretrained(minilm()).eval()

@@ -13,7 +13,7 @@ QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
-    """Order statistics that hold the median with 95 % confidence or more (all of them, where there are too few)."""
+    """Two order statistics with the median between them at 95 % confidence or more; the outermost ones where n is small."""
     n, ordered, below = len(ratios), sorted(ratios), 0.0
     for k in range(n // 2):
         below += comb(n, k) / 2**n
@@ -36,13 +36,13 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def begin_peak() -> None:
-    """Starts the high-water mark anew."""
+    """Resets the high-water mark of this process's memory."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
-    """Python, with an allocator that gives back at once what is freed, so that memory held is memory needed."""
+    """Runs Python with an allocator that returns freed memory at once, so that memory held is memory needed."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment.pop("MALLOC_MMAP_MAX_", None)
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
@@ -59,7 +59,7 @@ def canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[Any
 
 
 def middles(values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
-    """The median of each list; and, as matplotlib takes errors, its distances to the least and to the greatest value."""
+    """The median of each list; and its distances to the least and to the greatest value, as matplotlib takes errors."""
     medians = [statistics.median(some) for some in values]
     below = [m - min(some) for m, some in zip(medians, values, strict=True)]
     above = [max(some) - m for m, some in zip(medians, values, strict=True)]
