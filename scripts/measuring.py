@@ -13,7 +13,7 @@ QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
-    """Two order statistics with the median between them at 95 % confidence or more; the outermost ones where n is small."""
+    """Two order statistics with the median between them at 95 % confidence or more; the outermost where n is small."""
     n, ordered, below = len(ratios), sorted(ratios), 0.0
     for k in range(n // 2):
         below += comb(n, k) / 2**n
