@@ -66,8 +66,7 @@ def test_help_comes_at_once():
 def test_planning_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['hf-dp', 'plan', '--num-examples', '1000', '--expected-batch-size', '10', "
-        "'--epochs', '1', "
-        "'--noise-multiplier', '1']\n"
+        "'--epochs', '1', '--noise-multiplier', '1']\n"
         "from hf_dp.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print('heavy:', *[m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"

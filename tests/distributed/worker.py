@@ -245,7 +245,7 @@ SESSIONS: list[tuple[bool, dict[str, Any]]] = [
 
 
 def elastic(folder: Path) -> dict[str, Any]:
-    """Two more steps of one run, sharded or not, other micro-batches, other precision; the fourth is all six at once."""
+    """Two more steps of one run, in other shards, micro-batches and precision; the fourth call takes all six."""
     here = folder.parent / "one run"
     done = len(list(here.glob("checkpoint-*")))
     sharded, settings = SESSIONS[done] if done < len(SESSIONS) else (False, {})
