@@ -106,14 +106,13 @@ class PrivateStep:
         return released
 
     def prepare(self) -> None:
-        """Training mode, and a sum at zero for the parameters that are trainable now."""
+        """Training mode, and a sum of the size of the parameters that are trainable now; `sum_up` sets it to zero."""
         self.model.train()
         names = list(trainable(self.model))
         if names != self._names:
             self.sum, self._names = new_sum(self.model, self.level, self.passes.device, self.passes.factors_of), names
         if self.passes.alone and self._state is None:
             self._state = State(self.model, self.passes.copied)
-        self.sum.flat.zero_()
 
     def sum_up(self, batches: Iterable[MicroBatch], forward_seed: int | None = None) -> None:
         """Begins at zero and adds every example of the batches, under dropout masks that no public seed gives."""

@@ -40,14 +40,17 @@ from hf_dp.sampling import (
 )
 from hf_dp.step import (
     Passes,
+    Place,
     PrivacySpent,
     PrivateRun,
     PrivateStep,
+    Session,
     WeightGuard,
     coarse_products,
     foreign_parameters,
 )
-from hf_dp.training.passes import Subject, examined
+from hf_dp.training.cards import write_card
+from hf_dp.training.passes import Subject, examined, written_by
 
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw waits for
 
@@ -104,8 +107,8 @@ class PrivateLoop:
         self.mechanism = mechanism
         self._example_losses = example_losses
         self._device = next(model.parameters()).device
-        self._run = PrivateRun(mechanism, Path(output_dir), 0, 1)
-        self._begun = False
+        self._place = Place(Path(output_dir))
+        self._run: PrivateRun | None = None
         self._draw: Draw[MicroBatch] | None = None
         self._size = 0
         self._failure: str | None = None
@@ -149,14 +152,14 @@ class PrivateLoop:
             collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
         )
         self._check(collation)
-        self._run.open(dataset, None, seed=None)
-        self._begun = True
+        run = PrivateRun.open(m, self._place, Session(dataset, continues=self._run is not None))
+        self._run = run
         try:
             records = DrawnRecords(dataset, m.num_examples)
-            rate = lambda number: self._run.at(number).sample_rate  # noqa: E731  # of a schedule each level has its own
+            rate = lambda number: run.at(number).sample_rate  # noqa: E731  # each level of a schedule has its own
             size = 1 if self.alone_because else max_examples
             cut = LogicalBatchCollator(collation, size, pass_cost=tokens_of_a_pass(self._device))
-            for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=self._run.sampling_key):
+            for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=run.sampling_key):
                 container = cut(records.__getitems__(kept))
                 self._failure = container.get(FAILURE)
                 batches = [] if self._failure else list(micro_batches(container))
@@ -166,11 +169,11 @@ class PrivateLoop:
                 if waits_for := self._waits_for():
                     raise ReleaseError(f"draw {self._draw.number} is over without {waits_for}: each takes one, once")
                 self._guard.check()
-                if self._run.exhausted:
+                if run.exhausted:
                     return
         finally:
             self._draw, self._waits = None, False
-            self._run.close()
+            run.close()
 
     def backward(self, draw: Draw[MicroBatch]) -> None:
         """p.grad = (clipped sum + noise) / B for every trainable parameter, whatever was there before; charged first, on disk.
@@ -179,7 +182,7 @@ class PrivateLoop:
             ReleaseError: not the draw that `draws` yielded last, or a second time. Nothing is charged or released.
             CaptureError: not one loss an example, or another number of rows than were drawn. Charged, nothing released.
         """
-        if draw is not self._draw or not self._waits:
+        if self._run is None or draw is not self._draw or not self._waits:
             raise ReleaseError(
                 f"backward takes the draw that draws() yielded last, once (that one waits for {self._waits_for() or 'nothing'}): "
                 "two releases of one draw cost more than two charges say"
@@ -191,7 +194,7 @@ class PrivateLoop:
 
     def privacy_spent(self) -> PrivacySpent:
         """(epsilon, delta) of every step charged so far; 0 before the first."""
-        return self._run.spent() if self._begun else PrivacySpent(0.0, self.mechanism.delta, 0)
+        return PrivacySpent(0.0, self.mechanism.delta, 0) if self._run is None else self._run.spent()
 
     def write_card(self, folder: str | Path, *, public_eval: bool = False) -> None:
         """The privacy section in `folder`/README.md, and privacy.json beside it, from what was charged.
@@ -199,7 +202,8 @@ class PrivateLoop:
         `public_eval` declares that the data of any evaluation beside them are public.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._run.write_card(Path(folder), public_eval=public_eval)
+        if self._run is not None:
+            write_card(self._run, Path(folder), public_eval=public_eval)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +218,8 @@ class PrivateLoop:
             _, reason = examined(subject, "noise='discrete'" if self.mechanism.is_discrete else "")
             batches = subject.batches(collation.tried)
             self_check(self.model, batches, self._losses, self.mechanism.clip_norm, one_a_pass=bool(reason))
-        passes = Passes(self._losses, self._device, self._on_device, alone=bool(reason))
+        copied = written_by(self.model, self._losses, batches[1]) if reason else ()
+        passes = Passes(self._losses, self._device, self._on_device, alone=bool(reason), copied=copied)
         self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
 
     def _on_device(self, batch: Batch) -> Batch:

@@ -44,10 +44,12 @@ from hf_dp.sampling import (
 )
 from hf_dp.step import (
     Passes,
+    Place,
     PrivacySpent,
     PrivateRun,
     PrivateStep,
     ReleasedMetrics,
+    Session,
     WeightGuard,
     largest_micro_batch,
     refuse_foreign_parameters,
@@ -55,6 +57,7 @@ from hf_dp.step import (
 )
 from hf_dp.training import objective as objectives
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
+from hf_dp.training.cards import audit_result, write_card
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.hub_upload import only_the_model_leaves
@@ -153,7 +156,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         Raises:
             AuditError: no audit was asked for, or nothing was trained yet.
         """
-        return self._running().audited(self._canaries.counts())
+        return audit_result(self._running(), self._canaries.counts())
 
     def inventory(self) -> list[Row]:
         """Each trainable parameter, the operations that use it, and how its per-example gradient is formed.
@@ -239,11 +242,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         self.self_check()
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
-        if self._run is None:
-            place = (self.args.process_index, self.args.world_size)
-            self._run = PrivateRun(self._planned(), folder, *place, budget_file=self.privacy.budget_file)
-        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
-        self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed, epoch_length=epoch)
+        self._run = self._opened(folder, checkpoint)
         try:
             self._released_metrics = ReleasedMetrics.of(self._planned())
             print_summary(self)
@@ -280,7 +279,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
             logs.pop(name, None)
         logs.update(released)
         if self.mechanism is not None and self._run is not None:
-            logs |= {"epsilon": self._run.spent().epsilon, STEPS_TAKEN: self._run.epsilon_of_steps_taken()}
+            logs |= {"epsilon": self._run.spent().epsilon, STEPS_TAKEN: self._run.spending().epsilon_of_steps_taken()}
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -322,6 +321,14 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         if self.mechanism is None:
             raise ConfigError("there is nothing to plan or train without a train_dataset")
         return self.mechanism
+
+    def _opened(self, folder: Path, checkpoint: Path | None) -> PrivateRun:
+        """The run of one call of `train`, open; as `PrivateRun.open`."""
+        place = Place(folder, self.args.process_index, self.args.world_size, self.privacy.budget_file)
+        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
+        seed, continues = self.privacy.debug_seed, self._run is not None
+        session = Session(self.train_dataset, checkpoint, epoch_length=epoch, seed=seed, continues=continues)
+        return PrivateRun.open(self._planned(), place, session)
 
     def _running(self) -> PrivateRun:
         if self._run is None:
@@ -386,7 +393,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
-            self._run.write_card(folder, public_eval=self.privacy.public_eval, audit=self._canaries.counts())
+            write_card(self._run, folder, public_eval=self.privacy.public_eval, audit=self._canaries.counts())
 
 
 class DPTrainer(DPTrainerMixin, Trainer):
