@@ -1,10 +1,11 @@
 """A secret key and an address -> a stream of random words from ChaCha20, and uniform and normal numbers made of them.
 
-ChaCha20 (Bernstein 2008; RFC 8439) is a cipher: whoever has seen any part of its output cannot tell the rest from chance
-without the key, as far as is known. The cipher is OpenSSL's, through the library `cryptography`, an optional dependency.
+ChaCha20 (Bernstein 2008; RFC 8439) is a cipher: whoever has seen any part of its output cannot tell the rest from
+chance without the key, as far as is known. The cipher is OpenSSL's, through the library `cryptography`, an optional
+dependency.
 
-The 256-bit key is SHA-256 of the 128 secret bits; the nonce of 96 bits is the address: role (8), number (48), block (40). So streams
-of two addresses share nothing, and each has 2**35 words of 64 bits.
+The 256-bit key is SHA-256 of the 128 secret bits; the nonce of 96 bits is the address: role (8), number (48), block
+(40). So streams of two addresses share nothing, and each has 2**35 words of 64 bits.
 """
 
 import hashlib

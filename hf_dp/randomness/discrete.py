@@ -1,14 +1,17 @@
-"""A stream of random words and a count -> discrete Gaussian numbers N_Z(0, S**2), S = 2**22, drawn without floating point.
+"""A stream of random words and a count -> discrete Gaussian numbers N_Z(0, S**2), S = 2**22, drawn without floating
+point.
 
-|X| = j W + U with W = S / 32 (after Karney 2016, who takes j = 0, 1, ... standard deviations). j comes from a table with
-probability proportional to exp(-(j / 32)**2 / 2), U is uniform on 0 .. W - 1, and the pair is kept with probability exp(-gamma),
-gamma = U (2 j W + U) / 2 S**2 = N / 2**45 < 1, N whole. That coin is von Neumann's (Canonne, Kamath, Steinke 2020, algorithm 1): the
-length K of a run of coins of probability gamma / 1, gamma / 2, ... up to the first failure is odd with probability exp(-gamma). Every
-one of those is the comparison of a random whole number with another. A sign, and of the two zeros one is rejected (algorithm 2).
+|X| = j W + U with W = S / 32 (after Karney 2016, who takes j = 0, 1, ... standard deviations). j comes from a table
+with probability proportional to exp(-(j / 32)**2 / 2), U is uniform on 0 .. W - 1, and the pair is kept with
+probability exp(-gamma), gamma = U (2 j W + U) / 2 S**2 = N / 2**45 < 1, N whole. That coin is von Neumann's (Canonne,
+Kamath, Steinke 2020, algorithm 1): the length K of a run of coins of probability gamma / 1, gamma / 2, ... up to the
+first failure is odd with probability exp(-gamma). Every one of those is the comparison of a random whole number with
+another. A sign, and of the two zeros one is rejected (algorithm 2).
 
-Distance from N_Z(0, S**2): the table compares 512 random bits (64 at first, the rest where they are needed) with probabilities
-cut to as many, and ends at j = 767: |X| < 24 S, beyond which there is a mass below 2 exp(-288) < 2**-414. Both together stay below
-2**-400 in total variation a coordinate; `epsilon` pays for it out of delta. What the draws take in time depends on them.
+Distance from N_Z(0, S**2): the table compares 512 random bits (64 at first, the rest where they are needed) with
+probabilities cut to as many, and ends at j = 767: |X| < 24 S, beyond which there is a mass below 2 exp(-288) < 2**-414.
+Both together stay below 2**-400 in total variation a coordinate; `epsilon` pays for it out of delta. What the draws
+take in time depends on them.
 """
 
 from bisect import bisect_right

@@ -1,36 +1,40 @@
-r"""sigma, C and the number of coordinates -> the grid of whole numbers on which discrete noise is added, and why that is private.
+r"""sigma, C and the number of coordinates -> the grid of whole numbers on which discrete noise is added, and why that
+is private.
 
-**The release.** S = 2**22, D = floor(S / sigma) in exact fractions, R = D - floor(sqrt(d)) / 2 - 2, step = sigma C / S. Example b's
-integer vector is z_b = round(g_b min(1 / step, R / |g_b|)), from a forward and backward pass of its own. Floating point may do
-to z_b what it likes: its coordinates are clamped to [-D, D] *as integers*, the sum of their squares is formed exactly, and where it
-exceeds D**2 the example counts as zero. (It never does where floats are accurate: rounding d coordinates adds at most sqrt(d) / 2 to
-a norm of at most R.) Sums of int64 do not depend on their order. Released is v = sum of z_b + X with X from N_Z(0, S**2)^d; v step / B,
-and whatever floating point makes of it, is post-processing. So D step <= C is the sensitivity, and S step = sigma C the noise.
+**The release.** S = 2**22, D = floor(S / sigma) in exact fractions, R = D - floor(sqrt(d)) / 2 - 2, step = sigma C / S.
+Example b's integer vector is z_b = round(g_b min(1 / step, R / |g_b|)), from a forward and backward pass of its own.
+Floating point may do to z_b what it likes: its coordinates are clamped to [-D, D] *as integers*, the sum of their
+squares is formed exactly, and where it exceeds D**2 the example counts as zero. (It never does where floats are
+accurate: rounding d coordinates adds at most sqrt(d) / 2 to a norm of at most R.) Sums of int64 do not depend on their
+order. Released is v = sum of z_b + X with X from N_Z(0, S**2)^d; v step / B, and whatever floating point makes of it,
+is post-processing. So D step <= C is the sensitivity, and S step = sigma C the noise.
 
-**Assumed** of the pass: z_b is a function of its example, of the weights (known from earlier releases) and of random bits of its
-own, such as a dropout mask: of no other example. Which function does not matter. The random bits are independent and uniform.
+**Assumed** of the pass: z_b is a function of its example, of the weights (known from earlier releases) and of random
+bits of its own, such as a dropout mask: of no other example. Which function does not matter. The random bits are
+independent and uniform.
 
-**One step.** Let P be the law of v without the record, and Q with it in the draw, given the others drawn and all masks: Q is P shifted
-by an integer vector z, |z| <= D. For whole j, completing the square in (Q/P)^j P leaves a Gaussian sum over the lattice shifted by
-j z, which is again the lattice: E_P[(Q/P)^j] = exp(j (j-1) |z|^2 / 2 S^2) exactly (Canonne, Kamath, Steinke 2020, proposition 5), at
-most exp(j (j-1) / 2 sigma^2), the continuous Gaussian's own value, because D <= S / sigma. With M = (1-q) P + q Q, for whole a >= 2:
+**One step.** Let P be the law of v without the record, and Q with it in the draw, given the others drawn and all masks:
+Q is P shifted by an integer vector z, |z| <= D. For whole j, completing the square in (Q/P)^j P leaves a Gaussian sum
+over the lattice shifted by j z, which is again the lattice: E_P[(Q/P)^j] = exp(j (j-1) |z|^2 / 2 S^2) exactly (Canonne,
+Kamath, Steinke 2020, proposition 5), at most exp(j (j-1) / 2 sigma^2), the continuous Gaussian's own value, because D
+<= S / sigma. With M = (1-q) P + q Q, for whole a >= 2:
 
     E_P[(M/P)^a] = sum_j binom(a, j) (1-q)^(a-j) q^j E_P[(Q/P)^j]        all terms positive
 
-so the Rényi divergence of M from P is at most that of the continuous subsampled Gaussian (Mironov, Talwar, Zhang 2019, section 3.3).
-At fractional orders the series has terms of both signs: nothing is claimed there.
+so the Rényi divergence of M from P is at most that of the continuous subsampled Gaussian (Mironov, Talwar, Zhang 2019,
+section 3.3). At fractional orders the series has terms of both signs: nothing is claimed there.
 
-**The other direction**, P from M, is no greater. Let L = Q/P, f(r) = 1 - q + q r and h = f^a - f^(1-a): E_P[h(L)] is the difference
-of the two moments. v -> 2 s + z - v, s the sum without the record, maps the lattice onto itself and swaps P and Q, so that
-E_P[h(L)] = 1/2 E_P[h(L) + L h(1/L)], and it is enough that H(r) = h(r) + r h(1/r) >= 0 for r >= 1, since H(r) = r H(1/r).
-Write A = log f(r) >= 0, B = -log f(1/r) >= 0 and t = a - 1/2: H(r) = 2 (f(r)^(1/2) sinh(t A) - r f(1/r)^(1/2) sinh(t B)). It is 0 at
-t = 1/2, because f(r) - 1 = r (1 - f(1/r)), and sinh(t A) / sinh(t B) grows with t, because A >= B:
-f(r) f(1/r) = 1 + q (1-q) (r-1)^2 / r >= 1.
+**The other direction**, P from M, is no greater. Let L = Q/P, f(r) = 1 - q + q r and h = f^a - f^(1-a): E_P[h(L)] is
+the difference of the two moments. v -> 2 s + z - v, s the sum without the record, maps the lattice onto itself and
+swaps P and Q, so that E_P[h(L)] = 1/2 E_P[h(L) + L h(1/L)], and it is enough that H(r) = h(r) + r h(1/r) >= 0 for r >=
+1, since H(r) = r H(1/r). Write A = log f(r) >= 0, B = -log f(1/r) >= 0 and t = a - 1/2: H(r) = 2 (f(r)^(1/2) sinh(t A)
+- r f(1/r)^(1/2) sinh(t B)). It is 0 at t = 1/2, because f(r) - 1 = r (1 - f(1/r)), and sinh(t A) / sinh(t B) grows with
+t, because A >= B: f(r) f(1/r) = 1 + q (1-q) (r-1)^2 / r >= 1.
 
-**All steps.** Rényi divergences at one order add up over adaptive steps, and mixing over the others drawn and masks does not raise
-exp((a-1) divergence), which is jointly convex. So epsilon of dp-accounting's Rényi accountant *at whole orders from 2* is an upper
-bound, under the zero-out relation as under add-or-remove. No claim is made from privacy loss distributions, which are of the
-continuous Gaussian in one dimension.
+**All steps.** Rényi divergences at one order add up over adaptive steps, and mixing over the others drawn and masks
+does not raise exp((a-1) divergence), which is jointly convex. So epsilon of dp-accounting's Rényi accountant *at whole
+orders from 2* is an upper bound, under the zero-out relation as under add-or-remove. No claim is made from privacy loss
+distributions, which are of the continuous Gaussian in one dimension.
 """
 
 import math
@@ -82,7 +86,8 @@ def grid_for(noise_multiplier: float, clip_norm: float, num_coordinates: int) ->
     radius = most - math.isqrt(num_coordinates) / 2 - 2
     if radius < most / 2:
         raise ConfigError(
-            f"noise='discrete' has no room for {num_coordinates:,} coordinates at noise_multiplier {noise_multiplier:g}: rounding would "
-            "take more than half of clip_norm. Train fewer parameters, use less noise, or noise='gaussian'"
+            f"noise='discrete' has no room for {num_coordinates:,} coordinates at noise_multiplier "
+            f"{noise_multiplier:g}: rounding would take more than half of clip_norm. Train fewer parameters, use less "
+            "noise, or noise='gaussian'"
         )
     return Grid(noise_multiplier * clip_norm / STD, most, radius)

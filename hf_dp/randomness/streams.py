@@ -1,9 +1,10 @@
 """A secret key, a role and numbers -> a random stream that nothing else shares; fresh keys from the operating system.
 
-The generator is Philox4x64-10 (Salmon et al. 2011) with a 128-bit key and a 256-bit counter of four words. Roles and numbers
-stand in the upper words, so that two streams of one key can never run into each other: word 0 counts the blocks of a stream.
-(Philox with counters t and t + 1 alone would give the same numbers four places apart.) Philox passes every statistical test, but
-is no cipher: it was not made to keep the rest of its output secret from who has seen a part. A `ChaChaKey` takes ChaCha20 instead.
+The generator is Philox4x64-10 (Salmon et al. 2011) with a 128-bit key and a 256-bit counter of four words. Roles and
+numbers stand in the upper words, so that two streams of one key can never run into each other: word 0 counts the blocks
+of a stream. (Philox with counters t and t + 1 alone would give the same numbers four places apart.) Philox passes every
+statistical test, but is no cipher: it was not made to keep the rest of its output secret from who has seen a part. A
+`ChaChaKey` takes ChaCha20 instead.
 """
 
 import secrets

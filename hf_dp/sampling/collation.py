@@ -1,11 +1,12 @@
 """A collator and made-up records -> micro-batches in which no record has a part in another's row.
 
-Each record is collated by itself, and what comes is filled up and stacked: whatever a collator does with the records of a batch (mixes
-them, cuts them into windows, normalises over the padding, drops one), it only ever sees one. How it fills up is learnt from public,
-made-up records. Where stacking does not give what the collator makes of them together, each record has a pass of its own.
+Each record is collated by itself, and what comes is filled up and stacked: whatever a collator does with the records of
+a batch (mixes them, cuts them into windows, normalises over the padding, drops one), it only ever sees one. How it
+fills up is learnt from public, made-up records. Where stacking does not give what the collator makes of them together,
+each record has a pass of its own.
 
-The padding collators of transformers, trl and torch get several records at once, which is faster, as long as all of these have the same
-columns of the same types, and if on the made-up records that came to the same.
+The padding collators of transformers, trl and torch get several records at once, which is faster, as long as all of
+these have the same columns of the same types, and if on the made-up records that came to the same.
 """
 
 import copy
@@ -45,7 +46,8 @@ KNOWN = (
 SHIPPED_BY = ("transformers", "trl")
 WHY_ROWS = (
     "clipping bounds what one record adds, so it must be one row. Cut the records before training (datasets.map), let "
-    "PrivacyConfig(unit_column=...) name the record that each piece came from, and have the collator make one row of each"
+    "PrivacyConfig(unit_column=...) name the record that each piece came from, and have the collator make one row of "
+    "each"
 )
 
 OF_CHECKS = "made up for the checks, or given as check_records"
@@ -76,7 +78,8 @@ class Collation:
         self._takes_several = self.apart is None and _is_known(collate)
 
     def __call__(self, records: list[Any]) -> list[MicroBatch]:
-        """One micro-batch of these records, `packed` or not, or one for each. A record without a single token has no part in any.
+        """One micro-batch of these records, `packed` or not, or one for each. A record without a single token has no
+        part in any.
 
         Raises:
             CaptureError: the collator makes several rows of a record, or none; nothing of it is told.
@@ -103,7 +106,9 @@ class Collation:
         return alone
 
     def together_and_alone(self, records: list[Any]) -> list[MicroBatch]:
-        """What checks compare, drawn once: all records in one micro-batch, if they ever are, else the first; then each alone."""
+        """What checks compare, drawn once: all records in one micro-batch, if they ever are, else the first; then each
+        alone.
+        """
         alone = self.alone(copy.deepcopy(records))
         try:
             whole = alone[0] if self.apart is not None else stacked(alone, self._paddings)
@@ -171,7 +176,9 @@ def several_lengths(records: Sequence[Any]) -> list[Any]:
 
 
 def _tried(collate: Collate, made_up: Sequence[Any]) -> tuple[list[Any], list[Batch], list[Batch], Batch]:
-    """The records that have tokens, each alone, once more, and all of them together: of several lengths, where that can be collated."""
+    """The records that have tokens, each alone, once more, and all of them together: of several lengths, where that can
+    be collated.
+    """
     for records in (several_lengths(made_up), list(made_up)):
         last = len(records) == len(made_up)
         try:

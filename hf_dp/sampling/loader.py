@@ -1,4 +1,6 @@
-"""Records, a sampler of draws and Trainer's loader options -> this process's logical batches, cut into micro-batches, on its device."""
+"""Records, a sampler of draws and Trainer's loader options -> this process's logical batches, cut into micro-batches,
+on its device.
+"""
 
 from typing import Any, cast
 
@@ -13,7 +15,8 @@ from hf_dp.sampling.poisson import PoissonSampler
 def logical_batches(
     records: DrawnRecords, sampler: PoissonSampler, cut: LogicalBatchCollator, args: Any, device: torch.device
 ) -> DataLoader[Any]:
-    """One batch a draw, as Trainer wants to be handed them: accelerate moves them to the device and leaves them as they are.
+    """One batch a draw, as Trainer wants to be handed them: accelerate moves them to the device and leaves them as they
+    are.
 
     Args:
         records: the training set.

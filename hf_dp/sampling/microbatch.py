@@ -26,8 +26,8 @@ DRAW_NUMBER = "draw_number"
 READ_AT_ONCE = 256  # records, before they are packed
 _NARROW = range(-(1 << 31), 1 << 31)
 _NARROWER = (torch.uint8, torch.int16, torch.int32)
-# What starting one more pass costs, as tokens. On a CPU core 55 (BERT of 22 M) to 90 (Llama of 3 M) were measured; a GPU is faster at
-# tokens and not at starting.
+# What starting one more pass costs, as tokens. On a CPU core 55 (BERT of 22 M) to 90 (Llama of 3 M) were measured; a
+# GPU is faster at tokens and not at starting.
 TOKENS_OF_A_PASS = {"cpu": 64, "other": 512}
 
 
@@ -39,9 +39,10 @@ def tokens_of_a_pass(device: torch.device) -> int:
 def split(lengths: Sequence[int], max_examples: int, max_tokens: int | None, pass_cost: int) -> list[list[int]]:
     """Cuts examples of these lengths into groups of similar length: indices, every one once, longest first.
 
-    A group has at most `max_examples` members, and its size padded to its longest member is at most `max_tokens`; one example that is
-    longer than that makes a group of its own. Of all such cuts of the sorted examples it is the one of the fewest tokens, padding
-    included, where a group counts as `pass_cost` more: found from the front by dynamic programming, n steps of `max_examples`.
+    A group has at most `max_examples` members, and its size padded to its longest member is at most `max_tokens`; one
+    example that is longer than that makes a group of its own. Of all such cuts of the sorted examples it is the one of
+    the fewest tokens, padding included, where a group counts as `pass_cost` more: found from the front by dynamic
+    programming, n steps of `max_examples`.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     descending = np.array([lengths[i] for i in order], dtype=np.int64)
@@ -106,8 +107,9 @@ class Failure(str):
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
         return cls(
-            f"a drawn record could not be {doing} ({where}; what it said is left out, for it may quote the record): leave such records "
-            f"out before training, or make them ones without tokens, which contribute nothing. {CHARGED}"
+            f"a drawn record could not be {doing} ({where}; what it said is left out, for it may quote the record): "
+            "leave such records out before training, or make them ones without tokens, which contribute nothing. "
+            f"{CHARGED}"
         )
 
 
@@ -117,7 +119,8 @@ CHARGED = "The step is charged, nothing was released"
 def narrowed(batch: Mapping[str, Any]) -> Batch:
     """A micro-batch with its int64 tensors `Narrow`, in the least type that holds them.
 
-    Tokens, masks and labels take 24 bytes a token as a model wants them, and about 9 like this, and two draws are held at a time.
+    Tokens, masks and labels take 24 bytes a token as a model wants them, and about 9 like this, and two draws are held
+    at a time.
     """
     return {name: _narrow(value) for name, value in batch.items()}
 
@@ -152,13 +155,15 @@ def feature_length(feature: Any) -> int:
 
 
 class LogicalBatchCollator:
-    """Collates one draw: `{"micro_batches": [batch, ...], "sizes": [its number of examples, ...]}`, empty lists for an empty draw.
+    """Collates one draw: `{"micro_batches": [batch, ...], "sizes": [its number of examples, ...]}`, empty lists for an
+    empty draw.
 
-    `micro_batches` gives them back as they were. The container has no `labels` or `input_ids` of its own, so that Trainer counts no
-    tokens of it, and is a plain dict, so that it moves to a device as any batch. A `Draw` leaves its number there too, as
-    "draw_number". `collate` runs under secret randomness: masking tokens from a public seed would couple the examples of a batch.
-    A record without a single token counts as drawn and contributes nothing. Where a record can't be collated, the draw's container holds
-    that instead, and the step for which it was drawn fails: whoever sees the training stop for it has been charged.
+    `micro_batches` gives them back as they were. The container has no `labels` or `input_ids` of its own, so that
+    Trainer counts no tokens of it, and is a plain dict, so that it moves to a device as any batch. A `Draw` leaves its
+    number there too, as "draw_number". `collate` runs under secret randomness: masking tokens from a public seed would
+    couple the examples of a batch. A record without a single token counts as drawn and contributes nothing. Where a
+    record can't be collated, the draw's container holds that instead, and the step for which it was drawn fails:
+    whoever sees the training stop for it has been charged.
 
     Args:
         collate: list of features -> micro-batches of them; a `Collation`. It gets each feature once, `packed`.
@@ -181,7 +186,8 @@ class LogicalBatchCollator:
     ) -> None:
         if max_examples < 1 or (max_tokens is not None and max_tokens < 1):
             raise ConfigError(
-                f"a micro-batch needs room for 1 example and 1 token (got max_examples={max_examples}, max_tokens={max_tokens})"
+                f"a micro-batch needs room for 1 example and 1 token (got max_examples={max_examples}, "
+                f"max_tokens={max_tokens})"
             )
         self.collate = collate
         self.max_examples = max_examples
@@ -210,7 +216,9 @@ class LogicalBatchCollator:
 
 
 class Reader:
-    """A data set that reads the records of a draw by itself: its `read` gives as many as there are, however many were asked for."""
+    """A data set that reads the records of a draw by itself: its `read` gives as many as there are, however many were
+    asked for.
+    """
 
     def read(self, indices: list[int]) -> list[Any]:
         """What is there at these indices."""
@@ -218,7 +226,8 @@ class Reader:
 
 
 def read_records(dataset: Any, indices: list[int]) -> list[Any]:
-    """One record for each index. Where a data set may look at several at once (a transform of a batch), each is read by itself.
+    """One record for each index. Where a data set may look at several at once (a transform of a batch), each is read by
+    itself.
 
     Raises:
         CaptureError: it gives several records for one index, or none.
@@ -233,8 +242,8 @@ def read_records(dataset: Any, indices: list[int]) -> list[Any]:
     records = [record for piece in pieces for record in piece]
     if len(records) != len(indices) or not (together or all(len(piece) == 1 for piece in pieces)):
         raise CaptureError(
-            "the data set gave another number of records than one for one index, as a transform may that cuts records in pieces: "
-            "clipping bounds what one record adds. Cut the records before training (datasets.map), and let "
+            "the data set gave another number of records than one for one index, as a transform may that cuts records "
+            "in pieces: clipping bounds what one record adds. Cut the records before training (datasets.map), and let "
             "PrivacyConfig(unit_column=...) name the record that each piece came from"
         )
     return records
@@ -248,12 +257,14 @@ def _reads_rows(dataset: Any) -> bool:
 
 
 class DrawnRecords:
-    """A map-style data set whose `__getitems__` hands a draw's number on to the collator and reads under secret randomness.
+    """A map-style data set whose `__getitems__` hands a draw's number on to the collator and reads under secret
+    randomness.
 
-    What it reads it packs: lists of tokens are most of what a large draw takes in memory. A draw that can't be read is one `Failure`.
+    What it reads it packs: lists of tokens are most of what a large draw takes in memory. A draw that can't be read is
+    one `Failure`.
 
-    Random augmentations in the data set's own `__getitem__` would otherwise come from the public seed, dealt out in the order of the
-    draw, as dropout masks would (see `forked_rng`).
+    Random augmentations in the data set's own `__getitem__` would otherwise come from the public seed, dealt out in the
+    order of the draw, as dropout masks would (see `forked_rng`).
     """
 
     def __init__(self, dataset: Any, num_units: int | None = None) -> None:

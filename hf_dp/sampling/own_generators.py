@@ -1,7 +1,8 @@
 """A collator or data set -> the random generators that it keeps for itself, by name.
 
-Reading and collating run under secret states of torch's, numpy's and Python's global generators (see `forked_rng`). A generator of one's
-own has a public seed, as a rule, and is dealt out in the order of the draw: remove one record, and all that follow get other masks.
+Reading and collating run under secret states of torch's, numpy's and Python's global generators (see `forked_rng`). A
+generator of one's own has a public seed, as a rule, and is dealt out in the order of the draw: remove one record, and
+all that follow get other masks.
 """
 
 import functools
@@ -18,13 +19,15 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.ra
 DEPTH = 8  # attributes of attributes
 MEMBERS = 64  # of a list or mapping that are looked at
 REMEDY = (
-    "what it draws for one record depends on which others were drawn before; draw from torch's, numpy's or Python's global generator "
-    "instead, which hf_dp runs under secret states"
+    "what it draws for one record depends on which others were drawn before; draw from torch's, numpy's or Python's "
+    "global generator instead, which hf_dp runs under secret states"
 )
 
 
 def own_generators(holder: Any, name: str) -> list[str]:
-    """Where `holder` keeps random generators: attributes, members, what a function closes over and its module's globals that it names."""
+    """Where `holder` keeps random generators: attributes, members, what a function closes over and its module's globals
+    that it names.
+    """
     return list(_found(holder, name, DEPTH, set()))
 
 

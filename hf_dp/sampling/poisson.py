@@ -31,20 +31,21 @@ class Draw(list[T]):
 class PoissonSampler(Sampler[list[int]]):
     """Batches for a `DataLoader(batch_sampler=...)`: each keeps every record with probability q, by itself.
 
-    Guarantee: under a secret key, record i is in draw t with probability `sample_rate`, rounded down to a multiple of 2**-53,
-    independently of every other record and draw. There is one global draw; process r of W yields its kept[r::W], so that the slices
-    of all processes together are the draw, each record once. Nothing is capped, padded, shuffled or evened out. A slice may be
-    empty: it is yielded as `[]`. The order within a draw is that of the data set, or of the groups.
+    Guarantee: under a secret key, record i is in draw t with probability `sample_rate`, rounded down to a multiple of
+    2**-53, independently of every other record and draw. There is one global draw; process r of W yields its
+    kept[r::W], so that the slices of all processes together are the draw, each record once. Nothing is capped, padded,
+    shuffled or evened out. A slice may be empty: it is yielded as `[]`. The order within a draw is that of the data
+    set, or of the groups.
 
-    Iterating again goes on with fresh draws: the number of a draw never comes twice in the life of the object, whether or
-    not an iterator was exhausted.
+    Iterating again goes on with fresh draws: the number of a draw never comes twice in the life of the object, whether
+    or not an iterator was exhausted.
 
     Args:
         units: how many records, N; or N `Groups`, of which a kept one yields one of its records (see `privacy_unit`).
         sample_rate: q, 0 < q <= 1; at 1 every draw is the whole set. Or a function that gives it for a draw's number.
         num_batches: length of one iteration, 1 or more.
-        key: 128 secret bits, the same on all processes, for Philox, or a `ChaChaKey`; None draws bits for Philox, which is right
-            for one process alone.
+        key: 128 secret bits, the same on all processes, for Philox, or a `ChaChaKey`; None draws bits for Philox, which
+            is right for one process alone.
         process_index: this process, from 0.
         num_processes: W.
 
@@ -93,7 +94,9 @@ class PoissonSampler(Sampler[list[int]]):
 
     @property
     def last_number(self) -> int | None:
-        """Number of the draw yielded last. Loaders read ahead, so it may be beyond the batch in hand: see `Draw.number`."""
+        """Number of the draw yielded last. Loaders read ahead, so it may be beyond the batch in hand: see
+        `Draw.number`.
+        """
         return self._next - 1 if self._next else None
 
     def draw(self, number: int) -> NDArray[np.int64]:

@@ -9,7 +9,9 @@ FINE = ("none", "ieee")  # "none": as PyTorch's default, ieee
 
 
 def coarse_products() -> Iterator[str]:
-    """Each setting that makes matrix products in TF32 or bfloat16, with its remedy: asked before the first step and at every one."""
+    """Each setting that makes matrix products in TF32 or bfloat16, with its remedy: asked before the first step and at
+    every one.
+    """
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by the newer `fp32_precision`, which are asked below

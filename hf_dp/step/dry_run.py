@@ -1,7 +1,9 @@
-"""A training set and the bounds of a micro-batch -> made-up records of the largest micro-batch, to be tried before the first draw.
+"""A training set and the bounds of a micro-batch -> made-up records of the largest micro-batch, to be tried before the
+first draw.
 
-Only the greatest lengths are read off the records. They may be private, unless the records were truncated to a public length, so what is
-found out stays in this process: it decides how the work is cut, which changes no sum, and no message, log or file tells it.
+Only the greatest lengths are read off the records. They may be private, unless the records were truncated to a public
+length, so what is found out stays in this process: it decides how the work is cut, which changes no sum, and no
+message, log or file tells it.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,8 +27,9 @@ def largest_micro_batch(
     """Records of the greatest length, as many as a micro-batch may hold of them.
 
     Args:
-        dataset: the training set, read as its fingerprint reads it. The lengths of what a `datasets.Dataset`'s transform makes, and of
-            records without `input_ids`, stay unknown: then the number of examples alone is tried.
+        dataset: the training set, read as its fingerprint reads it. The lengths of what a `datasets.Dataset`'s
+            transform makes, and of records without `input_ids`, stay unknown: then the number of examples alone is
+            tried.
         make: lengths -> a made-up record for each.
         bounds: the most examples and the most padded tokens (or None) of one micro-batch.
         model: the base; no record is longer than it has positions for.
@@ -40,7 +43,9 @@ def largest_micro_batch(
 
 @contextmanager
 def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Buffers stand afterwards as before. Parameters are not copied: the copy would take the room that is being measured."""
+    """Buffers stand afterwards as before. Parameters are not copied: the copy would take the room that is being
+    measured.
+    """
     before = {name: value.detach().clone() for name, value in model.named_buffers()}
     try:
         yield
@@ -52,7 +57,9 @@ def buffers_put_back(model: nn.Module) -> Iterator[None]:
 
 
 def greatest_lengths(dataset: Any) -> dict[str, int]:
-    """The greatest length of each of `COLUMNS` that holds sequences; empty where they can't be read. 100,000 rows of Arrow take 2 ms."""
+    """The greatest length of each of `COLUMNS` that holds sequences; empty where they can't be read. 100,000 rows of
+    Arrow take 2 ms.
+    """
     import datasets
 
     if isinstance(dataset, datasets.Dataset):

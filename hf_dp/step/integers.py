@@ -1,4 +1,6 @@
-"""One example's loss -> its clipped gradient as whole numbers of bounded norm, added to an int64 sum. The proof is in `hf_dp.grid`."""
+"""One example's loss -> its clipped gradient as whole numbers of bounded norm, added to an int64 sum. The proof is in
+`hf_dp.grid`.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -19,8 +21,8 @@ def grid_of(model: nn.Module, noise_multiplier: float, clip_norm: float) -> Grid
 def to_integers(gradients: Sequence[Tensor], grid: Grid) -> list[Tensor]:
     """round(g min(1 / step, R / |g|)) for the gradients of all parameters together, int64, of the same shapes.
 
-    Guarantee, whatever the arguments hold: the sum of all squares, as integers, is at most grid.sensitivity**2. Zeros where it
-    would not be, and where the norm is not finite.
+    Guarantee, whatever the arguments hold: the sum of all squares, as integers, is at most grid.sensitivity**2. Zeros
+    where it would not be, and where the norm is not finite.
     """
     if not gradients:
         return []
@@ -47,7 +49,8 @@ def add_integer_gradient(
     """Adds the example's integer vector to the int64 buffers `into`. No other example has part in the pass.
 
     Raises:
-        CaptureError: more than one example in the pass, whose rounding might then depend on each other; or as `per_example_factors`.
+        CaptureError: more than one example in the pass, whose rounding might then depend on each other; or as
+            `per_example_factors`.
     """
     if batch_size == 0:
         return

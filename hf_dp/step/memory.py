@@ -1,7 +1,9 @@
-"""A step's micro-batches -> parts that fit in memory: where an allocation fails, the step's sum is begun anew in smaller parts.
+"""A step's micro-batches -> parts that fit in memory: where an allocation fails, the step's sum is begun anew in
+smaller parts.
 
-How a batch is cut never changes its sum, and nothing has left the process while the sum is formed, so the same draw is simply summed
-again from zero, whatever had been added. What fits depends on private lengths: it is kept for the session, and logged or saved nowhere.
+How a batch is cut never changes its sum, and nothing has left the process while the sum is formed, so the same draw is
+simply summed again from zero, whatever had been added. What fits depends on private lengths: it is kept for the
+session, and logged or saved nowhere.
 """
 
 import math
@@ -17,8 +19,9 @@ from hf_dp.per_example import MicroBatch, unambiguous
 from hf_dp.step.dry_run import buffers_put_back
 
 REMEDY = (
-    "truncate the records when they are tokenized, set gradient_checkpointing=True or bf16=True, train fewer parameters, or take a "
-    "machine with more memory. The step is charged, nothing was released; go on with resume_from_checkpoint=True"
+    "truncate the records when they are tokenized, set gradient_checkpointing=True or bf16=True, train fewer "
+    "parameters, or take a machine with more memory. The step is charged, nothing was released; go on with "
+    "resume_from_checkpoint=True"
 )
 SMALLER = "set a smaller per_device_train_batch_size or micro_batch_tokens"
 
@@ -37,7 +40,9 @@ class Room:
         self._tried = False
 
     def parts(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """The batches in parts that fit and whose size is none of their other dimensions (see `unambiguous`), one after the other."""
+        """The batches in parts that fit and whose size is none of their other dimensions (see `unambiguous`), one after
+        the other.
+        """
         for batch in batches:
             step = int(max(1, min(batch.size, self._tokens // _width(batch))))
             for start in range(0, batch.size, step):
@@ -50,7 +55,8 @@ class Room:
             yield part
 
     def until_it_fits(self, sum_all: Callable[[], None]) -> None:
-        """Calls `sum_all`, which begins at zero and takes `one_by_one` what `parts` gives, until memory lasts; halves what fits each time.
+        """Calls `sum_all`, which begins at zero and takes `one_by_one` what `parts` gives, until memory lasts; halves
+        what fits each time.
 
         Raises:
             ConfigError: one example alone does not fit, or the number of passes is fixed.
@@ -67,11 +73,12 @@ class Room:
     def try_out(
         self, model: nn.Module, make: Callable[[], MicroBatch], sum_all: Callable[[list[MicroBatch]], None]
     ) -> None:
-        """Before the first sum of a session: halves what fits until the sum of the largest micro-batch, made up, can be formed.
+        """Before the first sum of a session: halves what fits until the sum of the largest micro-batch, made up, can be
+        formed.
 
-        Never an error: it would tell that a long record exists, which no draw has been charged for. What fails for one example, or for
-        another reason than memory, is left to the step that draws such a record. Nothing is tried where the number of passes is fixed,
-        and where a pass that is too large would not fail (see `refuses_memory`).
+        Never an error: it would tell that a long record exists, which no draw has been charged for. What fails for one
+        example, or for another reason than memory, is left to the step that draws such a record. Nothing is tried where
+        the number of passes is fixed, and where a pass that is too large would not fail (see `refuses_memory`).
         """
         if self._tried or self._fixed or not refuses_memory(model):
             return
@@ -103,7 +110,9 @@ class Room:
 
 
 def refuses_memory(model: nn.Module) -> bool:
-    """Whether the model's device says so where memory runs out: a CPU's system grants what it does not have, and ends the process later."""
+    """Whether the model's device says so where memory runs out: a CPU's system grants what it does not have, and ends
+    the process later.
+    """
     return next(model.parameters()).device.type != "cpu"
 
 

@@ -1,23 +1,27 @@
-"""Losses of private examples -> two more coordinates of the vector that a step releases; the noisy ones -> numbers for the log.
+"""Losses of private examples -> two more coordinates of the vector that a step releases; the noisy ones -> numbers for
+the log.
 
 Training loss and batch size are as private as the gradient. They are released with it, as one vector under one draw:
 
     v = (sum_b clip(g_b),  (C / k) sum_b min(max(l_b, 0), L) / L,  (C / k) sum_b 1)          released: v + N(0, (sigma C)² I)
 
-with k = METRIC_NOISE. Read back in its own unit, the loss sum has noise of k sigma L and the count of k sigma: k times the gradient's
-noise, relative to what one record contributes (C, L, 1).
+with k = METRIC_NOISE. Read back in its own unit, the loss sum has noise of k sigma L and the count of k sigma: k times
+the gradient's noise, relative to what one record contributes (C, L, 1).
 
-**Claim.** A step is the Poisson-subsampled Gaussian mechanism with noise multiplier z = (sigma^-2 + 2 (k sigma)^-2)^-1/2.
+**Claim.** A step is the Poisson-subsampled Gaussian mechanism with noise multiplier z = (sigma^-2 + 2 (k
+sigma)^-2)^-1/2.
 
-**Proof.** Under zero-out neighbours v is a sum with one term for each record of the draw, and each term depends on its record alone.
-A record's term has norm at most C in the gradient's coordinates (clipping) and at most C / k in each of the other two, so at most
-Delta = C sqrt(1 + 2 / k²) in all. A record's presence moves v by a vector of norm at most Delta, and the noise is spherical with
-standard deviation sigma C = z Delta, with z = sigma / sqrt(1 + 2 / k²) as claimed. The draw is one for all coordinates: given it, this
-is a Gaussian mechanism with noise multiplier z, and the draw keeps each record by itself with probability q, so it is the
-Poisson-subsampled one (Abadi et al. 2016) and is charged as such, once. QED.
+**Proof.** Under zero-out neighbours v is a sum with one term for each record of the draw, and each term depends on its
+record alone. A record's term has norm at most C in the gradient's coordinates (clipping) and at most C / k in each of
+the other two, so at most Delta = C sqrt(1 + 2 / k²) in all. A record's presence moves v by a vector of norm at most
+Delta, and the noise is spherical with standard deviation sigma C = z Delta, with z = sigma / sqrt(1 + 2 / k²) as
+claimed. The draw is one for all coordinates: given it, this is a Gaussian mechanism with noise multiplier z, and the
+draw keeps each record by itself with probability q, so it is the Poisson-subsampled one (Abadi et al. 2016) and is
+charged as such, once. QED.
 
-Two charges, one for the gradient and one for the metrics, would each claim a draw of its own, although who is in one is in the other:
-they would add up to less than was spent. Dividing by the public B, and means over steps, are post-processing.
+Two charges, one for the gradient and one for the metrics, would each claim a draw of its own, although who is in one is
+in the other: they would add up to less than was spent. Dividing by the public B, and means over steps, are
+post-processing.
 """
 
 import torch
@@ -27,7 +31,8 @@ from hf_dp.mechanism import METRIC_NOISE, METRICS, Mechanism
 
 
 def contribution(losses: Tensor, *, clip_norm: float, loss_bound: float) -> Tensor:
-    """What the examples with these losses add to the two coordinates, float32 [2]. A loss that is not finite counts as 0.
+    """What the examples with these losses add to the two coordinates, float32 [2]. A loss that is not finite counts as
+    0.
 
     One example moves each by at most `clip_norm` / METRIC_NOISE.
     """
@@ -49,7 +54,9 @@ class ReleasedMetrics:
         return None if m.loss_bound is None else cls()
 
     def add(self, noisy: Tensor, m: Mechanism) -> None:
-        """One step's two coordinates as a step of `m` released them, [2]: read in units of a loss's mean over B, and of records."""
+        """One step's two coordinates as a step of `m` released them, [2]: read in units of a loss's mean over B, and of
+        records.
+        """
         assert m.loss_bound is not None
         units = METRIC_NOISE / m.clip_norm * noisy.new_tensor([m.loss_bound / m.expected_batch_size, 1.0])
         self._sum = self._sum.to(noisy.device) + noisy * units

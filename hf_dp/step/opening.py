@@ -1,4 +1,5 @@
-"""A mechanism, an output folder and a training set -> an opened session: ledger, keys, and how many steps the budget allows.
+"""A mechanism, an output folder and a training set -> an opened session: ledger, keys, and how many steps the budget
+allows.
 
 Process 0 alone touches the files. What it finds, or the error that stops it, is the same on every process afterwards.
 """
@@ -76,9 +77,11 @@ class Session:
     Attributes:
         dataset: the training set; its keyed fingerprint must be the one in the ledger.
         checkpoint: the checkpoint that training resumes from, or None.
-        epoch_length: draws in an epoch. A Trainer that resumes at step s skips the first s % epoch_length draws of its loader.
+        epoch_length: draws in an epoch. A Trainer that resumes at step s skips the first s % epoch_length draws of its
+            loader.
         seed: fixes keys and noise, for tests alone; the ledger is marked as not private.
-        continues: an earlier session of this process left its ledger in the folder, so it may be continued without a checkpoint.
+        continues: an earlier session of this process left its ledger in the folder, so it may be continued without a
+            checkpoint.
     """
 
     dataset: object
@@ -113,7 +116,8 @@ class Opened(NamedTuple):
 
 
 def open_session(mechanism: Mechanism, place: Place, session: Session) -> Opened:
-    """Opens or continues the ledger, shares key and segments, and asks target and budget file how many steps they allow.
+    """Opens or continues the ledger, shares key and segments, and asks target and budget file how many steps they
+    allow.
 
     If anything ends it early, an interrupt included, the ledger is closed again, and files made here are removed.
 
@@ -187,8 +191,8 @@ class _Opening:
         self.made = [p for p in (path, folder / KEY_NAME) if not p.exists()]
         if self.session.checkpoint is None and not self.session.continues and has_steps(path):
             raise LedgerError(
-                f"{path} holds what another training in this folder spent. Resume it (resume_from_checkpoint=True), or choose "
-                "another output_dir; what was spent on the same data adds up either way"
+                f"{path} holds what another training in this folder spent. Resume it (resume_from_checkpoint=True), or "
+                "choose another output_dir; what was spent on the same data adds up either way"
             )
         if path.exists() and self.place.budget_file is None and (folder / budgets.TOKEN_NAME).exists():
             raise BudgetError(
@@ -196,7 +200,9 @@ class _Opening:
             )
 
     def _refuse_differences(self, data_fingerprint: str) -> None:
-        """The noise of process 0 fits what the others clip, and their slices form one draw, only if plan and data are the same."""
+        """The noise of process 0 fits what the others clip, and their slices form one draw, only if plan and data are
+        the same.
+        """
         if self.place.num_processes == 1:
             return
         everybodys: list[tuple[dict[str, object], str]] = [({}, "")] * self.place.num_processes
@@ -212,7 +218,8 @@ class _Opening:
                 wrong.append(f"the records of process {number} are not those of 0, in their order")
         if wrong:
             raise ConfigError(
-                f"all processes need one plan and the same data; {'; '.join(wrong)}. Give all of them the same recipe and files"
+                f"all processes need one plan and the same data; {'; '.join(wrong)}. Give all of them the same recipe "
+                "and files"
             )
 
     def _open_ledger(self, data_fingerprint: str) -> None:
@@ -265,8 +272,8 @@ class _Opening:
         assert file is not None
         if not m.is_private:
             raise BudgetError(
-                "a run without noise, or with a debug_seed, has an infinite epsilon, which no budget holds: leave budget_file "
-                "out where the data are public"
+                "a run without noise, or with a debug_seed, has an infinite epsilon, which no budget holds: leave "
+                "budget_file out where the data are public"
             )
         budgets.read(file)  # before a key is made beside it
         of = budgets.Of.run(m, fingerprint(self.session.dataset, file.resolve().parent))

@@ -1,4 +1,5 @@
-"""Micro-batches of one draw -> `p.grad` = (clipped sum + noise) / B for every trainable parameter: the whole algorithm, in one place.
+"""Micro-batches of one draw -> `p.grad` = (clipped sum + noise) / B for every trainable parameter: the whole algorithm,
+in one place.
 
 This is algorithm 1 of Abadi et al. 2016. `Trainer`, `PrivateLoop` and the audit's controls all take their steps here.
 """
@@ -32,7 +33,8 @@ class Passes:
         to_device: brings a collated micro-batch to the model.
         precision: the context of a forward pass, such as autocast.
         factors_of: forms the per-example gradients of a pass; compiled passes are others than the default.
-        made_up: a batch of one made-up example, for passes that only other processes need; asked for where weights are sharded.
+        made_up: a batch of one made-up example, for passes that only other processes need; asked for where weights are
+            sharded.
         largest: a made-up batch of the largest size, to try out what fits in memory; None where nothing is tried.
         alone: each example has a pass of its own, and finds the model's memory as the first of the training found it.
         copied: names of the parameters that a pass is known to write to; they are put back too.
@@ -52,7 +54,8 @@ class Passes:
 class PrivateStep:
     """Takes the private steps of one model: `released = step(run, batches, draw_number)`.
 
-    Guarantee: of each record, at most `level.clip_norm` is in the sum, in Euclidean norm, and the sum leaves through `run.release` alone.
+    Guarantee: of each record, at most `level.clip_norm` is in the sum, in Euclidean norm, and the sum leaves through
+    `run.release` alone.
 
     Args:
         model: unwrapped (no DDP around it).
@@ -80,7 +83,8 @@ class PrivateStep:
     def __call__(
         self, run: PrivateRun, batches: Batches, draw_number: int, beside: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """One step: clip and sum, charge, add noise, write the gradients. Returns what was released, float32 [P] or [P + 2].
+        """One step: clip and sum, charge, add noise, write the gradients. Returns what was released, float32 [P] or [P
+        + 2].
 
         Args:
             run: open; it knows the step's level, charges the ledger and adds the noise.

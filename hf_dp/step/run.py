@@ -1,4 +1,6 @@
-"""One private run while it lasts: charges, noise and the one exit of a step. It is open from `PrivateRun.open` until `close`."""
+"""One private run while it lasts: charges, noise and the one exit of a step. It is open from `PrivateRun.open` until
+`close`.
+"""
 
 import json
 import sys
@@ -20,9 +22,11 @@ from hf_dp.step.spending import PrivacySpent, Spending
 
 
 class PrivateRun:
-    """The private half of a training session: what was charged, the key of the draws, and `release`. Made by `PrivateRun.open`.
+    """The private half of a training session: what was charged, the key of the draws, and `release`. Made by
+    `PrivateRun.open`.
 
-    Only process 0 holds the ledger, the noise and the file; the others learn at the start what was charged, and count along.
+    Only process 0 holds the ledger, the noise and the file; the others learn at the start what was charged, and count
+    along.
 
     Attributes:
         mechanism: of the training.
@@ -72,7 +76,8 @@ class PrivateRun:
             HfDpError
         ) as error:  # the budget then counts too much; a finished training must not end in an error for that
             print(
-                f"The budget still counts this run's whole plan ({error}). Later: hf-dp budget {file} --settle {folder}",
+                f"The budget still counts this run's whole plan ({error}). Later: hf-dp budget {file} --settle "
+                f"{folder}",
                 file=sys.stderr,
             )
 
@@ -108,13 +113,14 @@ class PrivateRun:
 
     @contextmanager
     def told_to_all(self, own_sum: Tensor, draw_number: int, *, waiting_in_release: bool = True) -> Iterator[None]:
-        """Around a process's work on its part of a step, at its `level`: if it fails, the step is charged and the others are told.
+        """Around a process's work on its part of a step, at its `level`: if it fails, the step is charged and the
+        others are told.
 
         Args:
             own_sum: of the shape of what will be released.
             draw_number: the draw that the step takes.
-            waiting_in_release: the other processes wait in `release`. False where weights are sharded: they wait for this
-                process's shards instead, and notice its end by themselves.
+            waiting_in_release: the other processes wait in `release`. False where weights are sharded: they wait for
+                this process's shards instead, and notice its end by themselves.
         """
         self._refuse_beyond()
         try:
@@ -131,8 +137,8 @@ class PrivateRun:
         expected = self._opened.first_draw + len(self._taken)
         if self.mechanism.levels and draw_number != expected:
             raise ReleaseError(
-                f"expected draw {expected} for the next step of the schedule, got {draw_number}: draws must come in their order, "
-                "none left out"
+                f"expected draw {expected} for the next step of the schedule, got {draw_number}: draws must come in "
+                "their order, none left out"
             )
         self.level = self.at(draw_number)
         if self._ledger is not None:
@@ -146,18 +152,22 @@ class PrivateRun:
     def _refuse_beyond(self) -> None:
         if self.exhausted:
             raise ReleaseError(
-                f"all {self._opened.allowed} steps of this training are taken, and one more would exceed its target or its plan: "
-                "nothing was charged or released"
+                f"all {self._opened.allowed} steps of this training are taken, and one more would exceed its target or "
+                "its plan: nothing was charged or released"
             )
 
     def forward_seed(self) -> int | None:
-        """The seed of a step's dropout masks; None, except in debugging: masks then come from the operating system's entropy."""
+        """The seed of a step's dropout masks; None, except in debugging: masks then come from the operating system's
+        entropy.
+        """
         return None if self._seed is None else self._seed + 1000 * (len(self._taken) + 1) + self.place.process_index
 
     # ---- what was spent --------------------------------------------------------------------------------------------
 
     def spending(self) -> Spending:
-        """All steps charged in this folder, this session's included: as the ledger has them; without a ledger, as counted along."""
+        """All steps charged in this folder, this session's included: as the ledger has them; without a ledger, as
+        counted along.
+        """
         before = self._opened.spending
         charged = (*before.charged, *self._taken) if self._ledger is None else self._ledger.segments()
         plans = (*before.plans, self._opened.plan) if self._taken else before.plans
@@ -172,7 +182,9 @@ class PrivateRun:
         return None if self._ledger is None else self._ledger.record()
 
     def seal_checkpoint(self, folder: Path) -> None:
-        """Puts the ledger's copy and the completion marker into a checkpoint that Trainer has finished writing. On process 0."""
+        """Puts the ledger's copy and the completion marker into a checkpoint that Trainer has finished writing. On
+        process 0.
+        """
         if self._ledger is not None:
             self._ledger.copy_to(folder)
             durable.replace(folder / COMPLETE, json.dumps({"ledger_head": self._ledger.head}).encode())

@@ -1,8 +1,9 @@
-"""A model whose frozen weights lie sharded on the processes (FSDP2) -> what has to be the same everywhere, and what is refused.
+"""A model whose frozen weights lie sharded on the processes (FSDP2) -> what has to be the same everywhere, and what is
+refused.
 
-Each forward and backward gathers the weights of one layer after another from all processes, so all must take the same number of passes,
-however many examples their slices hold. Trainable parameters stay whole on every process: their gradients are formed example by
-example, and reduced once a step like any others'.
+Each forward and backward gathers the weights of one layer after another from all processes, so all must take the same
+number of passes, however many examples their slices hold. Trainable parameters stay whole on every process: their
+gradients are formed example by example, and reduced once a step like any others'.
 """
 
 from collections.abc import Iterable, Iterator
@@ -39,7 +40,8 @@ def counted(parts: Iterable[MicroBatch], device: torch.device) -> tuple[list[Mic
 def checkpoints_allowed(args: Any, model: Any) -> Iterator[None]:
     """Around Trainer's constructor, which refuses to save the optimizer of a sharded model (transformers 5.23).
 
-    Its reason, that the optimizer's state is sharded too, does not hold here: `problems` lets only whole parameters be trained.
+    Its reason, that the optimizer's state is sharded too, does not hold here: `problems` lets only whole parameters be
+    trained.
     """
     saves_only_model = args.save_only_model
     args.save_only_model = saves_only_model or is_sharded(model)
@@ -55,13 +57,14 @@ def problems(model: nn.Module) -> Iterator[str]:
     trainable = [name for name, p in sharded.items() if p.requires_grad]
     if trainable:
         yield (
-            f"{trainable[0]} and {len(trainable) - 1} more parameters are sharded and trainable: per-example gradients need them whole; "
-            "train an adapter on the sharded base (get_peft_model after loading), or load without distributed_config"
+            f"{trainable[0]} and {len(trainable) - 1} more parameters are sharded and trainable: per-example gradients "
+            "need them whole; train an adapter on the sharded base (get_peft_model after loading), or load without "
+            "distributed_config"
         )
     dimensions = {name for p in sharded.values() for name in p.device_mesh.mesh_dim_names or ()}
     others = sorted(dimensions - {"fsdp"})
     if others:
         yield (
-            f"weights sharded over {', '.join(others)}: tensor, pipeline, expert and replicated sharding are not supported; "
-            f"load the base with {LOADING}, or use DDP"
+            f"weights sharded over {', '.join(others)}: tensor, pipeline, expert and replicated sharding are not "
+            f"supported; load the base with {LOADING}, or use DDP"
         )

@@ -7,7 +7,8 @@ from hf_dp.mechanism import Mechanism, Segment
 
 
 class PrivacySpent(NamedTuple):
-    """(epsilon, delta) of a training after `num_steps` noisy steps, which include steps of earlier sessions and steps lost in crashes.
+    """(epsilon, delta) of a training after `num_steps` noisy steps, which include steps of earlier sessions and steps
+    lost in crashes.
 
     Epsilon is that of the plan from the first step on, however early the training ends (see `accounting.claimed`).
     """

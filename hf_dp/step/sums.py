@@ -1,7 +1,8 @@
 """Passes over examples -> what a step releases, before its noise: a sum in float32, or one of whole numbers.
 
-Both are one flat vector, zeroed at the start of a step, with a view for each trainable parameter; the two coordinates of noised metrics
-(see `metrics`) come last. Which of the two a run needs follows from its mechanism: `new_sum` is the only place that asks.
+Both are one flat vector, zeroed at the start of a step, with a view for each trainable parameter; the two coordinates
+of noised metrics (see `metrics`) come last. Which of the two a run needs follows from its mechanism: `new_sum` is the
+only place that asks.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,9 @@ class ClippedSum(Protocol):
 
 
 class FloatSum:
-    """sum_b min(1, C / |g_b|) g_b in float32 (Abadi et al. 2016, algorithm 1), and the metrics where the mechanism has them."""
+    """sum_b min(1, C / |g_b|) g_b in float32 (Abadi et al. 2016, algorithm 1), and the metrics where the mechanism has
+    them.
+    """
 
     def __init__(
         self, model: nn.Module, mechanism: Mechanism, device: torch.device, factors_of: Pass = per_example_factors
@@ -54,7 +57,9 @@ class FloatSum:
 
 
 class IntegerSum:
-    """The same on the grid of `noise="discrete"`: whole numbers of bounded norm, int64, one example a pass (see `randomness.grid`)."""
+    """The same on the grid of `noise="discrete"`: whole numbers of bounded norm, int64, one example a pass (see
+    `randomness.grid`).
+    """
 
     def __init__(self, model: nn.Module, mechanism: Mechanism, device: torch.device) -> None:
         parameters = trainable(model)

@@ -1,7 +1,7 @@
 """A model, its optimizer and the gradients that were released -> an error wherever anything else changes the weights.
 
-What is compared is the bits themselves, as a sum over 64-bit words: a version counter would not see what is written through `.data`. One
-read of the weights is a small part of a step, which reads them all in every pass.
+What is compared is the bits themselves, as a sum over 64-bit words: a version counter would not see what is written
+through `.data`. One read of the weights is a small part of a step, which reads them all in every pass.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,9 +20,10 @@ from hf_dp.step.arithmetic import coarse_products
 class WeightGuard:
     """Watches one model and the one optimizer that may change it, from `watch` to `leave`; before, and after, nothing.
 
-    Guarantee: between two releases the weights (trainable, frozen, and the buffers that are saved) change by one `optimizer.step()` on
-    exactly the gradients that were released, and by nothing else: not by a callback, a second optimizer, gradients added in between, or
-    parameters that were never released. What is found is an error before the step, the next pass, or the next save.
+    Guarantee: between two releases the weights (trainable, frozen, and the buffers that are saved) change by one
+    `optimizer.step()` on exactly the gradients that were released, and by nothing else: not by a callback, a second
+    optimizer, gradients added in between, or parameters that were never released. What is found is an error before the
+    step, the next pass, or the next save.
 
     Attributes:
         waiting: gradients were released, and the optimizer has not stepped on them yet.
@@ -60,7 +61,8 @@ class WeightGuard:
         self._weights, self._gradients, self._hooks, self.waiting = {}, {}, [], False
 
     def before_pass(self) -> None:
-        """To be called before every step's first pass; an optimizer with a training mode (schedule-free ones) is put in it.
+        """To be called before every step's first pass; an optimizer with a training mode (schedule-free ones) is put in
+        it.
 
         Raises:
             ReleaseError: the weights are not those that the last step left, or that step never came.
@@ -71,7 +73,8 @@ class WeightGuard:
         self.check()
         if self.waiting:
             raise ReleaseError(
-                "the last release is still without its optimizer.step(): one step for each release, by the optimizer that was given"
+                "the last release is still without its optimizer.step(): one step for each release, by the optimizer "
+                "that was given"
             )
         if coarse := list(coarse_products()):
             raise UnsupportedOptionError("changed since training began: " + "; ".join(coarse))
@@ -79,7 +82,8 @@ class WeightGuard:
         self._switch("train")
 
     def before_evaluation(self) -> None:
-        """To be called before an evaluation in a training: an optimizer with an evaluation mode is put in it, and nothing else changes.
+        """To be called before an evaluation in a training: an optimizer with an evaluation mode is put in it, and
+        nothing else changes.
 
         Raises:
             ReleaseError: the weights are not those that the last step left.
@@ -106,8 +110,9 @@ class WeightGuard:
         changed = [name for name in now.keys() | self._weights.keys() if now.get(name) != self._weights.get(name)]
         if changed:
             raise ReleaseError(
-                f"{_listed(sorted(changed))} changed otherwise than by the optimizer's step on what was released: a callback, a second "
-                "optimizer, an average written back, or an adapter merged and unmerged. Do it to a copy of the model, or after training"
+                f"{_listed(sorted(changed))} changed otherwise than by the optimizer's step on what was released: a "
+                "callback, a second optimizer, an average written back, or an adapter merged and unmerged. Do it to a "
+                "copy of the model, or after training"
             )
 
     def _switch(self, mode: str) -> None:
@@ -137,8 +142,8 @@ class WeightGuard:
         if wrong:
             names = {p: name for name, p in self._model.named_parameters()}
             raise ReleaseError(
-                f"the gradients of {_listed([names.get(p, 'a parameter no longer in the model') for p in wrong])} are not those that were "
-                "released: let no loss.backward(), callback or hook beside write to them"
+                f"the gradients of {_listed([names.get(p, 'a parameter no longer in the model') for p in wrong])} are "
+                "not those that were released: let no loss.backward(), callback or hook beside write to them"
             )
         self.check()
         self._within = 1
@@ -165,17 +170,17 @@ def foreign_parameters(model: nn.Module, optimizer: Any) -> Iterator[str]:
     """What is wrong with the optimizer, in words."""
     if not isinstance(optimizer, torch.optim.Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
         yield (
-            f"the steps of {type(optimizer).__name__} cannot be watched: give a torch.optim.Optimizer whose __init__ calls "
-            "super().__init__(params, defaults)"
+            f"the steps of {type(optimizer).__name__} cannot be watched: give a torch.optim.Optimizer whose __init__ "
+            "calls super().__init__(params, defaults)"
         )
         return
     own = set(model.parameters())
     if foreign := [list(p.shape) for p in _held(optimizer) if p not in own]:
         yield (
-            f"the optimizer holds {len(foreign)} parameters that are not the model's (of shapes {_listed(map(str, foreign))}), which "
-            "would be trained without clipping and noise: make what holds them a submodule of the model (model.loss_head = head; an "
-            "nn.ModuleList or nn.ModuleDict in place of a list or dict), or leave them out of the optimizer and freeze them "
-            "(requires_grad_(False))"
+            f"the optimizer holds {len(foreign)} parameters that are not the model's (of shapes "
+            f"{_listed(map(str, foreign))}), which would be trained without clipping and noise: make what holds them a "
+            "submodule of the model (model.loss_head = head; an nn.ModuleList or nn.ModuleDict in place of a list or "
+            "dict), or leave them out of the optimizer and freeze them (requires_grad_(False))"
         )
 
 

@@ -1,7 +1,8 @@
 """Model, optimizer, loss and a plan -> private steps of an ordinary PyTorch loop on any `nn.Module`, without Trainer.
 
-`PrivateLoop.draws` yields Poisson draws, `backward` takes the place of `loss.backward()`, and the optimizer steps as ever. What is out of
-order (a step without a release, two releases in one step, gradients from elsewhere) is an error before the weights change.
+`PrivateLoop.draws` yields Poisson draws, `backward` takes the place of `loss.backward()`, and the optimizer steps as
+ever. What is out of order (a step without a release, two releases in one step, gradients from elsewhere) is an error
+before the weights change.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,10 +57,12 @@ BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw waits 
 
 
 def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1) -> Mechanism:
-    """What a loop over `num_examples` records will run: as `accounting.plan` says, with sigma calibrated where a target is given.
+    """What a loop over `num_examples` records will run: as `accounting.plan` says, with sigma calibrated where a target
+    is given.
 
     Raises:
-        ConfigError: settings that do not fit the data, a `budget_file` or a `unit_column`, which a mechanism does not hold.
+        ConfigError: settings that do not fit the data, a `budget_file` or a `unit_column`, which a mechanism does not
+            hold.
         AccountingError: a target out of reach.
     """
     for name, value in (("budget_file", privacy.budget_file), ("unit_column", privacy.unit_column)):
@@ -69,16 +72,19 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
 
 
 class PrivateLoop:
-    """One private training in a loop of your own: `for draw in loop.draws(data): loop.backward(draw); optimizer.step()`.
+    """One private training in a loop of your own: `for draw in loop.draws(data): loop.backward(draw);
+    optimizer.step()`.
 
-    Guarantee: that of `mechanism`, for the weights that the optimizer leaves, as long as nothing else computes them from the records.
-    One process; a loop does not resume: another training on the same records adds up.
+    Guarantee: that of `mechanism`, for the weights that the optimizer leaves, as long as nothing else computes them
+    from the records. One process; a loop does not resume: another training on the same records adds up.
 
     Args:
-        model: in training mode during every pass; parameters with `requires_grad` are trained, all of them by `optimizer`.
-        optimizer: a torch optimizer whose `step` takes no closure. From now on it steps on what this loop released alone.
-        example_losses: (model, batch) -> one loss an example, [B], each a function of its example alone. The batch is what `collate`
-            makes of records: a mapping, or a tuple, of tensors that lead with the examples.
+        model: in training mode during every pass; parameters with `requires_grad` are trained, all of them by
+            `optimizer`.
+        optimizer: a torch optimizer whose `step` takes no closure. From now on it steps on what this loop released
+            alone.
+        example_losses: (model, batch) -> one loss an example, [B], each a function of its example alone. The batch is
+            what `collate` makes of records: a mapping, or a tuple, of tensors that lead with the examples.
         mechanism: from `hf_dp.plan(PrivacyConfig(...), num_examples, num_train_epochs=...)`.
         output_dir: where the ledger is kept, one training in each.
 
@@ -86,8 +92,8 @@ class PrivateLoop:
         alone_because: why each example has a pass of its own, known when `draws` begins; "" where a pass may hold many.
 
     Raises:
-        ConfigError: several processes, a mechanism with more than the gradient in it, or trainable parameters that the optimizer
-            does not hold, and the reverse. Names all of them.
+        ConfigError: several processes, a mechanism with more than the gradient in it, or trainable parameters that the
+            optimizer does not hold, and the reverse. Names all of them.
     """
 
     def __init__(
@@ -126,18 +132,22 @@ class PrivateLoop:
         max_examples: int = 256,
         check_records: list[Any] | None = None,
     ) -> Iterator[Draw[MicroBatch]]:
-        """T draws, fewer where one more would exceed the target epsilon: each keeps every record with probability q, by itself.
+        """T draws, fewer where one more would exceed the target epsilon: each keeps every record with probability q, by
+        itself.
 
         First the inventory, and the self-check on made-up records; then the ledger is opened. A draw may be empty.
 
         Args:
             dataset: with `len` and integer indices; as many records as the mechanism was planned for.
-            collate: records -> batch, one row a record; it is given one record at a time, but for torch's `default_collate`.
+            collate: records -> batch, one row a record; it is given one record at a time, but for torch's
+                `default_collate`.
             max_examples: the most records of one pass: memory and speed, never the result.
-            check_records: a few public records for the self-check, where none can be made up from the shapes of the first.
+            check_records: a few public records for the self-check, where none can be made up from the shapes of the
+                first.
 
         Raises:
-            ConfigError: another number of records than planned, records that can't be made up, or a budget that is spent.
+            ConfigError: another number of records than planned, records that can't be made up, or a budget that is
+                spent.
             UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
             SelfCheckError: something couples the examples of a batch.
             LedgerError: `output_dir` holds the ledger of another training.
@@ -176,7 +186,8 @@ class PrivateLoop:
             run.close()
 
     def backward(self, draw: Draw[MicroBatch]) -> None:
-        """p.grad = (clipped sum + noise) / B for every trainable parameter, whatever was there before; charged first, on disk.
+        """p.grad = (clipped sum + noise) / B for every trainable parameter, whatever was there before; charged first,
+        on disk.
 
         Raises:
             ReleaseError: not the draw that `draws` yielded last, or a second time. Nothing is charged or released.
@@ -184,8 +195,8 @@ class PrivateLoop:
         """
         if self._run is None or draw is not self._draw or not self._waits:
             raise ReleaseError(
-                f"backward takes the draw that draws() yielded last, once (that one waits for {self._waits_for() or 'nothing'}): "
-                "two releases of one draw cost more than two charges say"
+                "backward takes the draw that draws() yielded last, once (that one waits for "
+                f"{self._waits_for() or 'nothing'}): two releases of one draw cost more than two charges say"
             )
         self._guard.before_pass()
         self._step(self._run, lambda: self._checked(draw), draw.number)
@@ -239,7 +250,8 @@ class PrivateLoop:
 def _refuse_other_examples(batches: list[MicroBatch], expected: int) -> None:
     if not all(isinstance(batch, MicroBatch) for batch in batches) or sum(batch.size for batch in batches) != expected:
         raise CaptureError(
-            f"expected the micro-batches of {expected} examples that draws() yielded, got others: clipping bounds an example"
+            f"expected the micro-batches of {expected} examples that draws() yielded, got others: clipping bounds an "
+            "example"
         )
 
 

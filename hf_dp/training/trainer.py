@@ -79,7 +79,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
             examples. A matter of speed and memory: it never changes the result.
         check_records: a few public records for the self-check, where none can be made up from the data set's columns.
-        class_weights: a public number a class: in training each example's loss is multiplied by that of its label, before clipping.
+        class_weights: a public number a class: in training each example's loss is multiplied by that of its label,
+            before clipping.
         audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
         **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with one example at a
             time, whose rows are alone in both, and returns its loss, [1] or a scalar.
@@ -87,7 +88,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     Attributes:
         mechanism: what will be run, calibrated; None without a training set.
         private_step: takes each step; there is one where there is a training set.
-        objective: which loss of an example is trained, and why; alone_because: why a pass holds one example, "" where more.
+        objective: which loss of an example is trained, and why; alone_because: why a pass holds one example, "" where
+            more.
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
@@ -144,7 +146,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
     def privacy_spent(self) -> PrivacySpent:
-        """(epsilon, delta) that is claimed of the training in this output folder: 0 before the first step, then the plan's."""
+        """(epsilon, delta) that is claimed of the training in this output folder: 0 before the first step, then the
+        plan's.
+        """
         mechanism = self._planned()
         if self._run is None:
             return PrivacySpent(0.0, mechanism.delta, 0)
@@ -190,7 +194,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the host's, for evaluation alone; with `compute_loss_func` the mean of the losses that it returns, one an example."""
+        """As the host's, for evaluation alone; with `compute_loss_func` the mean of the losses that it returns, one an
+        example.
+        """
         if self.compute_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = objectives.mean_of_the_users(self, model, inputs)
@@ -230,7 +236,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         Raises:
             SelfCheckError: something couples examples.
             LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
-            ConfigError: the target epsilon is already spent, or `trial` is given; a BudgetError: the budget file does not hold this run.
+            ConfigError: the target epsilon is already spent, or `trial` is given; a BudgetError: the budget file does
+                not hold this run.
         """
         if trial is not None:
             raise ConfigError(
@@ -259,7 +266,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         return output._replace(training_loss=float("nan"), metrics=metrics)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which is private."""
+        """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which
+        is private.
+        """
         run, step = self._running(), self.private_step
         self._begin_pass()
         add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
@@ -273,7 +282,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         return torch.zeros((), device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with epsilon so far."""
+        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with
+        epsilon so far.
+        """
         released = self._released_metrics.take() if self._released_metrics is not None and "loss" in logs else {}
         for name in NOT_RELEASED:
             logs.pop(name, None)
@@ -301,7 +312,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, but what leaves is the model, whole and of one step: sealed before, and waited for before the ledger grows."""
+        """As Trainer's, but what leaves is the model, whole and of one step: sealed before, and waited for before the
+        ledger grows.
+        """
         self._seal(Path(checkpoint_folder))
         self._write_card(Path(self.args.output_dir))
         with only_the_model_leaves():
