@@ -6,13 +6,15 @@ anything in a batch that is no mapping, tuple or list of further leaves; its pat
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Batch = dict[str, Any]
-Path = tuple[Any, ...]
+Record: TypeAlias = Any  # whatever a data set returns for an index
+Leaf: TypeAlias = Any  # a tensor, a number, a text, a list of texts, ...
+Batch: TypeAlias = dict[str, Leaf]  # a Leaf may be a mapping, tuple or list of further leaves
+Path: TypeAlias = tuple[str | int, ...]
 RIGHT, LEFT = "right", "left"
 
 
