@@ -1,4 +1,4 @@
-"""Micro-batches of one draw go in; the released sum comes out, charged, noised and the same on every process."""
+"""Micro-batches of one draw go in; the released sum comes out: charged, noised, and the same on every process."""
 
 from hf_dp.step import sharding
 from hf_dp.step.arithmetic import COARSE, coarse_products

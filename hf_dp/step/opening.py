@@ -1,7 +1,6 @@
-"""A mechanism, an output folder and a training set -> an opened session: ledger, keys, and how many steps the budget
-allows.
+"""A mechanism, an output folder and a training set -> an opened session: ledger, keys, and the steps it may take.
 
-Process 0 alone touches the files. What it finds, or the error that stops it, is the same on every process afterwards.
+Only process 0 touches the files. What it finds there, or the error that stops it, then becomes known to all processes.
 """
 
 from collections.abc import Callable
@@ -116,10 +115,9 @@ class Opened(NamedTuple):
 
 
 def open_session(mechanism: Mechanism, place: Place, session: Session) -> Opened:
-    """Opens or continues the ledger, shares key and segments, and asks target and budget file how many steps they
-    allow.
+    """Opens or continues the ledger, shares key and segments, and asks target and budget how many steps they allow.
 
-    If anything ends it early, an interrupt included, the ledger is closed again, and files made here are removed.
+    If anything ends this early, an interrupt included, the ledger is closed, and files made here are removed.
 
     Raises:
         LedgerError, ConfigError, BudgetError: see `PrivateRun.open`.
@@ -200,8 +198,9 @@ class _Opening:
             )
 
     def _refuse_differences(self, data_fingerprint: str) -> None:
-        """The noise of process 0 fits what the others clip, and their slices form one draw, only if plan and data are
-        the same.
+        """All processes must have the same plan and data.
+
+        The noise of process 0 must fit what the others clip, and the slices of all must form one draw.
         """
         if self.place.num_processes == 1:
             return

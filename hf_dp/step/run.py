@@ -1,6 +1,4 @@
-"""One private run while it lasts: charges, noise and the one exit of a step. It is open from `PrivateRun.open` until
-`close`.
-"""
+"""One private run while it lasts, from `PrivateRun.open` to `close`: its charges, and the one exit of a step."""
 
 import json
 import sys
@@ -22,17 +20,16 @@ from hf_dp.step.spending import PrivacySpent, Spending
 
 
 class PrivateRun:
-    """The private half of a training session: what was charged, the key of the draws, and `release`. Made by
-    `PrivateRun.open`.
+    """The private half of a training session: what was charged, the key of the draws, and `release`.
 
-    Only process 0 holds the ledger, the noise and the file; the others learn at the start what was charged, and count
-    along.
+    Made by `PrivateRun.open`. Only process 0 holds the ledger, the noise and the file; the others learn at the start
+    what was charged, and count along.
 
     Attributes:
         mechanism: of the training.
         place: the output folder, and the processes that take part.
         sampling_key: 128 secret bits, the same on all processes, new in every session.
-        level: the mechanism of the step under way; `mechanism` itself where it has no schedule.
+        level: the mechanism of the step under way; `mechanism` itself if it has no schedule.
     """
 
     def __init__(self, mechanism: Mechanism, place: Place, opened: Opened, seed: int | None = None) -> None:
@@ -113,14 +110,13 @@ class PrivateRun:
 
     @contextmanager
     def told_to_all(self, own_sum: Tensor, draw_number: int, *, waiting_in_release: bool = True) -> Iterator[None]:
-        """Around a process's work on its part of a step, at its `level`: if it fails, the step is charged and the
-        others are told.
+        """Around a process's part of a step: if it fails, the step is charged and the other processes are told.
 
         Args:
-            own_sum: of the shape of what will be released.
-            draw_number: the draw that the step takes.
-            waiting_in_release: the other processes wait in `release`. False where weights are sharded: they wait for
-                this process's shards instead, and notice its end by themselves.
+            own_sum: has the shape of what will be released.
+            draw_number: the draw that the step takes; `level` becomes that of the draw.
+            waiting_in_release: the other processes wait in `release`. False if weights are sharded: then they wait for
+                this process's shards, and notice its end by themselves.
         """
         self._refuse_beyond()
         try:
@@ -157,17 +153,13 @@ class PrivateRun:
             )
 
     def forward_seed(self) -> int | None:
-        """The seed of a step's dropout masks; None, except in debugging: masks then come from the operating system's
-        entropy.
-        """
+        """The seed of a step's dropout masks in debugging; else None, and masks come from the operating system."""
         return None if self._seed is None else self._seed + 1000 * (len(self._taken) + 1) + self.place.process_index
 
     # ---- what was spent --------------------------------------------------------------------------------------------
 
     def spending(self) -> Spending:
-        """All steps charged in this folder, this session's included: as the ledger has them; without a ledger, as
-        counted along.
-        """
+        """All steps charged in this folder, this session's included: from the ledger, or without one as counted."""
         before = self._opened.spending
         charged = (*before.charged, *self._taken) if self._ledger is None else self._ledger.segments()
         plans = (*before.plans, self._opened.plan) if self._taken else before.plans
@@ -182,9 +174,7 @@ class PrivateRun:
         return None if self._ledger is None else self._ledger.record()
 
     def seal_checkpoint(self, folder: Path) -> None:
-        """Puts the ledger's copy and the completion marker into a checkpoint that Trainer has finished writing. On
-        process 0.
-        """
+        """On process 0: adds the ledger's copy and the completion marker to a checkpoint that Trainer has written."""
         if self._ledger is not None:
             self._ledger.copy_to(folder)
             durable.replace(folder / COMPLETE, json.dumps({"ledger_head": self._ledger.head}).encode())

@@ -7,10 +7,10 @@ from hf_dp.mechanism import Mechanism, Segment
 
 
 class PrivacySpent(NamedTuple):
-    """(epsilon, delta) of a training after `num_steps` noisy steps, which include steps of earlier sessions and steps
-    lost in crashes.
+    """(epsilon, delta) of a training after `num_steps` noisy steps.
 
-    Epsilon is that of the plan from the first step on, however early the training ends (see `accounting.claimed`).
+    The steps of earlier sessions count, and those lost in crashes. From the first step on, epsilon is that of the whole
+    plan, however early the training ends (see `accounting.claimed`).
     """
 
     epsilon: float
