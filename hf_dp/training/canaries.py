@@ -20,9 +20,9 @@ from hf_dp.audit import Counts, Floats, counted, log_likelihood_ratio
 from hf_dp.config import AuditConfig
 from hf_dp.errors import AuditError, ConfigError
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import IGNORED, public_sizes
+from hf_dp.per_example import IGNORED, Record, public_sizes
 from hf_dp.randomness import Key, Role, keyed_stream
-from hf_dp.sampling import Draw, LogicalBatchCollator, Reader, read_records
+from hf_dp.sampling import Container, Draw, LogicalBatchCollator, Reader, Records, read_records
 
 SLOTS = "canaries"  # of a container: the gradient canaries that were drawn and are in
 LENGTH = 6  # tokens of a random-token canary
@@ -103,7 +103,7 @@ class Canaries:
 
     # ---- in the data loader ----------------------------------------------------------------------------------------
 
-    def among(self, dataset: Any) -> Any:
+    def among(self, dataset: Records) -> Records:
         """The data set with m more slots behind it."""
         return WithCanaries(dataset, self) if self.num else dataset
 
@@ -177,17 +177,17 @@ class Canaries:
 class WithCanaries(Reader):
     """Records, then m slots: of a canary that is in its row, or its `Slot`; of one that is out nothing."""
 
-    def __init__(self, dataset: Any, canaries: Canaries) -> None:
+    def __init__(self, dataset: Records, canaries: Canaries) -> None:
         self._dataset, self._canaries = dataset, canaries
         self._alone = canaries.config is not None and canaries.config.control
 
     def __len__(self) -> int:
         return len(self._dataset) + self._canaries.num
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Record:
         return self._dataset[index]
 
-    def read(self, indices: list[int]) -> list[Any]:
+    def read(self, indices: list[int]) -> list[Record]:
         """The records of a draw, then the canaries in it that are in."""
         n, rows = len(self._dataset), self._canaries.rows
         kept = [] if self._alone else [i for i in indices if i < n]
@@ -198,7 +198,7 @@ class WithCanaries(Reader):
 class WithSlots(LogicalBatchCollator):
     """Micro-batches of the records alone; the slots among them are left beside."""
 
-    def __call__(self, features: list[Any]) -> dict[str, Any]:
+    def __call__(self, features: list[Record]) -> Container:
         """As of the records, with `SLOTS` beside."""
         assert isinstance(features, Draw), "canaries come in draws"
         records = Draw((f for f in features if not isinstance(f, Slot)), features.number)

@@ -22,6 +22,7 @@ from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import (
     Batch,
     MicroBatch,
+    Record,
     hooks_in,
     records_of_the_same_shape,
     self_check,
@@ -30,11 +31,13 @@ from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import (
     DRAW_NUMBER,
     FAILURE,
+    Collate,
     Collation,
     Draw,
     DrawnRecords,
     LogicalBatchCollator,
     PoissonSampler,
+    Records,
     micro_batches,
     taken_by_the_model,
     tokens_of_a_pass,
@@ -126,11 +129,11 @@ class PrivateLoop:
 
     def draws(
         self,
-        dataset: Any,
+        dataset: Records,
         *,
-        collate: Callable[[list[Any]], Any] = default_collate,
+        collate: Collate = default_collate,
         max_examples: int = 256,
-        check_records: list[Any] | None = None,
+        check_records: list[Record] | None = None,
     ) -> Iterator[Draw[MicroBatch]]:
         """T draws, fewer where one more would exceed the target epsilon: each keeps every record with probability q, by
         itself.

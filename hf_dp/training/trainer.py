@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
@@ -18,21 +16,13 @@ from hf_dp.errors import ConfigError
 from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.per_example import (
-    LENGTHS,
-    MANY,
     Batch,
-    MicroBatch,
     Report,
     Row,
-    longest_taken,
-    losses,
     self_check,
-    synthetic_records,
 )
-from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import (
     DRAW_NUMBER,
-    Collation,
     DrawnRecords,
     LogicalBatchCollator,
     PoissonSampler,
@@ -51,7 +41,6 @@ from hf_dp.step import (
     ReleasedMetrics,
     Session,
     WeightGuard,
-    largest_micro_batch,
     refuse_foreign_parameters,
     sharding,
 )
@@ -61,16 +50,17 @@ from hf_dp.training.cards import audit_result, write_card
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.hub_upload import only_the_model_leaves
+from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
-from hf_dp.training.passes import inventory_and_reason, subject_of, written_by
+from hf_dp.training.passes import inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
 
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
 
 
-class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
+class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -125,7 +115,6 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         self._canaries = Canaries(audit)
         self.micro_batch_tokens = micro_batch_tokens
         self._check_records = check_records
-        self._learnt: tuple[Any, Collation] | None = None
         self.class_weights = objectives.class_weights(class_weights)
         self.alone_because = ""
         self._run: PrivateRun | None = None
@@ -365,44 +354,6 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     def _written_by_a_pass(self) -> tuple[str, ...]:
         with objectives.as_in_training(self):
             return written_by(self.model, self.example_losses, self._synthetic_batches()[1])
-
-    def _base_model(self) -> nn.Module:
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-
-    def _columns_for_model(self) -> tuple[Any, Any]:
-        """The training set and collator, reduced to the columns that the model takes, as Trainer does."""
-        if isinstance(self.train_dataset, datasets.Dataset):
-            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
-        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
-
-    def _collation(self) -> Collation:
-        """How records become micro-batches; learnt on made-up ones whenever the collator is another."""
-        _, collate = self._columns_for_model()
-        if self._learnt is None or self._learnt[0] is not self.data_collator:
-            lengths = (*LENGTHS, 1, longest_taken(self._base_model()) or MANY)
-            self._learnt = self.data_collator, Collation(collate, self._made_up_records(lengths))
-        return self._learnt[1]
-
-    def _synthetic_batches(self) -> list[MicroBatch]:
-        """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
-        return subject_of(self).batches()
-
-    def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Any]:
-        if self._check_records is not None:
-            return self._check_records
-        base = self._base_model()
-        sizes = losses.sizes_of_records(type(base).__name__, getattr(base, "config", None))
-        return synthetic_records(self._columns_for_model()[0][0], lengths=lengths, **sizes)
-
-    def _most_examples(self) -> int:
-        """Of one pass."""
-        return 1 if self.alone_because else int(self.args.per_device_train_batch_size)
-
-    def _largest_batch(self) -> MicroBatch:
-        dataset, _ = self._columns_for_model()
-        bounds = self._most_examples(), self.micro_batch_tokens
-        with fork_forward_rng([self.args.device]):  # a collator may draw
-            return self._collation()(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))[0]
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
