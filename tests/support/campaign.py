@@ -23,8 +23,8 @@ import torch
 from transformers import TrainerCallback
 
 from hf_dp.errors import HfDpError
+from hf_dp.ledger import COMPLETE
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
-from hf_dp.step.run import COMPLETE
 from tests.support import models as M
 from tests.support import runs
 from tests.support.children import KILLED, start, status_of
