@@ -197,7 +197,8 @@ def predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def first_needed(labels: Tensor) -> int:
-    """The first position [of T] whose logits a next-token loss on `labels` [B, T] reads: what stands before is prompt."""
+    """The first position [of T] whose logits a next-token loss on `labels` [B, T] reads: what stands before is prompt.
+    """
     columns = (labels != IGNORED).any(0).nonzero()
     return max(0, int(columns[0]) - 1) if len(columns) else max(0, labels.shape[1] - 1)
 

@@ -1,13 +1,11 @@
-"""Autograd functions that compute as the plain operation does and, in backward, hand over the factor of each example's
-gradient.
+"""Autograd functions that compute what the plain operation does and, in backward, give out each example's gradient.
 
-Each takes its parameters *detached* and an `anchor`, a leaf without values that makes the output require a gradient
-even where the input does not: so backward runs, no gradient reaches the parameter itself, and no hook of DDP or FSDP
-fires. `sink` receives one `Factor` each time backward is executed (once a use, also under both kinds of checkpointing),
-or None where the examples do not lead the gradient's shape.
+Each takes its parameters *detached*, and an `anchor`: a leaf without values that makes the output require a gradient
+even if the input does not. So backward always runs, no gradient reaches the parameter itself, and no hook of DDP or
+FSDP fires. `sink` receives one `Factor` each time backward is executed (once for each use, under both kinds of
+checkpointing too), or None if the leading dimension of the gradient is not that of the examples.
 
-Legend: B examples, T positions, d inputs, r outputs. Anything between the leading B and the last dimension counts as
-positions.
+Legend: B examples, T positions, d inputs, r outputs. All dimensions between B and the last one count as positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
+from hf_dp.per_example.factors import Dense, Factor, Outer, Rows, wide
 
 Sink: TypeAlias = Callable[[Factor | None], None]
 
 
 def by_example(x: Tensor, batch: int) -> Tensor | None:
-    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k]; None where the examples do not lead."""
+    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k]; None if the examples are not in front."""
     if x.shape[0] == batch or (x.dim() == 2 and x.shape[0] % batch == 0):
         return x.reshape(batch, -1, x.shape[-1])
     return None
@@ -53,7 +51,7 @@ class LinearTap(torch.autograd.Function):
             unknown = x_by_example is None or g_by_example is None
             ctx.weight_sink(None if unknown else Outer(x_by_example, g_by_example))  # type: ignore[arg-type]
         if ctx.bias_sink:
-            ctx.bias_sink(None if g_by_example is None else Dense(g_by_example.sum(1, dtype=_wide(g))))
+            ctx.bias_sink(None if g_by_example is None else Dense(g_by_example.sum(1, dtype=wide(g))))
         return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None, None
 
 
@@ -157,8 +155,7 @@ class LayerNormTap(torch.autograd.Function):
 
 
 class AnyTap(torch.autograd.Function):
-    """y = f(data, parameters) for any f that maps example by example: the gradients are f's own, taken for each example
-    (vmap).
+    """y = f(data, parameters) for any f that maps each example by itself: f's own gradients, for each example (vmap).
     """
 
     @staticmethod
@@ -183,7 +180,7 @@ class AnyTap(torch.autograd.Function):
 
         found = torch.func.vmap(of_one)(grads[0], *data)
         for sink, gradient in zip(ctx.sinks, found[:count], strict=True):
-            sink(Dense(gradient.to(_wide(gradient))))
+            sink(Dense(gradient.to(wide(gradient))))
         inputs = [g.squeeze(1) for g in found[count:]]
         return None, None, None, *([None] * count), *inputs
 
@@ -192,7 +189,7 @@ def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
     """[B, ...] -> [B, *shape]: sums over the positions along which a tensor of `shape` was broadcast, in float32 or
     better.
 
-    `g` may also be [B*T, k], flattened example by example. None where the examples do not lead.
+    `g` may also be [B*T, k], flattened example by example. None if the examples are not in front.
     """
     if g.shape[0] != batch:
         flattened = by_example(g, batch)
@@ -201,9 +198,5 @@ def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
         g = flattened
     padded = (1,) * (g.dim() - len(shape)) + tuple(shape)
     axes = [i for i in range(1, g.dim()) if padded[i] == 1 and g.shape[i] != 1]
-    total = g.sum(axes, dtype=_wide(g)) if axes else g.to(_wide(g))
+    total = g.sum(axes, dtype=wide(g)) if axes else g.to(wide(g))
     return Dense(total.reshape(g.shape[0], *shape))
-
-
-def _wide(g: Tensor) -> torch.dtype:
-    return torch.float64 if g.dtype == torch.float64 else torch.float32
