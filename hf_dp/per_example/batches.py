@@ -23,9 +23,7 @@ class Untied(Exception):
 
 
 class Padding(NamedTuple):
-    """The value that a leaf is padded with, to the greatest size in each dimension, and the side that the value is put
-    on.
-    """
+    """What a leaf is padded with, up to the greatest size in each dimension, and on which side."""
 
     value: float
     side: str
@@ -73,8 +71,7 @@ def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
 
 
 def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:
-    """Every leaf of a batch by its path. A list of things that are not tensors, such as one text an example, is one
-    leaf.
+    """Every leaf of a batch by its path. A list of things that are not tensors, such as one text an example, is a leaf.
     """
     if isinstance(value, Mapping):
         members: Iterable[tuple[str | int, Leaf]] = value.items()

@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_dp.per_example.factors import Dense, Factor, Outer, Rows, wide
 
 Sink: TypeAlias = Callable[[Factor | None], None]
+Context: TypeAlias = Any  # of an autograd function: forward keeps in it, as attributes, what backward needs
 
 
 def by_example(x: Tensor, batch: int) -> Tensor | None:
@@ -32,7 +33,7 @@ class LinearTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, batch: int, *sinks: Sink | None
+        ctx: Context, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, batch: int, *sinks: Sink | None
     ) -> Tensor:
         """`sinks`: of the weight and of the bias, None where that one is frozen."""
         ctx.batch, (ctx.weight_sink, ctx.bias_sink) = batch, sinks
@@ -41,7 +42,7 @@ class LinearTap(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # an in-place activation may follow
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over the factors and returns the input's gradient."""
         (g,) = grads
         x, weight = ctx.saved_tensors
@@ -59,14 +60,14 @@ class EmbeddingTap(torch.autograd.Function):
     """y = table[index]. Gradient per example: the rows of g, added up by index (Rows); the padding row gets none."""
 
     @staticmethod
-    def forward(ctx: Any, index: Tensor, anchor: Tensor, table: Tensor, padding: int | None, sink: Sink) -> Tensor:
+    def forward(ctx: Context, index: Tensor, anchor: Tensor, table: Tensor, padding: int | None, sink: Sink) -> Tensor:
         """`padding`: the row whose gradient torch.nn.Embedding drops, or None."""
         ctx.padding, ctx.sink, ctx.num_rows = padding, sink, table.shape[0]
         ctx.save_for_backward(index)
         return F.embedding(index, table)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[None, ...]:
         """Hands over the rows."""
         (g,) = grads
         (index,) = ctx.saved_tensors
@@ -81,14 +82,14 @@ class MultiplyTap(torch.autograd.Function):
     """y = x * w with w broadcast over examples. Gradient per example: g * x, summed where w was broadcast (Dense)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, batch: int, sink: Sink) -> Tensor:
+    def forward(ctx: Context, x: Tensor, anchor: Tensor, w: Tensor, batch: int, sink: Sink) -> Tensor:
         """`x` leads with the examples; `w` is what multiplies it."""
         ctx.sink, ctx.shape, ctx.batch = sink, w.shape, batch
         ctx.save_for_backward(x, w)
         return x * w
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over sum(g * x) and returns g * w."""
         (g,) = grads
         x, w = ctx.saved_tensors
@@ -102,13 +103,13 @@ class AddTap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, scale: float, batch: int, sink: Sink) -> Tensor:
+    def forward(ctx: Context, x: Tensor, anchor: Tensor, w: Tensor, scale: float, batch: int, sink: Sink) -> Tensor:
         """`x` leads with the examples, or the result does."""
         ctx.sink, ctx.shape, ctx.x_shape, ctx.scale, ctx.batch = sink, w.shape, x.shape, scale, batch
         return x + scale * w if scale != 1 else x + w
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over the sum of g and returns g."""
         (g,) = grads
         ctx.sink(summed(g * ctx.scale, ctx.shape, ctx.batch))
@@ -120,7 +121,7 @@ class LayerNormTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         anchor: Tensor,
         weight: Tensor,
@@ -138,7 +139,7 @@ class LayerNormTap(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over both sums and returns the input's gradient."""
         (g,) = grads
         x, mean, rstd, weight, *rest = ctx.saved_tensors
@@ -160,7 +161,7 @@ class AnyTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, function: Callable[..., Tensor], sinks: Sequence[Sink], *tensors: Tensor
+        ctx: Context, anchor: Tensor, function: Callable[..., Tensor], sinks: Sequence[Sink], *tensors: Tensor
     ) -> Tensor:
         """`tensors`: first one parameter a sink, then the data, each [B, ...]; `function` takes them in this order."""
         ctx.function, ctx.sinks = function, sinks
@@ -168,7 +169,7 @@ class AnyTap(torch.autograd.Function):
         return function(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over each parameter's gradients and returns those of the data."""
         count = len(ctx.sinks)
         parameters, data = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
@@ -186,10 +187,10 @@ class AnyTap(torch.autograd.Function):
 
 
 def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
-    """[B, ...] -> [B, *shape]: sums over the positions along which a tensor of `shape` was broadcast, in float32 or
-    better.
+    """[B, ...] -> [B, *shape]: the sum over the positions along which a tensor of `shape` was broadcast.
 
-    `g` may also be [B*T, k], flattened example by example. None if the examples are not in front.
+    The sum is in float32 or better. `g` may also be [B*T, k], flattened example by example. None if the examples are
+    not in front.
     """
     if g.shape[0] != batch:
         flattened = by_example(g, batch)
