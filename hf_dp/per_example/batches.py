@@ -71,7 +71,7 @@ def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
 
 
 def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:
-    """Every leaf of a batch by its path. A list of things that are not tensors, such as one text an example, is a leaf."""
+    """Every leaf of a batch by its path. A list of things that are not tensors, such as one text an example, is one."""
     if isinstance(value, Mapping):
         members: Iterable[tuple[str | int, Leaf]] = value.items()
     elif _is_sequence_of_fields(value):

@@ -56,7 +56,7 @@ class Capture:
         self._watched.append(proxy)
 
     def forget(self) -> None:
-        """Drops factors and proxies, which refer back to this object: only the garbage collector would free the cycle."""
+        """Drops factors and proxies. They refer back to this object, and only the garbage collector frees a cycle."""
         self.recorded, self._watched = {}, []
 
     def used(self, parameter: str, operation: str) -> None:
@@ -64,7 +64,7 @@ class Capture:
         self.operations.setdefault(parameter, {})[operation] = None
 
     def record(self, parameter: str, factor: Factor) -> None:
-        """Records one use of `parameter`, from a tap's backward; materialised at once if that is cheaper (see `cost`)."""
+        """Records one use of `parameter`, from a tap's backward; materialised now if that is cheaper (see `cost`)."""
         if isinstance(factor, Outer):
             _, positions, d = factor.inputs.shape
             if materialise_is_cheaper(positions, d, factor.grads.shape[-1]):
@@ -82,7 +82,7 @@ class Capture:
         raise UnsupportedParameterError(refusal_message(self.refusals))
 
     def refuse_hidden(self, strays: list[str]) -> None:
-        """Refuses parameters to which autograd itself delivered a gradient: `strays`, and proxies used past the taps."""
+        """Refuses parameters to which autograd itself delivered a gradient: `strays`, and proxies used elsewhere."""
         with torch._C.DisableTorchFunctionSubclass():
             strays = strays + [p.parameter for p in self._watched if p.grad is not None]
         for parameter in strays:
@@ -98,7 +98,7 @@ def refusal_message(refusals: dict[tuple[str, str], None]) -> str:
 
 
 class Borrowed:
-    """What stands in for the trainable parameters, by name; after the pass, `strays`: parameters that got a gradient."""
+    """The stand-ins of the trainable parameters by name; after the pass, `strays`: parameters that got a gradient."""
 
     def __init__(self) -> None:
         self.stand_ins: dict[str, Tensor] = {}

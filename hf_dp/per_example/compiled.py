@@ -125,7 +125,7 @@ class CompiledBlocks:
 
     @contextmanager
     def _lent(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Puts compiled blocks and stand-ins into the model, and takes them out in any case; parameter -> its anchor."""
+        """Puts compiled blocks and stand-ins into the model, and always takes them out; parameter -> its anchor."""
         anchors = {}
         try:
             for name, parent, key, module, stand_in in self._leaves:

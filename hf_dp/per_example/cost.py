@@ -4,7 +4,7 @@ factored.
 For one example of a linear map d -> r used at T positions, in multiply-adds, where moving one number through memory
 counts as `MOVE` of them:
 
-                           work                                                  numbers held until the weights are known
+                           work                                                  numbers held, until weights are known
     materialise and keep   T d r + MOVE * 3 d r (write, read for norm and sum)   d r
     keep factored          T d r (sum) + MOVE * T (d + r) + norm                 T (d + r)
         norm by Gram       T^2 (d + r) + MOVE * 2 T^2

@@ -75,7 +75,7 @@ def materialise(factor: Factor) -> Tensor:
 
 
 def merge(factors: Sequence[Factor]) -> list[Factor]:
-    """Several uses of one parameter -> at most one factor of each form, which together stand for the sum of all uses."""
+    """Several uses of one parameter -> at most one factor of each form, which together stand for their sum."""
     dense = [f for f in factors if isinstance(f, Dense)]
     outer = [f for f in factors if isinstance(f, Outer)]
     rows = [f for f in factors if isinstance(f, Rows)]

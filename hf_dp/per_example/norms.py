@@ -81,7 +81,11 @@ class Bound(NamedTuple):
 
 
 def squared_norms(factors: Mapping[str, Sequence[Factor]]) -> Measured:
-    """Upper bounds of |G_b|^2 over all parameters. `factors` by parameter, at least one, each as from `factors.merge`."""
+    """Upper bounds of |G_b|^2 over all parameters.
+
+    Args:
+        factors: by parameter, at least one, each as from `factors.merge`.
+    """
     bounds = {name: bound(uses) for name, uses in factors.items()}
     squares = torch.stack([b.square + b.error for b in bounds.values()])  # [parameters, B]
     terms = torch.stack([b.terms for b in bounds.values()])

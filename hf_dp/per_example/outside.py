@@ -56,7 +56,7 @@ def refuse_hooks(model: nn.Module) -> None:
 
 
 class _Leaves(TorchDispatchMode):
-    """Notes every leaf outside of the model that requires a gradient and is used, and sets aside the gradient it had."""
+    """Notes every leaf outside of the model that requires a gradient and is used; sets aside its gradient."""
 
     def __init__(self, model: nn.Module, anchor: Tensor) -> None:
         super().__init__()

@@ -156,7 +156,7 @@ class LayerNormTap(torch.autograd.Function):
 
 
 class AnyTap(torch.autograd.Function):
-    """y = f(data, parameters) for any f that maps each example by itself: f's own gradients, for each example (vmap)."""
+    """y = f(data, parameters) for any f that maps each example by itself: f's own gradients, by vmap over examples."""
 
     @staticmethod
     def forward(
