@@ -1,5 +1,4 @@
-"""What a trainer is given (settings, options, records) -> its mechanism, its passes; and whether the records it made
-are still those.
+"""A trainer's settings, options and records -> its mechanism and its passes, and a check that records stay as planned.
 """
 
 from typing import Any
@@ -20,10 +19,17 @@ from hf_dp.step import is_sharded
 def plan_training(
     privacy: PrivacyConfig, args: Any, dataset: Any, groups: Groups | None, num_canaries: int
 ) -> Mechanism | None:
-    """The mechanism of a training on `dataset`, or its groups, with so many canaries' slots; None without a data set.
+    """The mechanism of a training on `dataset`, with room for `num_canaries`; None without a data set.
+
+    Args:
+        privacy: what the run must guarantee.
+        args: the `TrainingArguments`.
+        dataset: the training set.
+        groups: of its records, if groups are protected as one.
+        num_canaries: slots that the draw has besides the records.
 
     Raises:
-        ConfigError, AccountingError: as `accounting.plan`, or the noise needs a library that is not installed.
+        ConfigError, AccountingError: as `accounting.plan`; or the noise needs a library that is not installed.
     """
     if dataset is None:
         return None
@@ -34,10 +40,12 @@ def plan_training(
 
 
 def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> None:
-    """Trainers that prepare their data may pack, filter or sort them.
+    """Compares the records that a trainer has prepared with those that were planned for.
+
+    Some trainers pack, filter or sort their records.
 
     Raises:
-        ConfigError: `trainer.train_dataset` has another number of records than `planned`, or other groups.
+        ConfigError: `trainer.train_dataset` does not have `planned` records, or they form other groups.
     """
     name, found = type(trainer).__name__, len(trainer.train_dataset)
     if found != planned:
@@ -55,10 +63,10 @@ def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> N
 
 
 def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, alone_because: str) -> Pass:
-    """What forms the per-example factors: the blocks compiled where `TrainingArguments` ask for it.
+    """What forms the per-example factors; with compiled blocks if `TrainingArguments` ask for them.
 
     Raises:
-        UnsupportedOptionError: as `CompiledBlocks`, or where nothing would be compiled or could be.
+        UnsupportedOptionError: as `CompiledBlocks`; or an option does not go together with compiling.
     """
     if not args.torch_compile:
         return per_example_factors

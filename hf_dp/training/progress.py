@@ -1,4 +1,5 @@
-"""What a person sees: the plan with its rules before the first step, and epsilon beside the progress bar."""
+"""A trainer -> what a person sees: the plan with its rules before the first step, and epsilon beside the progress bar.
+"""
 
 import math
 from typing import Any
@@ -21,14 +22,14 @@ class EpsilonProgress(ProgressCallback):
 
 
 def show_epsilon(trainer: Any) -> None:
-    """Replaces Trainer's own progress bar; a user's callback of another kind stays."""
+    """Replaces Trainer's own progress bar by one with epsilon; a progress bar of the user's stays."""
     if any(type(c) is ProgressCallback for c in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(EpsilonProgress)
 
 
 def print_summary(trainer: Any) -> None:
-    """Every derived number with the rule that it came from, on the main process."""
+    """Prints every derived number with the rule that it came from, on the main process."""
     if not trainer.is_world_process_zero():
         return
     args, mechanism = trainer.args, trainer.mechanism
@@ -39,7 +40,7 @@ def print_summary(trainer: Any) -> None:
         trainer.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
     ):
         table.add_row(*row)
-    for name, value, rule in _of_the_machine(trainer):
+    for name, value, rule in _rows_of_passes(trainer):
         table.add_row(name, value, rule)
     console = Console()
     console.print(table)
@@ -49,7 +50,8 @@ def print_summary(trainer: Any) -> None:
         )
 
 
-def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
+def _rows_of_passes(trainer: Any) -> list[tuple[str, str, str]]:
+    """What is trained, and in which passes: (name, value, rule)."""
     args, mechanism = trainer.args, trainer.mechanism
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     share = mechanism.largest.expected_batch_size / args.world_size
