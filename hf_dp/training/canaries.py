@@ -10,6 +10,7 @@ on a record without noise.
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from hf_dp.audit import Counts, Floats, counted, log_likelihood_ratio
-from hf_dp.config import AuditConfig
+from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import AuditError, ConfigError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import IGNORED, Record, public_sizes
 from hf_dp.randomness import Key, Role, keyed_stream
 from hf_dp.sampling import Container, Draw, LogicalBatchCollator, Reader, Records, read_records
+from hf_dp.training.host import PrivateTrainer
 
 SLOTS = "canaries"  # key of a container: the gradient canaries that were drawn, and whose coins say "in"
 LENGTH = 6  # tokens of a random-token canary
@@ -114,8 +116,7 @@ class Canaries:
     # ---- in a step -------------------------------------------------------------------------------------------------
 
     def add_to(self, clipped_sum: Tensor, container: Mapping[str, Any], clip_norm: float) -> None:
-        """Adds the gradient canaries drawn in this process's part: each a vector of norm C in a direction of its own.
-        """
+        """Adds the gradient canaries drawn in this process's part: each a vector of norm C in a direction of its own."""
         slots = container.get(SLOTS, [])
         if slots:
             part, signs = self._columns(clipped_sum)
@@ -208,7 +209,7 @@ class WithSlots(LogicalBatchCollator):
         return {**super().__call__(records), SLOTS: [int(f) for f in features if isinstance(f, Slot)]}
 
 
-def refuse_audit(config: AuditConfig | None, privacy: Any) -> None:
+def refuse_audit(config: AuditConfig | None, privacy: PrivacyConfig) -> None:
     """Refuses settings that an audited run cannot have.
 
     Raises:
@@ -231,7 +232,9 @@ def refuse_audit(config: AuditConfig | None, privacy: Any) -> None:
         raise ConfigError("Cannot audit this run: " + "; ".join(wrong) + ".")
 
 
-def begin_audit(trainer: Any, canaries: Canaries, checkpoint: Any) -> Callable[[list[dict[str, Any]]], Floats]:
+def begin_audit(
+    trainer: PrivateTrainer, canaries: Canaries, checkpoint: Path | None
+) -> Callable[[list[dict[str, Any]]], Floats]:
     """Tosses the coins of a trainer's canaries and weighs them for the first time, just before the first step.
 
     Returns:
@@ -258,6 +261,7 @@ def begin_audit(trainer: Any, canaries: Canaries, checkpoint: Any) -> Callable[[
         return np.concatenate(found)
 
     if canaries.num:
+        assert trainer._run is not None
         canaries.toss(trainer._run.sampling_key)
         base, tokenizer = trainer._base_model(), trainer.processing_class
         vocabulary, _ = public_sizes(type(base).__name__, base.config)

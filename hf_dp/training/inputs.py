@@ -1,6 +1,6 @@
 """A trainer's data set, collator and model -> its micro-batches, and the made-up records that its checks run on."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 from peft import PeftModel
@@ -11,6 +11,7 @@ from hf_dp.per_example import LENGTHS, MANY, MicroBatch, Record, longest_taken, 
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collate, Collation, Records
 from hf_dp.step import largest_micro_batch
+from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.passes import subject_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class CollatedRecords(_Host):
 
     def _synthetic_batches(self) -> list[MicroBatch]:
         """Made-up records of the user's schema: all in one batch first, then each collated alone."""
-        return subject_of(self).batches()
+        return subject_of(cast(PrivateTrainer, self)).batches()
 
     def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Record]:
         if self._check_records is not None:

@@ -138,10 +138,10 @@ class PrivateLoop:
         max_examples: int = 256,
         check_records: list[Record] | None = None,
     ) -> Iterator[Draw[MicroBatch]]:
-        """T draws, or fewer if one more would exceed the target epsilon. Each keeps every record independently with
-        probability q.
+        """T draws, or fewer if one more would exceed the target epsilon.
 
-        First come the inventory and the self-check, on made-up records; then the ledger is opened. A draw may be empty.
+        Each keeps every record independently with probability q; it may be empty. First come the inventory and the
+        self-check, on made-up records; then the ledger is opened.
 
         Args:
             dataset: with `len` and integer indices; it has as many records as the mechanism was planned for.

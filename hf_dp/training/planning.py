@@ -1,10 +1,10 @@
-"""A trainer's settings, options and records -> its mechanism and its passes, and a check that records stay as planned.
-"""
+"""A trainer's settings, options and records -> its mechanism and its passes, and a check that records stay as planned."""
 
 from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import TrainingArguments
 
 from hf_dp import accounting
 from hf_dp.config import PrivacyConfig
@@ -14,10 +14,11 @@ from hf_dp.per_example import CompiledBlocks, Pass, Row, per_example_factors
 from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import Groups, groups_by
 from hf_dp.step import is_sharded
+from hf_dp.training.host import PrivateTrainer
 
 
 def plan_training(
-    privacy: PrivacyConfig, args: Any, dataset: Any, groups: Groups | None, num_canaries: int
+    privacy: PrivacyConfig, args: TrainingArguments, dataset: Any, groups: Groups | None, num_canaries: int
 ) -> Mechanism | None:
     """The mechanism of a training on `dataset`, with room for `num_canaries`; None without a data set.
 
@@ -39,7 +40,7 @@ def plan_training(
     return accounting.plan(privacy, units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
 
 
-def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> None:
+def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups | None) -> None:
     """Compares the records that a trainer has prepared with those that were planned for.
 
     Some trainers pack, filter or sort their records.
@@ -62,7 +63,7 @@ def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> N
         )
 
 
-def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, alone_because: str) -> Pass:
+def passes_for(model: nn.Module, inventory: list[Row], args: TrainingArguments, *, alone_because: str) -> Pass:
     """What forms the per-example factors; with compiled blocks if `TrainingArguments` ask for them.
 
     Raises:
@@ -79,4 +80,4 @@ def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, alone_becau
     if any(against.values()):
         names = ", ".join(name for name, there in against.items() if there)
         raise UnsupportedOptionError(f"torch_compile cannot be combined with {names}: leave one of them off")
-    return CompiledBlocks(model, inventory, args.torch_compile_backend)
+    return CompiledBlocks(model, inventory, args.torch_compile_backend or "inductor")
