@@ -69,7 +69,7 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
         batches = subject.batches()
         if not is_coupled(subject.model, batches, subject.example_losses):
             return rows, ""
-        return inventory_of_one(subject.model, batches[1], subject.example_losses), COUPLED
+        return _of_one(subject, batches[1], COUPLED), COUPLED
 
 
 def subject_of(trainer: PrivateTrainer) -> Subject:
@@ -87,7 +87,7 @@ def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
     whole, one, *_ = subject.batches()
     reason = known or subject.collation.apart or ""
     if reason:
-        return inventory_of_one(subject.model, one, subject.example_losses), reason
+        return _of_one(subject, one, reason), reason
     try:
         rows = take_inventory(subject.model, whole, subject.example_losses)
     except (ConfigError, torch.OutOfMemoryError):
@@ -99,7 +99,23 @@ def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
             raise error if isinstance(error, HfDpError) else refused_records(alone, one) from None
         return rows, first_line(error)
     proof = proof_of(subject)
-    return rows, "" if proof.independent else f"not proved that its examples are independent: {proof.reasons[0]}"
+    if proof.independent:
+        return rows, ""
+    reason = f"not proved that its examples are independent: {proof.reasons[0]}"
+    return _of_one(subject, one, reason), reason
+
+
+def _of_one(subject: Subject, one: Batch, reason: str) -> list[Row]:
+    """The inventory where each example has a pass of its own, for that reason."""
+    try:
+        return inventory_of_one(subject.model, one, subject.example_losses)
+    except (HfDpError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"each example needs a pass of its own ({reason}), and the model does not take one alone ({type(error).__name__}: "
+            f"{first_line(error)}): make it take a batch of one example"
+        ) from error
 
 
 def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:

@@ -364,6 +364,36 @@ def test_whether_another_record_has_padding_changes_no_result(build: Callable[..
     torch.testing.assert_close(whole, beside, rtol=1e-4, atol=1e-5)
 
 
+SHARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a dropped constant": lambda h: h + F.dropout(torch.ones(h.shape[1:]), 0.5),
+    "one number for a layer": lambda h: h * torch.rand([]),
+    "noise of positions": lambda h: h + torch.randn(1, *h.shape[1:]),
+    "noise in place": lambda h: h * torch.empty(h.shape[2]).uniform_(),
+    "a shuffle": lambda h: h[:, :, torch.randperm(h.shape[2])],
+}
+OWN_CHANCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda h: F.dropout(h, 0.5),
+    "dropout of flat rows": lambda h: F.dropout(h.flatten(0, 1), 0.5).view_as(h),
+    "dropout with positions first": lambda h: F.dropout(h.transpose(0, 1), 0.5).transpose(0, 1),
+    "a path left out": lambda h: h * torch.rand(len(h), 1, 1).add(0.5).floor(),
+    "noise": lambda h: h + torch.randn_like(h),
+    "noise in place": lambda h: h * torch.empty_like(h).uniform_(),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_random_numbers_that_examples_share_are_found(kind: str) -> None:
+    """Who shares them is whoever is in the pass, which another record's absence changes."""
+    assert any(
+        "for all examples together" in reason for reason in proof_of(planted(PLACES[1], SHARED[kind], tiny())).reasons
+    )
+
+
+@pytest.mark.parametrize("kind", OWN_CHANCE)
+def test_random_numbers_of_each_examples_own_are_proved(kind: str) -> None:
+    assert proof_of(planted(PLACES[1], OWN_CHANCE[kind], tiny())).reasons == ()
+
+
 # Rules against a slow twin: numbers that do change where an example changes are said to depend on it.
 
 

@@ -33,6 +33,10 @@ LEAVES = frozenset(
 )
 FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
 INDEXING = frozenset("__getitem__ __setitem__".split())
+CHANCE = frozenset(
+    "native_dropout fused_dropout bernoulli uniform normal random exponential cauchy geometric log_normal rand randn randint randperm "
+    "rand_like randn_like randint_like multinomial poisson rrelu_with_noise".split()
+)
 HIDDEN_WRITES = {  # arguments that are written to though the schema does not say so
     "native_batch_norm": ("running_mean", "running_var"),
     "cudnn_batch_norm": ("running_mean", "running_var"),
@@ -54,6 +58,7 @@ class Tracker:
         written: parameters, buffers and other memory from before the pass that were written to.
         gradients_mended: a hook on gradients was registered.
         function: the function of PyTorch's that is at work.
+        dropped_are_own: dropout is at work, on numbers of the examples' own.
         crossed: trained parameters met rows that are not the examples' own.
         in_backward: what follows are gradients, which add up over examples where they reach trained parameters.
     """
@@ -65,7 +70,7 @@ class Tracker:
         self.mixes: dict[str, None] = {}
         self.found: dict[str, None] = {}
         self.written: dict[str, None] = {}
-        self.gradients_mended = self.in_backward = self.crossed = False
+        self.gradients_mended = self.in_backward = self.crossed = self.dropped_are_own = False
         self.names = {id(module): name for name, module in model.named_modules()}
         self._kept = {address(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._trained = {address(p) for p in model.parameters() if p.requires_grad}
@@ -118,6 +123,7 @@ class Tracker:
         if present and not call.results and call.name not in NO_VALUES and call.answers:
             self.read_into_python(call.name)
         self._note_sizes(call, present)
+        self._note_chance(call)
         self._note_writes(call)
         self._meet(call, inputs, present)
         self._results(call, inputs, present)
@@ -127,6 +133,17 @@ class Tracker:
         masked = call.name == "index" and any(self.book.of_examples(i) for i in masks)
         if masked or (call.name in SIZED_BY_VALUES and present & EXAMPLES):
             self.note(self.found, f"the size of a result depends on examples ({call.name})")
+
+    def is_each_examples_own(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a row an example, or holds numbers of examples alone, in whatever layout."""
+        return (tensor.dim() > 0 and len(tensor) == SIZE) or bool((self.book.read(tensor) & EXAMPLES).all())
+
+    def _note_chance(self, call: Call) -> None:
+        """Numbers that examples share tie them to whoever is in their pass: what one adds to the sum then hangs on the others."""
+        if call.name in CHANCE and not self.in_backward and not self.dropped_are_own:
+            of = [*call.results[:1], *call.inputs[:1]]
+            if not any(self.is_each_examples_own(t) for t in of):
+                self.note(self.found, f"random numbers are drawn for all examples together ({call.name})")
 
     def _note_writes(self, call: Call) -> None:
         hidden = HIDDEN_WRITES.get(call.name, ())
@@ -257,11 +274,14 @@ class _Leaving(TorchFunctionMode):
         if name in LEAVES or name in FROM_PYTHON or name in INDEXING:
             self._look(name, [*args, *kwargs.values()])
         self._tracker.gradients_mended |= name in ("register_hook", "register_post_accumulate_grad_hook")
-        outer, self._tracker.function = self._tracker.function, name
+        outer = self._tracker.function, self._tracker.dropped_are_own
+        self._tracker.function = name
+        if "dropout" in name and args and isinstance(args[0], Tensor):
+            self._tracker.dropped_are_own = self._tracker.is_each_examples_own(args[0])
         try:
             out = func(*args, **kwargs)
         finally:
-            self._tracker.function = outer
+            self._tracker.function, self._tracker.dropped_are_own = outer
         if self._backward:
             for tensor in tensors_in(out):
                 self._watch(tensor, name)
