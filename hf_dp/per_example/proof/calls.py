@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_dp.per_example.proof.labels import NOTHING, Book, Labels
+from hf_dp.per_example.proof.labels import NOTHING, Book, Labels, distinct
 
 
 class Call:
@@ -85,7 +85,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def all_of(labels: Labels) -> np.uint8:
     """The union over all numbers."""
-    return np.uint8(np.bitwise_or.reduce(labels, axis=None, initial=0))
+    return np.uint8(np.bitwise_or.reduce(distinct(labels), axis=None, initial=0))
 
 
 def as_tensor(labels: Labels) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
-from hf_dp.per_example.proof.labels import EXAMPLES, SHAPED, SIZE, UNWRITTEN, Book, Labels, address, bits_of
+from hf_dp.per_example.proof.labels import EXAMPLES, NOTHING, SHAPED, SIZE, UNWRITTEN, Book, Labels, address, bits_of, distinct
 from hf_dp.per_example.proof.rules import RULES, rule_of
 
 NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
@@ -149,7 +149,7 @@ class Tracker:
             return
         for tensor in inputs:
             labels = call.read(tensor)
-            if (labels & (EXAMPLES | UNWRITTEN)).any() and not self.own(labels, leading=True):
+            if (distinct(labels) & (EXAMPLES | UNWRITTEN)).any() and not self.own(labels, leading=True):
                 self.crossed = True
                 self.note(self.found, f"trained parameters meet rows that are not the examples' own ({call.name})")
 
@@ -187,7 +187,7 @@ class Tracker:
         targets = call.results or call.written()
         rule = rule_of(call)
         if not present and inputs and call.name not in RULES:
-            return [np.zeros(tuple(t.shape), dtype=np.uint8) for t in targets]
+            return [np.broadcast_to(NOTHING, tuple(t.shape)) for t in targets]
         try:
             if rule is None or not call.results:
                 raise NotImplementedError(call.name)
@@ -204,7 +204,7 @@ class Tracker:
     def _note_mixture(self, call: Call, inputs: list[Tensor], labels: Iterable[Labels]) -> None:
         if self.in_backward or is_harmless_file(_reader()[0]) or len(self.mixes) >= LONGEST:
             return
-        if any(_MIXED[part].any() for part in labels) and not any(_MIXED[call.read(t)].any() for t in inputs):
+        if any(_mixed(part) for part in labels) and not any(_mixed(call.read(t)) for t in inputs):
             self.note(self.mixes, f"examples are mixed by {call.name}")
 
     def _place(self) -> str:
@@ -292,6 +292,11 @@ class _Leaving(TorchFunctionMode):
                 )
 
         Tensor.register_hook(tensor, look)
+
+
+def _mixed(labels: Labels) -> bool:
+    """Whether a number depends on several examples."""
+    return bool(_MIXED[distinct(labels)].any())
 
 
 def _is_composite(func: Any) -> bool:
