@@ -4,11 +4,9 @@ Only the greatest lengths are read off the records. They may be private, unless 
 found out stays in this process: it decides how the work is cut, which changes no sum, and no message, log or file tells it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_dp.per_example import LENGTHS, longest_taken
@@ -36,19 +34,6 @@ def largest_micro_batch(
     examples, tokens = bounds
     size = min(examples, len(dataset), max(1, tokens // max(1, longest)) if tokens else examples)
     return [_cut(record, greatest) for record in make((max(1, longest),) * size)]
-
-
-@contextmanager
-def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Buffers stand afterwards as before. Parameters are not copied: the copy would take the room that is being measured."""
-    before = {name: value.detach().clone() for name, value in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in model.named_buffers():
-                if not torch.equal(value, before[name]):
-                    value.copy_(before[name])
 
 
 def greatest_lengths(dataset: Any) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in
+from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in, written
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
 from hf_dp.per_example.proof.labels import EXAMPLES, NOTHING, SHAPED, SIZE, UNWRITTEN, Book, Labels, address, bits_of, distinct
 from hf_dp.per_example.proof.rules import RULES, rule_of
@@ -60,7 +60,6 @@ class Tracker:
 
     def __init__(self, model: nn.Module, before_write: Callable[[Tensor], None] = lambda tensor: None) -> None:
         self._before_write = before_write
-        self._tensors = {address(t): t for t in (*model.parameters(), *model.buffers())}
         self.book = Book()
         self.mixes: dict[str, None] = {}
         self.found: dict[str, None] = {}
@@ -105,11 +104,10 @@ class Tracker:
             self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tells of a write to one of the model's tensors, before it is done."""
+        """Tells of a write before it is done."""
         if func._schema.is_mutable:
-            for tensor in Call(func, args, kwargs, None, self.book).written():
-                if _key(tensor) in self._tensors:
-                    self._before_write(self._tensors[_key(tensor)])
+            for tensor in written(func, args, kwargs):
+                self._before_write(tensor)
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Follows one operation that has been done."""
@@ -131,8 +129,7 @@ class Tracker:
     def _note_writes(self, call: Call) -> None:
         hidden = HIDDEN_WRITES.get(call.name, ())
         training = call.arguments.get("training", True)
-        written = [*call.written(), *tensors_in([call.arguments[n] for n in hidden] if training else [])]
-        for tensor in written:
+        for tensor in [*call.written(), *tensors_in([call.arguments[n] for n in hidden] if training else [])]:
             key = address(tensor) if tensor.layout is torch.strided else 0
             if key in self._kept:
                 self.written[self._kept[key]] = None
