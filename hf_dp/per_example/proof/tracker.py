@@ -18,7 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in, written
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
-from hf_dp.per_example.proof.labels import EXAMPLES, NOTHING, SHAPED, SIZE, UNWRITTEN, Book, Labels, address, bits_of, distinct
+from hf_dp.per_example.proof.labels import (
+    EXAMPLES,
+    NOTHING,
+    SHAPED,
+    SIZE,
+    UNWRITTEN,
+    Book,
+    Labels,
+    address,
+    bits_of,
+    distinct,
+)
 from hf_dp.per_example.proof.rules import RULES, rule_of
 
 NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
