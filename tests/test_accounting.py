@@ -113,7 +113,7 @@ def test_monotone_additive_and_below_renyi(seed: int) -> None:
     assert here.pld <= here.rdp * (1 + TOLERANCE)
     # a grid follows q and sigma and its rounding, under 0.1 %, with it: changes are larger than that
     assert spent([s._replace(num_steps=s.num_steps * 2)], delta).epsilon > here.epsilon
-    assert spent([s._replace(noise_multiplier=s.noise_multiplier * 1.2)], delta).epsilon < here.epsilon
+    assert spent([s._replace(joint_noise_multiplier=s.joint_noise_multiplier * 1.2)], delta).epsilon < here.epsilon
     assert spent([s._replace(sample_rate=s.sample_rate * 1.2)], delta).epsilon > here.epsilon
     assert spent([s], delta * 2).epsilon < here.epsilon
     cut = 1 + s.num_steps // 3
@@ -143,7 +143,7 @@ def test_a_coarser_grid_only_ever_rounds_up(factor: float) -> None:
 def test_the_reported_value_is_the_zero_out_relations() -> None:
     """Replacing one record by another costs more: 6.94 for 5.20 on the first golden row."""
     s = GOLDEN["e2e, 10 epochs"][0]
-    event = da.PoissonSampledDpEvent(s.sample_rate, da.GaussianDpEvent(s.noise_multiplier))
+    event = da.PoissonSampledDpEvent(s.sample_rate, da.GaussianDpEvent(s.joint_noise_multiplier))
     ours = spent([s], 1e-5).pld
     for relation, expected in (
         (da.NeighboringRelation.REPLACE_SPECIAL, ours),
@@ -231,7 +231,7 @@ def test_the_library_itself_would_have_answered_zero() -> None:
 def test_the_central_limit_accountant_is_nowhere_and_could_not_be_claimed() -> None:
     """It is no bound: on this row it gives 4.15 for a true 5.1966, under a certified 5.1945."""
     s, delta, lower_bound, _ = GOLDEN["e2e, 10 epochs"]
-    mu = s.sample_rate * math.sqrt(s.num_steps * math.expm1(s.noise_multiplier**-2))
+    mu = s.sample_rate * math.sqrt(s.num_steps * math.expm1(s.joint_noise_multiplier**-2))
     assert da.get_epsilon_gaussian(1 / mu, delta) < lower_bound
     assert accounting.Epsilon._fields == ("epsilon", "pld", "rdp")
     claiming = [
@@ -291,8 +291,8 @@ def test_affordable_steps_at_the_ends() -> None:
     assert affordable_steps([], [], **options) == 0
     assert affordable_steps([], [few], **options) == 7
     assert affordable_steps([step._replace(num_steps=5000)], [few], **options) == 0
-    assert affordable_steps([], [few._replace(noise_multiplier=0.0)], **options) == 0
-    assert affordable_steps([], [few, few._replace(noise_multiplier=0.0), few], **options) == 7
+    assert affordable_steps([], [few._replace(joint_noise_multiplier=0.0)], **options) == 0
+    assert affordable_steps([], [few, few._replace(joint_noise_multiplier=0.0), few], **options) == 7
 
 
 @pytest.mark.parametrize("changed", [{"target_epsilon": math.nan}, {"target_epsilon": 0}, {"delta": 2.0}])

@@ -48,7 +48,7 @@ def take(path: Path, name: str, asked: Segment = PLAN, *charged: Segment, of: Of
     return budget.reserve(path, folder, of, charged=charged, asked=[asked], is_new=new)
 
 
-def steps(count: int, sigma: float = PLAN.noise_multiplier) -> Segment:
+def steps(count: int, sigma: float = PLAN.joint_noise_multiplier) -> Segment:
     return Segment(PLAN.sample_rate, sigma, count)
 
 

@@ -85,7 +85,7 @@ def test_a_target_is_found_in_a_few_evaluations(name: str, monkeypatch: pytest.M
     evaluate = calibration.spent
 
     def counting(segments: list[Segment], delta: float) -> object:
-        counted.append(segments[0].noise_multiplier)
+        counted.append(segments[0].joint_noise_multiplier)
         return evaluate(segments, delta)
 
     monkeypatch.setattr(calibration, "spent", counting)

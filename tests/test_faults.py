@@ -348,7 +348,7 @@ def test_training_stops_before_the_step_that_would_exceed_the_target(tmp_path: P
     assert 2 < spent_at_the_end.num_steps < 9  # in the middle: an epoch has three steps
     assert spent_at_the_end.epsilon == spent(record.segments, 1e-3).epsilon <= target
     sigma = trainer.mechanism.noise_multiplier
-    assert spent([*record.segments, step._replace(noise_multiplier=sigma)], 1e-3).epsilon > target
+    assert spent([*record.segments, step._replace(joint_noise_multiplier=sigma)], 1e-3).epsilon > target
 
 
 # ---- F18: interruptions --------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_calibration_with_metrics_never_exceeds_the_target(target: float, n: int
     config = PrivacyConfig(target_epsilon=target, expected_batch_size=batch, log_loss_up_to=2.0)
     m = plan(config, n, num_train_epochs=1, max_steps=steps)
     assert target * 0.998 <= spent(m.segments(), m.delta).epsilon <= target
-    assert m.segments()[0].noise_multiplier == m.joint_noise_multiplier < m.noise_multiplier
+    assert m.segments()[0].joint_noise_multiplier == m.joint_noise_multiplier < m.noise_multiplier
     assert spent([Segment(m.sample_rate, m.noise_multiplier, steps)], m.delta).epsilon < 0.995 * target
 
 

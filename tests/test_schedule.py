@@ -243,7 +243,7 @@ def test_every_step_has_its_own_noise_and_divisor(tmp_path: Path) -> None:
         # five standard errors, and the signal: a norm of at most 24 x 0.5 / 6 over all coordinates
         assert abs(float(noise.std()) / std - 1) < 5 / math.sqrt(2 * noise.numel()) + 0.005
     executed = read_ledger(tmp_path / LEDGER_NAME).executed
-    assert [(s.num_steps, s.noise_multiplier, s.clip_norm, s.expected_batch_size) for s in executed] == [
+    assert [(s.num_steps, s.joint_noise_multiplier, s.clip_norm, s.expected_batch_size) for s in executed] == [
         (2, 20.0, 0.5, 6),
         (2, 10.0, 0.3125, 9),
     ]
@@ -375,7 +375,7 @@ def test_it_is_printed_level_by_level() -> None:
 
 def test_the_level_with_the_greatest_batch_is_what_memory_is_planned_for() -> None:
     first = Mechanism(1000, 10, 20, 1.0, 0.5, 1e-5)
-    assert first.largest is first
+    assert first.largest == first.at(0)
     for text, greatest in (("linear:4", 40), ("linear:0.5", 10), ("cosine:2", 20)):
         course = levels(Level(20, 1.0, 0.5, 10), Schedules(batch=text))
         assert replace(first, levels=course).largest.expected_batch_size == greatest

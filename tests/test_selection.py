@@ -87,7 +87,7 @@ def test_the_card_claims_nothing_that_one_run_alone_would(tmp_path):
 @functools.lru_cache
 def rdp_by_quadrature(s: Segment, order: float) -> float:
     """Of the Poisson-subsampled Gaussian: log E[(1 - q + q e^((2x - 1) / 2 sigma²))^a] / (a - 1), x of N(0, sigma²)."""
-    q, sigma = s.sample_rate, s.noise_multiplier
+    q, sigma = s.sample_rate, s.joint_noise_multiplier
 
     def log_of(x: float) -> float:
         ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * sigma**2))
@@ -157,7 +157,7 @@ def test_with_discrete_noise_in_one_run_all_are_accounted_at_whole_orders():
     assert both == pytest.approx(expected, rel=1e-6)
     assert both > selection.spent(Selection("geometric", 5.0, ((E2E,), (OTHER,)), 12.0), 1e-5)
     with pytest.raises(AccountingError, match="No epsilon was found"):  # above 100 nothing is claimed of it
-        selection.spent(Selection("geometric", 5.0, ((discrete._replace(noise_multiplier=0.3),),), 12.0), 1e-5)
+        selection.spent(Selection("geometric", 5.0, ((discrete._replace(joint_noise_multiplier=0.3),),), 12.0), 1e-5)
 
 
 # ---- the guarantee, by brute force ------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_an_impossible_selection_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("run", "delta", "message"),
     [
-        (E2E._replace(noise_multiplier=0.0), 1e-5, "steps with noise"),
+        (E2E._replace(joint_noise_multiplier=0.0), 1e-5, "steps with noise"),
         (E2E._replace(sample_rate=1.5), 1e-5, "sample_rate must be above 0"),
         (E2E, 0.0, "delta must be at least"),
         (E2E, math.nan, "delta must be at least"),

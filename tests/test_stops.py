@@ -224,9 +224,9 @@ def test_a_ledger_of_version_1_is_read_and_goes_on(tmp_path: Path) -> None:
         {},
         [1],
         [{}],
-        [{**STEP._asdict(), "num_steps": 0}],
-        [{**STEP._asdict(), "sample_rate": 2}],
-        [{**STEP._asdict(), "noise": "x"}],
+        [{**STEP.stated(), "num_steps": 0}],
+        [{**STEP.stated(), "sample_rate": 2}],
+        [{**STEP.stated(), "noise": "x"}],
     ],
 )
 def test_nonsense_in_a_plan_is_refused_though_the_hash_is_right(planned: Any, tmp_path: Path) -> None:

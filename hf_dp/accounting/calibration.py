@@ -47,7 +47,7 @@ def calibrate(
         raise AccountingError("Cannot calibrate the noise: " + "; ".join(wrong) + ".")
 
     def epsilon_of(sigma: float) -> float:
-        return spent([asked._replace(noise_multiplier=sigma / sensitivity)], delta).epsilon
+        return spent([asked._replace(joint_noise_multiplier=sigma / sensitivity)], delta).epsilon
 
     guess = _first_guess(float(target_epsilon), asked._replace(sample_rate=float(sample_rate)), float(delta))
     guess *= sensitivity
@@ -68,7 +68,7 @@ def calibrate_course(target_epsilon: float, course: Callable[[float], Sequence[S
     unit, steps = course(1.0), sum(s.num_steps for s in course(1.0))
     # a constant course that costs as much in the normal limit: the mean of q²/sigma² is the same
     q = math.sqrt(sum(s.num_steps * s.sample_rate**2 for s in unit) / steps)
-    scale = math.sqrt(sum(s.num_steps * (s.sample_rate / s.noise_multiplier) ** 2 for s in unit) / steps) / q
+    scale = math.sqrt(sum(s.num_steps * (s.sample_rate / s.joint_noise_multiplier) ** 2 for s in unit) / steps) / q
     guess = _first_guess(float(target_epsilon), Segment(q, 1.0, steps), float(delta)) * scale
     with suppress(AccountingError):  # quickly, on a coarse grid; one that only the fine grid may reach: as it stands
         guess = _smallest_within(target_epsilon, lambda sigma: rough_epsilon(course(sigma), delta), guess, unused=0.02)
@@ -136,11 +136,14 @@ def _first_guess(target_epsilon: float, s: Segment, delta: float) -> float:
     total_mu = 1 / da.get_sigma_gaussian(min(max(target_epsilon, 1e-9), 1e4), delta)
     guess = math.log1p((total_mu / s.sample_rate) ** 2 / s.num_steps) ** -0.5
     guess = float(min(max(guess, MIN_SIGMA), MAX_SIGMA))
-    if step_cells(s._replace(noise_multiplier=guess)) < 20_000:
+    if step_cells(s._replace(joint_noise_multiplier=guess)) < 20_000:
         return guess
     with suppress(AccountingError):  # a target that only the fine grid may reach: start from the limit after all
         return _smallest_within(
-            target_epsilon, lambda sigma: rough_epsilon([s._replace(noise_multiplier=sigma)], delta), guess, unused=0.02
+            target_epsilon,
+            lambda sigma: rough_epsilon([s._replace(joint_noise_multiplier=sigma)], delta),
+            guess,
+            unused=0.02,
         )
     return guess
 

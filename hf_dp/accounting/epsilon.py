@@ -69,7 +69,7 @@ def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float
     merged = _merged(segments, ())
     if not merged:
         return [0.0] * len(epsilons)
-    if any(s.noise_multiplier == 0 for s in merged):
+    if any(s.joint_noise_multiplier == 0 for s in merged):
         return [1.0] * len(epsilons)
     if _is_discrete(merged):
         return [_discrete_delta(merged, e) for e in epsilons]
@@ -91,12 +91,12 @@ def divergences(segments: Sequence[Segment]) -> tuple[Any, Any]:
     from dp_accounting import rdp
 
     merged = _merged(segments, ())
-    if not merged or any(s.noise_multiplier == 0 for s in merged):
+    if not merged or any(s.joint_noise_multiplier == 0 for s in merged):
         raise AccountingError(f"Divergences are of steps with noise (got {tuple(segments)!r}).")
     if _is_discrete(merged):
         return _at_whole_orders(merged)
     orders = rdp.RdpAccountant().orders
-    return orders, sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+    return orders, sum(s.num_steps * _step_rdp(s.sample_rate, s.joint_noise_multiplier) for s in merged)
 
 
 def _merged(segments: Sequence[Segment], problems: Iterable[str]) -> tuple[Segment, ...]:
@@ -122,7 +122,7 @@ def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
     """The same for segments that are valid, merged, sorted and none of them without steps."""
     if not merged:
         return Epsilon(0.0, 0.0, 0.0)
-    if any(s.noise_multiplier == 0 for s in merged):
+    if any(s.joint_noise_multiplier == 0 for s in merged):
         return Epsilon(math.inf, math.inf, math.inf)
     discrete = _is_discrete(merged)
     pld, rdp = math.inf if discrete else _pld_epsilon(merged, delta), _rdp_epsilon(merged, delta)
@@ -186,7 +186,7 @@ def _pld_epsilon(merged: tuple[Segment, ...], delta: float, coarser: float = 1.0
 
 def _one_gaussian(merged: tuple[Segment, ...]) -> float:
     """Sigma of the one Gaussian mechanism that full batches compose to."""
-    return float(sum(s.num_steps / s.noise_multiplier**2 for s in merged) ** -0.5)
+    return float(sum(s.num_steps / s.joint_noise_multiplier**2 for s in merged) ** -0.5)
 
 
 def _gaussian_delta(sigma: float, epsilon: float) -> float:
@@ -214,7 +214,7 @@ def _composed(merged: tuple[Segment, ...], h: float) -> Any:
 @lru_cache(maxsize=16)
 def _part(s: Segment, h: float) -> Any:
     """Of one segment. Kept, since of a schedule's levels only the present one grows."""
-    return _step_loss(s.sample_rate, s.noise_multiplier, h).self_compose(s.num_steps)
+    return _step_loss(s.sample_rate, s.joint_noise_multiplier, h).self_compose(s.num_steps)
 
 
 def rough_epsilon(segments: Sequence[Segment], delta: float) -> float:
@@ -257,12 +257,12 @@ def step_cells(s: Segment) -> float:
 
 
 def _mu(s: Segment) -> float:
-    return s.sample_rate * math.sqrt(math.expm1(min(s.noise_multiplier**-2, 700.0)))  # exp(710) overflows
+    return s.sample_rate * math.sqrt(math.expm1(min(s.joint_noise_multiplier**-2, 700.0)))  # exp(710) overflows
 
 
 def _step_reach(s: Segment) -> float:
     """About the range of one step's loss, log(1 - q + q e^x), over ten standard deviations of x. Sizes arrays only."""
-    x = 0.5 * s.noise_multiplier**-2 + 10 / s.noise_multiplier
+    x = 0.5 * s.joint_noise_multiplier**-2 + 10 / s.joint_noise_multiplier
     up = math.log1p(s.sample_rate * math.expm1(x)) if x < 700 else x
     return up - math.log1p(s.sample_rate * math.expm1(-min(x, 30.0)))
 
@@ -283,7 +283,7 @@ def _rdp_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
     if _is_discrete(merged):
         return float(rdp.compute_epsilon(*_at_whole_orders(merged), math.nextafter(delta, 0))[0])
     orders = rdp.RdpAccountant().orders
-    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.joint_noise_multiplier) for s in merged)
     return float(rdp.compute_epsilon(orders, total, delta)[0])
 
 
@@ -307,7 +307,7 @@ def _at_whole_orders(merged: tuple[Segment, ...]) -> tuple[Any, Any]:
 
     orders = rdp.RdpAccountant().orders
     whole = orders == orders.round()
-    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.joint_noise_multiplier) for s in merged)
     return orders[whole], total[whole]
 
 
@@ -347,5 +347,5 @@ def _single_step_epsilon(s: Segment, delta: float) -> float:
     q = s.sample_rate
     if delta >= q:
         return 0.0
-    gaussian = float(da.get_epsilon_gaussian(s.noise_multiplier, delta / q))
+    gaussian = float(da.get_epsilon_gaussian(s.joint_noise_multiplier, delta / q))
     return math.log1p(q * math.expm1(gaussian)) if gaussian < 700 else gaussian + math.log(q)

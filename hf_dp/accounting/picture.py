@@ -113,7 +113,7 @@ def _around(value: float) -> list[float]:
 def _with_sigma(m: Mechanism, sigma: float) -> list[Segment]:
     """Another first sigma; those that follow in a schedule are in proportion."""
     factor = sigma / m.noise_multiplier
-    return [s._replace(noise_multiplier=s.noise_multiplier * factor) for s in m.segments()]
+    return [s._replace(joint_noise_multiplier=s.joint_noise_multiplier * factor) for s in m.segments()]
 
 
 def _with_batch(m: Mechanism, batch: int, epochs: float | None) -> list[Segment]:

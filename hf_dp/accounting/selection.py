@@ -80,7 +80,7 @@ class Selection:
             "method": METHOD,
             "target_epsilon": self.target_epsilon,
             "epsilon_of_one_run": epsilon_of_one_run(self, delta),
-            "mechanisms": [[s._asdict() for s in run] for run in self.mechanisms],
+            "mechanisms": [[s.stated() for s in run] for run in self.mechanisms],
         }
 
     @classmethod
@@ -90,7 +90,7 @@ class Selection:
         Raises:
             AccountingError: a value out of range.
         """
-        runs = tuple(tuple(Segment(**s) for s in run) for run in stated["mechanisms"])
+        runs = tuple(tuple(Segment.of(s) for s in run) for run in stated["mechanisms"])
         return cls(stated["distribution"], stated["mean"], runs, stated["target_epsilon"])
 
 

@@ -52,8 +52,10 @@ def scaled_noise_bound(guesses: Guesses, segments: Sequence[Segment], delta: flo
     """
     bound = 0.0
     for scale in SCALES:
-        scaled = [s._replace(noise_multiplier=min(MAX_SIGMA, s.noise_multiplier * scale)) for s in segments]
-        too_little = min(s.noise_multiplier for s in scaled) < LEAST_SIGMA or spent(scaled, delta).epsilon == np.inf
+        scaled = [s._replace(joint_noise_multiplier=min(MAX_SIGMA, s.joint_noise_multiplier * scale)) for s in segments]
+        too_little = (
+            min(s.joint_noise_multiplier for s in scaled) < LEAST_SIGMA or spent(scaled, delta).epsilon == np.inf
+        )
         if too_little or not claim_is_refuted(guesses, scaled, delta, confidence):
             break
         bound = spent(scaled, delta).epsilon

@@ -156,7 +156,7 @@ def privacy_record(
         "mechanism": _mechanism(mechanism),
         "num_steps": ledger.num_steps,
         "segments": [s.stated() for s in segments],
-        "plans": [[s._asdict() for s in plan] for plan in plans],
+        "plans": [[s.stated() for s in plan] for plan in plans],
         "epsilon_of_steps_taken": _number(of_steps.epsilon),
         "ledger": {"file": LEDGER_NAME, "head": ledger.head},
         "declared": dict(declared),
@@ -308,12 +308,12 @@ def _levels(m: Mechanism) -> list[dict[str, Any]]:
     return [
         {
             "num_steps": level.num_steps,
-            "sample_rate": level.sample_rate,
-            "noise_multiplier": level.joint_noise_multiplier,
-            "clip_norm": level.clip_norm,
-            "expected_batch_size": level.expected_batch_size,
+            "sample_rate": settings.sample_rate,
+            "noise_multiplier": settings.joint_noise_multiplier,
+            "clip_norm": settings.clip_norm,
+            "expected_batch_size": settings.expected_batch_size,
         }
-        for level in (m.at(start) for start, _ in zip(starts, m.levels, strict=False))
+        for level, settings in zip(m.levels, map(m.at, starts), strict=False)
     ]
 
 
@@ -335,7 +335,7 @@ def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:
 def _reason_against(mechanism: Mechanism, header: LedgerHeader, segments: Sequence[ExecutedSegment]) -> str | None:
     if mechanism.debug or header.debug:
         return "a fixed debugging seed made sampling and noise predictable"
-    charged = [s.noise_multiplier for s in segments] or [mechanism.joint_noise_multiplier]
+    charged = [s.joint_noise_multiplier for s in segments] or [mechanism.joint_noise_multiplier]
     if 0 in charged:
         return "no noise was added (noise_multiplier is 0)"
     return None

@@ -17,7 +17,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +42,7 @@ from hf_dp.card.record import (
 from hf_dp.card.words import PICTURE, released, section, yaml_block
 from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
-from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm
+from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm, united
 
 ROUNDING = 1e-6  # relative; another version's grid may round the other way
 SCHEMA = "privacy.schema.json"
@@ -209,7 +208,7 @@ def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
 
 def segments_of(record: Mapping[str, Any]) -> list[Segment]:
     """The steps that were taken, for accounting."""
-    return [Segment(**{name: s[name] for name in Segment._fields if name in s}) for s in record["segments"]]
+    return [Segment.of(s) for s in record["segments"]]
 
 
 def claimed_of(record: Mapping[str, Any]) -> tuple[Segment, ...]:
@@ -218,7 +217,7 @@ def claimed_of(record: Mapping[str, Any]) -> tuple[Segment, ...]:
     Raises:
         AccountingError: they can't be accounted.
     """
-    plans = [[Segment(**s) for s in plan] for plan in record.get("plans", ())]
+    plans = [[Segment.of(s) for s in plan] for plan in record.get("plans", ())]
     return accounting.claimed(segments_of(record), plans, record["delta"])
 
 
@@ -243,7 +242,7 @@ def _selection(record: Mapping[str, Any], segments: Sequence[Segment]) -> Iterat
 
 def _is_begun(segments: Sequence[Segment], run: Sequence[Segment]) -> bool:
     """Whether `segments` are the plan `run`, or its beginning."""
-    segments, run = _united(segments), _united(run)
+    segments, run = united(segments), united(run)
     if len(segments) > len(run):
         return False
     pairs = list(zip(segments, run, strict=False))
@@ -251,12 +250,6 @@ def _is_begun(segments: Sequence[Segment], run: Sequence[Segment]) -> bool:
     return whole and all(
         s.num_steps <= p.num_steps and s._replace(num_steps=0) == p._replace(num_steps=0) for s, p in pairs
     )
-
-
-def _united(segments: Sequence[Segment]) -> list[Segment]:
-    """Neighbours that are accounted alike as one: the ledger also tells C and B apart."""
-    runs = groupby(segments, key=lambda s: s._replace(num_steps=0))
-    return [kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs]
 
 
 def _within(epsilon: float, target: float | None, name: str) -> Iterator[Check]:
@@ -329,7 +322,7 @@ def _ledger(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
         "segments in the ledger and in privacy.json", executed == record["segments"], f"{len(executed)} in the ledger"
     )
     if record["schema_version"] > 2:
-        missing = [plan for plan in ledger.plans if [s._asdict() for s in plan] not in record["plans"]]
+        missing = [plan for plan in ledger.plans if [s.stated() for s in plan] not in record["plans"]]
         yield Check("plans in the ledger and in privacy.json", not missing, f"{len(ledger.plans)} in the ledger")
     else:
         yield _equal("plans in a ledger from before there were any", len(ledger.planned), 0)

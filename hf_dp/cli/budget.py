@@ -51,7 +51,7 @@ def _show(file: Path, found: "Budget") -> None:
             run.folder,
             "ended" if run.ended else "reserved",
             ", ".join(
-                f"{s.num_steps:,} at q {s.sample_rate:.4g}, sigma {s.noise_multiplier:.4g}" for s in run.segments
+                f"{s.num_steps:,} at q {s.sample_rate:.4g}, sigma {s.joint_noise_multiplier:.4g}" for s in run.segments
             ),
             f"{round_up(spent(run.segments, delta).epsilon):.5g}",
         )

@@ -337,7 +337,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _encoded(budget: Budget) -> bytes:
     of = None if budget.of is None else budget.of._asdict()
-    runs = [run._asdict() | {"segments": [s._asdict() for s in run.segments]} for run in budget.runs]
+    runs = [run._asdict() | {"segments": [s.stated() for s in run.segments]} for run in budget.runs]
     said = {"version": VERSION} | asdict(budget) | {"of": of, "runs": runs}
     digest = hashlib.sha256(json.dumps(said, allow_nan=False).encode()).hexdigest()
     return (json.dumps(said | {"sha256": digest}, indent=1) + "\n").encode()
@@ -348,7 +348,7 @@ def _decoded(data: bytes) -> Budget:
     said = dict(json.loads(data))
     if said["version"] != VERSION:
         raise ValueError(f"version {said['version']!r}, expected {VERSION}")
-    runs = [Drawn(**{**run, "segments": tuple(Segment(**s) for s in run["segments"])}) for run in said["runs"]]
+    runs = [Drawn(**{**run, "segments": tuple(Segment.of(s) for s in run["segments"])}) for run in said["runs"]]
     totals: dict[str, Any] = {k: said[k] for k in ("target_epsilon", "target_delta", "any_data")}
     budget = Budget(**totals, of=None if said["of"] is None else Of(**said["of"]), runs=tuple(runs))
     wrong = [*target_problems(budget.target_epsilon), *delta_problems(budget.target_delta)]

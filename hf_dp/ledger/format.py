@@ -20,14 +20,13 @@ counts as one more step. Numbers are checked even where the hashes are right, be
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from hf_dp.config import MIN_DELTA, NOISES
 from hf_dp.errors import LedgerError
-from hf_dp.mechanism import Segment, release_norm
+from hf_dp.mechanism import Segment, release_norm, united
 
 VERSION = 2
 READ = (1, VERSION)  # what is read here
@@ -57,10 +56,13 @@ class LedgerHeader:
 
 
 class ExecutedSegment(NamedTuple):
-    """Steps in a row with the same settings, as the ledger has them. `noise_multiplier` is of all that a step releases."""
+    """Consecutive steps with the same settings, as the ledger has them.
+
+    `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases; in files it is `noise_multiplier`.
+    """
 
     sample_rate: float
-    noise_multiplier: float
+    joint_noise_multiplier: float
     clip_norm: float
     expected_batch_size: int
     num_steps: int
@@ -72,9 +74,18 @@ class ExecutedSegment(NamedTuple):
         """The most by which one record moves the vector that a step releases."""
         return self.clip_norm * release_norm(self.loss_bound)
 
-    def stated(self) -> dict[str, Any]:
-        """Field -> value, without those that do not apply: what is written of a segment."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+    @classmethod
+    def of(cls, stated: Mapping[str, object], num_steps: int = 0) -> "ExecutedSegment":
+        """Reads a segment from a file whose values were checked; where it does not say `num_steps`, they are as given here."""
+        values = {
+            "joint_noise_multiplier" if name == "noise_multiplier" else name: value for name, value in stated.items()
+        }
+        return cls(**{"num_steps": num_steps, **values})  # type: ignore[arg-type]
+
+    def stated(self) -> dict[str, object]:
+        """Field -> value, as files have it, without those that do not apply."""
+        values = {"noise_multiplier" if k == "joint_noise_multiplier" else k: v for k, v in self._asdict().items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Planned(NamedTuple):
@@ -135,7 +146,7 @@ def segment_record(segment: ExecutedSegment) -> dict[str, Any]:
 
 def plan_record(upcoming: Sequence[Segment]) -> dict[str, Any]:
     """The record of a plan: the steps that are to follow."""
-    return {"kind": "plan", "segments": [s._asdict() for s in upcoming]}
+    return {"kind": "plan", "segments": [s.stated() for s in upcoming]}
 
 
 def step_record(count: int, step_number: int | None) -> dict[str, Any]:
@@ -183,15 +194,9 @@ def plan_after(executed: Sequence[ExecutedSegment], upcoming: Sequence[Segment])
     return Planned(sum(s.num_steps for s in executed), united([*for_accounting(executed), *upcoming]))
 
 
-def united(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Neighbours with the same q, sigma and noise as one, empty ones left out."""
-    runs = groupby((s for s in segments if s.num_steps), key=lambda s: s._replace(num_steps=0))
-    return tuple(kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs)
-
-
 def for_accounting(segments: Sequence[ExecutedSegment]) -> tuple[Segment, ...]:
     """Run-length form: neighbours with the same q, sigma and noise united, empty ones left out."""
-    return united(Segment(s.sample_rate, s.noise_multiplier, s.num_steps, s.noise) for s in segments)
+    return united(Segment(s.sample_rate, s.joint_noise_multiplier, s.num_steps, s.noise) for s in segments)
 
 
 def check_header(header: LedgerHeader) -> None:
@@ -247,7 +252,7 @@ class _Reader:
             self._take_header(kind, record)
         elif kind == "segment":
             _check_settings(record)
-            self.segments.append(ExecutedSegment(**record, num_steps=0))
+            self.segments.append(ExecutedSegment.of(record))
             check_segment(self.segments[-1], self.header.num_examples)
         elif kind == "step":
             self._take_step(record)
@@ -272,7 +277,7 @@ class _Reader:
         _check(record, _PLAN_RULES)
         for segment in record["segments"]:
             _check(segment, _PLANNED_RULES)
-        self.planned.append(plan_after(self.segments, [Segment(**segment) for segment in record["segments"]]))
+        self.planned.append(plan_after(self.segments, [Segment.of(segment) for segment in record["segments"]]))
 
     def _take_step(self, record: dict[str, Any]) -> None:
         _check({"step": 0} | record, _STEP_RULES)

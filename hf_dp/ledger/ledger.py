@@ -119,7 +119,7 @@ class Ledger:
     def begin(
         self,
         sample_rate: float,
-        noise_multiplier: float,
+        joint_noise_multiplier: float,
         clip_norm: float,
         expected_batch_size: int,
         noise: str = "gaussian",
@@ -127,12 +127,12 @@ class Ledger:
     ) -> None:
         """The steps from here on have these settings: a new segment where they differ from the last one's.
 
-        `noise_multiplier` is noise over the sensitivity of all that a step releases, loss and batch size included.
+        `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases.
 
         Raises:
             LedgerError: a value out of range, q other than B / N, or the disk refuses.
         """
-        settings = (float(sample_rate), float(noise_multiplier), float(clip_norm), expected_batch_size)
+        settings = (float(sample_rate), float(joint_noise_multiplier), float(clip_norm), expected_batch_size)
         segment = ExecutedSegment(*settings, num_steps=0, loss_bound=loss_bound, noise=noise)
         try:
             check_segment(segment, self._record.header.num_examples)

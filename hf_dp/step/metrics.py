@@ -23,7 +23,7 @@ they would add up to less than was spent. Dividing by the public B, and means ov
 import torch
 from torch import Tensor
 
-from hf_dp.mechanism import METRIC_NOISE, METRICS, Mechanism
+from hf_dp.mechanism import METRIC_NOISE, METRICS, Mechanism, StepSettings
 
 
 def contribution(losses: Tensor, *, clip_norm: float, loss_bound: float) -> Tensor:
@@ -48,7 +48,7 @@ class ReleasedMetrics:
         """Those of a run of `m`; None where its steps release the gradient alone."""
         return None if m.loss_bound is None else cls()
 
-    def add(self, noisy: Tensor, m: Mechanism) -> None:
+    def add(self, noisy: Tensor, m: StepSettings) -> None:
         """One step's two coordinates as a step of `m` released them, [2]: read in units of a loss's mean over B, and of records."""
         assert m.loss_bound is not None
         units = METRIC_NOISE / m.clip_norm * noisy.new_tensor([m.loss_bound / m.expected_batch_size, 1.0])

@@ -26,10 +26,9 @@ from hf_dp.ledger import (
     refuse_rollback,
     step_of,
     under_key,
-    united,
 )
 from hf_dp.ledger import budget as budgets
-from hf_dp.mechanism import Mechanism, Segment
+from hf_dp.mechanism import Mechanism, Segment, StepSettings, united
 from hf_dp.randomness import STD, ChaChaKey, Key, NoiseSource, fresh_key
 from hf_dp.step.release import Releaser
 
@@ -53,7 +52,7 @@ class PrivateRun:
     Attributes:
         sampling_key: 128 secret bits, the same on all processes, new at every `open`.
         exhausted: one more step would exceed the target epsilon.
-        level: the mechanism of the step under way; that of `mechanism` where it has no schedule.
+        level: the settings of the step under way.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class PrivateRun:
         self._before: tuple[Segment, ...] = ()
         self._plans: tuple[tuple[Segment, ...], ...] = ()  # those of earlier sessions under which a step was taken
         self._plan: tuple[Segment, ...] = ()  # all steps of this session's, those before included
-        self.level = mechanism
+        self.level = mechanism.at(0)
         self._first_step = self._first_draw = 0  # of this session, the number of the step and of the draw that it took
         self._taken: list[Segment] = []
         self._allowed = 0
@@ -273,8 +272,8 @@ class PrivateRun:
 
     # ---- while it runs ---------------------------------------------------------------------------------------------
 
-    def at(self, draw_number: int) -> Mechanism:
-        """The mechanism of the step that takes this draw of this session: draws and steps are counted alike."""
+    def at(self, draw_number: int) -> StepSettings:
+        """The settings of the step that takes this draw of this session: draws and steps are counted alike."""
         return self.mechanism.at(self._first_step + draw_number - self._first_draw)
 
     def release(self, clipped_sum: Tensor, draw_number: int) -> Tensor:

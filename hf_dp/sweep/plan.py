@@ -62,7 +62,7 @@ def derivation(p: Plan, num_combinations: int) -> list[Derived]:
     kinds = [
         Derived(
             f"kind of trial {number}",
-            "; ".join(f"sigma {g.noise_multiplier:.6g}" for g in run),
+            "; ".join(f"sigma {g.joint_noise_multiplier:.6g}" for g in run),
             "; ".join(f"{g.num_steps:,} steps at q = {g.sample_rate:.6g}" for g in run),
         )
         for number, run in enumerate(s.mechanisms, start=1)

@@ -10,7 +10,7 @@ from hf_dp.card.report.plot import Axes, Point, line_chart
 from hf_dp.card.report.training import losses
 from hf_dp.card.verification import claimed_of
 from hf_dp.card.words import ended_early
-from hf_dp.mechanism import Segment
+from hf_dp.mechanism import Segment, first_steps
 
 POINTS = 8  # of the curve of epsilon; each costs a computation by two accountants
 
@@ -57,7 +57,7 @@ def _attacker(record: Mapping[str, Any], limits: Sequence[tuple[str, str]]) -> s
 
 def _epsilon(record: Mapping[str, Any]) -> str:
     delta = record["delta"]
-    points = epsilons([s._asdict() for s in claimed_of(record)], delta)
+    points = epsilons(claimed_of(record), delta)
     axes = Axes(
         "Epsilon over steps", "steps planned" if ended_early(record) else "steps charged", f"epsilon at delta {delta:g}"
     )
@@ -67,20 +67,8 @@ def _epsilon(record: Mapping[str, Any]) -> str:
     return line_chart({name: points}, axes, guide)
 
 
-def epsilons(segments: Sequence[Mapping[str, Any]], delta: float) -> list[Point]:
+def epsilons(segments: Sequence[Segment], delta: float) -> list[Point]:
     """(steps, epsilon) from 0 to all steps, denser at the start, where epsilon rises fastest."""
-    total = sum(s["num_steps"] for s in segments)
+    total = sum(s.num_steps for s in segments)
     at = sorted({max(1, round(total * (i / POINTS) ** 2)) for i in range(1, POINTS + 1)})
-    return [(0.0, 0.0), *((float(t), accounting.spent(_first(segments, t), delta).epsilon) for t in at)]
-
-
-def _first(segments: Sequence[Mapping[str, Any]], num_steps: int) -> list[Segment]:
-    """The segments as they were after so many steps."""
-    found, left = [], num_steps
-    for s in segments:
-        taken = min(left, s["num_steps"])
-        if taken:
-            known = {name: s[name] for name in Segment._fields if name in s}
-            found.append(Segment(**{**known, "num_steps": taken}))
-        left -= taken
-    return found
+    return [(0.0, 0.0), *((float(t), accounting.spent(first_steps(segments, t), delta).epsilon) for t in at)]

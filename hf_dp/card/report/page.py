@@ -234,7 +234,7 @@ def _again(folder: Path, record: Mapping[str, Any], *, verified: bool) -> Html:
 
 
 def _by_hand(record: Mapping[str, Any]) -> Html:
-    steps = [(s.sample_rate, s.noise_multiplier, s.num_steps) for s in claimed_of(record)]
+    steps = [(s.sample_rate, s.joint_noise_multiplier, s.num_steps) for s in claimed_of(record)]
     package, made, stated = (
         ("rdp", "RdpAccountant([*range(2, 64), 128, 256, 512, 1024], ", "epsilon_rdp")
         if record["epsilon_pld"] == INFINITE  # as with discrete noise, which is accounted at whole orders
