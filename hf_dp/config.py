@@ -77,7 +77,7 @@ class PrivacyConfig:
     budget_file: str | None = field(
         default=None,
         metadata={
-            "help": "Draw on this budget, which several runs on the same data share (`hf-dp budget` creates one)."
+            "help": "Spend from this budget, which several runs on the same data share (`hf-dp budget` creates one)."
         },
     )
     debug_seed: int | None = field(

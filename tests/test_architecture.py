@@ -16,10 +16,10 @@ PACKAGE = ROOT / "hf_dp"
 # Data flows down this list: a room imports only from those above it, and only what the other room's `__init__` offers. A new room is
 # given its place here. The first line holds the words that everybody speaks, each a file of its own.
 ORDER = """
-    errors _compat schedule config mechanism durable
-    randomness per_example sampling accounting ledger audit card step training recipe sweep cli demo
+    errors schedule config mechanism durable tables
+    pictures randomness per_example sampling accounting ledger audit card step training recipe sweep cli demo
 """.split()
-WORDS = ("errors", "_compat", "schedule", "config", "mechanism", "durable")
+WORDS = ("errors", "schedule", "config", "mechanism", "durable", "tables")
 PURE = {"per_example", "randomness"}  # take tensors and floats
 NOT_FOR_PURE = {"config", "mechanism"}
 LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.randomness hf_dp.accounting hf_dp.ledger hf_dp.audit hf_dp.card hf_dp.cli".split()

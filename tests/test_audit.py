@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import optimize, special, stats
 
-from hf_dp.accounting import planned as accounting
+from hf_dp import accounting
 from hf_dp.audit import claim, one_run
 from hf_dp.audit.claim import claim_is_refuted, claims_inverse_blow_up, scaled_noise_bound
 from hf_dp.audit.one_run import Guesses, bounds, ceiling, epsilon_bound, gaussian_epsilon, mu_bound, p_value

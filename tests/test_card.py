@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.card import readme as card_files
 from hf_dp.card import record as card
 from hf_dp.errors import ConfigError, LedgerError

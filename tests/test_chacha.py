@@ -14,7 +14,7 @@ from noise_checks import assert_gaussian, assert_uncorrelated
 from scipy import stats
 from test_sampling import GATES, N, Q, T, inclusion
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.card.verification import verify
 from hf_dp.errors import ConfigError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger

@@ -22,7 +22,7 @@ from children import KILLED, in_child
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.errors import CaptureError, LedgerError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment

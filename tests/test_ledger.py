@@ -17,7 +17,7 @@ import torch
 from children import KILLED, Bomb, in_child
 
 from hf_dp import durable
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.errors import LedgerError
 from hf_dp.ledger.format import GENESIS, encode, header_record, parse, step_record
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger, refuse_rollback

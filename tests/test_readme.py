@@ -12,8 +12,7 @@ import torch
 import transformers
 import typer
 
-from hf_dp import cli
-from hf_dp.accounting import planned as accounting
+from hf_dp import accounting, cli
 from hf_dp.card import record as card
 from hf_dp.demo.base import train_tokenizer
 from hf_dp.demo.records import write_records

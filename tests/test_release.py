@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from noise_checks import assert_gaussian, assert_uncorrelated
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.errors import LedgerError, ReleaseError
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
 from hf_dp.randomness.noise import NoiseSource

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from hf_dp.card.report import curves
 from hf_dp.card.report.page import page
-from hf_dp.card.report.plot import Axes, line_chart, ticks
 from hf_dp.card.report.training import losses, trained
 from hf_dp.card.verification import read_record, verify
 from hf_dp.cli import app
 from hf_dp.errors import ConfigError
+from hf_dp.pictures.line_chart import Axes, line_chart, ticks
 
 DATA = Path(__file__).parent / "data"
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>&amp;$name"

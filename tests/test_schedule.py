@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import TrainerCallback
 
-from hf_dp import PrivacyConfig, PrivateLoop
-from hf_dp.accounting import planned as accounting
+from hf_dp import PrivacyConfig, PrivateLoop, accounting
 from hf_dp.accounting.epsilon import deltas, spent
 from hf_dp.card.verification import verify
 from hf_dp.errors import ConfigError
@@ -66,10 +65,12 @@ def test_levels_are_all_steps_in_order_of_nearly_equal_length(steps: int, texts:
 
 
 def test_a_schedule_that_goes_nowhere_is_none() -> None:
-    plain = accounting.plan(PrivacyConfig(target_epsilon=4.0, expected_batch_size=50), 1000, num_train_epochs=2)
+    plain = accounting.plan_mechanism(
+        PrivacyConfig(target_epsilon=4.0, expected_batch_size=50), 1000, num_train_epochs=2
+    )
     for text in ("linear:1", "step:1"):
         config = PrivacyConfig(target_epsilon=4.0, expected_batch_size=50, noise_schedule=text, batch_schedule=text)
-        assert accounting.plan(config, 1000, num_train_epochs=2) == plain
+        assert accounting.plan_mechanism(config, 1000, num_train_epochs=2) == plain
 
 
 @pytest.mark.parametrize(
@@ -98,18 +99,18 @@ def test_the_grid_of_discrete_noise_has_no_schedule() -> None:
 def test_a_batch_that_grows_beyond_the_data_is_refused() -> None:
     config = PrivacyConfig(target_epsilon=1.0, expected_batch_size=300, batch_schedule="linear:4")
     with pytest.raises(ConfigError, match=r"at most the number of examples, 1,000.*got 1,200, at its greatest"):
-        accounting.plan(config, 1000, num_train_epochs=1)
+        accounting.plan_mechanism(config, 1000, num_train_epochs=1)
 
 
 def test_a_sigma_out_of_range_at_its_end_is_refused() -> None:
     config = PrivacyConfig(noise_multiplier=0.05, noise_schedule="linear:0.1")
     with pytest.raises(ConfigError, match=r"got 0\.005"):
-        accounting.plan(config, 1000, num_train_epochs=1)
+        accounting.plan_mechanism(config, 1000, num_train_epochs=1)
 
 
 def test_epochs_are_passes_over_the_data() -> None:
     config = PrivacyConfig(noise_multiplier=1.0, expected_batch_size=100, batch_schedule="linear:3", target_delta=1e-6)
-    m = accounting.plan(config, 100_000, num_train_epochs=4)
+    m = accounting.plan_mechanism(config, 100_000, num_train_epochs=4)
     assert mean_batch(100, "linear:3") == pytest.approx(200, abs=1)
     assert m.num_steps == 2000
     assert sum(s.sample_rate * s.num_steps for s in m.segments()) == pytest.approx(4, rel=1e-3)
@@ -172,7 +173,7 @@ def test_epsilon_of_a_course_is_that_of_a_convolution_in_other_code() -> None:
     config = PrivacyConfig(
         noise_multiplier=1.2, expected_batch_size=100, noise_schedule="cosine:0.6", batch_schedule="linear:2"
     )
-    m = accounting.plan(config, 5000, num_train_epochs=2)
+    m = accounting.plan_mechanism(config, 5000, num_train_epochs=2)
     assert len(m.segments()) == MOST_LEVELS
     found = spent(m.segments(), m.delta).pld
     assert fft_accountant.epsilon([s[:3] for s in m.segments()], m.delta) == pytest.approx(found, rel=5e-3)
@@ -190,7 +191,7 @@ def test_epsilon_of_a_course_is_that_of_a_convolution_in_other_code() -> None:
 )
 def test_calibration_never_overshoots_and_wastes_little(target: float, steps: int, course: dict[str, Any]) -> None:
     config = PrivacyConfig(target_epsilon=target, expected_batch_size=64, target_delta=1e-5, **course)
-    m = accounting.plan(config, 2000, num_train_epochs=0.0, max_steps=steps)
+    m = accounting.plan_mechanism(config, 2000, num_train_epochs=0.0, max_steps=steps)
     assert m.levels[0].noise_multiplier == m.noise_multiplier
     assert target * 0.997 <= spent(m.segments(), m.delta).epsilon <= target
 
@@ -348,7 +349,7 @@ def test_a_plain_loop_follows_the_schedule(tmp_path: Path) -> None:
         clip_schedule="step:0.5",
         batch_schedule="step:2",
     )
-    mechanism = accounting.plan(config, 400, num_train_epochs=0.0, max_steps=12)
+    mechanism = accounting.plan_mechanism(config, 400, num_train_epochs=0.0, max_steps=12)
     loop = PrivateLoop(
         model,
         optimizer := torch.optim.SGD(model.parameters(), lr=0.1),
@@ -366,7 +367,7 @@ def test_a_plain_loop_follows_the_schedule(tmp_path: Path) -> None:
 
 def test_it_is_printed_level_by_level() -> None:
     config = PrivacyConfig(noise_multiplier=2.0, expected_batch_size=100, noise_schedule="step:0.5:3")
-    m = accounting.plan(config, 1000, num_train_epochs=3)
+    m = accounting.plan_mechanism(config, 1000, num_train_epochs=3)
     rows = {row.name: row for row in accounting.derivation(config, m, num_train_epochs=3)}
     assert rows["sigma, level by level"].value == "2, 1.4142, 1"
     assert "C, level by level" not in rows

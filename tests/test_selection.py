@@ -13,10 +13,10 @@ from dp_accounting.rdp import RdpAccountant
 from folders import DELTA, STEPS, failures, model_folder
 from scipy import integrate, special, stats
 
-from hf_dp.accounting import planned as accounting
+from hf_dp import accounting
 from hf_dp.accounting import selection
 from hf_dp.accounting.epsilon import divergences
-from hf_dp.accounting.selection import SHAPES, Selection, best_of, draw_number, halting
+from hf_dp.accounting.selection import SHAPES, Selection, best_of, halting, random_number
 from hf_dp.accounting.tradeoffs import RATES
 from hf_dp.card.record import PRIVACY_JSON, with_selection
 from hf_dp.card.verification import _is_begun
@@ -229,7 +229,7 @@ def probability(distribution: str, mean: float, k):
 @pytest.mark.parametrize("distribution", SHAPES)
 def test_the_number_is_drawn_from_the_law_that_is_accounted(distribution):
     """Chi-square against the law with the right mean, and with means a quarter less and a third more; fails by chance once in 10^6."""
-    draws = np.array([draw_number(distribution, 5.0) for _ in range(20_000)])
+    draws = np.array([random_number(distribution, 5.0) for _ in range(20_000)])
     ks = np.arange(0, 15)
 
     def p_value(mean: float) -> float:
@@ -242,7 +242,7 @@ def test_the_number_is_drawn_from_the_law_that_is_accounted(distribution):
     assert p_value(5.0) > 1e-6
     assert p_value(3.75) < 1e-9
     assert p_value(6.75) < 1e-9
-    assert len({draw_number(distribution, 1000.0) for _ in range(5)}) > 1
+    assert len({random_number(distribution, 1000.0) for _ in range(5)}) > 1
 
 
 @pytest.mark.parametrize("mean", [1.0, 1.0001, 3.0, 10.0, 1000.0])
@@ -251,7 +251,7 @@ def test_the_mean_is_never_above_the_one_accounted(mean):
         gamma = halting(distribution, mean)
         found = 1.0 if gamma == 1 else law(gamma if distribution == "geometric" else 1 - gamma).mean()
         assert mean * (1 - 1e-6) <= found <= mean * (1 + 1e-12)
-    assert draw_number("logarithmic", 1.0) == draw_number("geometric", 1.0) == 1
+    assert random_number("logarithmic", 1.0) == random_number("geometric", 1.0) == 1
 
 
 # ---- the part of one run, and mistakes -----------------------------------------------------------------------------------------

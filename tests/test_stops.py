@@ -14,7 +14,8 @@ from folders import failures
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_dp import durable
-from hf_dp.accounting.planned import claimed, spent
+from hf_dp.accounting.epsilon import spent
+from hf_dp.accounting.plan import claimed
 from hf_dp.errors import ConfigError, LedgerError, UnsupportedOptionError
 from hf_dp.ledger.format import GENESIS, encode, parse
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger

@@ -12,7 +12,7 @@ from folders import failures
 from safetensors.torch import load_file
 
 import recipes as R
-from hf_dp.accounting import planned as accounting
+from hf_dp import accounting
 from hf_dp.accounting import selection
 from hf_dp.accounting.calibration import round_up
 from hf_dp.card.report import curves
@@ -50,7 +50,7 @@ def drawn(monkeypatch):
 
     def of(*draws):
         left = list(draws)
-        monkeypatch.setattr(folders, "draw_number", lambda distribution, mean: len(draws))
+        monkeypatch.setattr(folders, "random_number", lambda distribution, mean: len(draws))
         monkeypatch.setattr(folders.secrets, "randbelow", lambda count: left.pop(0) % count)
 
     of(*DRAWS)

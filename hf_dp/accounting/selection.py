@@ -175,7 +175,7 @@ def target_of_one_run(total: float, delta: float, selection_at: Callable[[float]
     return low
 
 
-def draw_number(distribution: str, mean: float) -> int:
+def random_number(distribution: str, mean: float) -> int:
     """K, from the operating system's randomness. Nobody may see it before the last run has ended."""
     generator = np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
     if distribution == "poisson":

@@ -14,9 +14,8 @@ from typing import Any
 from hf_dp import accounting, durable
 from hf_dp.accounting import RATES, Selection, Tradeoff, selection, tradeoff, tradeoff_below
 from hf_dp.audit import Counts, audit_record
-from hf_dp.card.picture import tradeoff_svg
 from hf_dp.card.readme import read_readme, to_json, with_front_matter, with_section
-from hf_dp.card.words import PICTURE, released, section, units, yaml_block
+from hf_dp.card.words import PICTURE, picture, released, section, units, yaml_block
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
@@ -240,7 +239,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
     folder = Path(folder)
     durable.replace(folder / PRIVACY_JSON, to_json(record).encode())
     if record["private"]:
-        durable.replace(folder / PICTURE, tradeoff_svg(record).encode())
+        durable.replace(folder / PICTURE, picture(record).encode())
     else:
         (folder / PICTURE).unlink(missing_ok=True)
     readme = folder / "README.md"

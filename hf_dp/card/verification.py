@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 from hf_dp import accounting
 from hf_dp.accounting import RATES, Selection, selection
 from hf_dp.audit import computed_again
-from hf_dp.card.picture import tradeoff_svg
 from hf_dp.card.readme import read_readme, section_of, yaml_of
 from hf_dp.card.record import (
     EPSILON_OF_SELECTION,
@@ -39,7 +38,7 @@ from hf_dp.card.record import (
     sampler,
     sentences,
 )
-from hf_dp.card.words import PICTURE, released, section, yaml_block
+from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
 from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
 from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm, united
@@ -351,8 +350,8 @@ def _readme(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
     same = written is not None and written.split() == section(record).split()
     yield _as_rendered("the card's section in words", same)
     if record["private"] and record["schema_version"] > 1:
-        picture = folder / PICTURE
-        yield _as_rendered("the card's picture", picture.is_file() and picture.read_text() == tradeoff_svg(record))
+        path = folder / PICTURE
+        yield _as_rendered("the card's picture", path.is_file() and path.read_text() == picture(record))
 
 
 def _as_rendered(name: str, same: bool) -> Check:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_dp.audit import power
 from hf_dp.mechanism import DISCRETE, METRIC_NOISE, UNIT
+from hf_dp.pictures import tradeoff_svg
 
 PICTURE = "privacy_tradeoff.svg"
 MOST_SHOWN = 4  # values of one setting that followed upon each other; privacy.json has them all
@@ -159,6 +160,13 @@ def _with_audit(text: str, audit: Mapping[str, Any]) -> str:
         return f"{text.rstrip()}\n\n**Audit.** {words}\n"
     heading, rest = text.split("\n", 1)
     return f"{heading}: REFUTED\n\n**REFUTED: the claim below is contradicted by this training's own audit.** {words}\n{rest}"
+
+
+def picture(record: Mapping[str, Any]) -> str:
+    """The SVG of the trade-off curve of a record that has one."""
+    curve = record["tradeoff"]
+    points = list(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
+    return tradeoff_svg(points, percent(curve["advantage"]))
 
 
 def units(unit: str) -> str:

@@ -58,10 +58,10 @@ def audit(
 
 
 def _audited(asked: Any, config: Any) -> None:
-    from hf_dp.cli.tables import console, print_table
     from hf_dp.errors import LedgerError
     from hf_dp.ledger import LEDGER_NAME
     from hf_dp.recipe import task
+    from hf_dp.tables import console, print_table
 
     if (asked.output_dir / LEDGER_NAME).exists():
         raise LedgerError(

@@ -1,4 +1,4 @@
-"""A budget file -> a new one with a total, or a table of the runs that draw on it. Imports no torch."""
+"""A budget file -> a new one with a total, or a table of the runs that use it. Imports no torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def budget(
-    file: Annotated[Path, typer.Argument(help="The budget file; PrivacyConfig(budget_file=...) draws on it.")],
+    file: Annotated[Path, typer.Argument(help="The budget file; PrivacyConfig(budget_file=...) uses it.")],
     target_epsilon: Annotated[float | None, typer.Option(help="Create it: the total of all runs together.")] = None,
     target_delta: Annotated[float | None, typer.Option(help="Create it: delta of the total, below 1 / N.")] = None,
     any_data: Annotated[
-        bool, typer.Option("--any-data", help="Let runs on other forms of the data draw on it too.")
+        bool, typer.Option("--any-data", help="Let runs on other forms of the data use it too.")
     ] = False,
     settle: Annotated[
         Path | None, typer.Option(help="Output folder of a run that will not be resumed: count what it claims.")
@@ -43,7 +43,7 @@ def budget(
 
 def _show(file: Path, found: "Budget") -> None:
     from hf_dp.accounting import round_up, spent
-    from hf_dp.cli.tables import print_table
+    from hf_dp.tables import print_table
 
     delta = found.target_delta
     rows = [

@@ -18,13 +18,13 @@ import torch
 import typer
 
 from hf_dp.accounting import spent
-from hf_dp.audit import FEWEST_MODELS, Attack, Coins, Floats, ceilings, draw_attacks, is_refuted, lira_scores, measured
-from hf_dp.cli.tables import console, print_table
+from hf_dp.audit import FEWEST_MODELS, Attack, Coins, Floats, ceilings, is_refuted, lira_scores, measured, plot_attacks
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.per_example import IGNORED
 from hf_dp.recipe import Recipe, task
+from hf_dp.tables import console, print_table
 
 IN_TURN = {
     "save_strategy": "no",
@@ -66,7 +66,7 @@ def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None)
     epsilon = spent(private.segments, private.delta).epsilon
     _print(found, control, private, epsilon)
     if plot is not None:
-        draw_attacks({"without noise": control, "private": found}, [private.segments], private.delta, plot)
+        plot_attacks({"without noise": control, "private": found}, [private.segments], private.delta, plot)
         print(f"Rates on logarithmic axes: {plot}")
     print("These numbers were computed on the records themselves: no epsilon covers them.")
     if np.isfinite(epsilon) and is_refuted(scores, included, private.segments, private.delta):

@@ -30,9 +30,9 @@ def plan(
 ) -> None:
     """Says what noise a target epsilon needs, or what epsilon a noise gives, before any data or model is there; and what it costs."""
     from hf_dp import accounting
-    from hf_dp.cli.tables import print_derivation, print_table
     from hf_dp.config import PrivacyConfig
     from hf_dp.errors import ConfigError
+    from hf_dp.tables import print_plan, print_table
 
     if (epochs is None) == (max_steps <= 0):
         raise ConfigError("give exactly one of --epochs and --max-steps")
@@ -57,10 +57,9 @@ def plan(
         batch_schedule=batch_schedule,
         noise=noise,  # type: ignore[arg-type]  # any text; PrivacyConfig says which there are
     )
-    mechanism = accounting.plan(privacy, num_examples, num_train_epochs=epochs or 0.0, max_steps=max_steps)
-    print_derivation(
-        accounting.derivation(privacy, mechanism, num_train_epochs=epochs or 0.0, max_steps=max_steps), mechanism
-    )
+    mechanism = accounting.plan_mechanism(privacy, num_examples, num_train_epochs=epochs or 0.0, max_steps=max_steps)
+    rows = accounting.derivation(privacy, mechanism, num_train_epochs=epochs or 0.0, max_steps=max_steps)
+    print_plan("The plan", rows, mechanism)
     if model is not None:
         print_table("What a run costs", ("", "value", "rule"), _cost(mechanism, model, work))
     if plot is not None:
@@ -68,9 +67,9 @@ def plan(
 
 
 def _draw(mechanism: Any, plot: Path, against: str, epochs: float | None) -> None:
-    from hf_dp.accounting import draw_epsilon
+    from hf_dp.accounting import plot_epsilon
 
-    draw_epsilon(mechanism, plot, against, epochs)
+    plot_epsilon(mechanism, plot, against, epochs)
     print(f"Epsilon against {against}: {plot}")
 
 

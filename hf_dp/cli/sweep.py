@@ -1,14 +1,14 @@
 """A recipe and a grid -> the best of a random number of private trainings, with the epsilon of the choice on its card."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from hf_dp.sweep import Asked, Tell
+    from hf_dp.sweep import Asked, SweepResult, Tell
 
 
 def sweep(
@@ -47,9 +47,9 @@ def sweep(
 
 
 def _swept(asked: "Asked", *, resume: bool) -> None:
-    from hf_dp.cli.tables import print_table
     from hf_dp.sweep import derivation, run
     from hf_dp.sweep import folder as folders
+    from hf_dp.tables import print_table
 
     if resume:
         state = folders.resume(asked.folder, asked.texts)
@@ -77,11 +77,11 @@ def _swept(asked: "Asked", *, resume: bool) -> None:
 def _progress() -> "Iterator[Tell]":
     """A bar for the trial that runs. How many there will be, and what they show, stays untold."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed} of {task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bars: dict[int, Any] = {}
+        bars: dict[int, TaskID] = {}
 
         def tell(number: int, step: int, planned: int) -> None:
             if number not in bars:
@@ -91,10 +91,10 @@ def _progress() -> "Iterator[Tell]":
         yield tell
 
 
-def _show(folder: Path, found: Mapping[str, Any]) -> None:
+def _show(folder: Path, found: "SweepResult") -> None:
     from hf_dp.accounting import round_up
-    from hf_dp.cli.tables import print_table
     from hf_dp.sweep import SELECTED
+    from hf_dp.tables import print_table
 
     keys = list(found["trials"][0]["combination"])
     rows = [

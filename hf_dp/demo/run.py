@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dp import recipe as recipes
 from hf_dp.cli import quiet
-from hf_dp.demo import picture, report, secrets
+from hf_dp.demo import report, secrets
 from hf_dp.demo.base import train_base
 from hf_dp.demo.compare import Tuned, tune_plain, tune_private
 from hf_dp.demo.folder import fresh_folder
+from hf_dp.demo.picture import plot_fine_tunings
 from hf_dp.demo.records import Halves, write_records
 from hf_dp.errors import HfDpError
 from hf_dp.recipe import DataSection, Recipe, Template, nested
@@ -84,7 +85,7 @@ def run(folder: Path, size: Size, recipe_path: Path = RECIPE) -> report.Result:
     )
     nested_ones = {"spent": private.spent._asdict(), "exposure": result.exposure._asdict()}
     (folder / "results.json").write_text(json.dumps(result._asdict() | nested_ones, indent=2))
-    picture.draw(
+    plot_fine_tunings(
         folder / "loss_and_epsilon.png", plain=plain, private=private, target_epsilon=recipe.privacy.target_epsilon
     )
     console.rule("4. What came of it")

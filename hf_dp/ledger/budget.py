@@ -1,6 +1,6 @@
 """A budget file and what a run plans -> a reservation in it, or an error: several runs on the same data stay within one total.
 
-The file is JSON: total (epsilon, delta) and, for each run that draws on it, segments as in a ledger. A run reserves its whole plan, and
+The file is JSON: total (epsilon, delta) and, for each run that uses it, segments as in a ledger. A run reserves its whole plan, and
 what its ledger already holds, before its first step; all reservations, composed as one mechanism at the total's delta, stay within the
 total. When training ends, a run's part becomes what it claims: its plan, if it took a step, however early it ended. A run that was killed
 or failed keeps its part until it is resumed, or until `settle` is told that it will not be.
@@ -18,7 +18,7 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ LOCK_SECONDS = (
 )
 
 
-class Of(NamedTuple):
+class BudgetSubject(NamedTuple):
     """What the total is about, as the first run had it; `data` is a fingerprint under the key beside the budget file."""
 
     data: str
@@ -47,12 +47,12 @@ class Of(NamedTuple):
     relation: str
 
     @classmethod
-    def run(cls, mechanism: Mechanism, data: str) -> "Of":
+    def run(cls, mechanism: Mechanism, data: str) -> "BudgetSubject":
         """That of a run of `mechanism` on records with this fingerprint."""
         return cls(data, mechanism.num_examples, mechanism.unit, mechanism.relation)
 
 
-class Drawn(NamedTuple):
+class BudgetEntry(NamedTuple):
     """One run.
 
     Attributes:
@@ -77,23 +77,23 @@ class Budget:
     Attributes:
         target_epsilon: the total.
         target_delta: at which all runs together are accounted.
-        any_data: runs on other records, or the same in another form, may draw on it too; their costs add up all the same.
-        of: None before the first run.
-        runs: all that drew on it.
+        any_data: runs on other records, or the same in another form, may use it too; their costs add up all the same.
+        subject: what the total is about; None before the first run.
+        runs: all that have used it.
     """
 
     target_epsilon: float
     target_delta: float
     any_data: bool = False
-    of: Of | None = None
-    runs: tuple[Drawn, ...] = ()
+    subject: BudgetSubject | None = None
+    runs: tuple[BudgetEntry, ...] = ()
 
-    def segments(self, but: Drawn | None = None) -> list[Segment]:
+    def segments(self, but: BudgetEntry | None = None) -> list[Segment]:
         """Those of all runs, or of all but one."""
         return [s for run in self.runs if run != but for s in run.segments]
 
-    def known(self, folder: Path) -> Drawn | None:
-        """The run in `folder`: it has its token, and did not leave the folder that it drew from behind."""
+    def known(self, folder: Path) -> BudgetEntry | None:
+        """The run in `folder`: it has its token, and did not leave its first folder behind."""
         token = folder / TOKEN_NAME
         found = token.read_text(encoding="utf-8") if token.is_file() else ""
         for run in self.runs:
@@ -101,7 +101,7 @@ class Budget:
                 return run
         return None
 
-    def after(self, run: Drawn, *, instead_of: Drawn | None) -> "Budget":
+    def after(self, run: BudgetEntry, *, instead_of: BudgetEntry | None) -> "Budget":
         """With this run, in place of what it was before."""
         return replace(self, runs=(*(r for r in self.runs if r != instead_of), run))
 
@@ -124,7 +124,7 @@ def create(path: Path, target_epsilon: float, target_delta: float, *, any_data: 
 
 
 def allow_any_data(path: Path) -> None:
-    """From now on runs on records of any form may draw on the budget."""
+    """From now on runs on records of any form may use the budget."""
     with _locked(path):
         durable.replace(path, _encoded(replace(read(path), any_data=True)))
 
@@ -170,7 +170,13 @@ def try_plan(path: Path, planned: Sequence[Segment]) -> str:
 
 
 def reserve(
-    path: Path, folder: Path, of: Of, *, charged: Sequence[Segment], asked: Sequence[Segment], is_new: bool
+    path: Path,
+    folder: Path,
+    subject: BudgetSubject,
+    *,
+    charged: Sequence[Segment],
+    asked: Sequence[Segment],
+    is_new: bool,
 ) -> int:
     """Reserves the steps `asked` beside what the run's ledger has `charged`, in place of what it had reserved.
 
@@ -179,7 +185,7 @@ def reserve(
     Args:
         path: the budget file.
         folder: the run's output folder, where its ledger lies.
-        of: what the run is about.
+        subject: what the run is about.
         charged: everything in the ledger so far.
         asked: the most that this session may take; one step or more.
         is_new: the ledger was made for this run just now; a token of an earlier run in the same folder is not its own.
@@ -195,20 +201,22 @@ def reserve(
     with _locked(path):
         budget = read(path)
         known = None if is_new else budget.known(folder)
-        wrong = [*_mismatches(budget, of), *_rolled_back(known, charged)]
+        wrong = [*_mismatches(budget, subject), *_rolled_back(known, charged)]
         if wrong:
-            raise BudgetError(f"this run can't draw on the budget {path}: {'; '.join(wrong)}")
+            raise BudgetError(f"this run can't use the budget {path}: {'; '.join(wrong)}")
         others = [*budget.segments(but=known), *charged]
         granted = _steps(asked) if _fits(budget, [*others, *asked]) else 0
         if known is not None and not known.ended and not granted:
-            granted = _room(budget, others, asked)
+            granted = _steps_that_fit(budget, others, asked)
         if granted:
             token = known.token if known is not None else secrets.token_hex(16)
             durable.replace(folder / TOKEN_NAME, token.encode())  # first: a kill in between is a run that is not known
             earlier = known.segments if known is not None and charged else ()  # a claim already, whatever comes now
             segments = _costliest(budget, known, [*charged, *first_steps(asked, granted)], earlier)
-            run = Drawn(token, str(folder), False, _steps(charged), segments)
-            durable.replace(path, _encoded(replace(budget, of=budget.of or of).after(run, instead_of=known)))
+            run = BudgetEntry(token, str(folder), False, _steps(charged), segments)
+            durable.replace(
+                path, _encoded(replace(budget, subject=budget.subject or subject).after(run, instead_of=known))
+            )
             return granted
     raise BudgetError(_too_much(path, budget, others, asked))
 
@@ -228,32 +236,34 @@ def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence
         wrong = [*_rolled_back(known, charged)]
         if wrong:
             raise BudgetError(f"{folder} can't be settled with the budget {path}: {'; '.join(wrong)}")
-        run = Drawn(known.token, str(folder), True, _steps(charged), _costliest(budget, known, charged, *plans))
+        run = BudgetEntry(known.token, str(folder), True, _steps(charged), _costliest(budget, known, charged, *plans))
         durable.replace(path, _encoded(budget.after(run, instead_of=known)))
 
 
 # ---- what may be ---------------------------------------------------------------------------------------------------------
 
 
-def _mismatches(budget: Budget, of: Of) -> Iterator[str]:
-    if budget.target_delta >= 1 / of.num_examples:
+def _mismatches(budget: Budget, subject: BudgetSubject) -> Iterator[str]:
+    if budget.target_delta >= 1 / subject.num_examples:
         yield (
-            f"its delta is {budget.target_delta:g}, and must be below 1 / N = {1 / of.num_examples:.3g}: create one with a smaller delta"
+            f"its delta is {budget.target_delta:g}, and must be below 1 / N = {1 / subject.num_examples:.3g}: "
+            "create one with a smaller delta"
         )
-    if budget.of is None:
+    first = budget.subject
+    if first is None:
         return
-    if (of.unit, of.relation) != (budget.of.unit, budget.of.relation):
-        yield f"it counts one {budget.of.unit} under {budget.of.relation}, the run one {of.unit} under {of.relation}"
-    if of.data != budget.of.data and not budget.any_data:
+    if (subject.unit, subject.relation) != (first.unit, first.relation):
+        yield f"it counts one {first.unit} under {first.relation}, the run one {subject.unit} under {subject.relation}"
+    if subject.data != first.data and not budget.any_data:
         yield (
-            f"its first run had other training records ({budget.of.num_examples:,} of them; this run has {of.num_examples:,}), or the same "
-            "in another form or order (another tokenizer, another length), or the key beside the budget file is lost. Where the same "
-            "people are in both, their costs add up: let both draw on it with `hf-dp budget FILE --any-data`. Give a budget of its "
-            "own only to data about other people"
+            f"its first run had other training records ({first.num_examples:,} of them; this run has {subject.num_examples:,}), "
+            "or the same in another form or order (another tokenizer, another length), or the key beside the budget file is lost. "
+            "Where the same people are in both, their costs add up: let both use it with `hf-dp budget FILE --any-data`. "
+            "Give a budget of its own only to data about other people"
         )
 
 
-def _rolled_back(known: Drawn | None, charged: Sequence[Segment]) -> Iterator[str]:
+def _rolled_back(known: BudgetEntry | None, charged: Sequence[Segment]) -> Iterator[str]:
     if known is not None and _steps(charged) < known.charged:
         yield (
             f"its ledger has {_steps(charged):,} steps, and the budget knows of {known.charged:,}: put the newest ledger back"
@@ -264,8 +274,8 @@ def _fits(budget: Budget, segments: Sequence[Segment]) -> bool:
     return spent(segments, budget.target_delta).epsilon <= budget.target_epsilon
 
 
-def _costliest(budget: Budget, known: Drawn | None, *runs: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Of what this run may come to, that with which all runs come to most."""
+def _costliest(budget: Budget, known: BudgetEntry | None, *runs: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Of the things that this run may come to, the one with which all runs together cost most."""
     found = list(dict.fromkeys(_merged(segments) for segments in runs))
     found = [a for a in found if not any(a != b and _is_within(a, b) for b in found)]
     others = budget.segments(but=known)
@@ -280,14 +290,14 @@ def _is_within(few: Sequence[Segment], many: Sequence[Segment]) -> bool:
     return all(s.num_steps <= counts.get(s._replace(num_steps=0), 0) for s in few)
 
 
-def _room(budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> int:
+def _steps_that_fit(budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> int:
     """How many of the steps that are asked fit beside the others."""
     return affordable_steps(others, asked, target_epsilon=budget.target_epsilon, delta=budget.target_delta)
 
 
 def _too_much(path: Path, budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> str:
     """Spent, asked, left, and what would fit."""
-    total, delta, fits = budget.target_epsilon, budget.target_delta, _room(budget, others, asked)
+    total, delta, fits = budget.target_epsilon, budget.target_delta, _steps_that_fit(budget, others, asked)
     before, alone, after = (spent(s, delta).epsilon for s in (others, asked, [*others, *asked]))
     remedy = (
         f"There is room for {fits:,} such steps of the {_steps(asked):,}: lower num_train_epochs or max_steps to them, or raise the noise"
@@ -336,9 +346,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _encoded(budget: Budget) -> bytes:
-    of = None if budget.of is None else budget.of._asdict()
-    runs = [run._asdict() | {"segments": [s.stated() for s in run.segments]} for run in budget.runs]
-    said = {"version": VERSION} | asdict(budget) | {"of": of, "runs": runs}
+    said = {
+        "version": VERSION,
+        "target_epsilon": budget.target_epsilon,
+        "target_delta": budget.target_delta,
+        "any_data": budget.any_data,
+        "of": None if budget.subject is None else budget.subject._asdict(),
+        "runs": [run._asdict() | {"segments": [s.stated() for s in run.segments]} for run in budget.runs],
+    }
     digest = hashlib.sha256(json.dumps(said, allow_nan=False).encode()).hexdigest()
     return (json.dumps(said | {"sha256": digest}, indent=1) + "\n").encode()
 
@@ -348,9 +363,9 @@ def _decoded(data: bytes) -> Budget:
     said = dict(json.loads(data))
     if said["version"] != VERSION:
         raise ValueError(f"version {said['version']!r}, expected {VERSION}")
-    runs = [Drawn(**{**run, "segments": tuple(Segment.of(s) for s in run["segments"])}) for run in said["runs"]]
+    runs = [BudgetEntry(**{**run, "segments": tuple(Segment.of(s) for s in run["segments"])}) for run in said["runs"]]
     totals: dict[str, Any] = {k: said[k] for k in ("target_epsilon", "target_delta", "any_data")}
-    budget = Budget(**totals, of=None if said["of"] is None else Of(**said["of"]), runs=tuple(runs))
+    budget = Budget(**totals, subject=None if said["of"] is None else BudgetSubject(**said["of"]), runs=tuple(runs))
     wrong = [*target_problems(budget.target_epsilon), *delta_problems(budget.target_delta)]
     wrong += [problem for segment in budget.segments() for problem in segment_problems(segment)]
     wrong += [f"noise is {s.noise!r}" for s in budget.segments() if s.noise not in NOISES]

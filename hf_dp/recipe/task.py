@@ -52,7 +52,9 @@ def prepare(recipe: Recipe) -> Parts:
     column = recipe.privacy.unit_column
     groups = groups_by(train, column)
     num_units = len(train) if groups is None else groups.num_groups
-    accounting.plan(recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+    accounting.plan_mechanism(
+        recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
+    )
     classes = None
     if recipe.model.task == "sequence_classification":
         classes = examples.label_names(recipe.data, train, validation)

@@ -173,9 +173,9 @@ class PrivateRun:
                 "out where the data are public"
             )
         budgets.read(self._budget_file)  # before a key is made beside it
-        of = budgets.Of.run(m, fingerprint(dataset, self._budget_file.resolve().parent))
+        about = budgets.BudgetSubject.run(m, fingerprint(dataset, self._budget_file.resolve().parent))
         asked = m.segments(self._first_step, num_steps)
-        return budgets.reserve(self._budget_file, self.folder, of, charged=self._before, asked=asked, is_new=is_new)
+        return budgets.reserve(self._budget_file, self.folder, about, charged=self._before, asked=asked, is_new=is_new)
 
     def _refuse_another_training(self, checkpoint: Path | None) -> None:
         """On process 0, before any file is made here."""
@@ -188,7 +188,7 @@ class PrivateRun:
             )
         if path.exists() and self._budget_file is None and (self.folder / budgets.TOKEN_NAME).exists():
             raise BudgetError(
-                f"the run in {self.folder} draws on a budget, which would not see its further steps: give budget_file"
+                f"the run in {self.folder} uses a budget, which would not see its further steps: give budget_file"
             )
 
     def _refuse_differences(self, data_fingerprint: str) -> None:

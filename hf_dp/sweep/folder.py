@@ -16,16 +16,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import filelock
 
 from hf_dp import accounting, durable
-from hf_dp.accounting import Selection, draw_number
+from hf_dp.accounting import Selection, random_number
 from hf_dp.errors import ConfigError, LedgerError
 from hf_dp.ledger import KEY_NAME, LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.sweep.plan import Plan
+from hf_dp.sweep.results import TrialResult
 
 STATE, LOCK = "_sweep.json", "_sweep.lock"  # Trainer and `hf-dp push` leave such names out of what they upload
 TRIAL = "trial.json"
@@ -34,11 +35,11 @@ KEPT = (TRIAL, LEDGER_NAME, "log.txt")  # of a trial that was not selected
 
 
 class State(NamedTuple):
-    """What is fixed before the first trial. `draws` is secret: for each trial the number of its combination."""
+    """What is fixed before the first trial. `chosen` is secret: for each trial, the index of its combination."""
 
-    asked: Mapping[str, Any]
+    asked: Mapping[str, object]
     plan: Plan
-    draws: tuple[int, ...]
+    chosen: tuple[int, ...]
     data: str
 
 
@@ -73,24 +74,24 @@ def refuse_used(folder: Path) -> None:
         raise ConfigError(f"{folder} is not empty: choose another folder (training.output_dir=FOLDER)")
 
 
-def begin(folder: Path, asked: Mapping[str, Any], plan: Plan, num_combinations: int, data: str) -> State:
+def begin(folder: Path, asked: Mapping[str, object], plan: Plan, num_combinations: int, data: str) -> State:
     """Draws the number of trials and their combinations, and keeps them before anything is run."""
-    number = draw_number(plan.selection.distribution, plan.selection.mean)
-    draws = tuple(secrets.randbelow(num_combinations) for _ in range(number))
+    number = random_number(plan.selection.distribution, plan.selection.mean)
+    chosen = tuple(secrets.randbelow(num_combinations) for _ in range(number))
     kept = {
         "asked": dict(asked),
         "selection": plan.selection.stated(plan.delta),
         "delta": plan.delta,
         "target_of_one": plan.target_of_one,
-        "draws": list(draws),
+        "draws": list(chosen),
         "data": data,
     }
     if not durable.create(folder / STATE, json.dumps(kept).encode(), mode=0o600):
         refuse_used(folder)
-    return State(asked, plan, draws, data)
+    return State(asked, plan, chosen, data)
 
 
-def resume(folder: Path, asked: Mapping[str, Any]) -> State:
+def resume(folder: Path, asked: Mapping[str, object]) -> State:
     """The sweep that was begun here; a trial that was cut off is put aside.
 
     Raises:
@@ -124,7 +125,7 @@ def set_aside(folder: Path) -> int:
     return len(list(aside.iterdir())) if aside.exists() else 0
 
 
-def finish(folder: Path, result: Mapping[str, Any]) -> None:
+def finish(folder: Path, result: TrialResult) -> None:
     """The trial that is running has ended: from here on it is one of the finished ones."""
     running, trials = folder / "running", folder / "trials"
     trials.mkdir(exist_ok=True)
@@ -133,7 +134,7 @@ def finish(folder: Path, result: Mapping[str, Any]) -> None:
     durable.sync_folder(trials)
 
 
-def finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def finished(folder: Path) -> list[tuple[Path, TrialResult]]:
     """(folder, result) of each trial that has ended, in order.
 
     Raises:
@@ -148,9 +149,10 @@ def finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def best(trials: list[tuple[Path, dict[str, Any]]]) -> int:
+def best(trials: list[tuple[Path, TrialResult]]) -> int:
     """Number of the trial with the least loss, the first of equals; one that diverged comes last."""
-    return min(range(len(trials)), key=lambda i: math.inf if trials[i][1]["score"] is None else trials[i][1]["score"])
+    scores = [math.inf if (score := result["score"]) is None else score for _, result in trials]
+    return scores.index(min(scores))
 
 
 def prune(trial: Path) -> None:

@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     target_of_one: float
 
 
-def plan(combinations: Sequence[Combination], num_units: int, distribution: str, mean: float) -> Plan:
+def plan_sweep(combinations: Sequence[Combination], num_units: int, distribution: str, mean: float) -> Plan:
     """Each trial gets the same epsilon: the largest that keeps the selected model within the recipe's target.
 
     Raises:
@@ -104,7 +104,7 @@ def _planner(combinations: Sequence[Combination], num_units: int) -> Callable[[i
 
     @cache
     def calibrated(privacy: PrivacyConfig, epochs: float, max_steps: int) -> Mechanism:
-        return accounting.plan(privacy, num_units, num_train_epochs=epochs, max_steps=max_steps)
+        return accounting.plan_mechanism(privacy, num_units, num_train_epochs=epochs, max_steps=max_steps)
 
     def mechanism_of(index: int, epsilon: float) -> Mechanism:
         privacy = combinations[index].recipe.privacy

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import key_of, under_key
@@ -13,7 +13,8 @@ from hf_dp.sweep import folder as folders
 from hf_dp.sweep import trial as trials
 from hf_dp.sweep.grid import Combination
 from hf_dp.sweep.outcome import conclude
-from hf_dp.sweep.plan import Plan, plan
+from hf_dp.sweep.plan import Plan, plan_sweep
+from hf_dp.sweep.results import SweepResult
 from hf_dp.training import check_options
 
 Tell = Callable[[int, int, int], None]
@@ -25,7 +26,7 @@ class Asked(NamedTuple):
     combinations: Sequence[Combination]
     distribution: str
     mean: float
-    texts: Mapping[str, Any]
+    texts: Mapping[str, object]
 
     @property
     def folder(self) -> Path:
@@ -43,10 +44,10 @@ def planned(asked: Asked) -> Plan:
     records = data_files.load(base.data, "train")
     assert records is not None  # a recipe always names it
     groups = groups_by(records, base.privacy.unit_column)
-    found = plan(
+    found = plan_sweep(
         asked.combinations, len(records) if groups is None else groups.num_groups, asked.distribution, asked.mean
     )
-    built: list[Any] = []
+    built: list[object] = []
     with tempfile.TemporaryDirectory() as place:
         for combination in asked.combinations:
             trial = trials.as_trial(combination.recipe, found.target_of_one, Path(place))
@@ -66,7 +67,7 @@ def begun(asked: Asked, found: Plan) -> folders.State:
         return folders.begin(asked.folder, asked.texts, found, len(asked.combinations), _fingerprint(asked))
 
 
-def run(asked: Asked, state: folders.State, tell: Tell) -> dict[str, Any] | None:
+def run(asked: Asked, state: folders.State, tell: Tell) -> SweepResult | None:
     """Runs the trials that are left, then selects; what sweep.json holds, or None where the number drawn is 0.
 
     Args:
@@ -84,8 +85,8 @@ def run(asked: Asked, state: folders.State, tell: Tell) -> dict[str, Any] | None
                 f"{folder}: the training or validation records are not those that the sweep was begun with"
             )
         folders.set_aside(folder)
-        for number in range(len(folders.finished(folder)), len(state.draws)):
-            chosen = asked.combinations[state.draws[number]]
+        for number in range(len(folders.finished(folder)), len(state.chosen)):
+            chosen = asked.combinations[state.chosen[number]]
             trial = trials.as_trial(chosen.recipe, state.plan.target_of_one, folder / "running")
             result = trials.run(trial, state.plan.selection.mechanisms, lambda *steps, n=number + 1: tell(n, *steps))
             folders.finish(folder, {"combination": dict(chosen.values), **result})

@@ -16,6 +16,7 @@ from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
 from hf_dp.recipe import Recipe, task
 from hf_dp.sweep.plan import segments_of
+from hf_dp.sweep.results import Measured
 from hf_dp.training import STEPS_TAKEN
 
 POINTS = 8  # evaluations of a trial, where the recipe does not say when
@@ -45,7 +46,7 @@ def as_trial(recipe: Recipe, target_of_one: float, folder: Path) -> Recipe:
 
 def run(
     trial: Recipe, kinds: tuple[tuple[Segment, ...], ...], tell: Callable[[int, int], None] = lambda *_: None
-) -> dict[str, Any]:
+) -> Measured:
     """Trains, evaluates and saves; what transformers says goes into log.txt beside the model.
 
     Args:
@@ -54,8 +55,7 @@ def run(
         tell: (steps taken, steps planned), after each step.
 
     Returns:
-        The score (validation loss; None where it is no number) and `curve`: (step, epsilon of so many
-        steps of this trial alone, validation loss).
+        What it measured.
 
     Raises:
         HfDpError: whatever stops a training.
@@ -78,10 +78,10 @@ def run(
         after = task.evaluate(trainer)
         curve = [(0, 0.0, before["loss"]), *_curve(trainer.state.log_history)]
         spent = trainer.privacy_spent()
-    found = {
+    found: Measured = {
         "score": _finite(after["loss"]),
         "metrics": {name: _finite(value) for name, value in after.items()},
-        "curve": [[step, epsilon, _finite(loss)] for step, epsilon, loss in curve],
+        "curve": [(step, epsilon, _finite(loss)) for step, epsilon, loss in curve],
         "epsilon": spent.epsilon,
         "num_steps": spent.num_steps,
         "noise_multiplier": mechanism.noise_multiplier,

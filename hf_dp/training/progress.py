@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from transformers import ProgressCallback
 
 from hf_dp import accounting
+from hf_dp.tables import print_plan
 
 
 class EpsilonProgress(ProgressCallback):
@@ -32,21 +31,10 @@ def print_summary(trainer: Any) -> None:
     if not trainer.is_world_process_zero():
         return
     args, mechanism = trainer.args, trainer.mechanism
-    table = Table(title="Private training", title_justify="left")
-    for column in ("", "value", "rule"):
-        table.add_column(column)
-    for row in accounting.derivation(
+    rows = accounting.derivation(
         trainer.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
-    ):
-        table.add_row(*row)
-    for name, value, rule in _of_the_machine(trainer):
-        table.add_row(name, value, rule)
-    console = Console()
-    console.print(table)
-    if not mechanism.is_private:
-        console.print(
-            "[bold red]NOT PRIVATE[/]: " + ("debug_seed is set" if mechanism.debug else "noise_multiplier is 0")
-        )
+    )
+    print_plan("Private training", [*rows, *_of_the_machine(trainer)], mechanism)
 
 
 def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from launch import WORKER, all_alike, collected, finish, free_port, results, run
 from noise_checks import assert_gaussian, assert_uncorrelated
 from reference import relative_difference
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.sampling.poisson import PoissonSampler
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_dp import accounting
-from hf_dp.card.report.plot import Axes, Point, line_chart
 from hf_dp.card.report.training import losses
 from hf_dp.card.verification import claimed_of
 from hf_dp.card.words import ended_early
 from hf_dp.mechanism import Segment, first_steps
+from hf_dp.pictures import Axes, Point, line_chart
 
 POINTS = 8  # of the curve of epsilon; each costs a computation by two accountants
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_dp.card.readme import read_readme, yaml_of
-from hf_dp.card.report.plot import Point
 from hf_dp.errors import ConfigError
+from hf_dp.pictures import Point
 
 STATE = "trainer_state.json"
 DESCRIPTIONS = ("adapter_config.json", "config.json", STATE, f"*/{STATE}")  # what is read here beside the card

@@ -1,4 +1,4 @@
-"""A mechanism and what is to vary -> a picture of epsilon against steps, sigma, batch or delta, all else as planned."""
+"""A mechanism and what is to vary -> epsilon against steps, sigma, batch or delta, all else as planned; and a picture of it."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ from hf_dp.accounting.epsilon import Epsilon, spent
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, ConfigError
 from hf_dp.mechanism import Mechanism, Segment, steps_per_epoch
+from hf_dp.pictures import Line, Panel, save_figure
 
 POINTS = 16
 AGAINST = ("steps", "sigma", "batch", "delta")
@@ -24,7 +25,7 @@ class Curve(NamedTuple):
     logarithmic: bool = False
 
 
-def draw_epsilon(
+def plot_epsilon(
     mechanism: Mechanism, path: Path, against: str = "steps", num_train_epochs: float | None = None
 ) -> None:
     """Writes the picture; the format is the file name's ending (png, svg, pdf).
@@ -37,50 +38,36 @@ def draw_epsilon(
         num_train_epochs: passes over the data, so that with another batch there are other numbers of steps; None: the steps are fixed.
 
     Raises:
-        ConfigError: no noise, so that there is no epsilon to draw, a quantity that is none, or a path that cannot be written.
+        ConfigError: no noise, so that there is no epsilon to plot, a quantity that is none, or a path that cannot be written.
     """
     if not mechanism.noise_multiplier:
-        raise ConfigError("cannot draw epsilon: without noise it is infinite after the first step")
+        raise ConfigError("cannot plot epsilon: without noise it is infinite after the first step")
     curve = curve_of(mechanism, against, num_train_epochs)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    values = [value for value, _ in curve.points]
-    axes.plot(values, [e.rdp for _, e in curve.points], color="0.6", label="by RDP, looser")
-    axes.plot(values, [e.epsilon for _, e in curve.points], marker="o", markersize=3, label="epsilon")
-    if mechanism.target_epsilon is not None:
-        axes.axhline(mechanism.target_epsilon, color="0.3", linestyle=":", label="target")
-    if against != "steps":
-        axes.axvline(curve.planned, color="0.3", linewidth=0.8, label="as planned")
-    at_delta = "epsilon" if against == "delta" else f"epsilon at delta {mechanism.delta:g}"
-    axes.set(xlabel=curve.name, ylabel=at_delta)
-    axes.set(**({"yscale": "log"} if against == "sigma" else {"ylim": (0, None)}))
-    axes.set(**({"xscale": "log"} if curve.logarithmic else {"xlim": (0, None)}))
-    if against in ("sigma", "batch"):
-        ticks = values[:: POINTS // 4]
-        axes.set_xticks([], minor=True)
-        axes.set_xticks(ticks, labels=[f"{x:,.0f}" if against == "batch" else f"{x:.3g}" for x in ticks])
-    axes.set_title(_what_is_fixed(mechanism, against, num_train_epochs), fontsize=10)
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the picture {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    ticks = [(x, f"{x:,.0f}" if against == "batch" else f"{x:.3g}") for x, _ in curve.points[:: POINTS // 4]]
+    panel = Panel(
+        lines=[
+            Line([(x, e.rdp) for x, e in curve.points], "by RDP, looser", color="0.6"),
+            Line([(x, e.epsilon) for x, e in curve.points], "epsilon", marker="o"),
+        ],
+        x=curve.name,
+        y="epsilon" if against == "delta" else f"epsilon at delta {mechanism.delta:g}",
+        title=_what_is_fixed(mechanism, against, num_train_epochs),
+        log=("x" if curve.logarithmic else "") + ("y" if against == "sigma" else ""),
+        ticks=ticks if against in ("sigma", "batch") else None,
+        across=None if mechanism.target_epsilon is None else (mechanism.target_epsilon, "target"),
+        upright=None if against == "steps" else (curve.planned, "as planned"),
+    )
+    save_figure(path, [panel], width=6.4, height=4.0)
 
 
 def curve_of(m: Mechanism, against: str, num_train_epochs: float | None = None) -> Curve:
-    """What is drawn. Values at which no accountant has a finite answer are left out.
+    """The curve. Values at which no accountant has a finite answer are left out.
 
     Raises:
         ConfigError: `against` is none of AGAINST.
     """
     if against not in AGAINST:
-        raise ConfigError(f"cannot draw epsilon against {against!r}: expected {', '.join(AGAINST)}")
+        raise ConfigError(f"cannot plot epsilon against {against!r}: expected {', '.join(AGAINST)}")
     first = " at first" if m.levels else ""
     if against == "steps":
         steps = sorted({max(1, round(m.num_steps * (i / POINTS) ** 2)) for i in range(1, POINTS + 1)})

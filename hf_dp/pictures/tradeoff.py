@@ -1,24 +1,24 @@
-"""`privacy.json`'s record -> a small SVG of the trade-off curve, the same to the byte for the same record.
+"""A trade-off curve -> a small SVG of it, the same to the byte for the same numbers, because `hf-dp verify` compares bytes.
 
-It has its own light ground, so that it can be read on a page of any colour, and no script, style sheet or font from elsewhere.
+It has a light background of its own, so that it can be read on a page of any colour, and loads no script, style sheet or font.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from hf_dp.card.words import percent
+from hf_dp.pictures.line_chart import Point
 
 LEFT, TOP, SIDE = 62, 18, 220  # of the square in which the curve is drawn, in pixels
 WIDTH, HEIGHT = 480, 296
-Point = tuple[float, float]
 
 
-def tradeoff_svg(record: Mapping[str, Any]) -> str:
-    """True-positive rate (the most that can be reached) against false-positive rate; the diagonal is guessing."""
-    curve = record["tradeoff"]
-    points = list(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
-    line = _path([(0.0, 0.0), *points])
-    advantage = percent(curve["advantage"])
+def tradeoff_svg(curve: Sequence[Point], advantage: str) -> str:
+    """A trade-off curve: the most true positives that can be reached, against false positives; the diagonal is guessing.
+
+    Args:
+        curve: (false-positive rate, true-positive rate) in rising order.
+        advantage: the curve's advantage over guessing, as text.
+    """
+    line = _path([(0.0, 0.0), *curve])
     return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" \
 font-family="system-ui, sans-serif" font-size="12" fill="#222">
 <title>The most that any attacker can find, against wrong accusations (advantage {advantage})</title>
