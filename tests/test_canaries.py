@@ -184,16 +184,16 @@ def test_correct_runs_are_rarely_refuted_and_broken_ones_often() -> None:
     wrong = 0
     for _ in range(200):
         record = audit_record(simulated(segment, segment.joint_noise_multiplier, generator), [segment], delta, epsilon)
-        assert record["epsilon_at_least"] <= epsilon or record["refuted"]
-        wrong += record["refuted"]
+        assert record.epsilon_at_least <= epsilon or record.refuted
+        wrong += record.refuted
     allowed = 1 - CONFIDENCE
     assert wrong <= 200 * (allowed + 3 * math.sqrt(allowed * (1 - allowed) / 200))
     for _ in range(20):
         record = audit_record(
             simulated(segment, segment.joint_noise_multiplier / 24, generator), [segment], delta, epsilon
         )
-        assert record["refuted"]
-        assert record["epsilon_at_least"] > epsilon
+        assert record.refuted
+        assert record.epsilon_at_least > epsilon
 
 
 def small_claim(folder: Path, **k: Any) -> DPTrainer:

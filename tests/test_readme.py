@@ -13,7 +13,7 @@ import transformers
 import typer
 
 from hf_dp import accounting, cli
-from hf_dp.card import record as card
+from hf_dp.card import writing as card
 from hf_dp.demo.base import train_tokenizer
 from hf_dp.demo.records import write_records
 from hf_dp.mechanism import Segment

@@ -18,8 +18,9 @@ from hf_dp.accounting import selection
 from hf_dp.accounting.epsilon import divergences
 from hf_dp.accounting.selection import SHAPES, Selection, best_of, halting, random_number
 from hf_dp.accounting.tradeoffs import RATES
-from hf_dp.card.record import PRIVACY_JSON, with_selection
+from hf_dp.card.record import PRIVACY_JSON, Record
 from hf_dp.card.verification import _is_begun
+from hf_dp.card.writing import with_selection
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
 
@@ -72,7 +73,8 @@ def test_the_card_claims_nothing_that_one_run_alone_would(tmp_path):
     """Attackers' rates and epsilon at other deltas are of the whole, so none is below that of a run."""
     kept = Segment(0.05, 1.0, STEPS)
     alone = json.loads((model_folder(tmp_path / "a") / PRIVACY_JSON).read_text())
-    best = with_selection(alone, Selection("geometric", 10.0, ((kept,),), 30.0))
+    selected = with_selection(Record.of(alone), Selection("geometric", 10.0, ((kept,),), 30.0))
+    best = selected.stated()
     rates = zip(alone["tradeoff"]["true_positive_rates"], best["tradeoff"]["true_positive_rates"], strict=True)
     assert all(b >= a for a, b in rates)
     assert best["tradeoff"]["true_positive_rates"] == sorted(best["tradeoff"]["true_positive_rates"])

@@ -11,7 +11,7 @@ import pytest
 from folders import N, failures, model_folder
 from typer.testing import CliRunner
 
-from hf_dp.card import record as card
+from hf_dp.card import writing as card
 from hf_dp.card.verification import verify
 from hf_dp.cli import app
 from hf_dp.ledger.ledger import LEDGER_NAME

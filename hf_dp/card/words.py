@@ -1,13 +1,14 @@
-"""`privacy.json`'s record -> what people and the Hub read of it: the card's YAML block and its section in words."""
+"""A `Record` -> what people and the Hub read of it: the card's YAML block, its section in words and its picture."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from decimal import ROUND_CEILING, Decimal
 from importlib.resources import files
 from string import Template
-from typing import Any
 
-from hf_dp.audit import power
+from hf_dp.audit import AuditRecord, power
+from hf_dp.card.record import Record, RecordedSelection, TradeoffCurve, in_json
+from hf_dp.ledger import ExecutedSegment
 from hf_dp.mechanism import DISCRETE, METRIC_NOISE, UNIT
 from hf_dp.pictures import tradeoff_svg
 
@@ -16,66 +17,66 @@ MOST_SHOWN = 4  # values of one setting that followed upon each other; privacy.j
 SHARES = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10"}  # the false-positive rates that the card names
 
 
-def yaml_block(record: Mapping[str, Any]) -> dict[str, Any]:
+def yaml_block(record: Record) -> dict[str, object]:
     """The `privacy:` block of the model card's YAML. Epsilon is rounded up.
 
     After a change of settings in the middle of a run, noise_multiplier, sample_rate, num_steps and clip_norm are lists with
     an entry a segment, in the order of training.
     """
     return {
-        "epsilon": _rounded_up(record["epsilon"], digits=5),
-        "delta": record["delta"],
-        "unit": record["unit"],
-        "relation": record["relation"],
-        "mechanism": record["mechanism"]["name"],
-        "noise_multiplier": _one_or_all(_of_segments(record, "noise_multiplier")),
-        "sample_rate": _one_or_all(_of_segments(record, "sample_rate")),
-        "num_steps": _one_or_all(_of_segments(record, "num_steps")),
-        "clip_norm": _one_or_all(_of_segments(record, "clip_norm")),
+        "epsilon": _rounded_up(in_json(record.epsilon), digits=5),
+        "delta": record.delta,
+        "unit": record.unit,
+        "relation": record.relation,
+        "mechanism": record.mechanism.name,
+        "noise_multiplier": _one_or_all([s.joint_noise_multiplier for s in settings(record)]),
+        "sample_rate": _one_or_all([s.sample_rate for s in settings(record)]),
+        "num_steps": _one_or_all([s.num_steps for s in settings(record)]),
+        "clip_norm": _one_or_all([s.clip_norm for s in settings(record)]),
         "accountant": _accountant(record),
         **({"num_steps_claimed": steps_claimed(record)} if ended_early(record) else {}),
-        **({"selection": selection_in_short(record["selection"])} if "selection" in record else {}),
-    } | ({} if record["private"] else {"not_private": record["reason"]})
+        **({"selection": selection_in_short(record.selection)} if record.selection else {}),
+    } | ({} if record.private else {"not_private": record.reason})
 
 
-def section(record: Mapping[str, Any]) -> str:
+def section(record: Record) -> str:
     """The card's section in words, from card.md, or from card_not_private.md where no guarantee may be claimed."""
-    old = record["schema_version"] == 1
-    name = ("card.1.md" if old else "card.md") if record["private"] else "card_not_private.md"
+    old = record.schema_version == 1
+    name = ("card.1.md" if old else "card.md") if record.private else "card_not_private.md"
     shown = in_words(record) | {
-        "assumptions": _bullets(record["assumptions"]),
-        "not_covered": _bullets(record["not_covered"]),
-        "covered": _bullets(record.get("covered", ())),
+        "assumptions": _bullets(record.assumptions),
+        "not_covered": _bullets(record.not_covered),
+        "covered": _bullets(record.covered),
         "attacker": "\n".join(f"| {share} | {limit} |" for share, limit in attackers_limits(record)),
         "picture": PICTURE,
     }
     text = Template(files("hf_dp.card").joinpath(name).read_text(encoding="utf-8")).substitute(shown)
-    text = _after_first_paragraph(text, _of_plan(record)) if ended_early(record) else text
-    text = _with_selection(text, record["selection"]) if "selection" in record else text
-    return _with_audit(text, record["audit"]) if "audit" in record else text
+    text = _after_first_paragraph(text, _plan_in_words(record)) if ended_early(record) else text
+    text = _with_selection(text, record.selection) if record.selection else text
+    return _with_audit(text, record.audit) if record.audit else text
 
 
-def in_words(record: Mapping[str, Any]) -> dict[str, str]:
+def in_words(record: Record) -> dict[str, str]:
     """Name -> how the card says it, each number on the safe side: what its templates have places for, lists aside."""
     shown = {
-        "reason": record["reason"],
-        "delta": f"{record['delta']:.6g}",
-        "unit": record["unit"],
-        "units": units(record["unit"]),
-        "relation": record["relation"],
-        "num_examples": f"{record['mechanism']['num_examples']:,}",
-        "mechanism": record["mechanism"]["name"],
-        "clip_norm": _joined(record, "clip_norm"),
-        "num_steps": f"{record['num_steps']:,} (planned: {record['mechanism']['num_steps_planned']:,})",
-        "sample_rate": _joined(record, "sample_rate"),
-        "noise_multiplier": _joined(record, "noise_multiplier"),
-        "released": ", then ".join(dict.fromkeys(map(released, _of_segments(record, "loss_bound")))),
+        "reason": record.reason or "",
+        "delta": f"{record.delta:.6g}",
+        "unit": record.unit,
+        "units": units(record.unit),
+        "relation": record.relation,
+        "num_examples": f"{record.mechanism.num_examples:,}",
+        "mechanism": record.mechanism.name,
+        "clip_norm": in_turn(s.clip_norm for s in settings(record)),
+        "num_steps": f"{record.num_steps:,} (planned: {record.mechanism.num_steps_planned:,})",
+        "sample_rate": in_turn(s.sample_rate for s in settings(record)),
+        "noise_multiplier": in_turn(s.joint_noise_multiplier for s in settings(record)),
+        "released": ", then ".join(dict.fromkeys(released(s.loss_bound) for s in settings(record))),
         "accountant": _accountant(record),
     }
-    if record["private"]:
-        shown |= _in_words(record["epsilon"], record["delta"])
-        shown["epsilon_rdp"] = str(_rounded_up(record["epsilon_rdp"], digits=4))
-        discrete = DISCRETE in _of_segments(record, "noise")
+    if record.private:
+        shown |= _in_words(record.epsilon, record.delta)
+        shown["epsilon_rdp"] = str(_rounded_up(record.epsilon_rdp, digits=4))
+        discrete = any(s.noise == DISCRETE for s in record.segments)
         shown["any_accountant"] = "Rényi accounting at whole orders" if discrete else "any accountant"
         shown["whence"] = "the segments and delta"
         shown["other_bound"] = (
@@ -83,29 +84,29 @@ def in_words(record: Mapping[str, Any]) -> dict[str, str]:
             if discrete
             else f"an independent bound by Rényi accounting is {shown['epsilon_rdp']}"
         )
-        if "selection" in record:
+        if record.selection:
             shown["any_accountant"] = (
                 "Rényi accounting of repeated selection (dp-accounting's `RepeatAndSelectDpEvent`)"
             )
             shown["whence"] = "the runs, the distribution and delta"
             shown["other_bound"] = "the selection included; no other bound is claimed"
-        shown |= _of_attackers(record) if record.get("tradeoff") else {}
+        shown |= _attackers_in_words(record, record.tradeoff) if record.tradeoff else {}
     return shown
 
 
-def selection_in_short(selection: Mapping[str, Any]) -> str:
+def selection_in_short(selection: RecordedSelection) -> str:
     """In a line."""
-    return f"best of a random number of runs, {selection['distribution']} with mean {selection['mean']:g}"
+    return f"best of a random number of runs, {selection.distribution} with mean {selection.mean:g}"
 
 
-def _with_selection(text: str, selection: Mapping[str, Any]) -> str:
+def _with_selection(text: str, selection: RecordedSelection) -> str:
     """The section and, after its first paragraph, what was selected from what."""
     words = (
         "**Selected from a random number of runs.** This training was run a number of times drawn from the "
-        f"{selection['distribution']} distribution with mean {selection['mean']:g}, each time with settings drawn from a fixed list "
+        f"{selection.distribution} distribution with mean {selection.mean:g}, each time with settings drawn from a fixed list "
         "and fresh randomness, and the model with the best score was kept. Epsilon, and all that follows from it here, is that of "
         "the whole: the runs, their number and the choice. A single run by itself has epsilon "
-        f"{_rounded_up(selection['epsilon_of_one_run'], digits=3)}. What else the runs gave is not part of this model and not covered."
+        f"{_rounded_up(selection.epsilon_of_one_run, digits=3)}. What else the runs gave is not part of this model and not covered."
     )
     return _after_first_paragraph(text, words)
 
@@ -115,58 +116,59 @@ def _after_first_paragraph(text: str, words: str) -> str:
     return f"{head}\n\n{first}\n\n{words}\n\n{rest}"
 
 
-def steps_claimed(record: Mapping[str, Any]) -> int:
+def steps_claimed(record: Record) -> int:
     """The steps of the longest plan, or those taken, if they are more; what records before version 3 claim is the steps taken."""
-    return max([record["num_steps"], *(sum(s["num_steps"] for s in plan) for plan in record.get("plans", ()))])
+    return max([record.num_steps, *(sum(s.num_steps for s in plan) for plan in record.plans)])
 
 
-def ended_early(record: Mapping[str, Any]) -> bool:
+def ended_early(record: Record) -> bool:
     """Whether a guarantee is claimed of steps that were planned and not taken."""
-    return bool(record["private"]) and steps_claimed(record) > record["num_steps"]
+    return record.private and steps_claimed(record) > record.num_steps
 
 
-def _of_plan(record: Mapping[str, Any]) -> str:
+def _plan_in_words(record: Record) -> str:
     """What is claimed of a run that took fewer steps than planned, and what holds for those that it took."""
-    alone = _rounded_up(record["epsilon_of_steps_taken"], digits=3)
+    alone = _rounded_up(in_json(record.epsilon_of_steps_taken or 0.0), digits=3)
     return (
-        f"**Steps taken: {record['num_steps']:,} of {steps_claimed(record):,}.** Epsilon is that of the whole plan, because when a "
-        f"training ends may follow from what it released (a filter). Epsilon of {record['num_steps']:,} steps alone, {alone}, would hold "
+        f"**Steps taken: {record.num_steps:,} of {steps_claimed(record):,}.** Epsilon is that of the whole plan, because when a "
+        f"training ends may follow from what it released (a filter). Epsilon of {record.num_steps:,} steps alone, {alone}, would hold "
         "only had that number been fixed beforehand (an odometer; Rogers et al. 2016)."
     )
 
 
-def attackers_limits(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def attackers_limits(record: Record) -> list[tuple[str, str]]:
     """How many are wrongly accused, how many are rightly found at most: three points of the trade-off curve; none without one."""
-    curve = record.get("tradeoff")
+    curve = record.tradeoff
     if not curve:
         return []
-    limits = dict(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
+    limits = dict(zip(curve.false_positive_rates, curve.true_positive_rates, strict=True))
     return [(share, percent(limits[rate])) for rate, share in SHARES.items()]
 
 
-def _with_audit(text: str, audit: Mapping[str, Any]) -> str:
+def _with_audit(text: str, audit: AuditRecord) -> str:
     """The section and its audit: at its end, or, where the audit refutes the claim, at its head."""
-    seen = "the noisy sums of all steps" if audit["kind"] == "gradient" else "the loss of the finished model on them"
-    shares = ", ".join(f"{v} of {r}" for r, v in audit["guesses"])
+    seen = "the noisy sums of all steps" if audit.kind == "gradient" else "the loss of the finished model on them"
+    shares = ", ".join(f"{v} of {r}" for r, v in audit.guesses)
     words = (
-        f"{audit['num_canaries']:,} of the records are canaries ({audit['kind']}): made up, each trained on or left out by a fair "
+        f"{audit.num_canaries:,} of the records are canaries ({audit.kind}): made up, each trained on or left out by a fair "
         f"coin of its own. Guessing the coins from {seen}, right guesses were {shares} (area under the curve "
-        f"{audit['area_under_curve']:.3f}). With a confidence of {audit['confidence']:.0%} epsilon is at least "
-        f"**{audit['epsilon_at_least']:.3f}** ({audit['epsilon_at_least_if_gaussian']:.3f} were its trade-off function Gaussian); so "
-        f"many canaries can show {audit['ceiling']:.3f} at most ({audit['ceiling_if_gaussian']:.3f}). Method: {audit['method']}; "
-        f"{power(audit)}. A bound below the claim is no evidence of more privacy than claimed."
+        f"{audit.area_under_curve:.3f}). With a confidence of {audit.confidence:.0%} epsilon is at least "
+        f"**{audit.epsilon_at_least:.3f}** ({audit.epsilon_at_least_if_gaussian:.3f} were its trade-off function Gaussian); so "
+        f"many canaries can show {audit.ceiling:.3f} at most ({audit.ceiling_if_gaussian:.3f}). Method: {audit.method}; "
+        f"{power(audit.control_area_under_curve)}. A bound below the claim is no evidence of more privacy than claimed."
     )
-    if not audit["refuted"]:
+    if not audit.refuted:
         return f"{text.rstrip()}\n\n**Audit.** {words}\n"
     heading, rest = text.split("\n", 1)
     return f"{heading}: REFUTED\n\n**REFUTED: the claim below is contradicted by this training's own audit.** {words}\n{rest}"
 
 
-def picture(record: Mapping[str, Any]) -> str:
+def picture(record: Record) -> str:
     """The SVG of the trade-off curve of a record that has one."""
-    curve = record["tradeoff"]
-    points = list(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
-    return tradeoff_svg(points, percent(curve["advantage"]))
+    assert record.tradeoff is not None, "only a record with a guarantee has a curve"
+    curve = record.tradeoff
+    points = list(zip(curve.false_positive_rates, curve.true_positive_rates, strict=True))
+    return tradeoff_svg(points, percent(curve.advantage))
 
 
 def units(unit: str) -> str:
@@ -198,14 +200,14 @@ def _in_words(epsilon: float, delta: float) -> dict[str, str]:
     }
 
 
-def _of_attackers(record: Mapping[str, Any]) -> dict[str, str]:
+def _attackers_in_words(record: Record, curve: TradeoffCurve) -> dict[str, str]:
     """The trade-off curve in words, each limit rounded up."""
-    advantage = record["tradeoff"]["advantage"]
+    advantage = curve.advantage
     return {
         "best_guess": percent((1 + advantage) / 2),
         "advantage": percent(advantage),
         "epsilon_at": "; ".join(
-            f"{_rounded_up(at['epsilon'], digits=3)} at {at['delta']:.3g}" for at in record["epsilon_at"][1:]
+            f"{_rounded_up(at.epsilon, digits=3)} at {at.delta:.3g}" for at in record.epsilon_at[1:]
         )
         or "not computed",
     }
@@ -224,17 +226,21 @@ def _rounded_up(value: float | str, *, digits: int) -> float | str:
     return float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding=ROUND_CEILING))
 
 
-def _accountant(record: Mapping[str, Any]) -> str:
-    by = "RDP" if record["private"] and record["epsilon"] != record["epsilon_pld"] else "PLD"
-    return f"{record['accountant']['name']} {record['accountant']['version']} ({by})"
+def _accountant(record: Record) -> str:
+    by = "RDP" if record.private and record.epsilon != record.epsilon_pld else "PLD"
+    return f"{record.accountant.name} {record.accountant.version} ({by})"
 
 
-def _of_segments(record: Mapping[str, Any], name: str) -> list[Any]:
-    """One value a segment; before the first step, the plan's values, and 0 steps."""
-    return [s.get(name) for s in record["segments"]] or [record["mechanism"].get(name, 0)]
+def settings(record: Record) -> tuple[ExecutedSegment, ...]:
+    """The segments; before the first step, the plan's settings with 0 steps."""
+    m = record.mechanism
+    planned = ExecutedSegment(
+        m.sample_rate, m.joint_noise_multiplier, m.clip_norm, m.expected_batch_size, 0, loss_bound=m.loss_bound
+    )
+    return record.segments or (planned,)
 
 
-def _one_or_all(values: list[Any]) -> Any:
+def _one_or_all(values: Sequence[float]) -> float | Sequence[float]:
     return values[0] if len(values) == 1 else values
 
 
@@ -245,10 +251,6 @@ def in_turn(values: Iterable[float]) -> str:
         return ", then ".join(found)
     least, most = (f"{value:.6g}" for value in (min(map(float, found)), max(map(float, found))))
     return f"{least} to {most}, one after another in {len(found)} runs of steps" if least != most else least
-
-
-def _joined(record: Mapping[str, Any], name: str) -> str:
-    return in_turn(_of_segments(record, name))
 
 
 def _bullets(sentences: Iterable[str]) -> str:

@@ -376,7 +376,7 @@ class PrivateRun:
             self._ledger.copy_to(folder)
             durable.replace(folder / COMPLETE, json.dumps({"ledger_head": self._ledger.head}).encode())
 
-    def audited(self, counts: Counts | None) -> dict[str, Any]:
+    def audited(self, counts: Counts | None) -> dict[str, object]:
         """What an audit's counts mean for all that was charged.
 
         Raises:
@@ -386,7 +386,7 @@ class PrivateRun:
             raise AuditError("nothing was audited: give DPTrainer audit=AuditConfig(), and train")
         spent = self.spent()
         claimed = accounting.claimed(self._charged(), self._begun_plans(), spent.delta)
-        return audit_record(counts, claimed, spent.delta, spent.epsilon)
+        return audit_record(counts, claimed, spent.delta, spent.epsilon).stated()
 
     def write_card(self, folder: Path, *, public_eval: bool, audit: Counts | None = None) -> None:
         """README.md's privacy section and privacy.json, from what was charged. On process 0; before any step, nothing."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_dp import accounting, card, durable
 from hf_dp.accounting import selection
-from hf_dp.card import read_record
+from hf_dp.card import Record, read_record
 from hf_dp.sweep import folder as folders
 from hf_dp.sweep.folder import SELECTED, State
 from hf_dp.sweep.results import NOTE, SweepResult, TrialResult, plot_trials
@@ -29,7 +29,7 @@ def conclude(folder: Path, state: State) -> SweepResult | None:
     place, staged = trials[chosen][0], folder / f"_{SELECTED}"
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(place, staged, ignore=shutil.ignore_patterns(*STAYS))
-    card.write_card(staged, card.with_selection(read_record(staged), state.plan.selection))
+    card.write_card(staged, card.with_selection(Record.of(read_record(staged)), state.plan.selection))
     staged.rename(folder / SELECTED)
     durable.sync_folder(folder)
     folders.prune(place)
