@@ -16,7 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hf_dp.config import MIN_DELTA, is_number
 from hf_dp.errors import AccountingError
@@ -31,6 +34,18 @@ RDP_ROUNDING = 1e-13  # a step: log A sums 1,024 rounded terms; without it a los
 # up to 100 that costs (1 + e**100) 2**-340 < 2**-195 of delta, less than the last bit of any delta that is accounted. Beyond 100
 # nothing is claimed.
 DISCRETE_MOST = 100.0
+
+
+Floats = NDArray[np.float64]
+
+
+class _PrivacyLoss(Protocol):
+    """What dp-accounting's privacy loss distribution offers."""
+
+    def compose(self, other: "_PrivacyLoss") -> "_PrivacyLoss": ...
+    def self_compose(self, num_times: int) -> "_PrivacyLoss": ...
+    def get_epsilon_for_delta(self, delta: float) -> float: ...
+    def get_delta_for_epsilon(self, epsilon: Sequence[float]) -> Sequence[float]: ...
 
 
 class Epsilon(NamedTuple):
@@ -82,7 +97,7 @@ def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float
     return [min(1.0, float(d) + _rounding(merged)) for d in found]
 
 
-def divergences(segments: Sequence[Segment]) -> tuple[Any, Any]:
+def divergences(segments: Sequence[Segment]) -> tuple[Floats, Floats]:
     """Rényi orders, and the divergence of all steps together at each, an upper bound; with discrete noise the whole orders alone.
 
     Raises:
@@ -96,7 +111,7 @@ def divergences(segments: Sequence[Segment]) -> tuple[Any, Any]:
     if _is_discrete(merged):
         return _at_whole_orders(merged)
     orders = rdp.RdpAccountant().orders
-    return orders, sum(s.num_steps * _step_rdp(s.sample_rate, s.joint_noise_multiplier) for s in merged)
+    return orders, _summed_rdp(merged)
 
 
 def _merged(segments: Sequence[Segment], problems: Iterable[str]) -> tuple[Segment, ...]:
@@ -203,7 +218,7 @@ def _rounding(merged: tuple[Segment, ...]) -> float:
 
 
 @lru_cache(maxsize=2)
-def _composed(merged: tuple[Segment, ...], h: float) -> Any:
+def _composed(merged: tuple[Segment, ...], h: float) -> "_PrivacyLoss":
     """Privacy loss distribution of all steps together. The last ones are kept: a card asks for several deltas."""
     first, *others = (_part(s, h) for s in merged)
     for part in others:
@@ -212,7 +227,7 @@ def _composed(merged: tuple[Segment, ...], h: float) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _part(s: Segment, h: float) -> Any:
+def _part(s: Segment, h: float) -> "_PrivacyLoss":
     """Of one segment. Kept, since of a schedule's levels only the present one grows."""
     return _step_loss(s.sample_rate, s.joint_noise_multiplier, h).self_compose(s.num_steps)
 
@@ -225,7 +240,7 @@ def rough_epsilon(segments: Sequence[Segment], delta: float) -> float:
 
 
 @lru_cache(maxsize=16)
-def _step_loss(q: float, sigma: float, h: float) -> Any:
+def _step_loss(q: float, sigma: float, h: float) -> "_PrivacyLoss":
     """Privacy loss distribution of one step, both directions of the neighbouring relation."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution
@@ -283,7 +298,7 @@ def _rdp_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
     if _is_discrete(merged):
         return float(rdp.compute_epsilon(*_at_whole_orders(merged), math.nextafter(delta, 0))[0])
     orders = rdp.RdpAccountant().orders
-    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.joint_noise_multiplier) for s in merged)
+    total = _summed_rdp(merged)
     return float(rdp.compute_epsilon(orders, total, delta)[0])
 
 
@@ -301,18 +316,24 @@ def _is_discrete(merged: tuple[Segment, ...]) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _at_whole_orders(merged: tuple[Segment, ...]) -> tuple[Any, Any]:
+def _at_whole_orders(merged: tuple[Segment, ...]) -> tuple[Floats, Floats]:
     """The whole ones of dp-accounting's orders, all at least 2, and the divergence of all steps at each."""
     from dp_accounting import rdp
 
     orders = rdp.RdpAccountant().orders
     whole = orders == orders.round()
-    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.joint_noise_multiplier) for s in merged)
+    total = _summed_rdp(merged)
     return orders[whole], total[whole]
 
 
+def _summed_rdp(merged: tuple[Segment, ...]) -> Floats:
+    """The divergence of all steps at each default order."""
+    parts = [s.num_steps * _step_rdp(s.sample_rate, s.joint_noise_multiplier) for s in merged]
+    return np.asarray(sum(parts))
+
+
 @lru_cache(maxsize=512)
-def _step_rdp(q: float, sigma: float) -> Any:
+def _step_rdp(q: float, sigma: float) -> Floats:
     """Rényi divergence of one step at each default order, rounded up. Infinite where the series did not converge."""
     import dp_accounting as da
 

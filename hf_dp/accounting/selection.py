@@ -19,11 +19,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 
-from hf_dp.accounting.epsilon import DISCRETE_MOST, delta_problems, divergences, target_problems
+from hf_dp.accounting.epsilon import DISCRETE_MOST, Floats, delta_problems, divergences, target_problems
 from hf_dp.accounting.epsilon import spent as spent_in_steps
 from hf_dp.config import is_number
 from hf_dp.errors import AccountingError
@@ -37,6 +37,15 @@ UNUSED = 1e-2  # this part of the total may stay unused
 LEAST = 1e-3  # of the total; a run with less learns nothing
 
 Segments = tuple[Segment, ...]
+
+
+class _Stated(TypedDict):
+    """What `Selection.of` reads of a file."""
+
+    distribution: str
+    mean: float
+    target_epsilon: float
+    mechanisms: list[list[dict[str, object]]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Selection:
         """Whether a run may have discrete noise, which is accounted at whole orders."""
         return any(s.noise == DISCRETE for run in self.mechanisms for s in run)
 
-    def stated(self, delta: float) -> dict[str, Any]:
+    def stated(self, delta: float) -> dict[str, object]:
         """As privacy.json has it."""
         shape = SHAPES[self.distribution]
         return {
@@ -84,14 +93,15 @@ class Selection:
         }
 
     @classmethod
-    def of(cls, stated: Mapping[str, Any]) -> "Selection":
+    def of(cls, stated: Mapping[str, object]) -> "Selection":
         """What `stated` says.
 
         Raises:
             AccountingError: a value out of range.
         """
-        runs = tuple(tuple(Segment.of(s) for s in run) for run in stated["mechanisms"])
-        return cls(stated["distribution"], stated["mean"], runs, stated["target_epsilon"])
+        said = cast(_Stated, stated)
+        runs = tuple(tuple(Segment.of(s) for s in run) for run in said["mechanisms"])
+        return cls(said["distribution"], said["mean"], runs, said["target_epsilon"])
 
 
 def distribution_problems(distribution: str, mean: float) -> list[str]:
@@ -200,7 +210,7 @@ def halting(distribution: str, mean: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _curve(selection: Selection) -> tuple[Any, Any]:
+def _curve(selection: Selection) -> tuple[Floats, Floats]:
     """Orders, and the divergence at each of the run that is kept."""
     runs = [divergences(run) for run in selection.mechanisms]
     orders = min((found for found, _ in runs), key=len)  # with discrete noise in one of them the whole ones, of all
@@ -208,7 +218,7 @@ def _curve(selection: Selection) -> tuple[Any, Any]:
     return orders, best_of(orders, curves, selection.distribution, selection.mean)
 
 
-def best_of(orders: Any, curves: Sequence[Any], distribution: str, mean: float) -> Any:
+def best_of(orders: Floats, curves: Sequence[Floats], distribution: str, mean: float) -> Floats:
     """Divergences of any base mechanisms, a curve each -> those of the best of K runs, each of one that is drawn.
 
     Raises:
@@ -226,7 +236,7 @@ def best_of(orders: Any, curves: Sequence[Any], distribution: str, mean: float) 
 
 
 @lru_cache(maxsize=1)
-def _known() -> Any:
+def _known() -> type:
     """The class of events of which the divergences are known, one at each of the accountant's orders."""
     from dp_accounting import DpEvent
 
@@ -238,16 +248,16 @@ def _known() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _accountant() -> Any:
+def _accountant() -> type:
     """The class of dp-accounting's accountant that can also compose such an event."""
     from dp_accounting.rdp import RdpAccountant
 
     class Accountant(RdpAccountant):
-        def _maybe_compose(self, event: Any, count: int, do_compose: bool) -> Any:
+        def _maybe_compose(self, event: object, count: int, do_compose: bool) -> object:
             if not isinstance(event, _known()):
                 return super()._maybe_compose(event, count, do_compose)
             if do_compose:
-                self._rdp += count * np.array(event.curve)
+                self._rdp += count * np.array(event.curve)  # type: ignore[attr-defined]  # isinstance of a class made at run time
             return None
 
     return Accountant

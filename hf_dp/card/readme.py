@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -36,7 +35,7 @@ def read_readme(path: Path) -> str:
         ) from error
 
 
-def with_front_matter(text: str, block: Mapping[str, Any], tags: Sequence[str], *, tagged: bool = True) -> str:
+def with_front_matter(text: str, block: Mapping[str, object], tags: Sequence[str], *, tagged: bool = True) -> str:
     """`text` with `privacy: block` in its YAML, and all of `tags`, or none of them if not `tagged`.
 
     Other keys, other tags, their order and their comments stay.
@@ -47,8 +46,7 @@ def with_front_matter(text: str, block: Mapping[str, Any], tags: Sequence[str], 
     match = _FRONT_MATTER.match(text)
     front, body = (match["yaml"], text[match.end() :]) if match else ("", text and "\n" + text)
     before = _mapping(front)
-    present = before.get("tags") or []
-    present = [present] if isinstance(present, str) else list(present)
+    present = tags_of(before)
     add = [tag for tag in tags if tag not in present] if tagged else []
     ours = {"privacy": dict(block), "tags": [tag for tag in present if tagged or tag not in tags] + add}
     for key, value in ours.items():
@@ -80,7 +78,7 @@ def with_section(text: str, section: str) -> str:
     return text[: marks[0].start()] + marked + text[marks[1].end() :]
 
 
-def yaml_of(text: str) -> dict[str, Any]:
+def yaml_of(text: str) -> dict[str, object]:
     """The front matter as a mapping, {} where there is none.
 
     Raises:
@@ -90,13 +88,19 @@ def yaml_of(text: str) -> dict[str, Any]:
     return _mapping(match["yaml"]) if match else {}
 
 
+def tags_of(front: Mapping[str, object]) -> list[object]:
+    """The front matter's `tags`: a list, where it may also be one text or left out."""
+    tags = front.get("tags")
+    return list(tags) if isinstance(tags, list) else [tags] if tags else []
+
+
 def section_of(text: str) -> str | None:
     """What stands between the marks, or None where there are not exactly one start and one end."""
     marks = list(_ANY_MARK.finditer(text))
     return text[marks[0].end() : marks[1].start()] if [m[1] for m in marks] == ["start", "end"] else None
 
 
-def to_json(record: Mapping[str, Any]) -> str:
+def to_json(record: Mapping[str, object]) -> str:
     """Readable JSON, floats to their last digit; a NaN or an infinity is an error."""
     return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -105,7 +109,7 @@ def _newline(text: str) -> str:
     return "\r\n" if "\r\n" in text else "\n"
 
 
-def _mapping(front: str) -> dict[str, Any]:
+def _mapping(front: str) -> dict[str, object]:
     try:
         value = yaml.safe_load(front)
     except yaml.YAMLError as error:
@@ -119,7 +123,7 @@ def _mapping(front: str) -> dict[str, Any]:
     return value or {}
 
 
-def _with_key(front: str, key: str, value: Any, newline: str) -> str:
+def _with_key(front: str, key: str, value: object, newline: str) -> str:
     """The YAML text with one top-level key set: the new lines take the place of its old ones, or the end.
 
     Raises:

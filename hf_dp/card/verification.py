@@ -22,7 +22,7 @@ from hf_dp import accounting
 from hf_dp.accounting import RATES, Epsilon, selection
 from hf_dp.audit import computed_again
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, WHOLE_NUMBERS, kind_of, sampler, sentences
-from hf_dp.card.readme import read_readme, section_of, yaml_of
+from hf_dp.card.readme import read_readme, section_of, tags_of, yaml_of
 from hf_dp.card.record import (
     INFINITE,
     PRIVACY_JSON,
@@ -311,8 +311,7 @@ def _readme(folder: Path, record: Record) -> Iterator[Check]:
         yield Check("README.md can be read", False, str(error))
         return
     yield Check("the card's YAML block", front.get("privacy") == yaml_block(record), f"{_short(front.get('privacy'))}")
-    tags = front.get("tags") or []
-    tagged = [tag for tag in TAGS if tag in tags]
+    tagged = [tag for tag in TAGS if tag in tags_of(front)]
     yield _equal("the card's tags", tagged, list(TAGS) if record.private else [])
     same = written is not None and written.split() == section(record).split()
     yield _as_rendered("the card's section in words", same)

@@ -10,7 +10,7 @@ import os
 import tempfile
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -25,6 +25,7 @@ from hf_dp.mechanism import Segment
 from hf_dp.per_example import IGNORED
 from hf_dp.recipe import Recipe, task
 from hf_dp.tables import console, print_table
+from hf_dp.training import DPTrainer
 
 IN_TURN = {
     "save_strategy": "no",
@@ -110,16 +111,14 @@ def _trained(recipe: Recipe, included: Coins, parts: task.Parts) -> Trained:
 def _half(rows: datasets.Dataset, members: Coins) -> datasets.Dataset:
     """The rows with those that are no members left empty: one token, no target, so that loss and gradient are 0."""
 
-    def emptied(row: dict[str, Any], index: int) -> dict[str, Any]:
-        if members[index]:
-            return row
-        labels = IGNORED if isinstance(row["labels"], int) else [IGNORED]
-        return {**row, "input_ids": row["input_ids"][:1], "labels": labels}
-
-    return datasets.Dataset.from_list([emptied(row, i) for i, row in enumerate(rows)], features=rows.features)
+    columns = rows.to_dict()
+    for i in np.flatnonzero(~members):
+        columns["input_ids"][i] = columns["input_ids"][i][:1]
+        columns["labels"][i] = IGNORED if isinstance(columns["labels"][i], int) else [IGNORED]
+    return datasets.Dataset.from_dict(columns, features=rows.features)
 
 
-def _losses(trainer: Any, rows: datasets.Dataset) -> Floats:
+def _losses(trainer: DPTrainer, rows: datasets.Dataset) -> Floats:
     """The model's loss on each row, [n], in evaluation mode, rows of like length together."""
     trainer.model.eval()
     size, order = trainer.args.per_device_train_batch_size, np.argsort([len(ids) for ids in rows["input_ids"]])

@@ -1,9 +1,13 @@
 """Sizes and a target -> the plan: noise, steps, epsilon, each with its rule; and what the run costs. Imports torch for a model alone."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from hf_dp.accounting import Derived
+    from hf_dp.mechanism import Mechanism
 
 
 def plan(
@@ -66,7 +70,7 @@ def plan(
         _draw(mechanism, plot, against or "steps", epochs)
 
 
-def _draw(mechanism: Any, plot: Path, against: str, epochs: float | None) -> None:
+def _draw(mechanism: "Mechanism", plot: Path, against: str, epochs: float | None) -> None:
     from hf_dp.accounting import plot_epsilon
 
     plot_epsilon(mechanism, plot, against, epochs)
@@ -84,7 +88,7 @@ def _refuse_work(model: str | None, work: dict[str, int | None]) -> None:
         raise ConfigError("; ".join(wrong))
 
 
-def _cost(mechanism: Any, model: str, work: dict[str, int | None]) -> list[Any]:
+def _cost(mechanism: "Mechanism", model: str, work: dict[str, int | None]) -> "list[Derived]":
     from hf_dp.cli.libraries import quiet
     from hf_dp.recipe import model_shapes, run_cost
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -41,7 +41,7 @@ def push(
     print(f"Pushed: {_upload(folder, repository, private, found.files)}")
 
 
-def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) -> Any:
+def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) -> str:
     """The commit's address. What was uploaded before a failure is not sent again."""
     from huggingface_hub import HfApi
 

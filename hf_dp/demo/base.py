@@ -5,7 +5,6 @@ Both see the public half only, so nothing in them depends on a private record.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
@@ -67,7 +66,7 @@ def train_tokenizer(notes: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def small_llama(tokenizer: Any) -> LlamaForCausalLM:
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """An untrained Llama of about 0.5 million parameters."""
     return LlamaForCausalLM(
         LlamaConfig(

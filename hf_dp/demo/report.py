@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from hf_dp.demo.secrets import Exposure
 from hf_dp.step import PrivacySpent
@@ -41,7 +42,7 @@ def table(result: Result) -> Table:
     return made
 
 
-def generate(model: Any, tokenizer: Any, prompt: str) -> str:
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The model's likeliest continuation of the prompt, word for word."""
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
     model.eval()
@@ -53,8 +54,7 @@ def generate(model: Any, tokenizer: Any, prompt: str) -> str:
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    text: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    return str(tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def show_examples(console: Console, prompt: str, texts: dict[str, str]) -> None:

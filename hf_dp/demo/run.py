@@ -107,7 +107,8 @@ def _overrides(folder: Path, halves: Halves) -> list[str]:
 
 def _examples(recipe: Recipe, tuned: dict[str, Tuned]) -> tuple[str, dict[str, str]]:
     """A prompt of the recipe's form, and what each model makes of it."""
-    base, tokenizer = (kind.from_pretrained(recipe.model.name) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.name)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
     prompt = Template.parse(recipe.data.prompt or "").render({"topic": "outage", "tone": "worried"})
     models = {"base": base, **{name: one.model for name, one in tuned.items()}}
     return prompt, {name: report.generate(model, tokenizer, prompt) for name, model in models.items()}

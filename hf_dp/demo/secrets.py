@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hf_dp.audit import CHANCE, Floats, are_given_away, exposures
 from hf_dp.demo.base import MAX_TOKENS
@@ -29,7 +30,7 @@ def _record(name: str, code: int) -> Record:
     return {"topic": "move", "tone": "calm", "note": note}
 
 
-def written_out(model: Any, tokenizer: Any, data: DataSection, secrets: list[list[Record]]) -> int:
+def written_out(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> int:
     """How many of the secrets the model writes out itself, token by token the likeliest, when it is given all that stands before them."""
     model.eval()
     found = 0
@@ -47,7 +48,7 @@ def written_out(model: Any, tokenizer: Any, data: DataSection, secrets: list[lis
     return found
 
 
-def measure(model: Any, tokenizer: Any, data: DataSection, secrets: list[list[Record]]) -> Floats:
+def measure(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> Floats:
     """Exposure of each secret in bits: where the model's loss on it stands among those of the others."""
     collate, table = PadRight(tokenizer.pad_token_id), []
     model.eval()
@@ -61,7 +62,9 @@ def measure(model: Any, tokenizer: Any, data: DataSection, secrets: list[list[Re
     return exposures(found[:, 0], found[:, 1:])
 
 
-def given_away(model: Any, tokenizer: Any, data: DataSection, secrets: list[list[Record]]) -> tuple[Floats, int]:
+def given_away(
+    model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]
+) -> tuple[Floats, int]:
     """`measure` and `written_out` of one model."""
     return measure(model, tokenizer, data, secrets), written_out(model, tokenizer, data, secrets)
 

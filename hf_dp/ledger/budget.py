@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -364,7 +364,7 @@ def _decoded(data: bytes) -> Budget:
     if said["version"] != VERSION:
         raise ValueError(f"version {said['version']!r}, expected {VERSION}")
     runs = [BudgetEntry(**{**run, "segments": tuple(Segment.of(s) for s in run["segments"])}) for run in said["runs"]]
-    totals: dict[str, Any] = {k: said[k] for k in ("target_epsilon", "target_delta", "any_data")}
+    totals = {k: said[k] for k in ("target_epsilon", "target_delta", "any_data")}
     budget = Budget(**totals, subject=None if said["of"] is None else BudgetSubject(**said["of"]), runs=tuple(runs))
     wrong = [*target_problems(budget.target_epsilon), *delta_problems(budget.target_delta)]
     wrong += [problem for segment in budget.segments() for problem in segment_problems(segment)]

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,13 +19,25 @@ from hf_dp import durable
 from hf_dp.errors import ConfigError, LedgerError
 from hf_dp.randomness import fork_forward_rng
 
+if TYPE_CHECKING:
+    import datasets
+
 KEY_NAME = "_privacy_fingerprint.key"
 KEY_BYTES = 32
 ROWS = 1000  # of one Arrow batch; another number would give other fingerprints
+
+
+class Records(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> object: ...
+
+
 Update = Callable[[bytes], None]
 
 
-def fingerprint(dataset: Any, folder: Path | str) -> str:
+def fingerprint(dataset: Records, folder: Path | str) -> str:
     """HMAC-SHA256, hex, over the records of `dataset` in their order, under the folder's key (made where it is missing).
 
     The same records in the same order give the same fingerprint in one folder, and unrelated ones in two. A `datasets.Dataset` is read
@@ -44,7 +56,7 @@ def fingerprint(dataset: Any, folder: Path | str) -> str:
     return under_key(dataset, key_of(Path(folder)))
 
 
-def under_key(dataset: Any, key: bytes) -> str:
+def under_key(dataset: Records, key: bytes) -> str:
     """As `fingerprint`, where the key is at hand and the folder need not be: on another machine."""
     import datasets
 
@@ -83,7 +95,7 @@ def key_of(folder: Path) -> bytes:
     return key
 
 
-def _hash_arrow(dataset: Any, update: Update) -> None:
+def _hash_arrow(dataset: "datasets.Dataset", update: Update) -> None:
     """Arrow's own stream format, in batches of `ROWS` rebuilt by `take`, so that slices, chunks and metadata don't matter."""
     import pyarrow as pa
 
@@ -97,7 +109,7 @@ def _hash_arrow(dataset: Any, update: Update) -> None:
         _piece(update, "batch", sink.getvalue().to_pybytes())
 
 
-def _hash_value(value: Any, update: Update) -> None:
+def _hash_value(value: object, update: Update) -> None:
     """Kind, length and bytes of a value, so that no two different values run together."""
     if value is None or type(value) in (bool, int, float, str):
         _piece(update, type(value).__name__, json.dumps(value).encode())
@@ -116,7 +128,7 @@ def _hash_value(value: Any, update: Update) -> None:
         _hash_array(value, update)
 
 
-def _hash_array(value: Any, update: Update) -> None:
+def _hash_array(value: object, update: Update) -> None:
     import torch
 
     if isinstance(value, torch.Tensor):

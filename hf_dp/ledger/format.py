@@ -22,7 +22,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from hf_dp.config import MIN_DELTA, NOISES
 from hf_dp.errors import LedgerError
@@ -125,31 +125,31 @@ class LedgerRecord:
         return tuple(dict.fromkeys(begun))
 
 
-def encode(record: dict[str, Any], previous: str) -> tuple[bytes, str]:
+def encode(record: dict[str, object], previous: str) -> tuple[bytes, str]:
     """The line of `record` after the line with hash `previous`, and its own hash."""
     body = json.dumps(record, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(f"{previous}{body}".encode()).hexdigest()
     return f'{body[:-1]}{HASH_FIELD}{digest}"}}\n'.encode(), digest
 
 
-def header_record(header: LedgerHeader) -> dict[str, Any]:
+def header_record(header: LedgerHeader) -> dict[str, object]:
     """The first record of a ledger."""
     return {"kind": "header", "version": VERSION, **asdict(header)}
 
 
-def segment_record(segment: ExecutedSegment) -> dict[str, Any]:
+def segment_record(segment: ExecutedSegment) -> dict[str, object]:
     """The record that begins a segment."""
     settings = segment.stated()
     del settings["num_steps"]
     return {"kind": "segment", **settings}
 
 
-def plan_record(upcoming: Sequence[Segment]) -> dict[str, Any]:
+def plan_record(upcoming: Sequence[Segment]) -> dict[str, object]:
     """The record of a plan: the steps that are to follow."""
     return {"kind": "plan", "segments": [s.stated() for s in upcoming]}
 
 
-def step_record(count: int, step_number: int | None) -> dict[str, Any]:
+def step_record(count: int, step_number: int | None) -> dict[str, object]:
     """The record of the `count`-th step."""
     return {"kind": "step", "n": count} | ({} if step_number is None else {"step": step_number})
 
@@ -217,7 +217,7 @@ def check_segment(segment: ExecutedSegment, num_examples: int) -> None:
 # ---- reading one line ------------------------------------------------------------------------------------------------
 
 
-def _decode(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
+def _decode(line: bytes, previous: str) -> tuple[dict[str, object], str]:
     text = line.decode()
     body, found, tail = text.rpartition(HASH_FIELD)
     try:
@@ -262,7 +262,7 @@ class _Reader:
             raise ValueError(f"expected a plan, a segment or a step, found {kind!r}")
         self.head = head
 
-    def _take_header(self, kind: Any, record: dict[str, Any]) -> None:
+    def _take_header(self, kind: object, record: dict[str, object]) -> None:
         version = record.pop("version", None)
         if kind != "header":
             raise ValueError(f"expected the header, found {kind!r}")
@@ -271,15 +271,16 @@ class _Reader:
                 f"expected version {' or '.join(map(str, READ))}, found {version!r}; read it with the release of hf_dp that wrote it"
             )
         _check(record, _HEADER_RULES)
-        self.header = LedgerHeader(**record)
+        self.header = LedgerHeader(**record)  # type: ignore[arg-type]  # the rules have checked the values
 
-    def _take_plan(self, record: dict[str, Any]) -> None:
+    def _take_plan(self, record: dict[str, object]) -> None:
         _check(record, _PLAN_RULES)
-        for segment in record["segments"]:
+        segments = cast("list[dict[str, object]]", record["segments"])
+        for segment in segments:
             _check(segment, _PLANNED_RULES)
-        self.planned.append(plan_after(self.segments, [Segment.of(segment) for segment in record["segments"]]))
+        self.planned.append(plan_after(self.segments, [Segment.of(segment) for segment in segments]))
 
-    def _take_step(self, record: dict[str, Any]) -> None:
+    def _take_step(self, record: dict[str, object]) -> None:
         _check({"step": 0} | record, _STEP_RULES)
         if not self.segments:
             raise ValueError("expected a segment before the first step")
@@ -298,7 +299,7 @@ def _damaged(name: str, line: int, what: str) -> LedgerError:
 
 # ---- values ----------------------------------------------------------------------------------------------------------
 
-Rule = tuple[str, Callable[[Any], bool]]
+Rule = tuple[str, Callable[[object], bool]]
 
 
 def _whole(low: int) -> Rule:
@@ -306,7 +307,7 @@ def _whole(low: int) -> Rule:
 
 
 def _number(low: float, high: float) -> Rule:
-    return f"a number from {low} to {high}", lambda v: type(v) in (int, float) and low <= v <= high
+    return f"a number from {low} to {high}", lambda v: type(v) in (int, float) and low <= cast(float, v) <= high
 
 
 _TEXT: Rule = "a text", lambda v: type(v) is str and v != ""
@@ -319,7 +320,7 @@ _HEADER_RULES: dict[str, Rule] = {
     "debug": ("true or false", lambda v: type(v) is bool),
 }
 _SEGMENT_RULES: dict[str, Rule] = {
-    "sample_rate": ("above 0 and at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1),
+    "sample_rate": ("above 0 and at most 1", lambda v: type(v) in (int, float) and 0 < cast(float, v) <= 1),
     "noise_multiplier": _number(0, 1e9),
     "clip_norm": _number(1e-30, 1e30),
     "expected_batch_size": _whole(1),
@@ -338,11 +339,11 @@ _PLANNED_RULES: dict[str, Rule] = {name: _SEGMENT_RULES[name] for name in ("samp
 _STEP_RULES: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
 
 
-def _check_settings(values: dict[str, Any]) -> None:
+def _check_settings(values: dict[str, object]) -> None:
     _check(values, _SEGMENT_RULES | {k: rule for k, rule in _OPTIONAL_RULES.items() if k in values})
 
 
-def _check(values: dict[str, Any], rules: dict[str, Rule]) -> None:
+def _check(values: dict[str, object], rules: dict[str, Rule]) -> None:
     if values.keys() != rules.keys():
         raise ValueError(f"expected the fields {', '.join(rules)}, found {', '.join(values)}")
     wrong = [f"{k}: expected {rule}, found {values[k]!r}" for k, (rule, right) in rules.items() if not right(values[k])]

@@ -6,9 +6,8 @@ not say which line is at fault. A data set from the Hub is cached there, as ever
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 
@@ -54,7 +53,7 @@ def _from_json_lines(path: Path) -> datasets.Dataset:
     return _table(records)
 
 
-def _json_lines(file: Any, wrong: list[str]) -> Iterator[dict[str, Any]]:
+def _json_lines(file: Iterable[str], wrong: list[str]) -> Iterator[dict[str, object]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -107,7 +106,7 @@ def _from_parquet(path: Path) -> datasets.Dataset:
 READERS = {".jsonl": _from_json_lines, ".json": _from_json, ".csv": _from_csv, ".parquet": _from_parquet}
 
 
-def _table(records: list[dict[str, Any]]) -> datasets.Dataset:
+def _table(records: list[dict[str, object]]) -> datasets.Dataset:
     """Columns are what any record has; a record without one has null there."""
     names = list(dict.fromkeys(name for record in records for name in record))
     columns = {name: [record.get(name) for record in records] for name in names}
@@ -117,7 +116,7 @@ def _table(records: list[dict[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 

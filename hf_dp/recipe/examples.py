@@ -5,11 +5,12 @@ Every record becomes exactly one example, so that N, which is public, depends on
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import datasets
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hf_dp.errors import RecipeError
 from hf_dp.per_example import IGNORED
@@ -27,13 +28,20 @@ class Examples(NamedTuple):
     num_characters: int = 0
 
 
+class Example(TypedDict):
+    """One example: its tokens, and a label for each token, or the number of its class."""
+
+    input_ids: Sequence[int]
+    labels: int | Sequence[int]
+
+
 @dataclass(frozen=True)
 class PadRight:
     """A collator: features -> input_ids, attention_mask and labels, [B, T] each ([B] labels in classification), padded on the right."""
 
     pad_token_id: int
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Example]) -> dict[str, Tensor]:
         """The batch; T is its longest row, 1 at least."""
         rows = [list(f["input_ids"]) for f in features]
         width = max([1, *map(len, rows)])
@@ -54,7 +62,11 @@ class PadRight:
 
 
 def completions(
-    records: datasets.Dataset, data: DataSection, tokenizer: Any, max_length: int, which: str = "train"
+    records: datasets.Dataset,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    which: str = "train",
 ) -> Examples:
     """Prompt, target and end-of-text mark of every record as one token row; labels are -100 on the prompt.
 
@@ -81,11 +93,11 @@ def completions(
             rows["input_ids"].append(row)
             rows["labels"].append([IGNORED] * (len(row) - kept) + row[len(row) - kept :])
             whole = kept > len(ids)
-            num_characters += len((text if whole else tokenizer.decode(ids[:kept])).strip())
+            num_characters += len((text if whole else str(tokenizer.decode(ids[:kept]))).strip())
     return Examples(_dataset(rows, {"labels": datasets.Sequence(datasets.Value("int32"))}), num_characters)
 
 
-def _beginning(prompt: list[int], tokenizer: Any) -> list[int]:
+def _beginning(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Without a closing mark that the tokenizer added; one token at least, for the first of the target to follow."""
     if prompt[-1:] == [tokenizer.eos_token_id] and tokenizer.eos_token_id != tokenizer.bos_token_id:
         prompt = prompt[:-1]
@@ -93,7 +105,9 @@ def _beginning(prompt: list[int], tokenizer: Any) -> list[int]:
     return prompt or [first]
 
 
-def _joined(prompt: list[int], target: list[int], tokenizer: Any, max_length: int) -> tuple[list[int], int]:
+def _joined(
+    prompt: list[int], target: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], int]:
     """(the row, how many tokens at its end are the target). At least one token of the prompt stays."""
     ended = [*target, tokenizer.eos_token_id][: max_length - 1] if target else []
     room = max_length - len(ended)
@@ -138,7 +152,11 @@ def label_names(data: DataSection, train: datasets.Dataset, validation: datasets
 
 
 def classified(
-    records: datasets.Dataset, data: DataSection, tokenizer: Any, sizes: tuple[int, Sequence[str | int]], which: str
+    records: datasets.Dataset,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: tuple[int, Sequence[str | int]],
+    which: str,
 ) -> Examples:
     """Text and class number of every record; a text longer than `max_length` tokens loses its end.
 
@@ -156,11 +174,11 @@ def classified(
     text = _resolved(data.text or "", records, f"data.text on data.{which}")
     column = _label_column(data, records, which)
     numbers = _numbers(records[column], records.features[column], names, which)
-    rows: dict[str, list[Any]] = {"input_ids": [], "labels": numbers}
+    rows: list[list[int]] = []
     for chunk in _chunks(records):
         texts = [text.render(r) for r in chunk]
-        rows["input_ids"] += tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    return Examples(_dataset(rows, {"labels": datasets.Value("int64")}))
+        rows += tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return Examples(_dataset({"input_ids": rows, "labels": numbers}, {"labels": datasets.Value("int64")}))
 
 
 def _numbers(values: Sequence[Any], feature: Any, names: Sequence[str | int], which: str) -> list[int]:
@@ -200,7 +218,7 @@ def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:
         raise RecipeError(f"{where}: {error}") from None
 
 
-def _kind(feature: Any) -> str:
+def _kind(feature: object) -> str:
     """What a column holds that is neither text nor a number; "" of one that is."""
     if isinstance(feature, datasets.ClassLabel):
         return ""
@@ -210,18 +228,18 @@ def _kind(feature: Any) -> str:
     return "objects" if isinstance(feature, dict) else f"values of type {type(feature).__name__}"
 
 
-def _chunks(records: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
+def _chunks(records: datasets.Dataset) -> Iterator[list[dict[str, object]]]:
     for start in range(0, len(records), CHUNK):
         columns = records[start : start + CHUNK]
         yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _tokens(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
     return [
         list(ids) for ids in tokenizer(texts, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
     ]
 
 
-def _dataset(rows: dict[str, list[Any]], features: dict[str, Any]) -> datasets.Dataset:
+def _dataset(rows: Mapping[str, Sequence[object]], features: dict[str, object]) -> datasets.Dataset:
     schema = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32")), **features})
     return datasets.Dataset.from_dict(rows, features=schema)

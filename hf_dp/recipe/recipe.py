@@ -8,19 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from hf_dp.config import PrivacyConfig, is_number
 from hf_dp.errors import ConfigError, RecipeError
 from hf_dp.recipe.settings import nearest, problems
 from hf_dp.recipe.template import Template
-from hf_dp.recipe.yaml_text import nested
+from hf_dp.recipe.yaml_text import Section, nested
 
 SECTIONS = ("model", "lora", "data", "training", "privacy")
 TASKS = ("causal_lm", "sequence_classification")
 DTYPES = ("auto", "float32", "bfloat16")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 OF_THE_TRAINER = ("micro_batch_tokens", "class_weights")  # keys of `training` that are DPTrainer's own
+Keywords = Mapping[str, Any]  # of a class of another library, which checks their values
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -63,9 +64,9 @@ class Recipe:
     name: str
     model: ModelSection
     data: DataSection
-    training: Mapping[str, Any]
+    training: Keywords
     privacy: PrivacyConfig
-    lora: Mapping[str, Any] | None = None
+    lora: Keywords | None = None
     micro_batch_tokens: int | None = None
     class_weights: tuple[float, ...] | None = None
 
@@ -92,7 +93,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return from_mapping(nested(text, str(path), overrides), name=path.stem)
 
 
-def from_mapping(sections: Mapping[str, Any], *, name: str) -> Recipe:
+def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
     """The recipe in a nested mapping; `name` gives the default output folder, out/NAME.
 
     Raises:
@@ -108,13 +109,17 @@ def from_mapping(sections: Mapping[str, Any], *, name: str) -> Recipe:
         if not isinstance(sections.get(s), dict | None)
     ]
     if not wrong:
-        given = {s: sections.get(s) or {} for s in SECTIONS}
+        given = {s: cast(Section, sections.get(s) or {}) for s in SECTIONS}
         training = {"output_dir": f"out/{name}", **given["training"]}
-        wrong += [*_of_types(given), *_of_model(given["model"]), *_of_data(given["data"], given["model"])]
-        wrong += [*_of_training(training), *_of_privacy(given["privacy"])]
+        wrong += [
+            *_type_problems(given),
+            *_model_problems(given["model"]),
+            *_data_problems(given["data"], given["model"]),
+        ]
+        wrong += [*_training_problems(training), *_privacy_problems(given["privacy"])]
     if wrong:
         raise RecipeError("\n".join(f"  - {problem}" for problem in wrong))
-    lora = sections.get("lora")
+    lora = cast(Section | None, sections.get("lora"))
     micro_batch_tokens, weights = training.pop("micro_batch_tokens", None), training.pop("class_weights", None)
     return Recipe(
         name=name,
@@ -138,7 +143,7 @@ def is_folder(name: str) -> bool:
     return Path(name).is_dir() or not _HUB_NAME.fullmatch(name)
 
 
-def _of_types(given: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _type_problems(given: Mapping[str, Section]) -> Iterator[str]:
     """Names and types of every section, from the classes that they fill."""
     from peft import LoraConfig
     from transformers import TrainingArguments
@@ -152,7 +157,7 @@ def _of_types(given: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from problems("privacy", {k: v for k, v in given["privacy"].items() if k not in known}, PrivacyConfig)
 
 
-def _of_model(model: Mapping[str, Any]) -> Iterator[str]:
+def _model_problems(model: Section) -> Iterator[str]:
     for key, choices in (("task", TASKS), ("dtype", DTYPES)):
         value = model.get(key, choices[0])
         if isinstance(value, str) and value not in choices:
@@ -163,7 +168,7 @@ def _of_model(model: Mapping[str, Any]) -> Iterator[str]:
         yield f"model.name: the folder {name} {there}"
 
 
-def _of_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+def _data_problems(data: Section, model: Section) -> Iterator[str]:
     task = model.get("task", TASKS[0])
     needed, foreign = (
         (("target",), ("text", "label", "labels")) if task == TASKS[0] else (("text", "label"), ("prompt", "target"))
@@ -193,7 +198,7 @@ def _of_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]
         yield f"data.max_length: expected 2 tokens or more, got {length}"
 
 
-def _of_training(training: Mapping[str, Any]) -> Iterator[str]:
+def _training_problems(training: Section) -> Iterator[str]:
     from hf_dp.training import REFUSED
 
     for name, (unsafe, remedy) in REFUSED.items():
@@ -211,7 +216,7 @@ def _of_training(training: Mapping[str, Any]) -> Iterator[str]:
         yield f"training.output_dir: expected a folder's path, got {training.get('output_dir')!r}"
 
 
-def _of_privacy(privacy: Mapping[str, Any]) -> Iterator[str]:
+def _privacy_problems(privacy: Section) -> Iterator[str]:
     known = {k: v for k, v in privacy.items() if k in PrivacyConfig.__dataclass_fields__}
     try:
         PrivacyConfig(**known)

@@ -6,11 +6,10 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
 
 Problem = str
 _PLAIN = (bool, int, float, str, type(None), list, dict)
-_WORDS = {
+_WORDS: dict[object, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -28,7 +27,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def problems(section: str, given: Mapping[str, Any], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
+def problems(section: str, given: Mapping[str, object], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
     """What keeps `given` from being the keywords of the dataclass `into`.
 
     A type is checked where it is made of plain ones (numbers, text, lists, mappings, enums); other types are left to `into`.
@@ -53,7 +52,7 @@ def problems(section: str, given: Mapping[str, Any], into: type, extra: Iterable
             yield f"{section}.{name}: missing; {f.metadata.get('help', 'it has no default')}"
 
 
-def _options(hint: Any) -> list[Any]:
+def _options(hint: object) -> list[object]:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return [option for part in typing.get_args(hint) for option in _options(part)]
@@ -62,11 +61,11 @@ def _options(hint: Any) -> list[Any]:
     return [origin or hint]
 
 
-def _is_enum(option: Any) -> typing.TypeGuard[type[enum.Enum]]:
+def _is_enum(option: object) -> typing.TypeGuard[type[enum.Enum]]:
     return isinstance(option, type) and issubclass(option, enum.Enum)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     options = _options(hint)
     types_, members = [o for o in options if isinstance(o, type)], [o for o in options if not isinstance(o, type)]
     enums = [o for o in types_ if _is_enum(o)]
@@ -83,7 +82,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return any(type(value) is t or (t is float and isinstance(value, int)) for t in types_)
 
 
-def _described(hint: Any) -> str:
+def _described(hint: object) -> str:
     options = _options(hint)
     enums = [o for o in options if _is_enum(o)]
     if enums:
@@ -92,6 +91,6 @@ def _described(hint: Any) -> str:
     return " or ".join(dict.fromkeys(_WORDS.get(o, repr(o)) for o in options))
 
 
-def _near_member(value: Any, hint: Any) -> str:
+def _near_member(value: object, hint: object) -> str:
     members = [str(m.value) for o in _options(hint) if _is_enum(o) for m in o]
     return nearest(value, members) if isinstance(value, str) and members else ""

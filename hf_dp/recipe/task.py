@@ -3,14 +3,23 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
+import numpy as np
 import peft
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_dp import accounting, durable
 from hf_dp.config import AuditConfig
@@ -22,6 +31,8 @@ from hf_dp.sampling import groups_by
 from hf_dp.training import DPTrainer
 
 Metrics = dict[str, float]
+Logits = Tensor | tuple[Tensor, ...]  # a model may return more beside them
+T = TypeVar("T")
 _TASK_TYPE = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
 
@@ -29,12 +40,12 @@ class Parts(NamedTuple):
     """What a Trainer is built of. `reduce` and `metrics` are its preprocess_logits_for_metrics and compute_metrics."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     train: datasets.Dataset
     validation: datasets.Dataset | None
     collator: examples.PadRight
-    reduce: Callable[[Any, Tensor], Tensor]
-    metrics: Callable[[Any], Metrics]
+    reduce: Callable[[Logits, Tensor], Tensor]
+    metrics: Callable[[EvalPrediction], Metrics]
 
 
 def prepare(recipe: Recipe) -> Parts:
@@ -105,7 +116,7 @@ def build(
     parts: Parts | None = None,
     *,
     output_dir: str | Path | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     audit: AuditConfig | None = None,
 ) -> DPTrainer:
     """The private trainer of a recipe, ready to train. Its construction makes the output folder and nothing in it.
@@ -115,15 +126,15 @@ def build(
     """
     parts = parts or prepare(recipe)
     keywords = trainer_keywords(recipe, parts, output_dir)
-    own: dict[str, Any] = {
-        "privacy": recipe.privacy,
-        "micro_batch_tokens": recipe.micro_batch_tokens,
-        "class_weights": recipe.class_weights,
-        "callbacks": list(callbacks),
-        "audit": audit,
-    }
     try:
-        return DPTrainer(**keywords, **own)
+        return DPTrainer(
+            **keywords,
+            privacy=recipe.privacy,
+            micro_batch_tokens=recipe.micro_batch_tokens,
+            class_weights=recipe.class_weights,
+            callbacks=list(callbacks),
+            audit=audit,
+        )
     except HfDpError:
         raise
     except (ValueError, ImportError) as error:
@@ -146,7 +157,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> 
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
 
 
-def evaluate(trainer: Any) -> Metrics:
+def evaluate(trainer: Trainer) -> Metrics:
     """Loss and metric on the validation set, {} without one: `loss` (an example's mean; transformers' own for a plain Trainer), then
     `nats_per_character` of the target, end-of-text mark included, or `accuracy`.
     """
@@ -169,7 +180,7 @@ def save_class_names(trainer: Any, recipe: Recipe) -> None:
 # ---- model and tokenizer --------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(recipe: Recipe) -> Any:
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = _loaded(recipe, transformers.AutoTokenizer.from_pretrained)
     tokenizer.padding_side = "right"  # padding on the left shifts absolute positions by other examples' lengths
     if tokenizer.pad_token_id is None:
@@ -179,8 +190,8 @@ def _tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _model(recipe: Recipe, tokenizer: Any, classes: Sequence[str | int] | None) -> Any:
-    keywords: dict[str, Any] = {"dtype": recipe.model.dtype}
+def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str | int] | None) -> PreTrainedModel:
+    keywords: dict[str, object] = {"dtype": recipe.model.dtype}
     auto: Any = transformers.AutoModelForCausalLM
     if classes is not None:
         auto = transformers.AutoModelForSequenceClassification
@@ -192,7 +203,7 @@ def _model(recipe: Recipe, tokenizer: Any, classes: Sequence[str | int] | None) 
     return model
 
 
-def _loaded(recipe: Recipe, load: Callable[..., Any], **keywords: Any) -> Any:
+def _loaded(recipe: Recipe, load: Callable[..., T], **keywords: object) -> T:
     name = recipe.model.name
     revision = {} if recipe.model.revision is None else {"revision": recipe.model.revision}
     try:
@@ -206,7 +217,7 @@ def _loaded(recipe: Recipe, load: Callable[..., Any], **keywords: Any) -> Any:
         raise RecipeError(f"model.name: cannot load {name!r}: {_first_line(error)} ({remedy})") from None
 
 
-def _with_lora(recipe: Recipe, model: Any) -> Any:
+def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
     if recipe.lora is None:
         return model
     try:
@@ -216,7 +227,7 @@ def _with_lora(recipe: Recipe, model: Any) -> Any:
         raise RecipeError(f"lora: peft refuses these settings for this model: {_first_line(error)}") from None
 
 
-def _max_length(recipe: Recipe, tokenizer: Any, config: Any) -> int:
+def _max_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
     """`data.max_length`, else what tokenizer and model take at most; never more than the model has positions for."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     bounds = [n for n in (positions, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
@@ -246,20 +257,20 @@ class _Outputs(NamedTuple):
     logits: Tensor
 
 
-def _reduce_completions(logits: Any, labels: Tensor) -> Tensor:
+def _reduce_completions(logits: Logits, labels: Tensor) -> Tensor:
     """[B, T, V], [B, T] -> the sum of an example's target losses in nats, [B]: all that the metric needs of the logits."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     return losses.causal_lm(_Outputs(logits), labels) * (labels[:, 1:] != losses.IGNORED).sum(1)
 
 
-def _completion_metrics(evaluated: Any, num_characters: int) -> Metrics:
-    return {"nats_per_character": float(evaluated.predictions.sum()) / max(1, num_characters)}
+def _completion_metrics(evaluated: EvalPrediction, num_characters: int) -> Metrics:
+    return {"nats_per_character": float(np.asarray(evaluated.predictions).sum()) / max(1, num_characters)}
 
 
-def _reduce_classes(logits: Any, labels: Tensor) -> Tensor:
+def _reduce_classes(logits: Logits, labels: Tensor) -> Tensor:
     logits = logits[0] if isinstance(logits, tuple) else logits
     return torch.argmax(logits, -1)
 
 
-def _class_metrics(evaluated: Any) -> Metrics:
-    return {"accuracy": float((evaluated.predictions == evaluated.label_ids).mean())}
+def _class_metrics(evaluated: EvalPrediction) -> Metrics:
+    return {"accuracy": float(np.mean(np.asarray(evaluated.predictions) == evaluated.label_ids))}

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from string import Formatter
-from typing import Any
 
 from hf_dp.errors import RecipeError
 
@@ -69,7 +68,7 @@ class Template:
         """Those that a resolved template reads."""
         return [name for _, found in self.pieces for name in found]
 
-    def render(self, record: Mapping[str, Any]) -> str:
+    def render(self, record: Mapping[str, object]) -> str:
         """The text for one record; a missing value (null) is empty. The template is resolved first.
 
         Raises:

@@ -5,7 +5,7 @@ silently; here the first two mean what they say and the third is an error.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import yaml
@@ -16,13 +16,13 @@ _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NULL = re.compile(r"~|null|Null|NULL|")
-Mapping = dict[str, Any]
+Section = dict[str, Any]  # values of YAML, which `settings` checks before they are used
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class attribute, begun afresh)
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own class attribute, begun afresh)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [key.value for key, _ in node.value]
         twice = sorted({str(k) for k in keys if keys.count(k) > 1})
         if twice:
@@ -42,7 +42,7 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
-def parse(text: str, source: str) -> Any:
+def parse(text: str, source: str) -> object:
     """The value that `text` means.
 
     Raises:
@@ -57,7 +57,7 @@ def parse(text: str, source: str) -> Any:
         raise RecipeError(f"{source}{where}: expected YAML, got: {problem}.") from None
 
 
-def nested(text: str, source: str, overrides: Sequence[str] = ()) -> Mapping:
+def nested(text: str, source: str, overrides: Sequence[str] = ()) -> Section:
     """The recipe as a mapping of sections, each override put into its place.
 
     `section.key=value` sets a key, further dots go deeper, `section=null` drops a section. A value is YAML, so that `8`, `true` and
@@ -76,7 +76,7 @@ def nested(text: str, source: str, overrides: Sequence[str] = ()) -> Mapping:
     return recipe
 
 
-def _put(recipe: Mapping, override: str) -> str | None:
+def _put(recipe: Section, override: str) -> str | None:
     """Sets one override in place; the problem, if there is one."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
@@ -99,5 +99,5 @@ def _put(recipe: Mapping, override: str) -> str | None:
     return None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"

@@ -5,7 +5,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from hf_dp import recipe as recipes
 from hf_dp.errors import RecipeError
@@ -28,7 +28,7 @@ OWN = ("resume_from_checkpoint", "push_to_hub", "load_best_model_at_end")
 class Combination(NamedTuple):
     """One value of each key of the grid, and the recipe that has them."""
 
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     recipe: Recipe
 
 
@@ -47,7 +47,7 @@ def combinations(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> l
         for key in axes
         if any(o.partition("=")[0].strip() == key for o in overrides)
     ]
-    wrong += _refusals(base, sections)
+    wrong += _refusals(base)
     count = 1
     for values in axes.values():
         count *= len(values)
@@ -67,9 +67,9 @@ def combinations(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> l
     return found
 
 
-def _axes(grid: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
+def _axes(grid: Sequence[str]) -> tuple[dict[str, list[object]], list[str]]:
     """Key -> its values, and what is wrong with the texts."""
-    axes: dict[str, list[Any]] = {}
+    axes: dict[str, list[object]] = {}
     wrong = [] if grid else ["--grid: expected at least one, such as --grid training.learning_rate=1e-3,3e-3"]
     for text in grid:
         key, equals, listed = text.partition("=")
@@ -82,7 +82,7 @@ def _axes(grid: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
         if not (key in SEARCHED or (key.startswith("lora.") and len(key) > 5)):
             wrong.append(f"--grid {key}: {_why_not(key)}")
         try:
-            values = parse(f"[{listed}]", f"--grid {key}")
+            values = cast("list[object]", parse(f"[{listed}]", f"--grid {key}"))
         except RecipeError as error:
             wrong.append(str(error))
             continue
@@ -104,13 +104,13 @@ def _why_not(key: str) -> str:
     return f"not a setting that trials may differ in{nearest(key, SEARCHED)}; they are lora.* and {', '.join(SEARCHED)}"
 
 
-def _refusals(base: Recipe, sections: Mapping[str, Any]) -> Iterator[str]:
+def _refusals(base: Recipe) -> Iterator[str]:
     """What a recipe may hold for a training and not for a sweep."""
     privacy, training, data = base.privacy, base.training, base.data
     if privacy.target_epsilon is None:
         yield "privacy.target_epsilon: missing; it is the total of a sweep, and all trials get the same part of it"
-    for name in ("debug_seed", "budget_file"):
-        if sections["privacy"].get(name) is not None:
+    for name, value in (("debug_seed", privacy.debug_seed), ("budget_file", privacy.budget_file)):
+        if value is not None:
             yield f"privacy.{name}: not for a sweep, whose total is target_epsilon; drop it"
     if data.validation is None:
         yield "data.validation: missing; the model is selected by its loss on records that are not training records"
@@ -129,13 +129,13 @@ def _refusals(base: Recipe, sections: Mapping[str, Any]) -> Iterator[str]:
         yield "a sweep runs in one process: start it without accelerate launch or torchrun"
 
 
-def _with(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _with(sections: Mapping[str, object], values: Mapping[str, object]) -> dict[str, object]:
     changed = copy.deepcopy(dict(sections))
     for key, value in values.items():
         inner = changed
         *path, last = key.split(".")
         for name in path:
             inner[name] = inner.get(name) or {}
-            inner = inner[name]
+            inner = cast("dict[str, object]", inner[name])
         inner[last] = copy.deepcopy(value)
     return changed

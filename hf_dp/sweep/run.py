@@ -100,4 +100,5 @@ def run(asked: Asked, state: folders.State, tell: Tell) -> SweepResult | None:
 def _fingerprint(asked: Asked) -> str:
     """Of training and validation records, under the folder's key."""
     key, data = key_of(asked.folder), asked.combinations[0].recipe.data
-    return " ".join(under_key(data_files.load(data, which), key) for which in ("train", "validation"))
+    records = [data_files.load(data, which) for which in ("train", "validation")]
+    return " ".join(under_key(part, key) for part in records if part is not None)

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
@@ -28,7 +27,9 @@ class _Steps(TrainerCallback):
     def __init__(self, tell: Callable[[int, int], None]) -> None:
         self._tell = tell
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """A noisy step was taken."""
         self._tell(state.global_step, state.max_steps)
 
@@ -93,10 +94,12 @@ def run(
     return found
 
 
-def _curve(history: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+def _curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:
     """(step, epsilon, loss) of the evaluations after the first step, one a step."""
     found = {
-        e["step"]: (e["step"], e[STEPS_TAKEN], e["eval_loss"]) for e in history if "eval_loss" in e and STEPS_TAKEN in e
+        e["step"]: (int(e["step"]), e[STEPS_TAKEN], e["eval_loss"])
+        for e in history
+        if "eval_loss" in e and STEPS_TAKEN in e
     }
     return [found[step] for step in sorted(found)]
 
