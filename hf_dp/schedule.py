@@ -18,6 +18,10 @@ from typing import NamedTuple
 MOST_LEVELS = 8  # of one schedule: an evaluation of epsilon costs about a tenth of a second for each
 LEAST_RATIO, MOST_RATIO = 0.01, 100.0
 SHAPES = ("linear", "exponential", "cosine", "step")
+EXPECTED = (
+    f"SHAPE:RATIO, the shape one of {', '.join(SHAPES)}, the ratio of last to first value from {LEAST_RATIO:g} to "
+    f"{MOST_RATIO:g}, such as exponential:0.5; or step:RATIO:LEVELS, with 2 to {MOST_LEVELS} levels"
+)
 
 
 class Level(NamedTuple):
@@ -37,16 +41,13 @@ class Schedules(NamedTuple):
     batch: str | None = None
 
 
-def problem(text: object) -> str | None:
-    """What is wrong with a schedule in words; None where nothing is."""
+def is_schedule(text: object) -> bool:
+    """Whether `text` is a schedule in words, or None."""
     try:
-        factors(str(text) if isinstance(text, str) else "")
+        factors(text if isinstance(text, str) or text is None else "")
     except ValueError:
-        return (
-            f"SHAPE:RATIO, the shape one of {', '.join(SHAPES)}, the ratio of last to first value from {LEAST_RATIO:g} to "
-            f"{MOST_RATIO:g}, such as exponential:0.5; or step:RATIO:LEVELS, with 2 to {MOST_LEVELS} levels"
-        )
-    return None
+        return False
+    return True
 
 
 def factors(text: str | None, most: int = MOST_LEVELS) -> list[float]:

@@ -5,7 +5,6 @@ from hf_dp.accounting.calibration import round_up
 from hf_dp.accounting.curve import plot_epsilon
 from hf_dp.accounting.derivation import Derived, derivation
 from hf_dp.accounting.epsilon import (
-    MAX_SIGMA,
     Epsilon,
     delta_problems,
     deltas,
@@ -18,7 +17,6 @@ from hf_dp.accounting.selection import Selection, random_number
 from hf_dp.accounting.tradeoffs import PAIRS, RATES, Tradeoff, tradeoff, tradeoff_below
 
 __all__ = [
-    "MAX_SIGMA",
     "PAIRS",
     "RATES",
     "Derived",

@@ -3,7 +3,7 @@ r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each va
     {"kind":"header","version":2,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,"debug":...,"hash":...}
     {"kind":"plan","segments":[{"sample_rate":q,"noise_multiplier":sigma,"num_steps":T,"noise":...}],"hash":...}
     {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"noise":...,"hash":...}
-    {"kind":"step","n":1,"step":0,"hash":...}
+    {"kind":"step","n":1,"hash":...}
 
 A segment whose steps release training loss and batch size too has "loss_bound":L behind its other fields; its noise multiplier is then
 that of all three together (`metrics.py`), so that the accounting of a segment is the same with and without them. Without "noise" it
@@ -149,9 +149,9 @@ def plan_record(upcoming: Sequence[Segment]) -> dict[str, object]:
     return {"kind": "plan", "segments": [s.stated() for s in upcoming]}
 
 
-def step_record(count: int, step_number: int | None) -> dict[str, object]:
+def step_record(count: int) -> dict[str, object]:
     """The record of the `count`-th step."""
-    return {"kind": "step", "n": count} | ({} if step_number is None else {"step": step_number})
+    return {"kind": "step", "n": count}
 
 
 def parse(data: bytes, name: str) -> LedgerRecord:

@@ -151,11 +151,8 @@ class Ledger:
         if not self._planned or self._planned[-1].segments != plan.segments:
             self._append(plan_record(upcoming), planned=(*self._planned, plan))
 
-    def charge(self, step_number: int | None = None) -> int:
-        """Counts one draw, on disk when this returns. Nothing of the draw may leave the process before.
-
-        Args:
-            step_number: the trainer's own number of the step, for readers; steps repeated after a crash come twice.
+    def charge(self) -> int:
+        """Counts one step, on disk when this returns. Nothing of the step may leave the process before.
 
         Returns:
             Steps charged in all.
@@ -167,12 +164,8 @@ class Ledger:
             raise LedgerError(
                 f"{self._path}: expected a segment before the first step; call begin() with the settings of the steps"
             )
-        if step_number is not None and (type(step_number) is not int or step_number < 0):
-            raise LedgerError(
-                f"{self._path}: expected a step number that is a whole number, 0 or more, got {step_number!r}"
-            )
         last = self.current._replace(num_steps=self.current.num_steps + 1)
-        self._append(step_record(self._num_steps + 1, step_number), executed=(*self._executed[:-1], last))
+        self._append(step_record(self._num_steps + 1), executed=(*self._executed[:-1], last))
         return self._num_steps
 
     def _append(
@@ -356,7 +349,7 @@ def _mended(data: bytes, record: LedgerRecord) -> bytes:
     if not record.torn:
         return data + b"\n"
     whole = data[: data.rindex(b"\n") + 1]
-    return whole + encode(step_record(record.num_steps, None), record.head)[0] if record.executed else whole
+    return whole + encode(step_record(record.num_steps), record.head)[0] if record.executed else whole
 
 
 def _refuse_other(path: Path, found: LedgerHeader, expected: LedgerHeader) -> None:

@@ -91,11 +91,6 @@ class PoissonSampler(Sampler[list[int]]):
         """The secret behind the draws, to be shared with other processes and shown to nobody."""
         return self._key
 
-    @property
-    def last_number(self) -> int | None:
-        """Number of the draw yielded last. Loaders read ahead, so it may be beyond the batch in hand: see `Draw.number`."""
-        return self._next - 1 if self._next else None
-
     def draw(self, number: int) -> NDArray[np.int64]:
         """The whole draw `number`, over all processes: indices of records, a function of (key, number) alone."""
         uniforms = keyed_stream(self._key, Role.SAMPLING, number)
