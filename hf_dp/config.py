@@ -100,7 +100,8 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Canaries in a run, from which a lower bound on its epsilon is measured. They are made up, without any look at the records.
+    """Canaries in a run, from which a lower bound on its epsilon is measured. They are made up, without any look at the
+    records.
 
     Raises:
         ConfigError: a value out of range. Names everything wrong at once.

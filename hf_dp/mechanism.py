@@ -1,4 +1,4 @@
-"""What will be run: the numbers of the subsampled Gaussian mechanism, all of them public, none of them changeable."""
+"""What will be run: the settings of the subsampled Gaussian mechanism, all of them public, in frozen objects."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,20 +10,22 @@ from hf_dp.schedule import Level
 
 UNIT = "record"  # one row of the training set
 GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
-METRIC_NOISE = 10.0  # a released metric's noise over its sensitivity, in units of the gradient's sigma
-METRICS = ("loss", "batch_size")  # what may be released beside the gradient, as further coordinates of the same vector
-DISCRETE = "discrete"  # the kind of noise that is drawn and added in whole numbers (`grid.py`)
-RELATION = "zero-out"  # neighbours: one record replaced by one that contributes nothing; N is public
+METRIC_NOISE = 10.0  # k: a released metric has k times the noise, over its own sensitivity, that the gradient has
+METRICS = ("loss", "batch_size")  # may be released with the gradient, as further coordinates of one vector
+DISCRETE = "discrete"  # the kind of noise that consists of whole numbers (see `randomness/grid.py`)
+RELATION = "zero-out"  # neighbours differ in one record, replaced by one that contributes nothing; N is public
 
 
 class Segment(NamedTuple):
-    """`num_steps` consecutive steps of the Poisson-subsampled Gaussian mechanism: all that accounting needs to know of them.
+    """`num_steps` consecutive steps of the Poisson-subsampled Gaussian mechanism: all that accounting needs to know of
+    them.
 
     Attributes:
         sample_rate: q.
-        joint_noise_multiplier: standard deviation of the noise over the sensitivity of everything that a step releases. It
-            equals the gradient's sigma (`Mechanism.noise_multiplier`) where the gradient alone is released. In files it is
-            called `noise_multiplier`.
+        joint_noise_multiplier: standard deviation of the noise over the sensitivity of everything that a step releases.
+            It
+            equals the gradient's sigma (`Mechanism.noise_multiplier`) where the gradient alone is released. In files it
+            is called `noise_multiplier`.
         num_steps: how many steps.
         noise: kind of noise, one of `config.NOISES`.
     """
@@ -35,7 +37,7 @@ class Segment(NamedTuple):
 
     @classmethod
     def of(cls, stated: Mapping[str, object]) -> "Segment":
-        """Reads a segment from a file; keys that accounting has no use for are passed over.
+        """Reads a segment from a file; other keys are ignored.
 
         Raises:
             KeyError: a field is missing.
@@ -54,7 +56,7 @@ class Segment(NamedTuple):
 
 
 def united(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Run-length encoding: neighbours that differ in nothing but their number of steps become one; none has length 0."""
+    """Run-length encoding: neighbours that differ only in their number of steps become one; none has length 0."""
     runs = groupby((s for s in segments if s.num_steps), key=lambda s: s._replace(num_steps=0))
     return tuple(kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs)
 
@@ -123,11 +125,14 @@ class Mechanism:
         clip_norm: C.
         delta: of (epsilon, delta).
         target_epsilon: what sigma was calibrated to, or None where sigma was given.
-        loss_bound: L: training loss, clamped to [0, L], and batch size are released in the same vector (`metrics.py`);
-            None where the gradient alone is.
-        debug: the randomness came from a fixed seed; nothing about the run is private.
-        noise: its kind, one of `config.NOISES`.
-        levels: of a schedule, T steps in all: sigma, C and B above are then those of the first. Empty where they stay.
+        loss_bound: L: training loss, clamped to [0, L], and batch size are released in the same vector (see
+            `step/metrics.py`); None where the gradient alone is released.
+        unit: what is protected as one: "record", or a group of records.
+        relation: when two data sets are neighbours.
+        debug: the randomness comes from a fixed seed, so nothing about the run is private.
+        noise: the kind of noise, one of `config.NOISES`.
+        levels: the levels of a schedule, T steps in all; sigma, C and B above are those of the first level. Empty where
+            sigma, C and B are constant.
     """
 
     num_examples: int
@@ -146,7 +151,7 @@ class Mechanism:
 
     @property
     def sample_rate(self) -> float:
-        """Q = B / N, the probability with which a record enters a step."""
+        """q = B / N, the probability with which a record enters a step."""
         return self.expected_batch_size / self.num_examples
 
     @property
@@ -161,17 +166,17 @@ class Mechanism:
 
     @property
     def joint_noise_multiplier(self) -> float:
-        """Noise over the sensitivity of all that a step releases: what epsilon is computed from; sigma without metrics."""
+        """Noise over the sensitivity of everything that a step releases, from which epsilon is computed."""
         return self.noise_multiplier / release_norm(self.loss_bound)
 
     @property
     def generator(self) -> str:
-        """Where the random bits of draws and noise come from: "philox" or "chacha20"."""
+        """Where the random bits of sampling and noise come from: "philox" or "chacha20"."""
         return generator_of(self.noise)
 
     @property
     def is_discrete(self) -> bool:
-        """Whether sums and noise are whole numbers (`grid.py`), and each example has a pass of its own."""
+        """Whether sums and noise are whole numbers, and each example has a pass of its own."""
         return self.noise == DISCRETE
 
     @property
@@ -218,22 +223,24 @@ class Mechanism:
 
 
 def release_norm(loss_bound: float | None) -> float:
-    """Sensitivity of a step's release in units of C: 1, or sqrt(1 + 2 / 10**2) with both metrics (`metrics.py` has the proof)."""
+    """Sensitivity of a step's release in units of C: 1, or sqrt(1 + 2 / k²) with both metrics (proof:
+    `step/metrics.py`).
+    """
     return 1.0 if loss_bound is None else math.sqrt(1 + len(METRICS) / METRIC_NOISE**2)
 
 
 def unit_of(column: str | None) -> str:
-    """What is protected as one, as the card and the ledger name it."""
+    """What is protected as one, as card and ledger name it: a record, or all records with one value in `column`."""
     return UNIT if column is None else GROUP.format(column=column)
 
 
 def generator_of(noise: str) -> str:
-    """Where the random bits behind draws and noise of this kind come from: "philox" or "chacha20"."""
+    """Where the random bits of sampling and noise of this kind come from: "philox" or "chacha20"."""
     return "philox" if noise == "gaussian" else "chacha20"
 
 
 def steps_per_epoch(num_examples: int, expected_batch_size: float) -> int:
-    """round(N / B), at least 1: the logical batches that count as one pass over the data."""
+    """round(N / B), at least 1: how many logical batches count as one pass over the data."""
     return max(1, round(num_examples / expected_batch_size))
 
 

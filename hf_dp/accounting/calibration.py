@@ -33,8 +33,8 @@ def calibrate(
     """The smallest sigma, to 0.1 % of epsilon and five digits, whose epsilon is within the target.
 
     Searches on log sigma with a bracket. Only a sigma that was itself evaluated, as the float it is, and found within
-    the target is returned: it never overshoots. `sensitivity` is that of what a step releases, in units of C: with more in
-    the release than the gradient it is above 1, and epsilon is that of sigma / sensitivity.
+    the target is returned: it never overshoots. `sensitivity` is that of what a step releases, in units of C: with more
+    in the release than the gradient it is above 1, and epsilon is that of sigma / sensitivity.
 
     Raises:
         AccountingError: an invalid argument, or a target that no sigma in [MIN_SIGMA, MAX_SIGMA] meets.

@@ -1,4 +1,6 @@
-"""A mechanism and what is to vary -> epsilon against steps, sigma, batch or delta, all else as planned; and a picture of it."""
+"""A mechanism and what is to vary -> epsilon against steps, sigma, batch or delta, all else as planned; and a picture
+of it.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,7 +19,9 @@ AGAINST = ("steps", "sigma", "batch", "delta")
 
 
 class Curve(NamedTuple):
-    """The varied quantity's name, its value in the plan, (value, epsilon) in rising order, and whether it spans powers of ten."""
+    """The varied quantity's name, its value in the plan, (value, epsilon) in rising order, and whether it spans powers
+    of ten.
+    """
 
     name: str
     planned: float
@@ -33,12 +37,15 @@ def plot_epsilon(
     Args:
         mechanism: the plan.
         path: of the picture.
-        against: one of AGAINST. Steps go up to those planned, the others from a quarter of their value to four times it, delta
+        against: one of AGAINST. Steps go up to those planned, the others from a quarter of their value to four times
+            it, delta
             from a ten-thousandth of it up to 1 / N.
-        num_train_epochs: passes over the data, so that with another batch there are other numbers of steps; None: the steps are fixed.
+        num_train_epochs: passes over the data, so that with another batch there are other numbers of steps; None: the
+            steps are fixed.
 
     Raises:
-        ConfigError: no noise, so that there is no epsilon to plot, a quantity that is none, or a path that cannot be written.
+        ConfigError: no noise, so that there is no epsilon to plot, a quantity that is none, or a path that cannot be
+            written.
     """
     if not mechanism.noise_multiplier:
         raise ConfigError("cannot plot epsilon: without noise it is infinite after the first step")
@@ -104,7 +111,9 @@ def _with_sigma(m: Mechanism, sigma: float) -> list[Segment]:
 
 
 def _with_batch(m: Mechanism, batch: int, epochs: float | None) -> list[Segment]:
-    """Another first B, in proportion as well; with `epochs` so many steps that the passes over the data stay, level by level."""
+    """Another first B, in proportion as well; with `epochs` so many steps that the passes over the data stay, level by
+    level.
+    """
     factor = batch / m.expected_batch_size
     if epochs is None or not m.levels:
         steps = m.num_steps if epochs is None else math.ceil(epochs * steps_per_epoch(m.num_examples, batch))

@@ -1,4 +1,6 @@
-"""A planned `Mechanism` and the config that it was planned from -> every number of the plan, each with the rule that it came from."""
+"""A planned `Mechanism` and the config that it was planned from -> every number of the plan, each with the rule that it
+came from.
+"""
 
 import math
 from itertools import groupby
@@ -91,7 +93,8 @@ def _metric_rows(m: Mechanism, loss_bound: float) -> list[tuple[str, str, str]]:
         (
             "joint noise multiplier",
             f"{m.joint_noise_multiplier:.10g}",
-            f"sigma / sqrt(1 + 2 / {METRIC_NOISE:g}²): gradient, loss and batch size are one release; epsilon is of this",
+            f"sigma / sqrt(1 + 2 / {METRIC_NOISE:g}²): gradient, loss and batch size are one release; epsilon is of "
+            "this",
         ),
         (
             "noise on a logged loss",

@@ -30,9 +30,9 @@ MAX_STEPS = 1_000_000  # dp-accounting computes size**T as an integer: seconds a
 GRID_FINEST, GRID_COARSEST = 1e-7, 1e-3
 PLD_ROUNDING = 2.0**-51  # a step: the FFT's T-th power moves the tail's mass by up to T x 2**-53 (measured; x 4 here)
 RDP_ROUNDING = 1e-13  # a step: log A sums 1,024 rounded terms; without it a lost divergence would pass for none
-# The sampler of discrete noise is within 2**-400 a coordinate of the exact law (`discrete.py`): with 2**60 of them in all and epsilon
-# up to 100 that costs (1 + e**100) 2**-340 < 2**-195 of delta, less than the last bit of any delta that is accounted. Beyond 100
-# nothing is claimed.
+# The sampler of discrete noise is within 2**-400 a coordinate of the exact law (`discrete.py`): with 2**60 of them in
+# all and epsilon up to 100 that costs (1 + e**100) 2**-340 < 2**-195 of delta, less than the last bit of any delta that
+# is accounted. Beyond 100 nothing is claimed.
 DISCRETE_MOST = 100.0
 
 
@@ -51,7 +51,8 @@ class _PrivacyLoss(Protocol):
 class Epsilon(NamedTuple):
     """Upper bounds on epsilon for one delta. `epsilon` is the smaller of the two and is what is claimed.
 
-    With discrete noise among the steps `pld` is infinite, and so is all of it where epsilon would be above DISCRETE_MOST.
+    With discrete noise among the steps `pld` is infinite, and so is all of it where epsilon would be above
+    DISCRETE_MOST.
     """
 
     epsilon: float
@@ -74,7 +75,8 @@ def spent(segments: Sequence[Segment], delta: float) -> Epsilon:
 
 
 def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float]:
-    """The least delta known at each of `epsilons`, an upper bound, at most 1; by privacy loss distributions; with discrete noise, Rényi DP.
+    """The least delta known at each of `epsilons`, an upper bound, at most 1; by privacy loss distributions; with
+    discrete noise, Rényi DP.
 
     No steps cost 0; a step without noise, or losses too far for any grid, cost 1.
 
@@ -98,7 +100,8 @@ def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float
 
 
 def divergences(segments: Sequence[Segment]) -> tuple[Floats, Floats]:
-    """Rényi orders, and the divergence of all steps together at each, an upper bound; with discrete noise the whole orders alone.
+    """Rényi orders, and the divergence of all steps together at each, an upper bound; with discrete noise the whole
+    orders alone.
 
     Raises:
         AccountingError: as in `spent`, or there are no steps, or one without noise.
@@ -292,7 +295,9 @@ def _total_reach(s: Segment) -> float:
 
 
 def _rdp_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
-    """By Rényi DP at dp-accounting's default orders, rounding charged to every step; with discrete noise at the whole ones."""
+    """By Rényi DP at dp-accounting's default orders, rounding charged to every step; with discrete noise at the whole
+    ones.
+    """
     from dp_accounting import rdp
 
     if _is_discrete(merged):

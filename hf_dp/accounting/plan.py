@@ -1,4 +1,6 @@
-"""`PrivacyConfig` and N go in, the calibrated `Mechanism` comes out; and which steps a run claims, and how many more it can afford."""
+"""`PrivacyConfig` and N go in, the calibrated `Mechanism` comes out; and which steps a run claims, and how many more it
+can afford.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,9 +28,9 @@ def plan_mechanism(
 ) -> Mechanism:
     """The mechanism that gives `privacy` on `num_examples` records, its noise calibrated where a target is given.
 
-    With a `unit_column` the examples are groups of records: N is their number.
-    Counts steps as `Trainer` does: `max_steps` wins where it is positive, else T = ceil(epochs x round(N / B)), with B's mean over the
-    levels of a schedule.
+    With a `unit_column` the examples are groups of records: N is their number. Counts steps as `Trainer` does:
+    `max_steps` wins where it is positive, else T = ceil(epochs x round(N / B)), with B's mean over the levels of a
+    schedule.
 
     Raises:
         ConfigError: N, epochs or steps that are no such numbers, B > N, or delta >= 1 / N. Names all of them.
@@ -121,10 +123,12 @@ def _first_level(privacy: PrivacyConfig) -> Level:
 
 
 def claimed(charged: Sequence[Segment], plans: Iterable[Sequence[Segment]], delta: float) -> tuple[Segment, ...]:
-    """The steps whose epsilon a run claims, whenever it ended: the costliest of what was charged and of its plans; none before the first.
+    """The steps whose epsilon a run claims, whenever it ended: the costliest of what was charged and of its plans; none
+    before the first.
 
-    Noise and sampling of a plan's steps don't depend on what they release, so a run that ends early is its whole plan with the rest
-    thrown away (a filter; Rogers et al. 2016). Epsilon of what was charged alone would hold only had that number been fixed beforehand.
+    Noise and sampling of a plan's steps don't depend on what they release, so a run that ends early is its whole plan
+    with the rest thrown away (a filter; Rogers et al. 2016). Epsilon of what was charged alone would hold only had that
+    number been fixed beforehand.
 
     Raises:
         AccountingError: as in `spent`.

@@ -1,17 +1,18 @@
 """A random number of runs of which the best is kept -> epsilon of the one that is kept, the selection itself included.
 
-The base mechanism Q draws a combination of settings from a fixed list and trains with it; the score is computed from its model.
-A draws a number K, runs Q so often with fresh randomness, and gives out the run with the best score alone. With Q of Rényi
-divergence R(a) at order a, A's divergence at order a is at most (Papernot and Steinke 2022)
+The base mechanism Q draws a combination of settings from a fixed list and trains with it; the score is computed from
+its model. A draws a number K, runs Q so often with fresh randomness, and gives out the run with the best score alone.
+With Q of Rényi divergence R(a) at order a, A's divergence at order a is at most (Papernot and Steinke 2022)
 
     R(a) + (1 + shape) ((1 - 1/b) R(b) + log(1/gamma) / b) + log(E K) / (a - 1)    for any order b; theorem 2, truncated
                                                                                    negative binomial K of shape and gamma
     R(a) + mean x d + log(mean) / (a - 1)                                          theorem 6, K of a Poisson distribution, where
                                                                                    Q is (log(1 + 1 / (a - 1)), d)-DP
 
-Which combination is drawn depends on no record, so R(a) is at most the largest divergence at a of all in the list, whatever the
-law of the draw. That curve is handed to dp-accounting, whose `RepeatAndSelectDpEvent` has the formulas. Equal scores are decided by
-order of running: the runs are exchangeable, so that is a coin that depends on no record either.
+Which combination is drawn depends on no record, so R(a) is at most the largest divergence at a of all in the list,
+whatever the law of the draw. That curve is handed to dp-accounting, whose `RepeatAndSelectDpEvent` has the formulas.
+Equal scores are decided by order of running: the runs are exchangeable, so that is a coin that depends on no record
+either.
 """
 
 import math
@@ -126,15 +127,16 @@ def spent(selection: Selection, delta: float) -> float:
     if wrong:
         raise AccountingError(f"Cannot account for this selection: {'; '.join(wrong)}.")
     orders, curve = _curve(selection)
-    # the last bit is for the sampler of discrete noise: of up to 2**10 runs on average it is still far above their distance
+    # the last bit is for the sampler of discrete noise: of up to 2**10 runs on average it is still far above their
+    # distance
     found = float(rdp.compute_epsilon(orders, curve, math.nextafter(delta, 0))[0])
     if selection.is_discrete and found > DISCRETE_MOST:
         found = math.inf
     least = epsilon_of_one_run(selection, delta)
     if not (math.isfinite(found) and found >= least * (1 - 1e-6)):  # written so that NaN fails too
         raise AccountingError(
-            f"No epsilon was found for the best of {selection.distribution} {selection.mean:g} runs: the accountant answered {found}, "
-            f"one run costs {least:.6g}. Use more noise"
+            f"No epsilon was found for the best of {selection.distribution} {selection.mean:g} runs: the accountant "
+            f"answered {found}, one run costs {least:.6g}. Use more noise"
         )
     return found
 
@@ -156,12 +158,14 @@ def epsilon_of_one_run(selection: Selection, delta: float) -> float:
 
 
 def target_of_one_run(total: float, delta: float, selection_at: Callable[[float], Selection]) -> float:
-    """The largest epsilon for a single run, five digits, with which the run that is kept uses `total` up to 1 %, and never more.
+    """The largest epsilon for a single run, five digits, with which the run that is kept uses `total` up to 1 %, and
+    never more.
 
     Args:
         total: the target of the whole.
         delta: of both.
-        selection_at: epsilon of one run -> the selection among runs calibrated to it. Only one that was itself evaluated and
+        selection_at: epsilon of one run -> the selection among runs calibrated to it. Only one that was itself
+            evaluated and
             found within the total is returned.
 
     Raises:
@@ -176,8 +180,8 @@ def target_of_one_run(total: float, delta: float, selection_at: Callable[[float]
         low, high = (one, high) if used <= 1 else (low, one)
         if high < total * LEAST:
             raise AccountingError(
-                f"target_epsilon is out of reach: {total:g} for the best of several runs leaves less than {high:.2g} for one. What to do: "
-                "raise the target, or lower the mean number of trials"
+                f"target_epsilon is out of reach: {total:g} for the best of several runs leaves less than {high:.2g} "
+                "for one. What to do: raise the target, or lower the mean number of trials"
             )
         one *= (1 - UNUSED / 2) / used  # the whole grows about as the part
         if not low < one < high:

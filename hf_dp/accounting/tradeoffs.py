@@ -1,12 +1,12 @@
 """Segments of steps go in, how well the best attacker can do comes out: true positives against false positives.
 
-The attacker sees the model, knows every other record, and must say whether one record was trained on. If (epsilon, delta) holds
-for a curve of pairs, a test with false-positive rate a has a true-positive rate of at most
+The attacker sees the model, knows every other record, and must say whether one record was trained on. If (epsilon,
+delta) holds for a curve of pairs, a test with false-positive rate a has a true-positive rate of at most
 
     min over the pairs of  min(delta + e^epsilon a,  1 - e^-epsilon (1 - delta - a))
 
-(Wasserman and Zhou 2010; as a trade-off function: Dong, Roth, Su 2022). Pairs are dp-accounting's upper bounds, so every subset of them
-gives an upper bound too.
+(Wasserman and Zhou 2010; as a trade-off function: Dong, Roth, Su 2022). Pairs are dp-accounting's upper bounds, so
+every subset of them gives an upper bound too.
 """
 
 import math
@@ -26,8 +26,8 @@ PAIRS = 2_000  # of epsilon and delta, evenly from 0: with twice as many no rate
 class Tradeoff(NamedTuple):
     """Upper bounds on any attacker.
 
-    `true_positive_rates[i]` goes with `RATES[i]` of false positives; `advantage` is the largest difference of the two rates at any
-    threshold, and (1 + advantage) / 2 the best guesser's chance of being right about a fair coin.
+    `true_positive_rates[i]` goes with `RATES[i]` of false positives; `advantage` is the largest difference of the two
+    rates at any threshold, and (1 + advantage) / 2 the best guesser's chance of being right about a fair coin.
     """
 
     advantage: float

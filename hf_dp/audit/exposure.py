@@ -1,8 +1,9 @@
-"""A model's losses on planted secrets and on others like them -> exposure: how far up the list of guesses each secret stands.
+"""A model's losses on planted secrets and on others like them -> exposure: how far up the list of guesses each secret
+stands.
 
-Carlini et al. 2019 (The Secret Sharer), definition 2: exposure = log2 |R| - log2 rank, with the rank of a secret's loss among those of all
-R it might have been. Here R is the secret and n others drawn at random, so that it is at most log2(n + 1) bits; a model that never saw the
-secret gives log2 e = 1.44 bits in the mean.
+Carlini et al. 2019 (The Secret Sharer), definition 2: exposure = log2 |R| - log2 rank, with the rank of a secret's loss
+among those of all R it might have been. Here R is the secret and n others drawn at random, so that it is at most log2(n
++ 1) bits; a model that never saw the secret gives log2 e = 1.44 bits in the mean.
 """
 
 import numpy as np
@@ -37,7 +38,7 @@ def exposures(secret_losses: Floats, other_losses: Floats) -> Floats:
 def are_given_away(found: Floats) -> bool:
     """Whether secrets that were never seen would have so much exposure together with a chance of at most 1 %.
 
-    Unseen, a secret's rank is uniform, and minus the logarithm of a uniform number is exponential: the sum is a Gamma variable, or
-    less, as ranks are whole.
+    Unseen, a secret's rank is uniform, and minus the logarithm of a uniform number is exponential: the sum is a Gamma
+    variable, or less, as ranks are whole.
     """
     return bool(stats.gamma.sf(found.sum() * np.log(2), len(found)) <= LEVEL)

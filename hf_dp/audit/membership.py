@@ -1,9 +1,10 @@
 """Losses of many models on the same records, and on which each was trained -> how well members are told from others.
 
-LiRA (Carlini et al. 2022, online, each model the target in turn and the others its shadows), made for few models: a record's confidence
-is normal, its mean without the record and what the record adds to it are estimated from all shadows, the latter shrunk towards the
-mean over records, and so is its variance. A coin of its own says for each record and model whether the one is in the other's data, so
-that a target's coins are independent of all that its scores are made of but the target itself.
+LiRA (Carlini et al. 2022, online, each model the target in turn and the others its shadows), made for few models: a
+record's confidence is normal, its mean without the record and what the record adds to it are estimated from all
+shadows, the latter shrunk towards the mean over records, and so is its variance. A coin of its own says for each record
+and model whether the one is in the other's data, so that a target's coins are independent of all that its scores are
+made of but the target itself.
 
 Legend: M models, n records.
 """
@@ -44,7 +45,8 @@ class Attack(NamedTuple):
 
     Attributes:
         area: under the curve; 0.5 is guessing.
-        rates: (rate of false positives, rate of true ones) for those of `FALSE_POSITIVE_RATES` that have enough non-members.
+        rates: (rate of false positives, rate of true ones) for those of `FALSE_POSITIVE_RATES` that have enough
+            non-members.
         false_positives: rates along the curve, from 0 to 1, for the picture.
         true_positives: the same.
     """
@@ -61,19 +63,22 @@ class Attack(NamedTuple):
 
 
 def lira_scores(losses: Floats, included: Coins) -> Floats:
-    """Log likelihood ratios of "was a member" to "was not", [M, n]: each row's from the losses of the other rows alone, and its own.
+    """Log likelihood ratios of "was a member" to "was not", [M, n]: each row's from the losses of the other rows alone,
+    and its own.
 
     Args:
         losses: each model's loss on each record, 0 or more, [M, n].
         included: whether the record was in the model's training set, [M, n].
 
     Raises:
-        AuditError: other shapes, fewer than `FEWEST_MODELS`, losses that are not finite or below 0, or coins all on one side.
+        AuditError: other shapes, fewer than `FEWEST_MODELS`, losses that are not finite or below 0, or coins all on one
+            side.
     """
     wrong = []
     if losses.ndim != 2 or losses.shape != included.shape or len(losses) < FEWEST_MODELS or losses.shape[1] < 2:
         wrong.append(
-            f"expected a loss and a coin of at least {FEWEST_MODELS} models on 2 records, got {losses.shape} and {included.shape}"
+            f"expected a loss and a coin of at least {FEWEST_MODELS} models on 2 records, got {losses.shape} and "
+            f"{included.shape}"
         )
     if not np.isfinite(losses).all() or (losses < 0).any():
         wrong.append("expected finite losses from 0: did a training diverge?")
@@ -89,8 +94,8 @@ def lira_scores(losses: Floats, included: Coins) -> Floats:
 def measured(scores: Floats, included: Coins) -> Attack:
     """Curve, area and rates of scores [M, n], higher for members; all models' scores under one threshold.
 
-    Intervals are normal, with the standard deviation over records drawn anew, each with all of its models' scores; a rate's is widened
-    to Clopper and Pearson's.
+    Intervals are normal, with the standard deviation over records drawn anew, each with all of its models' scores; a
+    rate's is widened to Clopper and Pearson's.
     """
     order = np.argsort(-scores, axis=None, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores.ravel()[order])), order.size - 1)  # the last of each run of ties
@@ -121,16 +126,20 @@ def ceilings(segments: Sequence[Segment], delta: float, false_positives: Sequenc
 
 
 def is_refuted(scores: Floats, included: Coins, segments: Sequence[Segment], delta: float) -> bool:
-    """Whether the first model's members are told too well for the guarantee of these steps; wrong with 1 - `CONFIDENCE` at most.
+    """Whether the first model's members are told too well for the guarantee of these steps; wrong with 1 - `CONFIDENCE`
+    at most.
 
-    Its records are canaries of an audit in one run (`one_run.py`): their coins are fair and independent, and the guarantee is for each.
+    Its records are canaries of an audit in one run (`one_run.py`): their coins are fair and independent, and the
+    guarantee is for each.
     """
     each = 1 - (1 - CONFIDENCE) / len(SHARES)
     return any(claim_is_refuted(g, segments, delta, each) for g in guess(scores[0], included[0]))
 
 
 def _confidences(losses: Floats) -> Floats:
-    """log p / (1 - p) for p = e^-loss, which is nearly normal (Carlini et al., section V.C), around each model's median."""
+    """log p / (1 - p) for p = e^-loss, which is nearly normal (Carlini et al., section V.C), around each model's
+    median.
+    """
     found = -np.log(np.expm1(np.clip(losses, LEAST_LOSS, 700.0)))
     return np.asarray(found - np.median(found, axis=1, keepdims=True))
 
@@ -145,7 +154,8 @@ def _ratio(target: Floats, shadows: Floats, included: Coins) -> Floats:
     freedom_in, freedom_out = np.maximum(0, num_in - 1), np.maximum(0, num_out - 1)
     var_in = max(1e-12, squares_in.sum() / max(1, freedom_in.sum()))
     var_out = max(1e-12, squares_out.sum() / max(1, freedom_out.sum()))
-    # what the record adds: x_in - x_out where both were seen, shrunk towards its mean as far as it is noise (James and Stein)
+    # what the record adds: x_in - x_out where both were seen, shrunk towards its mean as far as it is noise (James and
+    # Stein)
     both = (num_in > 0) & (num_out > 0)
     error = var_in / np.maximum(1, num_in) + var_out / np.maximum(1, num_out)
     difference = mean_in - mean_out

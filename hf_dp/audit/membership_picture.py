@@ -1,4 +1,6 @@
-"""Attacks on private models and on others, and a guarantee -> a picture: true against false positives, both axes logarithmic."""
+"""Attacks on private models and on others, and a guarantee -> a picture: true against false positives, both axes
+logarithmic.
+"""
 
 import math
 from collections.abc import Mapping, Sequence

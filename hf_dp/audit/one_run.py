@@ -1,12 +1,13 @@
-"""Counts of right guesses about coins -> lower bounds on epsilon from one training run, and what so many canaries can show at most.
+"""Counts of right guesses about coins -> lower bounds on epsilon from one training run, and what so many canaries can
+show at most.
 
-m canaries are each put into the data by a fair coin of its own. After training the auditor names r of them as in or out, abstaining on the
-rest, and v of the r are right. A mechanism that is (epsilon, delta)-DP, or has the trade-off function f, makes many right guesses
-unlikely; the bound is the least privacy parameter that the counts do not refute.
+m canaries are each put into the data by a fair coin of its own. After training the auditor names r of them as in or
+out, abstaining on the rest, and v of the r are right. A mechanism that is (epsilon, delta)-DP, or has the trade-off
+function f, makes many right guesses unlikely; the bound is the least privacy parameter that the counts do not refute.
 
-`epsilon_bound`: Steinke, Nasr, Jagielski 2023, theorem for approximate differential privacy. `mu_bound`: Mahloujifar, Melis,
-Chaudhuri 2024, for the family of Gaussian trade-off functions; it is higher, and true of a run's epsilon only as far as the run's
-trade-off function is in that family. `refutes` takes any trade-off function, such as the claim's own.
+`epsilon_bound`: Steinke, Nasr, Jagielski 2023, theorem for approximate differential privacy. `mu_bound`: Mahloujifar,
+Melis, Chaudhuri 2024, for the family of Gaussian trade-off functions; it is higher, and true of a run's epsilon only as
+far as the run's trade-off function is in that family. `refutes` takes any trade-off function, such as the claim's own.
 
 Symbols: m canaries, r guesses, v right ones, tau = 1 - confidence.
 """
@@ -62,7 +63,8 @@ def refutes(guesses: Guesses, inverse_blow_up: InverseBlowUp, confidence: float 
 
     Args:
         guesses: m, r, v.
-        inverse_blow_up: x -> f(1 - x) for a symmetric f: the least probability, with a canary's coin reversed, of what has
+        inverse_blow_up: x -> f(1 - x) for a symmetric f: the least probability, with a canary's coin reversed, of what
+            has
             probability x.
         confidence: 1 - tau.
     """
@@ -105,7 +107,9 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 class Bounds(NamedTuple):
-    """Lower bounds on epsilon at the run's delta: of the general theorem, and under the hypothesis of a Gaussian trade-off."""
+    """Lower bounds on epsilon at the run's delta: of the general theorem, and under the hypothesis of a Gaussian
+    trade-off.
+    """
 
     epsilon: float
     epsilon_gaussian: float
@@ -124,8 +128,8 @@ def ceiling(num_canaries: int, delta: float, confidence: float = 0.95) -> Bounds
 def _first_not_refuted(refuted: Callable[[float], bool]) -> float:
     """inf {x >= 0: not refuted(x)}, from below: the least bracket of a grid, then bisection.
 
-    The first and not the last: were the true x not refuted, then neither is the result above it, whether or not `refuted` is
-    monotone.
+    The first and not the last: were the true x not refuted, then neither is the result above it, whether or not
+    `refuted` is monotone.
     """
     grid = np.linspace(0.0, TOP, STEPS)
     upper = next((i for i, x in enumerate(grid) if not refuted(float(x))), None)

@@ -1,7 +1,8 @@
-"""Scores and coins of an audited run -> what privacy.json says of its audit; the same numbers computed again, by whoever doubts them.
+"""Scores and coins of an audited run -> what privacy.json says of its audit; the same numbers computed again, by
+whoever doubts them.
 
-Two tests at half the error each, so that together they are wrong with a probability of 1 - CONFIDENCE at most: the general lower
-bound on epsilon, and whether the run's own trade-off function is refuted.
+Two tests at half the error each, so that together they are wrong with a probability of 1 - CONFIDENCE at most: the
+general lower bound on epsilon, and whether the run's own trade-off function is refuted.
 """
 
 import math
@@ -26,7 +27,9 @@ METHOD = "one run: Steinke, Nasr, Jagielski 2023; f-DP: Mahloujifar, Melis, Chau
 
 
 class Counts(NamedTuple):
-    """What an audit saw: (guesses, right ones) for each of `SHARES`; the area under the curve, and the positive control's, if any."""
+    """What an audit saw: (guesses, right ones) for each of `SHARES`; the area under the curve, and the positive
+    control's, if any.
+    """
 
     kind: str
     num_canaries: int

@@ -1,7 +1,8 @@
 """Canaries' scores and coins -> guesses about the coins; and how to score canaries.
 
-A higher score says that the canary was trained on. The k highest are guessed in and the k lowest out, for several k that are fixed in
-advance; each k gets its share of the error probability, so that the best of them may be reported (Bonferroni).
+A higher score says that the canary was trained on. The k highest are guessed in and the k lowest out, for several k
+that are fixed in advance; each k gets its share of the error probability, so that the best of them may be reported
+(Bonferroni).
 """
 
 import numpy as np
@@ -15,7 +16,9 @@ Floats = NDArray[np.float64]
 
 
 def guess(scores: Floats, included: NDArray[np.bool_]) -> list[Guesses]:
-    """One set of guesses for each of `SHARES`: half of them the highest scores, guessed in, half the lowest, guessed out."""
+    """One set of guesses for each of `SHARES`: half of them the highest scores, guessed in, half the lowest, guessed
+    out.
+    """
     order = np.argsort(scores, kind="stable")
     found = []
     for share in SHARES:
@@ -38,7 +41,8 @@ def log_likelihood_ratio(projections: Floats, sample_rate: float, noise_multipli
     The best that can be said of a canary whose clipped gradient is the whole clip norm along a direction of its own.
 
     Args:
-        projections: x, [T, m]: each step's noisy sum along the canary's direction, over C. 1 + noise where it was drawn, else noise.
+        projections: x, [T, m]: each step's noisy sum along the canary's direction, over C. 1 + noise where it was
+            drawn, else noise.
         sample_rate: q.
         noise_multiplier: sigma, above 0.
     """

@@ -1,4 +1,6 @@
-"""Kinds of noise, a unit and what was declared -> the sentences of a record: what was run, what is assumed, what is covered."""
+"""Kinds of noise, a unit and what was declared -> the sentences of a record: what was run, what is assumed, what is
+covered.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -21,24 +23,26 @@ WHOLE_NUMBERS = {
 }
 EPSILON_OF_SELECTION = "RDP of the best of a random number of runs, an upper bound"
 IDEALIZED = (
-    "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No claim "
-    "is made against attacks on floating-point rounding."
+    "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No "
+    "claim is made against attacks on floating-point rounding."
 )
 ON_THE_GRID = (
-    "Each example's clipped gradient is rounded to whole numbers whose norm is bounded exactly, and sum and noise are whole numbers, "
-    "drawn and added without rounding. The floating point before may do what it likes, but it works on one example at a time: what comes "
-    "of an example depends on it, on the released weights and on its own dropout mask, and on no other example.",
+    "Each example's clipped gradient is rounded to whole numbers whose norm is bounded exactly, and sum and noise are "
+    "whole numbers, drawn and added without rounding. The floating point before may do what it likes, but it works on "
+    "one example at a time: what comes of an example depends on it, on the released weights and on its own dropout "
+    "mask, and on no other example.",
     "The random bits behind draws, noise and dropout masks are as good as independent and uniform.",
 )
 ASSUMPTIONS = (
     "The number of training {units} is public.",
-    "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the operating "
-    "system, which is never stored.",
+    "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the "
+    "operating system, which is never stored.",
     "One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",
 )
 RUN_AS_DRAWN = (
-    "The number of runs was drawn, once, by the randomness of the operating system and nobody knew it before the last one had ended; each "
-    "run drew its settings from a fixed list; none was left out, repeated or stopped because of what it showed."
+    "The number of runs was drawn, once, by the randomness of the operating system and nobody knew it before the last "
+    "one had ended; each run drew its settings from a fixed list; none was left out, repeated or stopped because of "
+    "what it showed."
 )
 OTHER_RUNS = "The other runs that this model was selected from: their models, scores, curves and number, none of which is given away."
 SCORES = "The score by which this model was selected is computed on evaluation data, whose own records this epsilon does not protect."
@@ -47,10 +51,10 @@ GROUP_SAMPLER = (
     "Poisson: each group by itself, afresh in each step; of a drawn group one record, each as likely as another"
 )
 COVERED = (
-    "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were computed from "
-    "the noisy sums alone.",
-    "Whatever is made from the model without the training records: merged, converted or quantised weights, and all that it "
-    "generates.",
+    "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were "
+    "computed from the noisy sums alone.",
+    "Whatever is made from the model without the training records: merged, converted or quantised weights, and all "
+    "that it generates.",
 )
 NOT_COVERED = (
     "What the base model and its tokenizer had learnt before, from whatever data.",
@@ -76,7 +80,9 @@ class Sentences(NamedTuple):
 
 
 def kind_of(noises: Iterable[str]) -> dict[str, str]:
-    """The words for a mechanism, or an account, of these kinds of noise: whole numbers where all are, or where one is for an account."""
+    """The words for a mechanism, or an account, of these kinds of noise: whole numbers where all are, or where one is
+    for an account.
+    """
     return WHOLE_NUMBERS if DISCRETE in noises else GAUSSIAN
 
 
@@ -86,7 +92,9 @@ def sampler(unit: str) -> str:
 
 
 def sentences(public_eval: bool, noises: Sequence[str], unit: str, *, selected: bool = False) -> Sentences:
-    """The sentences for a run with these kinds of noise and this unit; `public_eval` is whether evaluation data were declared public."""
+    """The sentences for a run with these kinds of noise and this unit; `public_eval` is whether evaluation data were
+    declared public.
+    """
     named = ", then ".join(GENERATOR_NAMES[name] for name in sorted({*map(generator_of, noises)}, reverse=True))
     named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s")}
     arithmetic = ON_THE_GRID if {*noises} == {DISCRETE} else (IDEALIZED,)

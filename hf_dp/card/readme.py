@@ -1,7 +1,8 @@
 """The text of README.md -> the same text with our YAML block, tags and section in it.
 
-A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` of the one and
-what stands between START and END in the other; all else is the user's, PEFT's or Trainer's, and stays to the character.
+A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` of the one
+and what stands between START and END in the other; all else is the user's, PEFT's or Trainer's, and stays to the
+character.
 """
 
 import json
@@ -72,8 +73,8 @@ def with_section(text: str, section: str) -> str:
         return f"{text}{newline if text and not text.endswith(newline) else ''}{newline}{marked}{newline}"
     if kinds != ["start", "end"]:
         raise ConfigError(
-            f"README.md: expected the privacy section between one start and one end mark, got {', '.join(kinds)}. Delete the "
-            "old section with its marks (<!-- hf_dp: privacy section ... -->); it is then written anew."
+            f"README.md: expected the privacy section between one start and one end mark, got {', '.join(kinds)}. "
+            "Delete the old section with its marks (<!-- hf_dp: privacy section ... -->); it is then written anew."
         )
     return text[: marks[0].start()] + marked + text[marks[1].end() :]
 

@@ -1,7 +1,7 @@
 """`privacy.json` of any version -> `Record`, frozen and typed, as the newest version has it; and back to JSON.
 
-What a file of an older version lacks is filled in here and nowhere else. `schema_version` stays what the file says, because a record is
-written again as it was, and because what a version claims depends on it.
+What a file of an older version lacks is filled in here and nowhere else. `schema_version` stays what the file says,
+because a record is written again as it was, and because what a version claims depends on it.
 """
 
 import json
@@ -71,7 +71,9 @@ class RecordedLevel:
 
 @dataclass(frozen=True)
 class RecordedMechanism:
-    """What was planned; the schema explains each field. The noise multiplier is that of everything that a step releases."""
+    """What was planned; the schema explains each field. The noise multiplier is that of everything that a step
+    releases.
+    """
 
     name: str
     num_examples: int
@@ -124,7 +126,8 @@ class RecordedSelection:
 class Record:
     """Everything that privacy.json says. The schema explains each field; an infinite epsilon is `math.inf`.
 
-    Where a file's version has no such field: no `epsilon_at`, `covered` and `plans`, `tradeoff` and `epsilon_of_steps_taken` are None.
+    Where a file's version has no such field: no `epsilon_at`, `covered` and `plans`, `tradeoff` and
+    `epsilon_of_steps_taken` are None.
     """
 
     schema_version: int
@@ -248,7 +251,8 @@ def in_json(epsilon: float) -> float | str:
     return epsilon if math.isfinite(epsilon) else INFINITE
 
 
-# ---- JSON that the schema has accepted -> the parts of a record ----------------------------------------------------------
+# ---- JSON that the schema has accepted -> the parts of a record
+# ----------------------------------------------------------
 
 
 def _record(given: _Values) -> Record:
@@ -293,7 +297,8 @@ def _renamed(given: _Values) -> _Values:
     return {"joint_noise_multiplier" if k == "noise_multiplier" else k: v for k, v in given.items()}
 
 
-# ---- and back ------------------------------------------------------------------------------------------------------------
+# ---- and back
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _selection_stated(selection: RecordedSelection) -> dict[str, object]:

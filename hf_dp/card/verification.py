@@ -1,7 +1,8 @@
-"""A model folder -> what its card, `privacy.json` and ledger claim, each claim checked against a computation of our own.
+"""A model folder -> what its card, `privacy.json` and ledger claim, each claim checked against a computation of our
+own.
 
-Nothing in the folder is believed: epsilon is computed again from the steps, the ledger's hash chain is followed, and the card is rendered
-again and compared. The form is that of privacy.schema.json, which knows all versions ever written.
+Nothing in the folder is believed: epsilon is computed again from the steps, the ledger's hash chain is followed, and
+the card is rendered again and compared. The form is that of privacy.schema.json, which knows all versions ever written.
 
 What no computation can tell:
 
@@ -10,7 +11,8 @@ What no computation can tell:
   may be left out, it is enough to make record, card and picture anew;
 - whether a model that was selected from several runs was selected as it says, and from no other runs than it lists;
 - what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned in `mechanism`, levels
-  of a schedule that are not the last taken, versions of libraries, the words of a declaration when card and record are both changed.
+  of a schedule that are not the last taken, versions of libraries, the words of a declaration when card and record are
+  both changed.
 """
 
 import math
@@ -180,7 +182,9 @@ def claimed_of(record: Record) -> tuple[Segment, ...]:
 
 
 def _selection(record: Record, stated: RecordedSelection) -> Iterator[Check]:
-    """Epsilon of the whole, from the runs that were planned; the one that was kept is one of them, as its own segments say."""
+    """Epsilon of the whole, from the runs that were planned; the one that was kept is one of them, as its own segments
+    say.
+    """
     delta = record.delta
     try:
         selected = stated.selection()
@@ -216,7 +220,9 @@ def _within(epsilon: float, target: float | None, name: str) -> Iterator[Check]:
 
 
 def _audit(record: Record) -> Iterator[Check]:
-    """The bounds follow from the counts, and do not contradict the claim. Counts and areas under curves are taken as they are."""
+    """The bounds follow from the counts, and do not contradict the claim. Counts and areas under curves are taken as
+    they are.
+    """
     if record.audit is None:
         return
     claim = record.epsilon if record.private else math.inf

@@ -1,6 +1,8 @@
-"""A model's folder -> which of its files leave for the Hub: those that a model is made of, by an allow-list. Imports no torch.
+"""A model's folder -> which of its files leave for the Hub: those that a model is made of, by an allow-list. Imports no
+torch.
 
-Whatever else lies there stays: keys, records, logs, states that only resuming needs. A symbolic link stays too, wherever it points to.
+Whatever else lies there stays: keys, records, logs, states that only resuming needs. A symbolic link stays too,
+wherever it points to.
 """
 
 from fnmatch import fnmatchcase
@@ -58,7 +60,9 @@ class Leaving(NamedTuple):
 
 
 def leaving(folder: Path, *, resumable: bool = False) -> Leaving:
-    """What of `folder` leaves: the model, and, where it is pushed for others to resume from, the states of a checkpoint."""
+    """What of `folder` leaves: the model, and, where it is pushed for others to resume from, the states of a
+    checkpoint.
+    """
     allowed = ALLOWED + OF_A_CHECKPOINT if resumable else ALLOWED
     files, behind = [], []
     for path in sorted(folder.iterdir()):

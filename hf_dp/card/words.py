@@ -20,8 +20,8 @@ SHARES = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10"}  # the false-po
 def yaml_block(record: Record) -> dict[str, object]:
     """The `privacy:` block of the model card's YAML. Epsilon is rounded up.
 
-    After a change of settings in the middle of a run, noise_multiplier, sample_rate, num_steps and clip_norm are lists with
-    an entry a segment, in the order of training.
+    After a change of settings in the middle of a run, noise_multiplier, sample_rate, num_steps and clip_norm are lists
+    with an entry a segment, in the order of training.
     """
     return {
         "epsilon": _rounded_up(in_json(record.epsilon), digits=5),
@@ -103,10 +103,11 @@ def _with_selection(text: str, selection: RecordedSelection) -> str:
     """The section and, after its first paragraph, what was selected from what."""
     words = (
         "**Selected from a random number of runs.** This training was run a number of times drawn from the "
-        f"{selection.distribution} distribution with mean {selection.mean:g}, each time with settings drawn from a fixed list "
-        "and fresh randomness, and the model with the best score was kept. Epsilon, and all that follows from it here, is that of "
-        "the whole: the runs, their number and the choice. A single run by itself has epsilon "
-        f"{_rounded_up(selection.epsilon_of_one_run, digits=3)}. What else the runs gave is not part of this model and not covered."
+        f"{selection.distribution} distribution with mean {selection.mean:g}, each time with settings drawn from a "
+        "fixed list and fresh randomness, and the model with the best score was kept. Epsilon, and all that follows "
+        "from it here, is that of the whole: the runs, their number and the choice. A single run by itself has "
+        f"epsilon {_rounded_up(selection.epsilon_of_one_run, digits=3)}. What else the runs gave is not part of this "
+        "model and not covered."
     )
     return _after_first_paragraph(text, words)
 
@@ -117,7 +118,9 @@ def _after_first_paragraph(text: str, words: str) -> str:
 
 
 def steps_claimed(record: Record) -> int:
-    """The steps of the longest plan, or those taken, if they are more; what records before version 3 claim is the steps taken."""
+    """The steps of the longest plan, or those taken, if they are more; what records before version 3 claim is the steps
+    taken.
+    """
     return max([record.num_steps, *(sum(s.num_steps for s in plan) for plan in record.plans)])
 
 
@@ -130,14 +133,17 @@ def _plan_in_words(record: Record) -> str:
     """What is claimed of a run that took fewer steps than planned, and what holds for those that it took."""
     alone = _rounded_up(in_json(record.epsilon_of_steps_taken or 0.0), digits=3)
     return (
-        f"**Steps taken: {record.num_steps:,} of {steps_claimed(record):,}.** Epsilon is that of the whole plan, because when a "
-        f"training ends may follow from what it released (a filter). Epsilon of {record.num_steps:,} steps alone, {alone}, would hold "
-        "only had that number been fixed beforehand (an odometer; Rogers et al. 2016)."
+        f"**Steps taken: {record.num_steps:,} of {steps_claimed(record):,}.** Epsilon is that of the whole plan, "
+        f"because when a training ends may follow from what it released (a filter). Epsilon of {record.num_steps:,} "
+        f"steps alone, {alone}, would hold only had that number been fixed beforehand (an odometer; Rogers et al. "
+        "2016)."
     )
 
 
 def attackers_limits(record: Record) -> list[tuple[str, str]]:
-    """How many are wrongly accused, how many are rightly found at most: three points of the trade-off curve; none without one."""
+    """How many are wrongly accused, how many are rightly found at most: three points of the trade-off curve; none
+    without one.
+    """
     curve = record.tradeoff
     if not curve:
         return []
@@ -150,12 +156,13 @@ def _with_audit(text: str, audit: AuditRecord) -> str:
     seen = "the noisy sums of all steps" if audit.kind == "gradient" else "the loss of the finished model on them"
     shares = ", ".join(f"{v} of {r}" for r, v in audit.guesses)
     words = (
-        f"{audit.num_canaries:,} of the records are canaries ({audit.kind}): made up, each trained on or left out by a fair "
-        f"coin of its own. Guessing the coins from {seen}, right guesses were {shares} (area under the curve "
+        f"{audit.num_canaries:,} of the records are canaries ({audit.kind}): made up, each trained on or left out by a "
+        f"fair coin of its own. Guessing the coins from {seen}, right guesses were {shares} (area under the curve "
         f"{audit.area_under_curve:.3f}). With a confidence of {audit.confidence:.0%} epsilon is at least "
-        f"**{audit.epsilon_at_least:.3f}** ({audit.epsilon_at_least_if_gaussian:.3f} were its trade-off function Gaussian); so "
-        f"many canaries can show {audit.ceiling:.3f} at most ({audit.ceiling_if_gaussian:.3f}). Method: {audit.method}; "
-        f"{power(audit.control_area_under_curve)}. A bound below the claim is no evidence of more privacy than claimed."
+        f"**{audit.epsilon_at_least:.3f}** ({audit.epsilon_at_least_if_gaussian:.3f} were its trade-off function "
+        f"Gaussian); so many canaries can show {audit.ceiling:.3f} at most ({audit.ceiling_if_gaussian:.3f}). Method: "
+        f"{audit.method}; {power(audit.control_area_under_curve)}. A bound below the claim is no evidence of more "
+        "privacy than claimed."
     )
     if not audit.refuted:
         return f"{text.rstrip()}\n\n**Audit.** {words}\n"
@@ -181,8 +188,9 @@ def released(loss_bound: float | None) -> str:
     if loss_bound is None:
         return "the gradient"
     return (
-        f"the gradient, the training loss (each example's clamped to [0, {loss_bound:g}]) and the batch size, all with noise, as "
-        f"one release inside this epsilon; sigma is that of the whole release, the gradient has sqrt(1 + 2 / {METRIC_NOISE:g}²) of it"
+        f"the gradient, the training loss (each example's clamped to [0, {loss_bound:g}]) and the batch size, all with "
+        "noise, as one release inside this epsilon; sigma is that of the whole release, the gradient has sqrt(1 + 2 / "
+        f"{METRIC_NOISE:g}²) of it"
     )
 
 

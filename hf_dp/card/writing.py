@@ -1,6 +1,8 @@
-"""Mechanism + ledger -> a `Record`, and from it `privacy.json`, and in README.md a `privacy:` block, two tags and a section in words.
+"""Mechanism + ledger -> a `Record`, and from it `privacy.json`, and in README.md a `privacy:` block, two tags and a
+section in words.
 
-Everything written is public: settings, counts of steps, epsilon. Nothing that was computed on a training record goes in.
+Everything written is public: settings, counts of steps, epsilon. Nothing that was computed on a training record goes
+in.
 """
 
 import math
@@ -58,15 +60,18 @@ def privacy_record(
 ) -> Record:
     """Every number that is needed to compute epsilon again, what is assumed, and what is not covered. All of it public.
 
-    Epsilon is that of the costliest plan under which a step was taken. It is not that of the steps charged so far: their number may
-    follow from what they released, so their epsilon stands beside it as `epsilon_of_steps_taken`. Where nothing may be claimed (no noise,
-    a debugging seed) every epsilon is infinite, `private` is False and `reason` says why.
+    Epsilon is that of the costliest plan under which a step was taken. It is not that of the steps charged so far:
+    their number may follow from what they released, so their epsilon stands beside it as `epsilon_of_steps_taken`.
+    Where nothing may be claimed (no noise, a debugging seed) every epsilon is infinite, `private` is False and `reason`
+    says why.
 
     Args:
         mechanism: what was planned.
-        ledger: what was charged, and under which plans (where it has none, that of `mechanism`); of the same N, unit, relation and delta.
+        ledger: what was charged, and under which plans (where it has none, that of `mechanism`); of the same N, unit,
+            relation and delta.
         libraries: name -> version, as `library_versions()` gives them.
-        declared: what the user vouched for: `public_eval`, and anything else worth recording (public, and possible in JSON).
+        declared: what the user vouched for: `public_eval`, and anything else worth recording (public, and possible in
+            JSON).
         audit: what the canaries of an audited run showed.
 
     Raises:
@@ -114,7 +119,8 @@ def privacy_record(
 
 
 def with_selection(record: Record, selected: Selection) -> Record:
-    """The record of one run -> that of the run which a selection kept: epsilon is that of the runs and the choice together.
+    """The record of one run -> that of the run which a selection kept: epsilon is that of the runs and the choice
+    together.
 
     Raises:
         AccountingError: the selection has no finite epsilon.
@@ -137,13 +143,13 @@ def with_selection(record: Record, selected: Selection) -> Record:
 def write_card(folder: str | Path, record: Record) -> None:
     """Writes `privacy.json` and the picture of its trade-off curve into `folder`, and states the record in README.md.
 
-    README.md is made where there is none. Of an existing one, only the `privacy:` block, the two tags (taken away where nothing may be
-    claimed) and the text between hf_dp's own comment marks are changed; every other character stays.
+    README.md is made where there is none. Of an existing one, only the `privacy:` block, the two tags (taken away where
+    nothing may be claimed) and the text between hf_dp's own comment marks are changed; every other character stays.
     Writing twice is writing once. Each file is replaced in one piece or not at all.
 
     Raises:
-        ConfigError: README.md is not UTF-8, its YAML cannot be read, or its marks are damaged; it is then left alone, and
-            privacy.json is written all the same.
+        ConfigError: README.md is not UTF-8, its YAML cannot be read, or its marks are damaged; it is then left alone,
+            and privacy.json is written all the same.
     """
     folder = Path(folder)
     durable.replace(folder / PRIVACY_JSON, to_json(record.stated()).encode())

@@ -35,8 +35,8 @@ def audit(
 
     First a positive control, without noise, on the canaries alone: an audit without power finds nothing in any run.
 
-    With --membership 16: LiRA, an attack on the recipe as it stands, at its own epsilon. Sixteen models, and sixteen more without
-    noise, each on a random half of the records; none is kept.
+    With --membership 16: LiRA, an attack on the recipe as it stands, at its own epsilon. Sixteen models, and sixteen
+    more without noise, each on a random half of the records; none is kept.
     """
     from hf_dp.cli.folders import no_empty_folder
     from hf_dp.cli.libraries import quiet
@@ -72,7 +72,8 @@ def _audited(asked: "Recipe", config: "AuditConfig") -> None:
 
     if (asked.output_dir / LEDGER_NAME).exists():
         raise LedgerError(
-            f"{asked.output_dir} holds the ledger of another training: choose another folder (training.output_dir=FOLDER)"
+            f"{asked.output_dir} holds the ledger of another training: choose another folder "
+            "(training.output_dir=FOLDER)"
         )
     control = _control(asked, config)
     trainer = task.build(asked, audit=dataclasses.replace(config, control_auc=control))

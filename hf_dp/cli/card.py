@@ -1,4 +1,6 @@
-"""A folder with its privacy.json -> README.md with the section, YAML block, tags and picture that belong to it. Imports no torch."""
+"""A folder with its privacy.json -> README.md with the section, YAML block, tags and picture that belong to it. Imports
+no torch.
+"""
 
 from pathlib import Path
 from typing import Annotated

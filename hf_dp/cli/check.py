@@ -1,4 +1,6 @@
-"""A recipe -> the inventory of what it would train, the self-check and the plan. Trains nothing, leaves nothing on disk."""
+"""A recipe -> the inventory of what it would train, the self-check and the plan. Trains nothing, leaves nothing on
+disk.
+"""
 
 import tempfile
 from pathlib import Path

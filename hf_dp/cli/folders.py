@@ -9,7 +9,9 @@ from hf_dp.errors import HfDpError
 
 @contextmanager
 def no_empty_folder(folder: Path) -> Iterator[None]:
-    """Takes away the empty folders that a failed start has made: `folder` and its new parents, never anything with content."""
+    """Takes away the empty folders that a failed start has made: `folder` and its new parents, never anything with
+    content.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield

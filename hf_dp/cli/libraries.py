@@ -4,7 +4,9 @@ import warnings
 
 
 def quiet() -> None:
-    """Errors only from transformers, datasets and Python's warnings; bars for downloads stay, bars for loading weights go."""
+    """Errors only from transformers, datasets and Python's warnings; bars for downloads stay, bars for loading weights
+    go.
+    """
     import datasets
     import transformers
 

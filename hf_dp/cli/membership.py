@@ -1,7 +1,8 @@
-"""A recipe -> models trained on random halves of its records, the losses of all on all, and how well members are told from others.
+"""A recipe -> models trained on random halves of its records, the losses of all on all, and how well members are told
+from others.
 
-Each record is in a model's data by a coin of its own, and where it is not an empty one stands in its place: N, q, sigma and T are the
-recipe's, and so is what the guarantee allows. The models are never saved.
+Each record is in a model's data by a coin of its own, and where it is not an empty one stands in its place: N, q, sigma
+and T are the recipe's, and so is what the guarantee allows. The models are never saved.
 """
 
 import dataclasses

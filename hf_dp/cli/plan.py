@@ -1,4 +1,6 @@
-"""Sizes and a target -> the plan: noise, steps, epsilon, each with its rule; and what the run costs. Imports torch for a model alone."""
+"""Sizes and a target -> the plan: noise, steps, epsilon, each with its rule; and what the run costs. Imports torch for
+a model alone.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,7 +34,9 @@ def plan(
     micro_batch_tokens: Annotated[int | None, typer.Option(help="Cost: the most tokens of a micro-batch.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Cost: tokens of an example, padded. Default 256.")] = None,
 ) -> None:
-    """Says what noise a target epsilon needs, or what epsilon a noise gives, before any data or model is there; and what it costs."""
+    """Says what noise a target epsilon needs, or what epsilon a noise gives, before any data or model is there; and
+    what it costs.
+    """
     from hf_dp import accounting
     from hf_dp.config import PrivacyConfig
     from hf_dp.errors import ConfigError

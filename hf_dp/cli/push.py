@@ -1,4 +1,6 @@
-"""A model's folder -> a repository on the Hub, after its card was verified; of it what a model is made of. Imports no torch."""
+"""A model's folder -> a repository on the Hub, after its card was verified; of it what a model is made of. Imports no
+torch.
+"""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -25,7 +27,8 @@ def push(
     failed = [check.name for check in verify(folder) if not check.holds]
     if failed:
         raise ConfigError(
-            f"nothing was uploaded, because the card is not what can be verified ({'; '.join(failed)}): see `hf-dp verify {folder}`"
+            f"nothing was uploaded, because the card is not what can be verified ({'; '.join(failed)}): see `hf-dp "
+            f"verify {folder}`"
         )
     found = leaving(folder)
     needed = [name for name in ("README.md", "privacy.json") if name not in found.files]
@@ -33,8 +36,8 @@ def push(
         needed.append(WEIGHTS[-1] if "adapter_config.json" in found.files else WEIGHTS[0])
     if needed:
         raise ConfigError(
-            f"nothing was uploaded, because {folder} has no {', '.join(needed)} of its own (symbolic links are not followed): save the "
-            "model there, and push again"
+            f"nothing was uploaded, because {folder} has no {', '.join(needed)} of its own (symbolic links are not "
+            "followed): save the model there, and push again"
         )
     if found.behind:
         print(found.words)
@@ -61,7 +64,8 @@ def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) 
         Exception
     ) as error:  # huggingface_hub's own, or of the HTTP library beneath it, which changes with its version
         raise ConfigError(
-            f"{folder} was not pushed to {repository}: {first_line(error)}. {_remedy(error)}. The folder is as it was; try again any time"
+            f"{folder} was not pushed to {repository}: {first_line(error)}. {_remedy(error)}. The folder is as it was; "
+            "try again any time"
         ) from error
 
 

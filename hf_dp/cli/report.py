@@ -1,4 +1,6 @@
-"""A model's folder or Hub name -> one HTML page of what was trained, claimed and checked. Exit status as of verify. Imports no torch."""
+"""A model's folder or Hub name -> one HTML page of what was trained, claimed and checked. Exit status as of verify.
+Imports no torch.
+"""
 
 from pathlib import Path
 from typing import Annotated

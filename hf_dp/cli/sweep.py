@@ -26,8 +26,9 @@ def sweep(
 ) -> None:
     """Chooses settings: trains combinations of them and keeps the model with the least validation loss.
 
-    The recipe's privacy.target_epsilon is the total: what the selected model's card says, the selection included, is at most
-    that. All trials have the same, smaller epsilon. Only OUT/selected may be published; all else in the folder is private.
+    The recipe's privacy.target_epsilon is the total: what the selected model's card says, the selection included, is at
+    most that. All trials have the same, smaller epsilon. Only OUT/selected may be published; all else in the folder is
+    private.
     """
     from hf_dp.cli.folders import no_empty_folder
     from hf_dp.cli.libraries import quiet
@@ -66,8 +67,8 @@ def _swept(asked: "Asked", *, resume: bool) -> None:
         found = run.run(asked, state, tell)
     if found is None:
         print(
-            "The number of trials drawn is 0: no model was selected, and none is. (geometric and logarithmic numbers are 1 or more.) "
-            "Another sweep is a second one on the same data, and what both tell adds up."
+            "The number of trials drawn is 0: no model was selected, and none is. (geometric and logarithmic numbers "
+            "are 1 or more.) Another sweep is a second one on the same data, and what both tell adds up."
         )
         raise typer.Exit(1)
     _show(asked.folder, found)
@@ -113,8 +114,8 @@ def _show(folder: Path, found: "SweepResult") -> None:
     print_table(f"Convergence on the validation set. {found['note']}", columns, rows)
     total, together = round_up(found["epsilon_selected"]), round_up(found["epsilon_all_published"])
     print(
-        f"Selected model: epsilon {total:.5g} at delta {found['delta']:g}, the selection included. Were all {len(rows)} trials "
-        f"published: {together:.5g}."
+        f"Selected model: epsilon {total:.5g} at delta {found['delta']:g}, the selection included. Were all "
+        f"{len(rows)} trials published: {together:.5g}."
     )
     print(f"Model: {folder / SELECTED}\nCard: {folder / SELECTED / 'README.md'}")
     print(f"Not for publication: {folder / 'sweep.json'}, {folder / 'sweep.png'}, {folder / 'trials'}")

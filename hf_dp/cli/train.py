@@ -34,8 +34,9 @@ def _run(asked: "Recipe") -> None:
     resume = asked.training.get("resume_from_checkpoint")
     if not resume and has_steps(asked.output_dir / LEDGER_NAME):
         raise LedgerError(
-            f"{asked.output_dir} holds the ledger of another training. Choose another folder (training.output_dir=FOLDER), or "
-            "resume that run (training.resume_from_checkpoint=true); what was spent on the same data adds up either way"
+            f"{asked.output_dir} holds the ledger of another training. Choose another folder "
+            "(training.output_dir=FOLDER), or resume that run (training.resume_from_checkpoint=true); what was spent "
+            "on the same data adds up either way"
         )
     trainer = task.build(asked)
     before = task.evaluate(trainer)
@@ -60,6 +61,7 @@ def _print_end(trainer: "DPTrainer", asked: "Recipe") -> None:
         print(f"NOT PRIVATE: epsilon is infinite, after {spent.num_steps} steps.")
     if trainer.eval_dataset is not None and not asked.privacy.public_eval:
         print(
-            "The numbers on the validation set are not covered by it (privacy.public_eval=true declares that set public)."
+            "The numbers on the validation set are not covered by it (privacy.public_eval=true declares that set "
+            "public)."
         )
     print(f"Model: {folder}\nCard: {folder / 'README.md'}\nRecord: {folder / PRIVACY_JSON}")

@@ -1,4 +1,6 @@
-"""A model's folder or Hub name -> whether its card is true, as far as computation can tell. Exit status 0 or 1. Imports no torch."""
+"""A model's folder or Hub name -> whether its card is true, as far as computation can tell. Exit status 0 or 1. Imports
+no torch.
+"""
 
 from typing import Annotated
 

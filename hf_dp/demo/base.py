@@ -1,4 +1,5 @@
-"""Public records -> the model that the demo starts from: a byte-level BPE tokenizer and a small Llama, saved in one folder.
+"""Public records -> the model that the demo starts from: a byte-level BPE tokenizer and a small Llama, saved in one
+folder.
 
 Both see the public half only, so nothing in them depends on a private record.
 """

@@ -19,8 +19,8 @@ def fresh_folder(folder: Path) -> bool:
         shutil.rmtree(folder)
     elif folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise ConfigError(
-            f"{folder}: expected no such folder, an empty one, or an earlier demo's (which holds {MARK}), got something else; "
-            "move it away"
+            f"{folder}: expected no such folder, an empty one, or an earlier demo's (which holds {MARK}), got "
+            "something else; move it away"
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text("The demo deletes this folder when it runs again: copy what you want to keep.\n")

@@ -1,4 +1,6 @@
-"""Two fine-tunings -> a picture: held-out loss over steps for both, and the epsilon that the private one had spent by then."""
+"""Two fine-tunings -> a picture: held-out loss over steps for both, and the epsilon that the private one had spent by
+then.
+"""
 
 from pathlib import Path
 

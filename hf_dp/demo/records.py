@@ -1,7 +1,7 @@
 """A seed -> made-up customer records: `public` ones of a bicycle shop, `private` ones of an electricity supplier.
 
-Each record has the columns `topic`, `tone` and `note`. A private note names a person who occurs nowhere else, with an account
-number, a telephone number and an amount. Nobody in here exists.
+Each record has the columns `topic`, `tone` and `note`. A private note names a person who occurs nowhere else, with an
+account number, a telephone number and an amount. Nobody in here exists.
 """
 
 import json
@@ -27,7 +27,8 @@ TONES = {"calm": "was friendly", "worried": "sounded worried", "angry": "was ups
 PUBLIC = {
     "repair": [
         "{name} (phone {phone}) brought the {color} bicycle in on {day}. The {part} is worn: {amount} euros.",
-        "Repair of the {part} asked for on {day} by {name}, account {account}. It takes two days and costs {amount} euros.",
+        "Repair of the {part} asked for on {day} by {name}, account {account}. It takes two days and costs {amount} "
+        "euros.",
     ],
     "order": [
         "{name}, account {account}, ordered a {color} bicycle on {day} at {amount} euros. Call {phone}.",

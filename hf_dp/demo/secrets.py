@@ -1,4 +1,6 @@
-"""A seed -> secrets to plant among the private records, once each, and others that they might have been; a model -> what it gives away."""
+"""A seed -> secrets to plant among the private records, once each, and others that they might have been; a model ->
+what it gives away.
+"""
 
 import random
 from typing import Any, NamedTuple
@@ -19,7 +21,9 @@ CODE_DIGITS = 6
 
 
 def make_secrets(seed: int = 0) -> list[list[Record]]:
-    """For each secret the record that holds it, then `NUM_OTHERS` with other codes in its place; of people who are nowhere else."""
+    """For each secret the record that holds it, then `NUM_OTHERS` with other codes in its place; of people who are
+    nowhere else.
+    """
     rng = random.Random(f"{seed} secrets")
     names = [f"{FIRST_NAMES[i]} Q. {SURNAMES[i]}" for i in range(NUM_SECRETS)]  # nobody else has this initial
     return [[_record(name, code) for code in rng.sample(range(10**CODE_DIGITS), NUM_OTHERS + 1)] for name in names]
@@ -31,7 +35,9 @@ def _record(name: str, code: int) -> Record:
 
 
 def written_out(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> int:
-    """How many of the secrets the model writes out itself, token by token the likeliest, when it is given all that stands before them."""
+    """How many of the secrets the model writes out itself, token by token the likeliest, when it is given all that
+    stands before them.
+    """
     model.eval()
     found = 0
     for group in secrets:
@@ -99,9 +105,9 @@ class Exposure(NamedTuple):
             "\nNo power: even without privacy the secrets are not given away, so nothing follows for the private model."
         )
         said = (
-            f"{NUM_SECRETS} secret codes stood once each in the private half. Exposure (Carlini et al. 2019), in bits of at most "
-            f"{np.log2(NUM_OTHERS + 1):.1f}, {CHANCE:.1f} being chance: non-private {self.non_private:.1f}, private {self.private:.1f}.\n"
-            f"Given the note up to its code, the non-private model writes out {self.non_private_written} of them, the private one "
-            f"{self.private_written}."
+            f"{NUM_SECRETS} secret codes stood once each in the private half. Exposure (Carlini et al. 2019), in bits "
+            f"of at most {np.log2(NUM_OTHERS + 1):.1f}, {CHANCE:.1f} being chance: non-private {self.non_private:.1f}, "
+            f"private {self.private:.1f}.\nGiven the note up to its code, the non-private model writes out "
+            f"{self.non_private_written} of them, the private one {self.private_written}."
         )
         return said if self.has_power else said + no_power

@@ -1,16 +1,19 @@
-"""A budget file and what a run plans -> a reservation in it, or an error: several runs on the same data stay within one total.
+"""A budget file and what a run plans -> a reservation in it, or an error: several runs on the same data stay within one
+total.
 
-The file is JSON: total (epsilon, delta) and, for each run that uses it, segments as in a ledger. A run reserves its whole plan, and
-what its ledger already holds, before its first step; all reservations, composed as one mechanism at the total's delta, stay within the
-total. When training ends, a run's part becomes what it claims: its plan, if it took a step, however early it ended. A run that was killed
-or failed keeps its part until it is resumed, or until `settle` is told that it will not be.
+The file is JSON: total (epsilon, delta) and, for each run that uses it, segments as in a ledger. A run reserves its
+whole plan, and what its ledger already holds, before its first step; all reservations, composed as one mechanism at the
+total's delta, stay within the total. When training ends, a run's part becomes what it claims: its plan, if it took a
+step, however early it ended. A run that was killed or failed keeps its part until it is resumed, or until `settle` is
+told that it will not be.
 
-What a later run does with what earlier ones released (learning rate, model, starting weights) is free: composition is adaptive in that.
-Its noise, sample rate and number of steps are not: numerical composition holds for plans that are chosen without looking at what
-earlier runs released. Whoever lets a result decide how much to spend next is outside of what the total promises.
+What a later run does with what earlier ones released (learning rate, model, starting weights) is free: composition is
+adaptive in that. Its noise, sample rate and number of steps are not: numerical composition holds for plans that are
+chosen without looking at what earlier runs released. Whoever lets a result decide how much to spend next is outside of
+what the total promises.
 
-Which run is meant is told by a token beside its ledger, and by its folder: of a folder that was copied, the copy counts as another run.
-An older copy of the budget file, put back, forgets what was spent since: nothing can tell.
+Which run is meant is told by a token beside its ledger, and by its folder: of a folder that was copied, the copy counts
+as another run. An older copy of the budget file, put back, forgets what was spent since: nothing can tell.
 """
 
 import hashlib
@@ -147,12 +150,14 @@ def read(path: Path) -> Budget:
         return _decoded(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BudgetError(
-            f"{path} is not as hf_dp wrote it ({error!r}), so what was spent is not known. Put the newest undamaged copy back"
+            f"{path} is not as hf_dp wrote it ({error!r}), so what was spent is not known. Put the newest undamaged "
+            "copy back"
         ) from error
 
 
 def try_plan(path: Path, planned: Sequence[Segment]) -> str:
-    """What the budget would come to with one more run of this plan. Reserves nothing, and does not ask which records it is about.
+    """What the budget would come to with one more run of this plan. Reserves nothing, and does not ask which records it
+    is about.
 
     Raises:
         BudgetError: it would exceed the total, or there is no budget.
@@ -164,8 +169,8 @@ def try_plan(path: Path, planned: Sequence[Segment]) -> str:
         raise BudgetError(_too_much(path, budget, others, planned))
     together = round_up(spent([*others, *planned], budget.target_delta).epsilon)
     return (
-        f"The budget {path} has room for this plan: {len(budget.runs)} runs and this one would come to epsilon {together:.5g} of "
-        f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
+        f"The budget {path} has room for this plan: {len(budget.runs)} runs and this one would come to epsilon "
+        f"{together:.5g} of {budget.target_epsilon:g} at delta {budget.target_delta:g}"
     )
 
 
@@ -180,7 +185,8 @@ def reserve(
 ) -> int:
     """Reserves the steps `asked` beside what the run's ledger has `charged`, in place of what it had reserved.
 
-    A run that goes on after it was killed gets as many of them as fit, because the steps that it lost are charged again.
+    A run that goes on after it was killed gets as many of them as fit, because the steps that it lost are charged
+    again.
 
     Args:
         path: the budget file.
@@ -194,8 +200,8 @@ def reserve(
         Steps granted.
 
     Raises:
-        BudgetError: all runs together would exceed the total; other data, unit or relation; a run without a guarantee; a delta that
-            is none for these data; a ledger with fewer steps than the budget knows of; no budget there.
+        BudgetError: all runs together would exceed the total; other data, unit or relation; a run without a guarantee;
+            a delta that is none for these data; a ledger with fewer steps than the budget knows of; no budget there.
     """
     path, folder = path.resolve(), folder.resolve()
     with _locked(path):
@@ -222,7 +228,8 @@ def reserve(
 
 
 def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence[Sequence[Segment]] = ()) -> None:
-    """The run in `folder` has ended: its part is what it claims, the costliest of what its ledger charged and of its plans there.
+    """The run in `folder` has ended: its part is what it claims, the costliest of what its ledger charged and of its
+    plans there.
 
     Raises:
         BudgetError: the budget knows of no such run, or of more steps than the ledger.
@@ -240,7 +247,8 @@ def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence
         durable.replace(path, _encoded(budget.after(run, instead_of=known)))
 
 
-# ---- what may be ---------------------------------------------------------------------------------------------------------
+# ---- what may be
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _mismatches(budget: Budget, subject: BudgetSubject) -> Iterator[str]:
@@ -256,17 +264,18 @@ def _mismatches(budget: Budget, subject: BudgetSubject) -> Iterator[str]:
         yield f"it counts one {first.unit} under {first.relation}, the run one {subject.unit} under {subject.relation}"
     if subject.data != first.data and not budget.any_data:
         yield (
-            f"its first run had other training records ({first.num_examples:,} of them; this run has {subject.num_examples:,}), "
-            "or the same in another form or order (another tokenizer, another length), or the key beside the budget file is lost. "
-            "Where the same people are in both, their costs add up: let both use it with `hf-dp budget FILE --any-data`. "
-            "Give a budget of its own only to data about other people"
+            f"its first run had other training records ({first.num_examples:,} of them; this run has "
+            f"{subject.num_examples:,}), or the same in another form or order (another tokenizer, another length), or "
+            "the key beside the budget file is lost. Where the same people are in both, their costs add up: let both "
+            "use it with `hf-dp budget FILE --any-data`. Give a budget of its own only to data about other people"
         )
 
 
 def _rolled_back(known: BudgetEntry | None, charged: Sequence[Segment]) -> Iterator[str]:
     if known is not None and _steps(charged) < known.charged:
         yield (
-            f"its ledger has {_steps(charged):,} steps, and the budget knows of {known.charged:,}: put the newest ledger back"
+            f"its ledger has {_steps(charged):,} steps, and the budget knows of {known.charged:,}: put the newest "
+            "ledger back"
         )
 
 
@@ -300,15 +309,16 @@ def _too_much(path: Path, budget: Budget, others: Sequence[Segment], asked: Sequ
     total, delta, fits = budget.target_epsilon, budget.target_delta, _steps_that_fit(budget, others, asked)
     before, alone, after = (spent(s, delta).epsilon for s in (others, asked, [*others, *asked]))
     remedy = (
-        f"There is room for {fits:,} such steps of the {_steps(asked):,}: lower num_train_epochs or max_steps to them, or raise the noise"
+        f"There is room for {fits:,} such steps of the {_steps(asked):,}: lower num_train_epochs or max_steps to them, "
+        "or raise the noise"
         if fits
         else "There is room for no such step: raise the noise, or wait until a run that is under way ends"
     )
     open_runs = sum(not run.ended for run in budget.runs)
     return (
-        f"the budget {path} does not hold this run. Of epsilon {total:g} at delta {delta:g}, {before:.4g} is spent or reserved by "
-        f"{len(budget.runs)} runs ({open_runs} of them not ended); this one asks {alone:.4g} by itself, and together they would come to "
-        f"{after:.4g}. {remedy}. `hf-dp budget {path}` shows all. Nothing was trained"
+        f"the budget {path} does not hold this run. Of epsilon {total:g} at delta {delta:g}, {before:.4g} is spent or "
+        f"reserved by {len(budget.runs)} runs ({open_runs} of them not ended); this one asks {alone:.4g} by itself, "
+        f"and together they would come to {after:.4g}. {remedy}. `hf-dp budget {path}` shows all. Nothing was trained"
     )
 
 
@@ -325,7 +335,8 @@ def _merged(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     return tuple(kind._replace(num_steps=steps) for kind, steps in counts.items() if steps)
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------------
+# ---- the file
+# ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

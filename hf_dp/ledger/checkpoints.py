@@ -9,7 +9,8 @@ COMPLETE = "privacy_complete.json"  # the last file of a checkpoint: with it, th
 
 
 def checkpoint_to_resume(folder: Path, asked: str | bool | None) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: True takes the newest *complete* one, passing over half-written ones.
+    """The checkpoint that `resume_from_checkpoint` means: True takes the newest *complete* one, passing over
+    half-written ones.
 
     Raises:
         LedgerError: none is there, or the one that was named is not complete.

@@ -1,7 +1,8 @@
-"""A data set and the folder of its ledger -> a keyed hash of every record, which tells whether a resumed run has the same data.
+"""A data set and the folder of its ledger -> a keyed hash of every record, which tells whether a resumed run has the
+same data.
 
-The hash is HMAC-SHA256 under 256 random bits that stay in the folder, readable by its owner alone, under a name that Trainer leaves out
-of what it pushes. Without a key anybody could hash a guess at the data and compare.
+The hash is HMAC-SHA256 under 256 random bits that stay in the folder, readable by its owner alone, under a name that
+Trainer leaves out of what it pushes. Without a key anybody could hash a guess at the data and compare.
 """
 
 import hashlib
@@ -38,15 +39,16 @@ Update = Callable[[bytes], None]
 
 
 def fingerprint(dataset: Records, folder: Path | str) -> str:
-    """HMAC-SHA256, hex, over the records of `dataset` in their order, under the folder's key (made where it is missing).
+    """HMAC-SHA256, hex, over the records of `dataset` in their order, under the folder's key (made where it is
+    missing).
 
-    The same records in the same order give the same fingerprint in one folder, and unrelated ones in two. A `datasets.Dataset` is read
-    as Arrow, without its transforms; any other map-style data set record by record, with the global generators at a fixed state so
-    that random augmentations repeat, and put back afterwards.
+    The same records in the same order give the same fingerprint in one folder, and unrelated ones in two. A
+    `datasets.Dataset` is read as Arrow, without its transforms; any other map-style data set record by record, with the
+    global generators at a fixed state so that random augmentations repeat, and put back afterwards.
 
     Args:
-        dataset: with `len` and integer indices; records of None, bool, int, float, str, bytes, tensors, arrays, images, and
-            mappings and sequences of these.
+        dataset: with `len` and integer indices; records of None, bool, int, float, str, bytes, tensors, arrays, images,
+            and mappings and sequences of these.
         folder: the output folder, beside the ledger.
 
     Raises:
@@ -96,7 +98,9 @@ def key_of(folder: Path) -> bytes:
 
 
 def _hash_arrow(dataset: "datasets.Dataset", update: Update) -> None:
-    """Arrow's own stream format, in batches of `ROWS` rebuilt by `take`, so that slices, chunks and metadata don't matter."""
+    """Arrow's own stream format, in batches of `ROWS` rebuilt by `take`, so that slices, chunks and metadata don't
+    matter.
+    """
     import pyarrow as pa
 
     _piece(update, "arrow", str(len(dataset)).encode())
@@ -138,8 +142,8 @@ def _hash_array(value: object, update: Update) -> None:
         array = np.asarray(value)
         if array.dtype.hasobject:
             raise ConfigError(
-                f"a record holds a {type(value).__name__}, which has no defined bytes to fingerprint. Let the data set return None, "
-                "numbers, texts, bytes, tensors, arrays, and mappings and sequences of these"
+                f"a record holds a {type(value).__name__}, which has no defined bytes to fingerprint. Let the data set "
+                "return None, numbers, texts, bytes, tensors, arrays, and mappings and sequences of these"
             )
         header, data = f"{array.dtype.str}{array.shape}", array.tobytes()
     _piece(update, header, data)

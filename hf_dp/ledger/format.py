@@ -5,16 +5,16 @@ r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each va
     {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"noise":...,"hash":...}
     {"kind":"step","n":1,"hash":...}
 
-A segment whose steps release training loss and batch size too has "loss_bound":L behind its other fields; its noise multiplier is then
-that of all three together (`metrics.py`), so that the accounting of a segment is the same with and without them. Without "noise" it
-is "gaussian".
-A plan says which steps are to follow upon those that stand before it. What a run claims is the epsilon of its plan, however early it
-ends: when it ends may follow from what it released, and epsilon of the steps taken holds for a number fixed beforehand (Rogers et al.
-2016). A run that is resumed may have another plan; the claim is that of the costliest under which a step was taken. Ledgers of version 1
-have none.
-A line's hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
-the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can only be the last,
-counts as one more step. Numbers are checked even where the hashes are right, because accountants answer nonsense with epsilon 0.
+A segment whose steps release training loss and batch size too has "loss_bound":L behind its other fields; its noise
+multiplier is then that of all three together (`metrics.py`), so that the accounting of a segment is the same with and
+without them. Without "noise" it is "gaussian". A plan says which steps are to follow upon those that stand before it.
+What a run claims is the epsilon of its plan, however early it ends: when it ends may follow from what it released, and
+epsilon of the steps taken holds for a number fixed beforehand (Rogers et al. 2016). A run that is resumed may have
+another plan; the claim is that of the costliest under which a step was taken. Ledgers of version 1 have none. A line's
+hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
+the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can
+only be the last, counts as one more step. Numbers are checked even where the hashes are right, because accountants
+answer nonsense with epsilon 0.
 """
 
 import hashlib
@@ -58,7 +58,8 @@ class LedgerHeader:
 class ExecutedSegment(NamedTuple):
     """Consecutive steps with the same settings, as the ledger has them.
 
-    `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases; in files it is `noise_multiplier`.
+    `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases; in files it is
+    `noise_multiplier`.
     """
 
     sample_rate: float
@@ -76,7 +77,9 @@ class ExecutedSegment(NamedTuple):
 
     @classmethod
     def of(cls, stated: Mapping[str, object], num_steps: int = 0) -> "ExecutedSegment":
-        """Reads a segment from a file whose values were checked; where it does not say `num_steps`, they are as given here."""
+        """Reads a segment from a file whose values were checked; where it does not say `num_steps`, they are as given
+        here.
+        """
         values = {
             "joint_noise_multiplier" if name == "noise_multiplier" else name: value for name, value in stated.items()
         }
@@ -119,7 +122,9 @@ class LedgerRecord:
 
     @property
     def plans(self) -> tuple[tuple[Segment, ...], ...]:
-        """All steps of each plan under which a step was taken; equal ones once. A plan that was given up before its first costs nothing."""
+        """All steps of each plan under which a step was taken; equal ones once. A plan that was given up before its
+        first costs nothing.
+        """
         ends = [plan.after for plan in self.planned[1:]] + [self.num_steps]
         begun = (plan.segments for plan, end in zip(self.planned, ends, strict=False) if plan.after < end)
         return tuple(dict.fromkeys(begun))
@@ -160,7 +165,8 @@ def parse(data: bytes, name: str) -> LedgerRecord:
     A torn last line is recovered: the steps before it, and one more.
 
     Raises:
-        LedgerError: any other damage, naming line, expected, found and remedy; an unknown version; a value out of range.
+        LedgerError: any other damage, naming line, expected, found and remedy; an unknown version; a value out of
+            range.
     """
     *lines, rest = data.split(b"\n")
     reader = _Reader()
@@ -268,7 +274,8 @@ class _Reader:
             raise ValueError(f"expected the header, found {kind!r}")
         if type(version) is not int or version not in READ:
             raise ValueError(
-                f"expected version {' or '.join(map(str, READ))}, found {version!r}; read it with the release of hf_dp that wrote it"
+                f"expected version {' or '.join(map(str, READ))}, found {version!r}; read it with the release of hf_dp "
+                "that wrote it"
             )
         _check(record, _HEADER_RULES)
         self.header = LedgerHeader(**record)  # type: ignore[arg-type]  # the rules have checked the values
@@ -292,8 +299,9 @@ class _Reader:
 
 def _damaged(name: str, line: int, what: str) -> LedgerError:
     return LedgerError(
-        f"{name}, line {line}: {what}. The ledger is not as hf_dp wrote it, so what was spent is not known. Put the newest "
-        "undamaged copy back (a backup; a checkpoint's copy lacks the steps after it), or start anew in another output_dir"
+        f"{name}, line {line}: {what}. The ledger is not as hf_dp wrote it, so what was spent is not known. Put the "
+        "newest undamaged copy back (a backup; a checkpoint's copy lacks the steps after it), or start anew in "
+        "another output_dir"
     )
 
 

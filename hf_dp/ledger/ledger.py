@@ -1,7 +1,8 @@
 """Steps really drawn -> an append-only record on disk, ahead of every release; what it says can be read by anybody.
 
-The file lies in the output folder, outside the checkpoints. A step is on disk before its noisy sum leaves the process, so the ledger
-never counts less than was released; after a crash it may count one step more. One process at a time writes to it.
+The file lies in the output folder, outside the checkpoints. A step is on disk before its noisy sum leaves the process,
+so the ledger never counts less than was released; after a crash it may count one step more. One process at a time
+writes to it.
 """
 
 import fcntl
@@ -49,8 +50,8 @@ __all__ = [
 class Ledger:
     """The open ledger of a run. Made by `Ledger.open`; a context manager that closes itself.
 
-    Every error is a `LedgerError` raised before the step that it stops. After a failed write nothing more can be charged until the
-    ledger is opened again, which counts a half-written step.
+    Every error is a `LedgerError` raised before the step that it stops. After a failed write nothing more can be
+    charged until the ledger is opened again, which counts a half-written step.
     """
 
     def __init__(self, path: Path, descriptor: int, data: bytes, record: LedgerRecord) -> None:
@@ -72,12 +73,13 @@ class Ledger:
     def open(cls, path: Path | str, header: LedgerHeader) -> "Ledger":
         """Creates the ledger, or continues it, and locks it until `close` or the end of the process.
 
-        A torn last line is recovered, at the price of one step. The copies in the checkpoint folders beside the ledger must all be
-        beginnings of it, and the heads of which their `privacy_complete.json`, and every `privacy.json`, know must be in it.
+        A torn last line is recovered, at the price of one step. The copies in the checkpoint folders beside the ledger
+        must all be beginnings of it, and the heads of which their `privacy_complete.json`, and every `privacy.json`,
+        know must be in it.
 
         Raises:
-            LedgerError: locked by another process; damaged; of another header, naming each difference; older than a checkpoint's
-                copy, or missing where one exists; or the folder can't be written.
+            LedgerError: locked by another process; damaged; of another header, naming each difference; older than a
+                checkpoint's copy, or missing where one exists; or the folder can't be written.
         """
         path = Path(path)
         try:
@@ -142,7 +144,8 @@ class Ledger:
             self._append(segment_record(segment), executed=(*self._executed, segment))
 
     def plan(self, upcoming: Sequence[Segment]) -> None:
-        """What is to follow upon the steps so far: what is claimed from the next step on is the epsilon of all of them, however it ends.
+        """What is to follow upon the steps so far: what is claimed from the next step on is the epsilon of all of them,
+        however it ends.
 
         Raises:
             LedgerError: the disk refuses.
@@ -158,7 +161,8 @@ class Ledger:
             Steps charged in all.
 
         Raises:
-            LedgerError: the disk refuses, or the file is no longer the one that was opened. The step must not be released.
+            LedgerError: the disk refuses, or the file is no longer the one that was opened. The step must not be
+                released.
         """
         if self.current is None:
             raise LedgerError(
@@ -207,8 +211,8 @@ class Ledger:
             ) from error
         if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino) or mine.st_size != self._size:
             raise LedgerError(
-                f"{self._path} changed under the running training: expected {self._size} bytes of its own, found {there.st_size}; "
-                "stop, and put the right one back before you resume"
+                f"{self._path} changed under the running training: expected {self._size} bytes of its own, found "
+                f"{there.st_size}; stop, and put the right one back before you resume"
             )
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -238,14 +242,17 @@ class Ledger:
         return self.record().segments
 
     def record(self) -> LedgerRecord:
-        """Everything that the ledger says now, as `read_ledger` would: after a write that was interrupted, the file is asked."""
+        """Everything that the ledger says now, as `read_ledger` would: after a write that was interrupted, the file is
+        asked.
+        """
         if self._writing:
             return read_ledger(self._path)
         steps = for_accounting(self._executed)
         return LedgerRecord(self.header, steps, self.head, self._num_steps, False, self._executed, self._planned)
 
     def copy_to(self, folder: Path | str) -> None:
-        """Puts a copy into a checkpoint, whole or not at all. It holds resumption to a ledger that knows at least as much.
+        """Puts a copy into a checkpoint, whole or not at all. It holds resumption to a ledger that knows at least as
+        much.
 
         Raises:
             LedgerError: the disk refuses, or the file is no longer the one that was opened.
@@ -303,7 +310,8 @@ def has_steps(path: Path) -> bool:
 
 
 def refuse_rollback(path: Path | str, checkpoint: Path | str) -> None:
-    """Passes if the ledger at `path` contains all that the ledger's copy in `checkpoint` does: then resuming from it is counted.
+    """Passes if the ledger at `path` contains all that the ledger's copy in `checkpoint` does: then resuming from it is
+    counted.
 
     Raises:
         LedgerError: no ledger, no copy, a damaged one, or a ledger that is older than the copy or of another run.
@@ -311,8 +319,8 @@ def refuse_rollback(path: Path | str, checkpoint: Path | str) -> None:
     path, copy = Path(path), Path(checkpoint) / LEDGER_NAME
     if not copy.is_file():
         raise LedgerError(
-            f"{checkpoint} has no {LEDGER_NAME}: it is unfinished, or not of a private training, and what it spent is not known. "
-            "Resume from another checkpoint, or start anew in another output_dir"
+            f"{checkpoint} has no {LEDGER_NAME}: it is unfinished, or not of a private training, and what it spent is "
+            "not known. Resume from another checkpoint, or start anew in another output_dir"
         )
     try:
         data = path.read_bytes() if path.exists() else b""
@@ -336,7 +344,8 @@ def _locked(path: Path) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise LedgerError(
-                f"{path} is in use by another process: two trainings can't share one output_dir. Wait for the other, or choose another"
+                f"{path} is in use by another process: two trainings can't share one output_dir. Wait for the other, "
+                "or choose another"
             ) from error
         except BaseException:
             os.close(descriptor)
@@ -357,15 +366,16 @@ def _refuse_other(path: Path, found: LedgerHeader, expected: LedgerHeader) -> No
     different = [f"{k}: the ledger has {theirs[k]!r}, this run {v!r}" for k, v in ours.items() if theirs[k] != v]
     if different:
         raise LedgerError(
-            f"{path} is of another run: {'; '.join(different)}. Resume with the settings and data that it was begun with (a fingerprint "
-            "also changes when its key file is lost), or start anew in another output_dir: what was spent on the same data adds up"
+            f"{path} is of another run: {'; '.join(different)}. Resume with the settings and data that it was begun "
+            "with (a fingerprint also changes when its key file is lost), or start anew in another output_dir: what "
+            "was spent on the same data adds up"
         )
 
 
 def _unwritable(path: Path, error: OSError) -> LedgerError:
     return LedgerError(
-        f"{path} can't be written ({error.strerror}): stopped before anything was released. Make room or give write access, then resume; "
-        "what was saved is intact"
+        f"{path} can't be written ({error.strerror}): stopped before anything was released. Make room or give write "
+        "access, then resume; what was saved is intact"
     )
 
 

@@ -1,8 +1,8 @@
 """A ledger's bytes and what lies beside it -> nothing, or an error: what was saved with a ledger must still be in it.
 
-Three kinds of file know how far a ledger had come: its copies in the checkpoints, a checkpoint's `privacy_complete.json`, which names the
-hash of the last line, and `privacy.json`, which names it too. A ledger that was put back to an older copy, with its copies or without, or
-that was lost, lacks a line that one of them names.
+Three kinds of file know how far a ledger had come: its copies in the checkpoints, a checkpoint's
+`privacy_complete.json`, which names the hash of the last line, and `privacy.json`, which names it too. A ledger that
+was put back to an older copy, with its copies or without, or that was lost, lacks a line that one of them names.
 """
 
 import json
@@ -19,7 +19,9 @@ STATED = "privacy.json"  # of the model beside the ledger, or in a checkpoint
 
 
 class _Witness(NamedTuple):
-    """What is known of the ledger: how it began, byte for byte, or the hash of one of its lines; and how an error says so."""
+    """What is known of the ledger: how it began, byte for byte, or the hash of one of its lines; and how an error says
+    so.
+    """
 
     beginning: bytes
     head: str
@@ -27,7 +29,8 @@ class _Witness(NamedTuple):
 
 
 def refuse_older(path: Path, data: bytes, *checkpoints: Path) -> None:
-    """Passes if `data`, of the ledger at `path` (empty where there is none), holds all that the files beside it and in `checkpoints` know.
+    """Passes if `data`, of the ledger at `path` (empty where there is none), holds all that the files beside it and in
+    `checkpoints` know.
 
     Raises:
         LedgerError: a line is missing that one of them names; a copy in a checkpoint is damaged.
@@ -39,9 +42,9 @@ def refuse_older(path: Path, data: bytes, *checkpoints: Path) -> None:
             continue
         have = "is missing" if not data else f"has {parse(data, str(path)).num_steps} steps and is not its continuation"
         raise LedgerError(
-            f"{witness.words} (head {witness.head[:12] or 'not readable'}), but {path} {have}: steps would go uncounted. Put the newest "
-            "ledger back (it lies beside the checkpoints that it belongs to), or start anew in another output_dir: what was spent on the "
-            "same data adds up"
+            f"{witness.words} (head {witness.head[:12] or 'not readable'}), but {path} {have}: steps would go "
+            "uncounted. Put the newest ledger back (it lies beside the checkpoints that it belongs to), or start anew "
+            "in another output_dir: what was spent on the same data adds up"
         )
 
 

@@ -58,7 +58,8 @@ class Panel:
 
 
 def save_figure(path: Path, panels: Sequence[Panel], *, width: float, height: float) -> None:
-    """Writes the panels below each other, with one horizontal axis; the file name's ending is the format (png, svg, pdf).
+    """Writes the panels below each other, with one horizontal axis; the file name's ending is the format (png, svg,
+    pdf).
 
     Args:
         path: of the picture.

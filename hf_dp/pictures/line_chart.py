@@ -1,7 +1,7 @@
 """Points and what the axes say -> an inline SVG line chart in the colours of the page's style sheet.
 
-Lines have the classes `line-0`, `line-1`, ... and a legend beneath; a dashed `guide` is drawn with them. Text is as large as the page's,
-nothing is fetched, and every word is escaped.
+Lines have the classes `line-0`, `line-1`, ... and a legend beneath; a dashed `guide` is drawn with them. Text is as
+large as the page's, nothing is fetched, and every word is escaped.
 """
 
 import math
@@ -17,7 +17,9 @@ MOST_POINTS, MOST_DOTS = 300, 25
 
 @dataclass(frozen=True)
 class Axes:
-    """What stands at the axes, and, where the data should not say, from where to where they go. `percent` writes 0.5 as 50%."""
+    """What stands at the axes, and, where the data should not say, from where to where they go. `percent` writes 0.5 as
+    50%.
+    """
 
     title: str
     x: str

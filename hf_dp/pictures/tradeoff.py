@@ -1,6 +1,8 @@
-"""A trade-off curve -> a small SVG of it, the same to the byte for the same numbers, because `hf-dp verify` compares bytes.
+"""A trade-off curve -> a small SVG of it, the same to the byte for the same numbers, because `hf-dp verify` compares
+bytes.
 
-It has a light background of its own, so that it can be read on a page of any colour, and loads no script, style sheet or font.
+It has a light background of its own, so that it can be read on a page of any colour, and loads no script, style sheet
+or font.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ WIDTH, HEIGHT = 480, 296
 
 
 def tradeoff_svg(curve: Sequence[Point], advantage: str) -> str:
-    """A trade-off curve: the most true positives that can be reached, against false positives; the diagonal is guessing.
+    """A trade-off curve: the most true positives that can be reached, against false positives; the diagonal is
+    guessing.
 
     Args:
         curve: (false-positive rate, true-positive rate) in rising order.

@@ -1,7 +1,7 @@
 """A file or a name on the Hub -> its records as a `datasets.Dataset`, held in memory.
 
-Files are read here and not by `load_dataset`, which leaves a copy of the private records in the user's cache folder and whose errors do
-not say which line is at fault. A data set from the Hub is cached there, as everybody expects.
+Files are read here and not by `load_dataset`, which leaves a copy of the private records in the user's cache folder and
+whose errors do not say which line is at fault. A data set from the Hub is cached there, as everybody expects.
 """
 
 import csv
@@ -127,6 +127,6 @@ def _from_hub(data: DataSection, which: str, source: str) -> datasets.Dataset:
     except (OSError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RecipeError(
-            f"data.{which}: cannot load the split {split!r} of {source!r} from the Hub: {lines[0][:300]} Check the name, the split "
-            f"and the network, or give a file: data.{which}=PATH.jsonl"
+            f"data.{which}: cannot load the split {split!r} of {source!r} from the Hub: {lines[0][:300]} Check the "
+            f"name, the split and the network, or give a file: data.{which}=PATH.jsonl"
         ) from None

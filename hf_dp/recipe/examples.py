@@ -1,4 +1,5 @@
-"""Records -> examples for training: token rows whose loss is on the target alone, or texts with the number of their class.
+"""Records -> examples for training: token rows whose loss is on the target alone, or texts with the number of their
+class.
 
 Every record becomes exactly one example, so that N, which is public, depends on no record's content.
 """
@@ -22,7 +23,9 @@ MAX_LABELS = 20  # where more classes than this are more than half of the record
 
 
 class Examples(NamedTuple):
-    """`rows` has the columns input_ids and labels; `num_characters` is the length of all targets as kept (0 in classification)."""
+    """`rows` has the columns input_ids and labels; `num_characters` is the length of all targets as kept (0 in
+    classification).
+    """
 
     rows: datasets.Dataset
     num_characters: int = 0
@@ -37,7 +40,9 @@ class Example(TypedDict):
 
 @dataclass(frozen=True)
 class PadRight:
-    """A collator: features -> input_ids, attention_mask and labels, [B, T] each ([B] labels in classification), padded on the right."""
+    """A collator: features -> input_ids, attention_mask and labels, [B, T] each ([B] labels in classification), padded
+    on the right.
+    """
 
     pad_token_id: int
 
@@ -58,7 +63,8 @@ class PadRight:
         }
 
 
-# ---- causal language models ---------------------------------------------------------------------------------------------
+# ---- causal language models
+# ---------------------------------------------------------------------------------------------
 
 
 def completions(
@@ -70,9 +76,10 @@ def completions(
 ) -> Examples:
     """Prompt, target and end-of-text mark of every record as one token row; labels are -100 on the prompt.
 
-    Prompt and target are tokenised apart, so that a prompt alone gives the very tokens it had in training. A target longer than
-    `max_length` tokens loses its end (and the end-of-text mark), then a prompt that does not fit loses its beginning. A record with an
-    empty target is an example without labels: its loss and gradient are zero, and it still counts in N.
+    Prompt and target are tokenised apart, so that a prompt alone gives the very tokens it had in training. A target
+    longer than `max_length` tokens loses its end (and the end-of-text mark), then a prompt that does not fit loses its
+    beginning. A record with an empty target is an example without labels: its loss and gradient are zero, and it still
+    counts in N.
 
     Raises:
         RecipeError: a template names an unknown column, or the tokenizer has no end-of-text mark.
@@ -117,11 +124,13 @@ def _joined(
     return prompt + ended, len(ended)
 
 
-# ---- classification -------------------------------------------------------------------------------------------------------
+# ---- classification
+# -------------------------------------------------------------------------------------------------------
 
 
 def label_names(data: DataSection, train: datasets.Dataset, validation: datasets.Dataset | None) -> list[str | int]:
-    """The classes in the order of their numbers: `data.labels`, else those that the data set's schema names, else those in `validation`.
+    """The classes in the order of their numbers: `data.labels`, else those that the data set's schema names, else those
+    in `validation`.
 
     They become part of the published model, so they are never read off the private records.
 
@@ -143,8 +152,8 @@ def label_names(data: DataSection, train: datasets.Dataset, validation: datasets
         names = sorted(found, key=lambda name: (isinstance(name, str), name))
     else:
         raise RecipeError(
-            "data.labels: missing. Class names become part of the published model, so they are not read off private records: list them "
-            "(data.labels=[yes, no]), or give data.validation, whose classes are taken"
+            "data.labels: missing. Class names become part of the published model, so they are not read off private "
+            "records: list them (data.labels=[yes, no]), or give data.validation, whose classes are taken"
         )
     if len(names) < 2 or len(set(names)) < len(names):
         raise RecipeError(f"data.labels: expected two different classes or more, got {names}")
@@ -189,9 +198,9 @@ def _numbers(values: Sequence[Any], feature: Any, names: Sequence[str | int], wh
     if unknown:
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise RecipeError(
-            f"data.label on data.{which}: expected one of {len(names)} classes ({', '.join(map(repr, names[:5]))}"
-            f"{', ...' if len(names) > 5 else ''}), got {len(unknown)} other value(s): {shown}. Name another column, or list all "
-            "classes under data.labels"
+            f"data.label on data.{which}: expected one of {len(names)} classes "
+            f"({', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}), got {len(unknown)} other "
+            f"value(s): {shown}. Name another column, or list all classes under data.labels"
         )
     return [number[v] for v in values]
 
@@ -204,7 +213,8 @@ def _label_column(data: DataSection, records: datasets.Dataset, which: str) -> s
     return found[0]
 
 
-# ---- both -------------------------------------------------------------------------------------------------------------------
+# ---- both
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:

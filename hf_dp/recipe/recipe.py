@@ -39,8 +39,9 @@ class ModelSection:
 class DataSection:
     """The records, and how one becomes an example.
 
-    `train` and `validation` are files (.jsonl, .json, .csv, .parquet) or names on the Hub; `name`, `revision` and the splits are
-    for the Hub alone. A causal LM takes the templates `prompt` and `target`, a classifier the template `text` and the column `label`.
+    `train` and `validation` are files (.jsonl, .json, .csv, .parquet) or names on the Hub; `name`, `revision` and the
+    splits are for the Hub alone. A causal LM takes the templates `prompt` and `target`, a classifier the template
+    `text` and the column `label`.
     """
 
     train: str = field(metadata={"help": "a file (.jsonl, .json, .csv, .parquet), or a data set's name on the Hub"})
@@ -59,7 +60,9 @@ class DataSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `training` holds keywords of `TrainingArguments` (`output_dir` always), `lora` those of peft's `LoraConfig`."""
+    """One run. `training` holds keywords of `TrainingArguments` (`output_dir` always), `lora` those of peft's
+    `LoraConfig`.
+    """
 
     name: str
     model: ModelSection
@@ -80,8 +83,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and puts overrides `section.key=value` over it.
 
     Raises:
-        RecipeError: the file is not there or not YAML, or holds anything that is no setting, of a wrong type, missing, contradictory, or a
-            file that does not exist. Names everything wrong at once.
+        RecipeError: the file is not there or not YAML, or holds anything that is no setting, of a wrong type, missing,
+            contradictory, or a file that does not exist. Names everything wrong at once.
         UnsupportedOptionError: options that would void the guarantee.
     """
     path = Path(path)

@@ -1,6 +1,8 @@
-"""A mechanism, a model's shapes and how the work is dealt out -> what a run costs: passes, bytes all-reduced, memory. Imports no torch.
+"""A mechanism, a model's shapes and how the work is dealt out -> what a run costs: passes, bytes all-reduced, memory.
+Imports no torch.
 
-Legend: B expected batch, W processes, b examples of a micro-batch, L tokens of each; d inputs and r outputs of a linear map.
+Legend: B expected batch, W processes, b examples of a micro-batch, L tokens of each; d inputs and r outputs of a linear
+map.
 """
 
 import math
@@ -19,7 +21,8 @@ TAIL = 1e-12  # draws as rare as this are left out of a mean
 class Shapes(NamedTuple):
     """What a model is to its cost; of trainable parameters, how they are used.
 
-    `linear` holds (d, r) of each linear map, `tables` the width of the table of tokens; `others` counts the rest: biases, scales.
+    `linear` holds (d, r) of each linear map, `tables` the width of the table of tokens; `others` counts the rest:
+    biases, scales.
     """
 
     parameters: int
@@ -31,7 +34,9 @@ class Shapes(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How a step is dealt out: W, at most how many examples and padded tokens a micro-batch has, and the tokens of an example, padded."""
+    """How a step is dealt out: W, at most how many examples and padded tokens a micro-batch has, and the tokens of an
+    example, padded.
+    """
 
     num_processes: int
     max_examples: int
@@ -49,7 +54,9 @@ class Work(NamedTuple):
 
 
 def micro_batches(mechanism: Mechanism, work: Work) -> float:
-    """Forward and backward passes in a step of the process that has the most: ceil(ceil(n / W) / b), its mean over draws n."""
+    """Forward and backward passes in a step of the process that has the most: ceil(ceil(n / W) / b), its mean over
+    draws n.
+    """
     import numpy as np
     from scipy.stats import binom
 
@@ -72,9 +79,11 @@ def _number_summed(mechanism: Mechanism) -> int:
 
 
 def per_example_gradients(shapes: Shapes, work: Work) -> int:
-    """Bytes of all that is held of a full micro-batch's per-example gradients until their norms are known; at most, in bfloat16.
+    """Bytes of all that is held of a full micro-batch's per-example gradients until their norms are known; at most, in
+    bfloat16.
 
-    Each linear map's as [r, d], or as its inputs and output gradients where `cost` finds that better. One example alone: its gradient.
+    Each linear map's as [r, d], or as its inputs and output gradients where `cost` finds that better. One example
+    alone: its gradient.
     """
     if work.examples == 1:
         return FLOAT * shapes.trainable
@@ -96,7 +105,8 @@ def derivation(mechanism: Mechanism, shapes: Shapes, work: Work) -> list[Derived
         Derived(
             "model",
             f"{shapes.parameters:,}",
-            f"parameters, {shapes.trainable:,} of them trained; weights take {size(shapes.bytes_of_weights)} a process{sharded}",
+            f"parameters, {shapes.trainable:,} of them trained; weights take {size(shapes.bytes_of_weights)} a "
+            f"process{sharded}",
         ),
         Derived("examples of a micro-batch b", str(work.examples), f"{at_most}; speed and memory, never the result"),
         Derived(
@@ -115,7 +125,8 @@ def derivation(mechanism: Mechanism, shapes: Shapes, work: Work) -> list[Derived
         Derived(
             "per-example gradients",
             size(per_example_gradients(shapes, work)),
-            f"of a full micro-batch at {work.length} tokens, in float32, until it is clipped; activations come beside it",
+            f"of a full micro-batch at {work.length} tokens, in float32, until it is clipped; activations come beside "
+            "it",
         ),
     ]
 

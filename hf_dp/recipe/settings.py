@@ -1,4 +1,6 @@
-"""A section of a recipe and the dataclass that it fills -> everything wrong with it: unknown names, wrong types, missing ones."""
+"""A section of a recipe and the dataclass that it fills -> everything wrong with it: unknown names, wrong types,
+missing ones.
+"""
 
 import dataclasses
 import enum
@@ -30,7 +32,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def problems(section: str, given: Mapping[str, object], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
     """What keeps `given` from being the keywords of the dataclass `into`.
 
-    A type is checked where it is made of plain ones (numbers, text, lists, mappings, enums); other types are left to `into`.
+    A type is checked where it is made of plain ones (numbers, text, lists, mappings, enums); other types are left to
+    `into`.
 
     Args:
         section: the section's name, for the messages.

@@ -1,4 +1,6 @@
-"""Recipe -> everything that a training needs: model with LoRA, tokenizer, data sets, collator, metrics; and `DPTrainer` over it."""
+"""Recipe -> everything that a training needs: model with LoRA, tokenizer, data sets, collator, metrics; and `DPTrainer`
+over it.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -49,7 +51,8 @@ class Parts(NamedTuple):
 
 
 def prepare(recipe: Recipe) -> Parts:
-    """Reads the data, then the model, and makes one ready for the other. Each call makes a fresh model, the same for the same seed.
+    """Reads the data, then the model, and makes one ready for the other. Each call makes a fresh model, the same for
+    the same seed.
 
     What is wrong shows as early as it can: the plan is tried before the model is loaded.
 
@@ -158,8 +161,8 @@ def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> 
 
 
 def evaluate(trainer: Trainer) -> Metrics:
-    """Loss and metric on the validation set, {} without one: `loss` (an example's mean; transformers' own for a plain Trainer), then
-    `nats_per_character` of the target, end-of-text mark included, or `accuracy`.
+    """Loss and metric on the validation set, {} without one: `loss` (an example's mean; transformers' own for a plain
+    Trainer), then `nats_per_character` of the target, end-of-text mark included, or `accuracy`.
     """
     if trainer.eval_dataset is None:
         return {}
@@ -177,7 +180,8 @@ def save_class_names(trainer: Any, recipe: Recipe) -> None:
     print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={len(names)}")
 
 
-# ---- model and tokenizer --------------------------------------------------------------------------------------------------
+# ---- model and tokenizer
+# --------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -250,7 +254,8 @@ def _longest_first(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.select(sorted(range(len(rows)), key=lambda i: -lengths[i]))
 
 
-# ---- metrics on the validation set ----------------------------------------------------------------------------------------
+# ---- metrics on the validation set
+# ----------------------------------------------------------------------------------------
 
 
 class _Outputs(NamedTuple):

@@ -1,6 +1,7 @@
 """A template such as `"{mr} | "` and a record -> text. `{a|b}` is column a, or b where the data have no a.
 
-Only columns can be named: no attributes, indices or format marks, so that a recipe can run no code. `{{` and `}}` are braces.
+Only columns can be named: no attributes, indices or format marks, so that a recipe can run no code. `{{` and `}}` are
+braces.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +43,8 @@ class Template:
         for literal, name, spec, conversion in parsed:
             if name is not None and (spec or conversion or not all(part.strip() for part in name.split("|"))):
                 raise RecipeError(
-                    f"template {text!r}: expected {{column}} or {{column|other column}}, got {{{name}{_marks(spec, conversion)}}}"
+                    f"template {text!r}: expected {{column}} or {{column|other column}}, got "
+                    f"{{{name}{_marks(spec, conversion)}}}"
                 )
             pieces.append((literal, () if name is None else tuple(part.strip() for part in name.split("|"))))
         return cls(text, tuple(pieces))
@@ -72,7 +74,8 @@ class Template:
         """The text for one record; a missing value (null) is empty. The template is resolved first.
 
         Raises:
-            RecipeError: a value that is no text, number or truth value, of which Python's spelling would stand in the text.
+            RecipeError: a value that is no text, number or truth value, of which Python's spelling would stand in the
+                text.
         """
         parts = []
         for literal, column in self.pieces:
@@ -88,8 +91,8 @@ class Template:
 def no_text(column: str, held: str) -> str:
     """Says that a column can't stand in a template, and what to do."""
     return (
-        f"column {column!r} holds {held}, and a template takes text or numbers: make a column of text of it first (datasets' `map`; of a "
-        "chat by tokenizer.apply_chat_template(messages, tokenize=False)), and name that"
+        f"column {column!r} holds {held}, and a template takes text or numbers: make a column of text of it first "
+        "(datasets' `map`; of a chat by tokenizer.apply_chat_template(messages, tokenize=False)), and name that"
     )
 
 

@@ -1,7 +1,7 @@
 """A recipe's text and its overrides -> one nested mapping. YAML 1.2's plain scalars: `no` is a word and 1e-5 a number.
 
-PyYAML follows YAML 1.1, where `save_strategy: no` is false, `learning_rate: 2e-3` a string and the later of two equal keys wins
-silently; here the first two mean what they say and the third is an error.
+PyYAML follows YAML 1.1, where `save_strategy: no` is false, `learning_rate: 2e-3` a string and the later of two equal
+keys wins silently; here the first two mean what they say and the third is an error.
 """
 
 import re
@@ -60,8 +60,9 @@ def parse(text: str, source: str) -> object:
 def nested(text: str, source: str, overrides: Sequence[str] = ()) -> Section:
     """The recipe as a mapping of sections, each override put into its place.
 
-    `section.key=value` sets a key, further dots go deeper, `section=null` drops a section. A value is YAML, so that `8`, `true` and
-    `[a, b]` are what they look like; one that begins with a brace is text, since that is how templates begin.
+    `section.key=value` sets a key, further dots go deeper, `section=null` drops a section. A value is YAML, so that
+    `8`, `true` and `[a, b]` are what they look like; one that begins with a brace is text, since that is how templates
+    begin.
 
     Raises:
         RecipeError: not YAML, not a mapping, or overrides that are no such thing; names all of the last.

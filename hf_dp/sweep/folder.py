@@ -67,8 +67,9 @@ def refuse_used(folder: Path) -> None:
     """
     if (folder / STATE).exists():
         raise ConfigError(
-            f"{folder} holds a sweep already: go on with it by --resume. A sweep in another folder (training.output_dir=FOLDER) is a "
-            "second one on the same data, and what both tell adds up; beginning anew until the result pleases is covered by neither"
+            f"{folder} holds a sweep already: go on with it by --resume. A sweep in another folder "
+            "(training.output_dir=FOLDER) is a second one on the same data, and what both tell adds up; beginning "
+            "anew until the result pleases is covered by neither"
         )
     if folder.exists() and any(path.name not in (LOCK, KEY_NAME) for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: choose another folder (training.output_dir=FOLDER)")

@@ -1,4 +1,6 @@
-"""A recipe, its overrides and `--grid` texts -> every combination of their values, each a whole recipe; or all that is wrong with them."""
+"""A recipe, its overrides and `--grid` texts -> every combination of their values, each a whole recipe; or all that is
+wrong with them.
+"""
 
 import copy
 import itertools
@@ -17,8 +19,8 @@ PRIVACY = tuple(
     for name in "clip_norm expected_batch_size noise noise_schedule clip_schedule batch_schedule".split()
 )
 TRAINING = (
-    "learning_rate weight_decay num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type "
-    "lr_scheduler_kwargs warmup_steps warmup_ratio seed"
+    "learning_rate weight_decay num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio seed"
 )
 # what makes another model; scores of trials that differ in anything else could not be compared, or nothing would differ
 SEARCHED = (*PRIVACY, *(f"training.{name}" for name in TRAINING.split()), "data.prompt")
@@ -36,8 +38,8 @@ def combinations(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> l
     """All of them, the last key turning fastest.
 
     Raises:
-        RecipeError: a recipe that cannot be swept over, a key or value that is none, a combination that is no recipe. Names everything
-            wrong at once.
+        RecipeError: a recipe that cannot be swept over, a key or value that is none, a combination that is no recipe.
+            Names everything wrong at once.
     """
     base = recipes.read(path, overrides)
     sections = nested(path.read_text(encoding="utf-8"), str(path), overrides)
@@ -98,8 +100,8 @@ def _axes(grid: Sequence[str]) -> tuple[dict[str, list[object]], list[str]]:
 def _why_not(key: str) -> str:
     if key in ("privacy.noise_multiplier", "privacy.target_epsilon"):
         return (
-            "all trials have the same epsilon, and the noise follows from it: more steps (training.num_train_epochs) mean more noise, a "
-            "larger privacy.expected_batch_size more noise on a sum of more records"
+            "all trials have the same epsilon, and the noise follows from it: more steps (training.num_train_epochs) "
+            "mean more noise, a larger privacy.expected_batch_size more noise on a sum of more records"
         )
     return f"not a setting that trials may differ in{nearest(key, SEARCHED)}; they are lora.* and {', '.join(SEARCHED)}"
 

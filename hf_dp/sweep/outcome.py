@@ -1,4 +1,6 @@
-"""The trials of a sweep that has ended -> the selected model's folder with its card, and, for the user alone, sweep.json and sweep.png."""
+"""The trials of a sweep that has ended -> the selected model's folder with its card, and, for the user alone,
+sweep.json and sweep.png.
+"""
 
 import json
 import shutil
@@ -15,7 +17,8 @@ STAYS = ("_*", "log.txt", folders.TRIAL)  # of the trial's folder, what is not t
 
 
 def conclude(folder: Path, state: State) -> SweepResult | None:
-    """Makes OUT/selected, whole or not at all, after sweep.json and sweep.png; returns what sweep.json holds. None without trials.
+    """Makes OUT/selected, whole or not at all, after sweep.json and sweep.png; returns what sweep.json holds. None
+    without trials.
 
     The other models are gone by then, and the selected one is in its folder alone.
     """

@@ -1,4 +1,6 @@
-"""Combinations, N and a law for the number of trials -> the noise of each combination, so that the selected model meets the target."""
+"""Combinations, N and a law for the number of trials -> the noise of each combination, so that the selected model meets
+the target.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +28,8 @@ def plan_sweep(combinations: Sequence[Combination], num_units: int, distribution
     """Each trial gets the same epsilon: the largest that keeps the selected model within the recipe's target.
 
     Raises:
-        RecipeError: combinations that cannot be planned, or a distribution that is none. Names everything wrong at once.
+        RecipeError: combinations that cannot be planned, or a distribution that is none. Names everything wrong at
+            once.
         AccountingError: the target is out of reach.
     """
     mechanism_of = _planner(combinations, num_units)

@@ -12,8 +12,8 @@ COLOURS = 10  # matplotlib's C0 to C9; further combinations have the same ones, 
 class Measured(TypedDict):
     """What one training of the sweep measured.
 
-    `score` is the validation loss, None where it is not finite. `curve` holds (step, epsilon of so many steps of this trial alone,
-    validation loss). `noise_multiplier` is the gradient's sigma.
+    `score` is the validation loss, None where it is not finite. `curve` holds (step, epsilon of so many steps of this
+    trial alone, validation loss). `noise_multiplier` is the gradient's sigma.
     """
 
     score: float | None

@@ -1,4 +1,6 @@
-"""One combination and a folder -> its model there, trained and saved, and what it showed on the validation set as it was trained."""
+"""One combination and a folder -> its model there, trained and saved, and what it showed on the validation set as it
+was trained.
+"""
 
 import contextlib
 import gc
@@ -69,8 +71,9 @@ def run(
         assert mechanism is not None  # a recipe always has a training set
         if segments_of(mechanism) not in kinds:
             raise AccountingError(
-                f"this trial would charge {segments_of(mechanism)}, which is none of the planned {kinds}: nothing was run. Begin the sweep "
-                "anew, in another folder, with the versions of the libraries that are installed now"
+                f"this trial would charge {segments_of(mechanism)}, which is none of the planned {kinds}: nothing was "
+                "run. Begin the sweep anew, in another folder, with the versions of the libraries that are installed "
+                "now"
             )
         before = task.evaluate(trainer)
         trainer.train()

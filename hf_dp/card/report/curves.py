@@ -1,4 +1,6 @@
-"""A verified record and the folder's log -> the page's plots: loss and epsilon over steps, and the best attacker's limits."""
+"""A verified record and the folder's log -> the page's plots: loss and epsilon over steps, and the best attacker's
+limits.
+"""
 
 from collections.abc import Sequence
 from html import escape
@@ -46,12 +48,12 @@ def _attacker(record: Record, limits: Sequence[tuple[str, str]]) -> str:
     chart = line_chart({"limit for this model": points}, axes, guide=("guessing", [(0, 0), (1, 1)]))
     rows = "".join(f"<tr><td>{escape(share)}</td><td>{escape(limit)}</td></tr>" for share, limit in limits)
     table = (
-        "<table><thead><tr><th>of those who were not in the data, wrongly accused</th><th>of those who were, found at most</th>"
-        f"</tr></thead><tbody>{rows}</tbody></table>"
+        "<table><thead><tr><th>of those who were not in the data, wrongly accused</th><th>of those who were, found at "
+        f"most</th></tr></thead><tbody>{rows}</tbody></table>"
     )
     words = (
-        "These are limits for the worst case, computed from the steps claimed, not results of an attack that was tried. The further the "
-        "line is from the diagonal, the more an attacker may learn."
+        "These are limits for the worst case, computed from the steps claimed, not results of an attack that was "
+        "tried. The further the line is from the diagonal, the more an attacker may learn."
     )
     return _side_by_side([_figure("Found against wrongly accused", chart), f"<div>{table}<p>{words}</p></div>"])
 

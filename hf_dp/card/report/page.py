@@ -1,6 +1,8 @@
-"""A folder, its record and what verification found -> the report as one HTML page, with every word that comes from a file escaped.
+"""A folder, its record and what verification found -> the report as one HTML page, with every word that comes from a
+file escaped.
 
-A page whose checks failed claims nothing: it shows what is wrong, and what the folder states, but no sentence and no curve made of it.
+A page whose checks failed claims nothing: it shows what is wrong, and what the folder states, but no sentence and no
+curve made of it.
 """
 
 import hashlib
@@ -131,7 +133,8 @@ def _claim(record: Record) -> Html:
         "not_covered": _list(record.not_covered),
     }
     selected = (
-        f"<p><b>Selected</b>: {escape(selection_in_short(record.selection))}. Epsilon is that of the whole, the choice included.</p>\n"
+        f"<p><b>Selected</b>: {escape(selection_in_short(record.selection))}. Epsilon is that of the whole, the choice "
+        "included.</p>\n"
         if record.selection
         else ""
     )
@@ -241,8 +244,8 @@ def _again(folder: Path, record: Record | None, *, verified: bool) -> Html:
     )
     by_hand = _by_hand(record) if record and verified and record.private and record.segments else ""
     return Html(
-        "<p><code>hf-dp verify FOLDER_OR_REPOSITORY</code> repeats the checks, and <code>hf-dp report FOLDER_OR_REPOSITORY</code> "
-        f"makes this page again. The files that were looked at:</p>\n{digests}\n{by_hand}"
+        "<p><code>hf-dp verify FOLDER_OR_REPOSITORY</code> repeats the checks, and <code>hf-dp report "
+        f"FOLDER_OR_REPOSITORY</code> makes this page again. The files that were looked at:</p>\n{digests}\n{by_hand}"
     )
 
 

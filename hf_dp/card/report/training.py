@@ -1,7 +1,8 @@
-"""A model's folder -> what was trained, by its own configuration, and the losses that may be shown, or why there are none.
+"""A model's folder -> what was trained, by its own configuration, and the losses that may be shown, or why there are
+none.
 
-Nothing here is verified. Of a log only what the mechanism released with noise or what was computed on public data is shown, and of a base
-in a local folder only the folder's name.
+Nothing here is verified. Of a log only what the mechanism released with noise or what was computed on public data is
+shown, and of a base in a local folder only the folder's name.
 """
 
 import json
