@@ -1,4 +1,4 @@
-"""Settings and the number of records go in, a calibrated `Mechanism` comes out; steps taken go in, epsilon comes out."""
+"""Settings and the number of records go in, a calibrated `Mechanism` comes out; steps go in, epsilon comes out."""
 
 from hf_dp.accounting import selection
 from hf_dp.accounting.calibration import round_up

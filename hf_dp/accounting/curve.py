@@ -1,5 +1,5 @@
-"""A mechanism and what is to vary -> epsilon against steps, sigma, batch or delta, all else as planned; and a picture
-of it.
+"""A mechanism and one quantity to vary -> epsilon against steps, sigma, batch size or delta, as numbers and as a
+picture.
 """
 
 import math
@@ -19,8 +19,8 @@ AGAINST = ("steps", "sigma", "batch", "delta")
 
 
 class Curve(NamedTuple):
-    """The varied quantity's name, its value in the plan, (value, epsilon) in rising order, and whether it spans powers
-    of ten.
+    """The varied quantity's name, its planned value, (value, epsilon) in rising order, and whether it spans powers of
+    ten.
     """
 
     name: str
@@ -32,20 +32,18 @@ class Curve(NamedTuple):
 def plot_epsilon(
     mechanism: Mechanism, path: Path, against: str = "steps", num_train_epochs: float | None = None
 ) -> None:
-    """Writes the picture; the format is the file name's ending (png, svg, pdf).
+    """Writes the picture; the file name's ending is the format (png, svg, pdf).
 
     Args:
         mechanism: the plan.
         path: of the picture.
-        against: one of AGAINST. Steps go up to those planned, the others from a quarter of their value to four times
-            it, delta
-            from a ten-thousandth of it up to 1 / N.
-        num_train_epochs: passes over the data, so that with another batch there are other numbers of steps; None: the
-            steps are fixed.
+        against: one of AGAINST. Steps go up to the planned number; sigma and batch from a quarter to four times the
+            planned value; delta from a ten-thousandth of the planned value up to 1 / N.
+        num_train_epochs: passes over the data, so that another batch size means another number of steps; None keeps the
+            number of steps.
 
     Raises:
-        ConfigError: no noise, so that there is no epsilon to plot, a quantity that is none, or a path that cannot be
-            written.
+        ConfigError: there is no noise and so no finite epsilon, an unknown quantity, or a path that cannot be written.
     """
     if not mechanism.noise_multiplier:
         raise ConfigError("cannot plot epsilon: without noise it is infinite after the first step")
@@ -68,10 +66,10 @@ def plot_epsilon(
 
 
 def curve_of(m: Mechanism, against: str, num_train_epochs: float | None = None) -> Curve:
-    """The curve. Values at which no accountant has a finite answer are left out.
+    """The points of the curve. Values at which no accountant has a finite answer are left out.
 
     Raises:
-        ConfigError: `against` is none of AGAINST.
+        ConfigError: `against` is not one of AGAINST.
     """
     if against not in AGAINST:
         raise ConfigError(f"cannot plot epsilon against {against!r}: expected {', '.join(AGAINST)}")
@@ -105,14 +103,15 @@ def _around(value: float) -> list[float]:
 
 
 def _with_sigma(m: Mechanism, sigma: float) -> list[Segment]:
-    """Another first sigma; those that follow in a schedule are in proportion."""
+    """Segments with another first sigma; the later sigmas of a schedule change in proportion."""
     factor = sigma / m.noise_multiplier
     return [s._replace(joint_noise_multiplier=s.joint_noise_multiplier * factor) for s in m.segments()]
 
 
 def _with_batch(m: Mechanism, batch: int, epochs: float | None) -> list[Segment]:
-    """Another first B, in proportion as well; with `epochs` so many steps that the passes over the data stay, level by
-    level.
+    """Segments with another first B; the later B of a schedule change in proportion.
+
+    With `epochs`, the numbers of steps change too, level by level, so that the number of passes over the data stays.
     """
     factor = batch / m.expected_batch_size
     if epochs is None or not m.levels:

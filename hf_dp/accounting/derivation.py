@@ -1,6 +1,4 @@
-"""A planned `Mechanism` and the config that it was planned from -> every number of the plan, each with the rule that it
-came from.
-"""
+"""A planned `Mechanism` and its config -> every number of the plan, each with the rule that it came from."""
 
 import math
 from itertools import groupby
@@ -25,9 +23,9 @@ class Derived(NamedTuple):
 def derivation(
     privacy: PrivacyConfig, mechanism: Mechanism, *, num_train_epochs: float, max_steps: int = -1
 ) -> list[Derived]:
-    """Every number of the plan with the rule that it came from, in the order in which they follow from one another.
+    """Every number of the plan with its rule, in the order in which they follow from one another.
 
-    Epsilon is rounded up to five digits. Costs one evaluation of each accountant.
+    Epsilon is rounded up to five digits. The call evaluates each accountant once.
     """
     m = mechanism
     per_epoch = epoch_length(privacy, m.num_examples)
@@ -63,7 +61,7 @@ def derivation(
 
 
 def _level_rows(privacy: PrivacyConfig, m: Mechanism) -> list[tuple[str, str, str]]:
-    """A row for each of sigma, C and B that goes on from the value above."""
+    """A row for each of sigma, C and B that a schedule changes."""
     found, names = [], ("noise_multiplier", "clip_norm", "expected_batch_size")
     for symbol, name, text in zip(("sigma", "C", "B"), names, privacy.schedules, strict=True):
         values = [f"{getattr(x, name):.5g}" for x in m.levels]
@@ -75,6 +73,7 @@ def _level_rows(privacy: PrivacyConfig, m: Mechanism) -> list[tuple[str, str, st
 
 
 def _grid_rows(m: Mechanism, rdp: str) -> list[tuple[str, str, str]]:
+    """Rows for discrete noise."""
     most = integer_sensitivity(m.noise_multiplier)
     return [
         (
@@ -88,6 +87,7 @@ def _grid_rows(m: Mechanism, rdp: str) -> list[tuple[str, str, str]]:
 
 
 def _metric_rows(m: Mechanism, loss_bound: float) -> list[tuple[str, str, str]]:
+    """Rows for loss and batch size that are released with the gradient."""
     std, mean = METRIC_NOISE * m.noise_multiplier, "standard deviation of one step's; of a mean over k steps, / sqrt(k)"
     return [
         (

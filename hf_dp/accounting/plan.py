@@ -1,5 +1,5 @@
-"""`PrivacyConfig` and N go in, the calibrated `Mechanism` comes out; and which steps a run claims, and how many more it
-can afford.
+"""`PrivacyConfig` and N go in, the calibrated `Mechanism` comes out; also which steps a run claims, and how many it can
+afford.
 """
 
 import math
@@ -26,14 +26,17 @@ from hf_dp.schedule import MOST_LEVELS, Level, levels, mean_batch
 def plan_mechanism(
     privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1
 ) -> Mechanism:
-    """The mechanism that gives `privacy` on `num_examples` records, its noise calibrated where a target is given.
+    """The mechanism that gives `privacy` on `num_examples` records, with its noise calibrated where a target is given.
 
-    With a `unit_column` the examples are groups of records: N is their number. Counts steps as `Trainer` does:
-    `max_steps` wins where it is positive, else T = ceil(epochs x round(N / B)), with B's mean over the levels of a
-    schedule.
+    Args:
+        privacy: what is asked for.
+        num_examples: N; with a `unit_column`, the number of groups.
+        num_train_epochs: passes over the data: T = ceil(epochs x round(N / B)), with B's mean over a schedule's levels.
+        max_steps: T, where it is positive; `num_train_epochs` is then ignored, as `Trainer` does.
 
     Raises:
-        ConfigError: N, epochs or steps that are no such numbers, B > N, or delta >= 1 / N. Names all of them.
+        ConfigError: an invalid N, number of epochs or of steps, B > N, or delta >= 1 / N. Names everything wrong at
+            once.
         AccountingError: the target epsilon is out of reach.
     """
     wrong = list(_plan_problems(privacy, num_examples, num_train_epochs, max_steps))
@@ -63,12 +66,12 @@ def plan_mechanism(
 
 
 def epoch_length(privacy: PrivacyConfig, num_examples: int) -> int:
-    """Steps that count as one pass over the data: round(N / B), with B's mean over the levels of a schedule."""
+    """Steps that count as one pass over the data: round(N / B), with B's mean over a schedule's levels."""
     return steps_per_epoch(num_examples, mean_batch(int(privacy.expected_batch_size), privacy.batch_schedule))
 
 
 def _with_noise(privacy: PrivacyConfig, m: Mechanism, sigma: float) -> Mechanism:
-    """`m` with this sigma, first of those of the schedule's levels where there is one."""
+    """`m` with this sigma; where there is a schedule, it is the first level's."""
     if not any(privacy.schedules):
         return replace(m, noise_multiplier=sigma)
     course = levels(Level(m.num_steps, sigma, m.clip_norm, m.expected_batch_size), privacy.schedules)
@@ -113,22 +116,28 @@ def _plan_problems(privacy: PrivacyConfig, n: int, epochs: float, max_steps: int
     sigmas = {x.noise_multiplier for x in course} if privacy.noise_multiplier else set()
     wrong = sorted(sigma for sigma in sigmas if not lowest <= sigma <= MAX_SIGMA)
     if wrong:
-        yield f"noise_multiplier must be 0 (no privacy) or from {lowest:.5g} to {MAX_SIGMA:,.0f} (got {', '.join(f'{x:g}' for x in wrong)})"
+        got = ", ".join(f"{x:g}" for x in wrong)
+        yield f"noise_multiplier must be 0 (no privacy) or from {lowest:.5g} to {MAX_SIGMA:,.0f} (got {got})"
 
 
 def _first_level(privacy: PrivacyConfig) -> Level:
-    """Of as many steps as any schedule has levels, to see all of their values."""
+    """A first level with so many steps that every level of every schedule occurs."""
     first = privacy.noise_multiplier or 1.0, privacy.clip_norm, int(privacy.expected_batch_size)
     return Level(math.lcm(*range(1, MOST_LEVELS + 1)), *first)
 
 
 def claimed(charged: Sequence[Segment], plans: Iterable[Sequence[Segment]], delta: float) -> tuple[Segment, ...]:
-    """The steps whose epsilon a run claims, whenever it ended: the costliest of what was charged and of its plans; none
-    before the first.
+    """The steps whose epsilon a run claims: the costliest of what was charged and of its plans. None before the first
+    step.
 
-    Noise and sampling of a plan's steps don't depend on what they release, so a run that ends early is its whole plan
-    with the rest thrown away (a filter; Rogers et al. 2016). Epsilon of what was charged alone would hold only had that
-    number been fixed beforehand.
+    Noise and sampling of a plan's steps do not depend on what they release. So a run that ends early is its whole plan
+    with the rest discarded, and the plan's epsilon holds whenever it ends (a privacy filter; Rogers et al. 2016). The
+    epsilon of the charged steps alone would hold only if their number had been fixed beforehand.
+
+    Args:
+        charged: the steps taken so far.
+        plans: all steps of each plan under which a step was taken.
+        delta: of (epsilon, delta).
 
     Raises:
         AccountingError: as in `spent`.
@@ -141,9 +150,9 @@ def claimed(charged: Sequence[Segment], plans: Iterable[Sequence[Segment]], delt
 def affordable_steps(
     spent_so_far: Sequence[Segment], upcoming: Sequence[Segment], *, target_epsilon: float, delta: float
 ) -> int:
-    """How many of the `upcoming` steps, in their order, keep epsilon within the target: the largest such number.
+    """The largest number of the `upcoming` steps, taken in their order, that keeps epsilon within the target.
 
-    0 where the target is already passed, or where the first step has no noise.
+    It is 0 where the target is already exceeded, or where the first step has no noise.
 
     Raises:
         AccountingError: an invalid argument, as in `spent`.
