@@ -1,8 +1,8 @@
 """The best of a random number of runs -> epsilon of the run that is kept, including the selection itself.
 
-The base mechanism Q picks a combination of settings at random from a fixed list and trains with it; the score is computed
-from its model. The whole mechanism picks a random number K, runs Q that many times with fresh randomness, and outputs only
-the run with the best score. If Q has Rényi divergence R(a) at order a, the whole has at order a at most
+The base mechanism Q picks a combination of settings at random from a fixed list and trains with it; the score is
+computed from its model. The whole mechanism picks a random number K, runs Q that many times with fresh randomness, and
+outputs only the run with the best score. If Q has Rényi divergence R(a) at order a, the whole has at order a at most
 (Papernot and Steinke 2022)
 
     R(a) + (1 + shape) ((1 - 1/b) R(b) + log(1/gamma) / b) + log(E K) / (a - 1)      for any order b
@@ -14,8 +14,9 @@ the run with the best score. If Q has Rényi divergence R(a) at order a, the who
         by theorem 6, for K of a Poisson distribution, where Q is (log(1 + 1 / (a - 1)), d)-DP.
 
 Which combination is picked depends on no record. So R(a) is at most the largest divergence at a among all in the list,
-whatever the distribution of the pick. dp-accounting's `RepeatAndSelectDpEvent` evaluates the formulas on that curve. Ties
-of the score are decided by the order of running: the runs are exchangeable, so the tie-break depends on no record either.
+whatever the distribution of the pick. dp-accounting's `RepeatAndSelectDpEvent` evaluates the formulas on that curve.
+Ties of the score are decided by the order of running: the runs are exchangeable, so the tie-break depends on no record
+either.
 """
 
 import math

@@ -1,19 +1,19 @@
-"""A budget file and what a run plans -> a reservation in it, or an error: several runs on the same data stay within one
-total.
+"""A budget file and the plan of a run -> a reservation in the file, or an error: several runs on one data set stay
+within a total.
 
-The file is JSON: total (epsilon, delta) and, for each run that uses it, segments as in a ledger. A run reserves its
-whole plan, and what its ledger already holds, before its first step; all reservations, composed as one mechanism at the
-total's delta, stay within the total. When training ends, a run's part becomes what it claims: its plan, if it took a
-step, however early it ended. A run that was killed or failed keeps its part until it is resumed, or until `settle` is
-told that it will not be.
+The file is JSON: the total (epsilon, delta) and, for each run that uses it, segments as in a ledger. Before its first
+step, a run reserves its whole plan and what its ledger already holds. All reservations, composed as one mechanism at
+the total's delta, stay within the total. When training ends, the reservation becomes what the run claims: its plan, if
+it took a step, however early it ended. A run that was killed or failed keeps its reservation until it is resumed, or
+until `settle` says that it will not be.
 
-What a later run does with what earlier ones released (learning rate, model, starting weights) is free: composition is
-adaptive in that. Its noise, sample rate and number of steps are not: numerical composition holds for plans that are
-chosen without looking at what earlier runs released. Whoever lets a result decide how much to spend next is outside of
-what the total promises.
+Composition is adaptive in what later runs do with the results of earlier ones: learning rate, model and starting
+weights may depend on them. Noise, sample rate and number of steps may not: numerical composition holds for plans that
+are chosen without looking at what earlier runs released. If a result decides how much is spent next, the total does not
+hold.
 
-Which run is meant is told by a token beside its ledger, and by its folder: of a folder that was copied, the copy counts
-as another run. An older copy of the budget file, put back, forgets what was spent since: nothing can tell.
+A run is identified by a token beside its ledger, and by its folder: the copy of a folder counts as another run. An
+older copy of the budget file that is put back lacks what was spent since then; nothing can detect that.
 """
 
 import hashlib
@@ -51,18 +51,18 @@ class BudgetSubject(NamedTuple):
 
     @classmethod
     def run(cls, mechanism: Mechanism, data: str) -> "BudgetSubject":
-        """That of a run of `mechanism` on records with this fingerprint."""
+        """The subject of a run of `mechanism` on records with the fingerprint `data`."""
         return cls(data, mechanism.num_examples, mechanism.unit, mechanism.relation)
 
 
 class BudgetEntry(NamedTuple):
-    """One run.
+    """What one run takes from the total.
 
     Attributes:
-        token: as it lies beside its ledger.
-        folder: where its ledger lies.
-        ended: `segments` are what its ledger charged; else what it reserved.
-        charged: steps in its ledger when it reserved or ended; it never has fewer again.
+        token: the text in the token file beside the run's ledger.
+        folder: the folder of the run's ledger.
+        ended: whether `segments` are what the run claims; otherwise they are what it has reserved.
+        charged: steps in its ledger when it reserved or ended; a ledger with fewer is an older copy.
         segments: what it takes from the total.
     """
 
@@ -75,14 +75,15 @@ class BudgetEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """What a budget file says.
+    """The content of a budget file.
 
     Attributes:
         target_epsilon: the total.
-        target_delta: at which all runs together are accounted.
-        any_data: runs on other records, or the same in another form, may use it too; their costs add up all the same.
+        target_delta: delta at which all runs together are accounted.
+        any_data: whether runs on other records, or on the same ones in another form, may use it too; their costs are
+            added all the same.
         subject: what the total is about; None before the first run.
-        runs: all that have used it.
+        runs: all runs that have used it.
     """
 
     target_epsilon: float
@@ -92,11 +93,15 @@ class Budget:
     runs: tuple[BudgetEntry, ...] = ()
 
     def segments(self, but: BudgetEntry | None = None) -> list[Segment]:
-        """Those of all runs, or of all but one."""
+        """The segments of all runs, or of all but one."""
         return [s for run in self.runs if run != but for s in run.segments]
 
     def known(self, folder: Path) -> BudgetEntry | None:
-        """The run in `folder`: it has its token, and did not leave its first folder behind."""
+        """The entry of the run in `folder`, or None.
+
+        The token in the folder must be the entry's. If the folder is another one than the entry's, that one must be
+        gone: the run was moved, not copied.
+        """
         token = folder / TOKEN_NAME
         found = token.read_text(encoding="utf-8") if token.is_file() else ""
         for run in self.runs:
@@ -105,15 +110,15 @@ class Budget:
         return None
 
     def after(self, run: BudgetEntry, *, instead_of: BudgetEntry | None) -> "Budget":
-        """With this run, in place of what it was before."""
+        """The budget with `run` in place of the entry `instead_of`."""
         return replace(self, runs=(*(r for r in self.runs if r != instead_of), run))
 
 
 def create(path: Path, target_epsilon: float, target_delta: float, *, any_data: bool = False) -> None:
-    """A new budget at `path`.
+    """Creates a budget at `path`.
 
     Raises:
-        BudgetError: numbers out of range; a file is there already, or none can be written.
+        BudgetError: numbers out of range; there is a file already; or the file can't be written.
     """
     wrong = [*target_problems(target_epsilon), *delta_problems(target_delta)]
     if wrong:
@@ -127,16 +132,16 @@ def create(path: Path, target_epsilon: float, target_delta: float, *, any_data: 
 
 
 def allow_any_data(path: Path) -> None:
-    """From now on runs on records of any form may use the budget."""
+    """Lets runs on records in any form use the budget from now on."""
     with _locked(path):
         durable.replace(path, _encoded(replace(read(path), any_data=True)))
 
 
 def read(path: Path) -> Budget:
-    """What the budget file says.
+    """The content of the budget file.
 
     Raises:
-        BudgetError: missing, unreadable, or not as hf_dp wrote it.
+        BudgetError: the file is missing, unreadable, or not as hf_dp wrote it.
     """
     try:
         data = path.read_bytes()
@@ -156,11 +161,11 @@ def read(path: Path) -> Budget:
 
 
 def try_plan(path: Path, planned: Sequence[Segment]) -> str:
-    """What the budget would come to with one more run of this plan. Reserves nothing, and does not ask which records it
-    is about.
+    """What the budget would come to with one more run of this plan. It reserves nothing, and does not compare the
+    records.
 
     Raises:
-        BudgetError: it would exceed the total, or there is no budget.
+        BudgetError: the plan would exceed the total, or there is no budget.
     """
     path = path.resolve()
     budget = read(path)
@@ -183,9 +188,9 @@ def reserve(
     asked: Sequence[Segment],
     is_new: bool,
 ) -> int:
-    """Reserves the steps `asked` beside what the run's ledger has `charged`, in place of what it had reserved.
+    """Reserves the steps `asked` beside what the run's ledger has `charged`, in place of the run's earlier reservation.
 
-    A run that goes on after it was killed gets as many of them as fit, because the steps that it lost are charged
+    A run that is resumed after it was killed gets as many of them as fit, because the steps that it lost are charged
     again.
 
     Args:
@@ -193,15 +198,16 @@ def reserve(
         folder: the run's output folder, where its ledger lies.
         subject: what the run is about.
         charged: everything in the ledger so far.
-        asked: the most that this session may take; one step or more.
-        is_new: the ledger was made for this run just now; a token of an earlier run in the same folder is not its own.
+        asked: the most that this session may take; at least one step.
+        is_new: the ledger was just created for this run, so a token in the folder belongs to an earlier one.
 
     Returns:
-        Steps granted.
+        The number of steps granted.
 
     Raises:
         BudgetError: all runs together would exceed the total; other data, unit or relation; a run without a guarantee;
-            a delta that is none for these data; a ledger with fewer steps than the budget knows of; no budget there.
+            a total delta that is not below 1 / N; a ledger with fewer steps than the budget knows of; or no budget
+            there.
     """
     path, folder = path.resolve(), folder.resolve()
     with _locked(path):
@@ -228,11 +234,10 @@ def reserve(
 
 
 def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence[Sequence[Segment]] = ()) -> None:
-    """The run in `folder` has ended: its part is what it claims, the costliest of what its ledger charged and of its
-    plans there.
+    """Ends the reservation of the run in `folder`: its entry becomes the costliest of what it charged and of its plans.
 
     Raises:
-        BudgetError: the budget knows of no such run, or of more steps than the ledger.
+        BudgetError: the budget knows no such run, or more steps than its ledger has.
     """
     path, folder = path.resolve(), folder.resolve()
     with _locked(path):
@@ -284,7 +289,7 @@ def _fits(budget: Budget, segments: Sequence[Segment]) -> bool:
 
 
 def _costliest(budget: Budget, known: BudgetEntry | None, *runs: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Of the things that this run may come to, the one with which all runs together cost most."""
+    """The one of `runs` (what this run may come to) with which all runs together cost most."""
     found = list(dict.fromkeys(_merged(segments) for segments in runs))
     found = [a for a in found if not any(a != b and _is_within(a, b) for b in found)]
     others = budget.segments(but=known)
@@ -294,18 +299,18 @@ def _costliest(budget: Budget, known: BudgetEntry | None, *runs: Sequence[Segmen
 
 
 def _is_within(few: Sequence[Segment], many: Sequence[Segment]) -> bool:
-    """Whether each kind of step has at least as many in `many`."""
+    """Whether `many` has at least as many steps of each kind as `few`."""
     counts = {s._replace(num_steps=0): s.num_steps for s in many}
     return all(s.num_steps <= counts.get(s._replace(num_steps=0), 0) for s in few)
 
 
 def _steps_that_fit(budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> int:
-    """How many of the steps that are asked fit beside the others."""
+    """How many of the steps `asked` fit into the budget beside the others."""
     return affordable_steps(others, asked, target_epsilon=budget.target_epsilon, delta=budget.target_delta)
 
 
 def _too_much(path: Path, budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> str:
-    """Spent, asked, left, and what would fit."""
+    """The error message: what is spent, what is asked, what is left, and what would fit."""
     total, delta, fits = budget.target_epsilon, budget.target_delta, _steps_that_fit(budget, others, asked)
     before, alone, after = (spent(s, delta).epsilon for s in (others, asked, [*others, *asked]))
     remedy = (
@@ -327,7 +332,7 @@ def _steps(segments: Sequence[Segment]) -> int:
 
 
 def _merged(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """One segment for each (q, sigma, noise), none without steps."""
+    """One segment for each (q, sigma, noise); none without steps."""
     counts: dict[Segment, int] = {}
     for s in segments:
         kind = s._replace(num_steps=0)

@@ -1,20 +1,25 @@
-r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each value checked, nothing believed.
+r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines in which every value is checked.
 
-    {"kind":"header","version":2,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,"debug":...,"hash":...}
+    {"kind":"header","version":2,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,
+     "debug":...,"hash":...}                                                                            (one line)
     {"kind":"plan","segments":[{"sample_rate":q,"noise_multiplier":sigma,"num_steps":T,"noise":...}],"hash":...}
-    {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"noise":...,"hash":...}
+    {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"noise":...,
+     "hash":...}                                                                                        (one line)
     {"kind":"step","n":1,"hash":...}
 
-A segment whose steps release training loss and batch size too has "loss_bound":L behind its other fields; its noise
-multiplier is then that of all three together (`metrics.py`), so that the accounting of a segment is the same with and
-without them. Without "noise" it is "gaussian". A plan says which steps are to follow upon those that stand before it.
-What a run claims is the epsilon of its plan, however early it ends: when it ends may follow from what it released, and
-epsilon of the steps taken holds for a number fixed beforehand (Rogers et al. 2016). A run that is resumed may have
-another plan; the claim is that of the costliest under which a step was taken. Ledgers of version 1 have none. A line's
-hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
-the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can
-only be the last, counts as one more step. Numbers are checked even where the hashes are right, because accountants
-answer nonsense with epsilon 0.
+The noise multiplier is the joint one: noise over the sensitivity of everything that a step releases. A segment whose
+steps also release training loss and batch size has "loss_bound":L behind its other fields (`step/metrics.py`); it is
+accounted like any other. Without "noise" the noise is "gaussian".
+
+A plan says which steps are to follow upon those before it. A run claims the epsilon of its plan, however early it ends:
+when it ends may depend on what it released, and the epsilon of the steps taken holds only for a number fixed beforehand
+(Rogers et al. 2016). A run that is resumed may have another plan; then it claims the costliest plan under which a step
+was taken. Ledgers of version 1 have no plans.
+
+A line's hash is SHA-256 over the previous line's hash (64 zeros for the first line) and the line without its hash. `n`
+counts the steps from 1. A step of older ledgers may have the trainer's own number too, as "step". Only the last line
+can have been cut short; it counts as one more step. Numbers are checked even where the hashes are right, because
+accountants answer nonsense with epsilon 0.
 """
 
 import hashlib
@@ -40,11 +45,11 @@ class LedgerHeader:
 
     Attributes:
         num_examples: N.
-        unit: of privacy, such as "record".
-        relation: of neighbours, such as "zero-out".
+        unit: unit of privacy, such as "record".
+        relation: neighbouring relation, such as "zero-out".
         delta: at which epsilon is stated.
         data_fingerprint: keyed hash of the training set, or None where none was taken.
-        debug: fixed randomness; nothing in the ledger is private.
+        debug: the randomness is fixed, so nothing in the ledger is private.
     """
 
     num_examples: int
@@ -92,7 +97,7 @@ class ExecutedSegment(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan: after how many steps it was made, and all of its steps, those before it included."""
+    """A plan: after how many steps it was made, and all of its steps, including those before it."""
 
     after: int
     segments: tuple[Segment, ...]
@@ -100,15 +105,15 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class LedgerRecord:
-    """What a ledger says.
+    """The content of a ledger.
 
     Attributes:
         header: what the whole ledger is about.
-        segments: steps in a row with the same q and sigma, for accounting; none of length 0.
-        head: hash of the last whole line, hex.
-        num_steps: steps charged, a torn last line included.
-        torn: the last line was cut short, and counts as one step.
-        executed: the segments as begun, with clip norm and batch size; the last may have no steps yet.
+        segments: consecutive steps with the same q and sigma, for accounting; none of length 0.
+        head: hash of the last whole line, in hex.
+        num_steps: steps charged, including a torn last line.
+        torn: whether the last line was cut short; it counts as one step.
+        executed: the segments as they were begun, with clip norm and batch size; the last one may have no steps yet.
         planned: all plans, in order.
     """
 
@@ -122,8 +127,9 @@ class LedgerRecord:
 
     @property
     def plans(self) -> tuple[tuple[Segment, ...], ...]:
-        """All steps of each plan under which a step was taken; equal ones once. A plan that was given up before its
-        first costs nothing.
+        """All steps of each plan under which a step was taken; equal plans once.
+
+        A plan that was replaced before a step was taken under it costs nothing.
         """
         ends = [plan.after for plan in self.planned[1:]] + [self.num_steps]
         begun = (plan.segments for plan, end in zip(self.planned, ends, strict=False) if plan.after < end)
@@ -131,7 +137,7 @@ class LedgerRecord:
 
 
 def encode(record: dict[str, object], previous: str) -> tuple[bytes, str]:
-    """The line of `record` after the line with hash `previous`, and its own hash."""
+    """The line of `record` that follows the line with the hash `previous`, and the line's own hash."""
     body = json.dumps(record, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(f"{previous}{body}".encode()).hexdigest()
     return f'{body[:-1]}{HASH_FIELD}{digest}"}}\n'.encode(), digest
@@ -160,9 +166,9 @@ def step_record(count: int) -> dict[str, object]:
 
 
 def parse(data: bytes, name: str) -> LedgerRecord:
-    """What the ledger `data` says; `name` is how errors call it.
+    """The content of the ledger `data`; errors call it `name`.
 
-    A torn last line is recovered: the steps before it, and one more.
+    A torn last line is recovered: it counts as one step.
 
     Raises:
         LedgerError: any other damage, naming line, expected, found and remedy; an unknown version; a value out of
@@ -196,22 +202,22 @@ def parse(data: bytes, name: str) -> LedgerRecord:
 
 
 def plan_after(executed: Sequence[ExecutedSegment], upcoming: Sequence[Segment]) -> Planned:
-    """The plan by which `upcoming` follows upon what was executed."""
+    """The plan by which `upcoming` steps follow upon those that were executed."""
     return Planned(sum(s.num_steps for s in executed), united([*for_accounting(executed), *upcoming]))
 
 
 def for_accounting(segments: Sequence[ExecutedSegment]) -> tuple[Segment, ...]:
-    """Run-length form: neighbours with the same q, sigma and noise united, empty ones left out."""
+    """The segments as accounting needs them, run-length encoded."""
     return united(Segment(s.sample_rate, s.joint_noise_multiplier, s.num_steps, s.noise) for s in segments)
 
 
 def check_header(header: LedgerHeader) -> None:
-    """Raises ValueError, naming all that is wrong."""
+    """Raises ValueError, naming everything that is wrong."""
     _check(asdict(header), _HEADER_RULES)
 
 
 def check_segment(segment: ExecutedSegment, num_examples: int) -> None:
-    """Raises ValueError, naming all that is wrong; q must be B / N."""
+    """Raises ValueError, naming everything that is wrong; q must be B / N."""
     _check_settings({k: v for k, v in segment.stated().items() if k != "num_steps"})
     expected = segment.expected_batch_size / num_examples
     if not math.isclose(segment.sample_rate, expected, rel_tol=1e-9):  # room for one rounding, none for another q
@@ -242,7 +248,7 @@ def _decode(line: bytes, previous: str) -> tuple[dict[str, object], str]:
 
 
 class _Reader:
-    """Takes lines in, one after another; raises ValueError at the first that may not follow."""
+    """Takes lines one after another; raises ValueError at the first line that may not follow upon the others."""
 
     def __init__(self) -> None:
         self.head = GENESIS
