@@ -222,7 +222,7 @@ def _rounding(merged: tuple[Segment, ...]) -> float:
 
 @lru_cache(maxsize=2)
 def _composed(merged: tuple[Segment, ...], h: float) -> "_PrivacyLoss":
-    """The privacy loss distribution of all steps together. The latest two are cached: a card asks for several deltas."""
+    """The privacy loss distribution of all steps. The latest two are cached: a card asks for several deltas."""
     first, *others = (_part(s, h) for s in merged)
     for part in others:
         first = first.compose(part)

@@ -1,8 +1,8 @@
 """Guesses and the segments of a run -> whether the guesses refute the run's own trade-off function.
 
-Here the hypothesis is not a Gaussian curve but that of the run as it was accounted: Poisson-subsampled Gaussian steps,
-with their q, sigma and T, by privacy loss distributions (`tradeoff.py` has the formula for an attacker at
-false-positive rate a, here a = 1 - x).
+The hypothesis is not a Gaussian curve, but the curve of the run as it was accounted: Poisson-subsampled Gaussian steps
+with their q, sigma and T, by privacy loss distributions. (`accounting/tradeoffs.py` has the formula for an attacker at
+false-positive rate a; here a = 1 - x.)
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,9 @@ from hf_dp.mechanism import Segment
 
 
 def claims_inverse_blow_up(segments: Sequence[Segment], delta: float) -> InverseBlowUp:
-    """x -> a lower bound on f(1 - x) for the trade-off function f of all steps together.
+    """x -> a lower bound on f(1 - x), for the trade-off function f of all steps together.
 
-    From below, because pairs of epsilon and delta bound f from below; so the claim that is tested is never stronger
-    than the run's.
+    Pairs of epsilon and delta bound f from below. So the claim that is tested is never stronger than the run's.
 
     Raises:
         AuditError: steps without noise, which claim nothing.
@@ -38,7 +37,7 @@ def claims_inverse_blow_up(segments: Sequence[Segment], delta: float) -> Inverse
 
 
 def claim_is_refuted(guesses: Guesses, segments: Sequence[Segment], delta: float, confidence: float = 0.95) -> bool:
-    """Whether so many right guesses have a probability under 1 - confidence in a run that is as private as its ledger
+    """Whether so many right guesses have a probability below 1 - confidence in a run that is as private as its ledger
     says.
     """
     return refutes(guesses, claims_inverse_blow_up(segments, delta), confidence)

@@ -1,6 +1,4 @@
-"""Attacks on private models and on others, and a guarantee -> a picture: true against false positives, both axes
-logarithmic.
-"""
+"""Attacks and guarantees -> a picture: true against false positives, both axes logarithmic."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,12 +16,12 @@ from hf_dp.pictures import Line, Panel, save_figure
 def plot_attacks(
     attacks: Mapping[str, Attack], guarantees: Sequence[Sequence[Segment]], delta: float, path: Path
 ) -> None:
-    """Writes the picture; the format is the file name's ending (png, svg, pdf).
+    """Writes the picture; the file name's ending is the format (png, svg, pdf).
 
     Args:
-        attacks: by the name in the legend.
-        guarantees: steps, each with a limit of its own; infinite ones have none.
-        delta: of the epsilons that stand beside them.
+        attacks: name in the legend -> attack.
+        guarantees: segments of steps; each finite guarantee is drawn as a limit.
+        delta: at which the epsilons in the legend are stated.
         path: of the picture.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Scores and coins of an audited run -> what privacy.json says of its audit; the same numbers computed again, by
-whoever doubts them.
+"""Scores and coins of an audited run -> the field `audit` of privacy.json; and the same numbers computed again, for
+checking.
 
-Two tests at half the error each, so that together they are wrong with a probability of 1 - CONFIDENCE at most: the
-general lower bound on epsilon, and whether the run's own trade-off function is refuted.
+Two tests are made, each with half of the error probability, so that with a probability of at least CONFIDENCE neither
+is wrong: the general lower bound on epsilon, and whether the run's own trade-off function is refuted.
 """
 
 import math
@@ -27,8 +27,8 @@ METHOD = "one run: Steinke, Nasr, Jagielski 2023; f-DP: Mahloujifar, Melis, Chau
 
 
 class Counts(NamedTuple):
-    """What an audit saw: (guesses, right ones) for each of `SHARES`; the area under the curve, and the positive
-    control's, if any.
+    """What an audit saw: for each of `SHARES`, (guesses, right ones); the area under the curve, and the positive
+    control's, if there is one.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Counts(NamedTuple):
 def counted(
     kind: str, scores: Floats, included: NDArray[np.bool_], control_area_under_curve: float | None = None
 ) -> Counts:
-    """Counts of right guesses from scores of canaries that fair coins put in or left out.
+    """Counts of right guesses, from scores of canaries that fair coins put in or left out.
 
     Raises:
         AuditError: scores that are not finite, or coins that all fell on one side.
@@ -124,7 +124,7 @@ def computed_again(audit: AuditRecord, segments: Sequence[Segment], delta: float
     """The figures that follow from the counts in a record.
 
     Raises:
-        AuditError: counts that cannot be.
+        AuditError: impossible counts.
     """
     m = audit.num_canaries
     expected = [2 * max(1, int(m * share / 2)) for share in SHARES]
@@ -134,7 +134,7 @@ def computed_again(audit: AuditRecord, segments: Sequence[Segment], delta: float
 
 
 def power(control_area_under_curve: float | None) -> str:
-    """What the positive control says of an audit: whether one that finds nothing could have found something."""
+    """What the positive control says of an audit: whether an audit that finds nothing could have found something."""
     area = control_area_under_curve
     if area is None:
         return "power not known: no positive control was run"

@@ -11,14 +11,12 @@ from scipy import stats
 
 from hf_dp.audit.one_run import Guesses
 
-SHARES = (0.1, 0.3, 1.0)  # of the canaries that are guessed about: fixed, or the confidence would not be what it says
+SHARES = (0.1, 0.3, 1.0)  # of the canaries that are guessed about; fixed in advance, as the confidence requires
 Floats = NDArray[np.float64]
 
 
 def guess(scores: Floats, included: NDArray[np.bool_]) -> list[Guesses]:
-    """One set of guesses for each of `SHARES`: half of them the highest scores, guessed in, half the lowest, guessed
-    out.
-    """
+    """Guesses for each of `SHARES`: half of them the highest scores, guessed in, and half the lowest, guessed out."""
     order = np.argsort(scores, kind="stable")
     found = []
     for share in SHARES:
@@ -29,20 +27,20 @@ def guess(scores: Floats, included: NDArray[np.bool_]) -> list[Guesses]:
 
 
 def area_under_curve(scores: Floats, included: NDArray[np.bool_]) -> float:
-    """The probability that a canary that is in scores higher than one that is out, ties counted half."""
+    """The probability that a canary that was trained on scores higher than one that was not; ties count half."""
     ranks = stats.rankdata(scores)
     inside, outside = int(included.sum()), int((~included).sum())
     return float((ranks[included].sum() - inside * (inside + 1) / 2) / (inside * outside))
 
 
 def log_likelihood_ratio(projections: Floats, sample_rate: float, noise_multiplier: float) -> Floats:
-    """White-box scores, [m]: sum over steps of log((1 - q) + q exp((2 x - 1) / (2 sigma²))).
+    """White-box scores, [m]: the sum over steps of log((1 - q) + q exp((2 x - 1) / (2 sigma²))).
 
-    The best that can be said of a canary whose clipped gradient is the whole clip norm along a direction of its own.
+    This is the best possible score for a canary whose clipped gradient has the clip norm and a direction of its own.
 
     Args:
-        projections: x, [T, m]: each step's noisy sum along the canary's direction, over C. 1 + noise where it was
-            drawn, else noise.
+        projections: x, [T, m]: each step's noisy sum along the canary's direction, over C; 1 + noise where the canary
+            was drawn, else noise.
         sample_rate: q.
         noise_multiplier: sigma, above 0.
     """

@@ -1,4 +1,4 @@
-"""Steps go in before they are released; an append-only record of them comes out, and a budget shared by several runs."""
+"""Steps go in before they are released; an append-only record of them comes out, and a budget for several runs."""
 
 from hf_dp.ledger import budget
 from hf_dp.ledger.budget import Budget

@@ -42,7 +42,7 @@ LOCK_SECONDS = (
 
 
 class BudgetSubject(NamedTuple):
-    """What the total is about, as the first run had it; `data` is a fingerprint under the key beside the budget file."""
+    """What the total is about: that of the first run. `data` is a fingerprint under the key beside the budget file."""
 
     data: str
     num_examples: int
