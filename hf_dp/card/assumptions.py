@@ -1,5 +1,7 @@
-"""Kinds of noise, a unit and what was declared -> the sentences of a record: what was run, what is assumed, what is
-covered.
+"""Kinds of noise, a unit and what was declared -> the sentences of a record.
+
+They are part of privacy.json and are compared when a card is verified: if one is reworded, records with the old words
+no longer verify, so that needs a new schema version.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,8 +18,8 @@ GAUSSIAN = {
 }
 WHOLE_NUMBERS = {
     "name": "Poisson-subsampled discrete Gaussian (DP-SGD)",
-    "noise": "discrete Gaussian of standard deviation 2**22 steps of the grid on every coordinate; 2**22 steps are noise_multiplier x "
-    "sensitivity",
+    "noise": "discrete Gaussian of standard deviation 2**22 steps of the grid on every coordinate; 2**22 steps are "
+    "noise_multiplier x sensitivity",
     "noise_precision": "whole numbers",
     "epsilon_is": "RDP at whole orders, an upper bound",
 }
@@ -44,8 +46,14 @@ RUN_AS_DRAWN = (
     "one had ended; each run drew its settings from a fixed list; none was left out, repeated or stopped because of "
     "what it showed."
 )
-OTHER_RUNS = "The other runs that this model was selected from: their models, scores, curves and number, none of which is given away."
-SCORES = "The score by which this model was selected is computed on evaluation data, whose own records this epsilon does not protect."
+OTHER_RUNS = (
+    "The other runs that this model was selected from: their models, scores, curves and number, none of which is given "
+    "away."
+)
+SCORES = (
+    "The score by which this model was selected is computed on evaluation data, whose own records this epsilon does "
+    "not protect."
+)
 SAMPLER = "Poisson: each record by itself, afresh in each step"
 GROUP_SAMPLER = (
     "Poisson: each group by itself, afresh in each step; of a drawn group one record, each as likely as another"
@@ -67,7 +75,10 @@ GENERATORS = {
     "chacha20": "the cipher ChaCha20 keyed with 128 bits of the operating system's entropy, never stored",
 }
 GENERATOR_NAMES = {"philox": "Philox4x64, which is no cipher", "chacha20": "the cipher ChaCha20"}
-PUBLIC_EVAL = "Evaluation data: whoever trained the model declared them public; numbers and choices made with them are not covered."
+PUBLIC_EVAL = (
+    "Evaluation data: whoever trained the model declared them public; numbers and choices made with them are not "
+    "covered."
+)
 PRIVATE_EVAL = "Evaluation data: not declared public; numbers computed on them are not covered."
 
 
@@ -80,14 +91,14 @@ class Sentences(NamedTuple):
 
 
 def kind_of(noises: Iterable[str]) -> dict[str, str]:
-    """The words for a mechanism, or an account, of these kinds of noise: whole numbers where all are, or where one is
-    for an account.
+    """The words for a mechanism, or an account, with these kinds of noise: those for whole numbers if any noise is
+    discrete.
     """
     return WHOLE_NUMBERS if DISCRETE in noises else GAUSSIAN
 
 
 def sampler(unit: str) -> str:
-    """How records come into a step, in words."""
+    """How records are sampled, in words."""
     return SAMPLER if unit == UNIT else GROUP_SAMPLER
 
 

@@ -1,8 +1,8 @@
 """The text of README.md -> the same text with our YAML block, tags and section in it.
 
-A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` of the one
-and what stands between START and END in the other; all else is the user's, PEFT's or Trainer's, and stays to the
-character.
+A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` in the front
+matter, and the text between START and END in the body. Everything else belongs to the user, PEFT or Trainer, and stays
+unchanged to the character.
 """
 
 import json
@@ -21,10 +21,10 @@ _ANY_MARK = re.compile(r"<!-- hf_dp: privacy section, (start|end)\b[^>]*-->")
 
 
 def read_readme(path: Path) -> str:
-    """The file's text as it is, line ends included; "" where there is none.
+    """The file's text with its line ends; "" where there is no file.
 
     Raises:
-        ConfigError: it is not UTF-8.
+        ConfigError: the file is not UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -37,12 +37,12 @@ def read_readme(path: Path) -> str:
 
 
 def with_front_matter(text: str, block: Mapping[str, object], tags: Sequence[str], *, tagged: bool = True) -> str:
-    """`text` with `privacy: block` in its YAML, and all of `tags`, or none of them if not `tagged`.
+    """`text` with `privacy: block` in its YAML and with all of `tags`, or with none of them if not `tagged`.
 
-    Other keys, other tags, their order and their comments stay.
+    Other keys and tags, their order and their comments stay.
 
     Raises:
-        ConfigError: the front matter is not a YAML mapping with a key a line.
+        ConfigError: the front matter is not a YAML mapping with one key a line.
     """
     match = _FRONT_MATTER.match(text)
     front, body = (match["yaml"], text[match.end() :]) if match else ("", text and "\n" + text)
@@ -60,10 +60,10 @@ def with_front_matter(text: str, block: Mapping[str, object], tags: Sequence[str
 
 
 def with_section(text: str, section: str) -> str:
-    """`text` with `section` between the marks: in the old one's place, or at the end.
+    """`text` with `section` between the marks: in place of the old section, or at the end.
 
     Raises:
-        ConfigError: a mark stands alone, so that it is unknown where the old section ends.
+        ConfigError: one of the marks is missing, so that it is unknown where the old section ends.
     """
     newline = _newline(text)
     marked = f"{START}\n{section.strip()}\n{END}".replace("\n", newline)
@@ -80,7 +80,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def yaml_of(text: str) -> dict[str, object]:
-    """The front matter as a mapping, {} where there is none.
+    """The front matter as a mapping; {} where there is none.
 
     Raises:
         ConfigError: it is not a YAML mapping.
@@ -96,13 +96,13 @@ def tags_of(front: Mapping[str, object]) -> list[object]:
 
 
 def section_of(text: str) -> str | None:
-    """What stands between the marks, or None where there are not exactly one start and one end."""
+    """The text between the marks, or None where there are not exactly one start and one end."""
     marks = list(_ANY_MARK.finditer(text))
     return text[marks[0].end() : marks[1].start()] if [m[1] for m in marks] == ["start", "end"] else None
 
 
 def to_json(record: Mapping[str, object]) -> str:
-    """Readable JSON, floats to their last digit; a NaN or an infinity is an error."""
+    """Readable JSON with all digits of floats; a NaN or an infinity is an error."""
     return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -125,10 +125,10 @@ def _mapping(front: str) -> dict[str, object]:
 
 
 def _with_key(front: str, key: str, value: object, newline: str) -> str:
-    """The YAML text with one top-level key set: the new lines take the place of its old ones, or the end.
+    """The YAML text with one top-level key set: the new lines replace the old ones, or come at the end.
 
     Raises:
-        ConfigError: that is not YAML any more, as where the old text was one flow mapping `{a: 1}`.
+        ConfigError: the result is not YAML, as where the old text was one flow mapping `{a: 1}`.
     """
     new = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).replace("\n", newline)
     lines = front.splitlines(keepends=True)

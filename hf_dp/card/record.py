@@ -1,7 +1,7 @@
 """`privacy.json` of any version -> `Record`, frozen and typed, as the newest version has it; and back to JSON.
 
-What a file of an older version lacks is filled in here and nowhere else. `schema_version` stays what the file says,
-because a record is written again as it was, and because what a version claims depends on it.
+What a file of an older version lacks is filled in here and nowhere else. `schema_version` keeps the file's value,
+because a record is written back in its own version, and because the claim depends on the version.
 """
 
 import json
@@ -218,7 +218,7 @@ class Record:
 
 
 def schema_problems(stated: object) -> list[str]:
-    """What keeps `stated` from being a privacy.json of a version that is known here: every place, with what is wrong."""
+    """What keeps `stated` from being a privacy.json of a known version: every place, with what is wrong."""
     from jsonschema import Draft202012Validator
 
     version = stated.get("schema_version") if isinstance(stated, dict) else None

@@ -1,18 +1,17 @@
-"""A model folder -> what its card, `privacy.json` and ledger claim, each claim checked against a computation of our
-own.
+"""A model folder -> what its card, `privacy.json` and ledger claim, each claim checked against our own computation.
 
-Nothing in the folder is believed: epsilon is computed again from the steps, the ledger's hash chain is followed, and
-the card is rendered again and compared. The form is that of privacy.schema.json, which knows all versions ever written.
+Nothing in the folder is believed. Epsilon is computed again from the steps, the ledger's hash chain is followed, and
+the card is rendered again and compared. The form is checked by privacy.schema.json, which knows all versions.
 
 What no computation can tell:
 
-- whether the training did what its ledger says, on the data that were declared, with weights that are these;
-- a folder in which everything (record, card, picture, ledger with its hashes) was made anew to fit together. Without the ledger, which
-  may be left out, it is enough to make record, card and picture anew;
+- whether the training did what its ledger says, on the declared data, and produced these weights;
+- a folder in which everything (record, card, picture, ledger with its hashes) was forged consistently. The ledger may
+  be missing; then a forger needs only record, card and picture;
 - whether a model that was selected from several runs was selected as it says, and from no other runs than it lists;
-- what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned in `mechanism`, levels
-  of a schedule that are not the last taken, versions of libraries, the words of a declaration when card and record are
-  both changed.
+- fields that no other number depends on: the scores behind an audit's counts, a higher target, the number of steps
+  planned in `mechanism`, levels of a schedule after the last one taken, versions of libraries, and a declaration that
+  was changed in card and record alike.
 """
 
 import math
@@ -42,13 +41,13 @@ from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerRecord, read_ledger
 from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm, united
 
-ROUNDING = 1e-6  # relative; another version's grid may round the other way
+ROUNDING = 1e-6  # relative; another version of the accountant may round the other way
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
 Settings = RecordedMechanism | RecordedLevel | ExecutedSegment
 
 
 class Check(NamedTuple):
-    """One thing that was looked at: what, whether it holds, and what was found (and expected, where it does not)."""
+    """One check: its name, whether it holds, and what was found (and expected, where it does not hold)."""
 
     name: str
     holds: bool
@@ -56,7 +55,7 @@ class Check(NamedTuple):
 
 
 def verify(folder: Path) -> list[Check]:
-    """Every check of a folder that holds `privacy.json`, a README.md, and perhaps the ledger. Reads only.
+    """All checks of a folder that holds `privacy.json`, a README.md, and perhaps the ledger. Only reads.
 
     Raises:
         ConfigError: the folder has no readable privacy.json at all.
@@ -96,7 +95,9 @@ def _settings(record: Record) -> Iterator[Check]:
 
 
 def _plan(mechanism: RecordedMechanism, segments: Sequence[ExecutedSegment]) -> Iterator[Check]:
-    """The last steps are of the plan; where it has levels, of one of them, and they are those of one plan."""
+    """The last steps must be those planned, by one of the levels where there are levels; and the levels must be one
+    plan.
+    """
     levels = mechanism.levels
     if segments:
         plans = [{**_of_a_step(x), "loss_bound": mechanism.loss_bound} for x in levels or [mechanism]]
@@ -124,14 +125,14 @@ def _is_rate(settings: Settings, num_examples: int) -> bool:
 
 
 def planned_noise(mechanism: RecordedMechanism) -> str:
-    """The kind of noise of a record without steps, from the words for it."""
+    """The kind of noise of a record without steps, from the words that describe it."""
     if mechanism.noise_precision == WHOLE_NUMBERS["noise_precision"]:
         return DISCRETE
     return "gaussian" if mechanism.generator == "philox" else "gaussian-chacha20"
 
 
 def _release(record: Record, segments: Sequence[ExecutedSegment]) -> Check:
-    """Who is drawn, what a step releases, its sensitivity, the noise and its source follow from the settings."""
+    """Sampler, released vector, sensitivity, noise and its source must follow from the settings."""
     mechanism = record.mechanism
     bound, generator = mechanism.loss_bound, mechanism.generator
     noise = segments[-1].noise if segments else planned_noise(mechanism)
@@ -173,7 +174,7 @@ def _epsilon(record: Record) -> Iterator[Check]:
 
 
 def claimed_of(record: Record) -> tuple[Segment, ...]:
-    """The steps whose epsilon is claimed: before version 3 those that were taken.
+    """The steps whose epsilon is claimed; before version 3, those that were taken.
 
     Raises:
         AccountingError: they can't be accounted.
@@ -182,9 +183,7 @@ def claimed_of(record: Record) -> tuple[Segment, ...]:
 
 
 def _selection(record: Record, stated: RecordedSelection) -> Iterator[Check]:
-    """Epsilon of the whole, from the runs that were planned; the one that was kept is one of them, as its own segments
-    say.
-    """
+    """Epsilon of the whole, from the planned runs; and the kept run must be one of these, by its own segments."""
     delta = record.delta
     try:
         selected = stated.selection()
@@ -220,9 +219,7 @@ def _within(epsilon: float, target: float | None, name: str) -> Iterator[Check]:
 
 
 def _audit(record: Record) -> Iterator[Check]:
-    """The bounds follow from the counts, and do not contradict the claim. Counts and areas under curves are taken as
-    they are.
-    """
+    """The bounds must follow from the counts and not contradict the claim. Counts and areas are taken as they are."""
     if record.audit is None:
         return
     claim = record.epsilon if record.private else math.inf
@@ -242,7 +239,7 @@ def _audit(record: Record) -> Iterator[Check]:
 
 
 def _further_bounds(record: Record, computed: Bounds) -> Check:
-    """Epsilon at other deltas and the attacker's rates, each as `_agrees` has it."""
+    """Epsilon at other deltas and the attacker's rates must agree with the computation, as in `_agrees`."""
     stated, (expected, ours) = record.tradeoff, computed
     assert stated is not None, "the schema wants a curve of a private record"
     assert ours is not None, "further_bounds has one"
@@ -269,7 +266,7 @@ def _agree(record: Record, computed: Epsilon) -> Iterator[Check]:
 
 
 def _agrees(name: str, stated: float, computed: float) -> Check:
-    """Stated may be the looser by LOOSER, never the tighter: an epsilon that is too small is the lie to look for."""
+    """A stated epsilon may exceed ours by the part LOOSER, but must not be lower: that would be the lie."""
     if not math.isfinite(computed):
         return _equal(f"{name}, computed again", in_json(stated), INFINITE)
     holds = computed * (1 - ROUNDING) <= stated <= computed * (1 + LOOSER)

@@ -1,4 +1,4 @@
-"""A `Record` -> what people and the Hub read of it: the card's YAML block, its section in words and its picture."""
+"""A `Record` -> what people and the Hub read: the card's YAML block, its section in words, and its picture."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,15 +13,15 @@ from hf_dp.mechanism import DISCRETE, METRIC_NOISE, UNIT
 from hf_dp.pictures import tradeoff_svg
 
 PICTURE = "privacy_tradeoff.svg"
-MOST_SHOWN = 4  # values of one setting that followed upon each other; privacy.json has them all
+MOST_SHOWN = 4  # successive values of one setting that are listed; privacy.json has them all
 SHARES = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10"}  # the false-positive rates that the card names
 
 
 def yaml_block(record: Record) -> dict[str, object]:
     """The `privacy:` block of the model card's YAML. Epsilon is rounded up.
 
-    After a change of settings in the middle of a run, noise_multiplier, sample_rate, num_steps and clip_norm are lists
-    with an entry a segment, in the order of training.
+    If settings changed during a run, noise_multiplier, sample_rate, num_steps and clip_norm are lists with an entry for
+    each segment, in the order of training.
     """
     return {
         "epsilon": _rounded_up(in_json(record.epsilon), digits=5),
@@ -40,7 +40,7 @@ def yaml_block(record: Record) -> dict[str, object]:
 
 
 def section(record: Record) -> str:
-    """The card's section in words, from card.md, or from card_not_private.md where no guarantee may be claimed."""
+    """The card's section, from the template card.md, or card_not_private.md where no guarantee may be claimed."""
     old = record.schema_version == 1
     name = ("card.1.md" if old else "card.md") if record.private else "card_not_private.md"
     shown = in_words(record) | {
@@ -57,7 +57,7 @@ def section(record: Record) -> str:
 
 
 def in_words(record: Record) -> dict[str, str]:
-    """Name -> how the card says it, each number on the safe side: what its templates have places for, lists aside."""
+    """Name -> text, for the places in the templates that are no lists. Numbers are rounded to the safe side."""
     shown = {
         "reason": record.reason or "",
         "delta": f"{record.delta:.6g}",
@@ -95,12 +95,12 @@ def in_words(record: Record) -> dict[str, str]:
 
 
 def selection_in_short(selection: RecordedSelection) -> str:
-    """In a line."""
+    """The selection in one line."""
     return f"best of a random number of runs, {selection.distribution} with mean {selection.mean:g}"
 
 
 def _with_selection(text: str, selection: RecordedSelection) -> str:
-    """The section and, after its first paragraph, what was selected from what."""
+    """The section with a paragraph about the selection after its first one."""
     words = (
         "**Selected from a random number of runs.** This training was run a number of times drawn from the "
         f"{selection.distribution} distribution with mean {selection.mean:g}, each time with settings drawn from a "
@@ -118,19 +118,20 @@ def _after_first_paragraph(text: str, words: str) -> str:
 
 
 def steps_claimed(record: Record) -> int:
-    """The steps of the longest plan, or those taken, if they are more; what records before version 3 claim is the steps
-    taken.
+    """The number of steps whose epsilon is claimed: those of the longest plan, or those taken if they are more.
+
+    Records before version 3 have no plans and claim the steps taken.
     """
     return max([record.num_steps, *(sum(s.num_steps for s in plan) for plan in record.plans)])
 
 
 def ended_early(record: Record) -> bool:
-    """Whether a guarantee is claimed of steps that were planned and not taken."""
+    """Whether a guarantee is claimed for steps that were planned but not taken."""
     return record.private and steps_claimed(record) > record.num_steps
 
 
 def _plan_in_words(record: Record) -> str:
-    """What is claimed of a run that took fewer steps than planned, and what holds for those that it took."""
+    """What is claimed of a run that took fewer steps than planned, and what holds for the steps that it took."""
     alone = _rounded_up(in_json(record.epsilon_of_steps_taken or 0.0), digits=3)
     return (
         f"**Steps taken: {record.num_steps:,} of {steps_claimed(record):,}.** Epsilon is that of the whole plan, "
@@ -141,8 +142,9 @@ def _plan_in_words(record: Record) -> str:
 
 
 def attackers_limits(record: Record) -> list[tuple[str, str]]:
-    """How many are wrongly accused, how many are rightly found at most: three points of the trade-off curve; none
-    without one.
+    """Three points of the trade-off curve: (share of non-members wrongly accused, largest share of members found).
+
+    Empty for a record without a curve.
     """
     curve = record.tradeoff
     if not curve:
@@ -152,7 +154,7 @@ def attackers_limits(record: Record) -> list[tuple[str, str]]:
 
 
 def _with_audit(text: str, audit: AuditRecord) -> str:
-    """The section and its audit: at its end, or, where the audit refutes the claim, at its head."""
+    """The section with its audit: at the end, or at the head where the audit refutes the claim."""
     seen = "the noisy sums of all steps" if audit.kind == "gradient" else "the loss of the finished model on them"
     shares = ", ".join(f"{v} of {r}" for r, v in audit.guesses)
     words = (
@@ -167,11 +169,12 @@ def _with_audit(text: str, audit: AuditRecord) -> str:
     if not audit.refuted:
         return f"{text.rstrip()}\n\n**Audit.** {words}\n"
     heading, rest = text.split("\n", 1)
-    return f"{heading}: REFUTED\n\n**REFUTED: the claim below is contradicted by this training's own audit.** {words}\n{rest}"
+    verdict = "**REFUTED: the claim below is contradicted by this training's own audit.**"
+    return f"{heading}: REFUTED\n\n{verdict} {words}\n{rest}"
 
 
 def picture(record: Record) -> str:
-    """The SVG of the trade-off curve of a record that has one."""
+    """The SVG of a record's trade-off curve. The record must have one."""
     assert record.tradeoff is not None, "only a record with a guarantee has a curve"
     curve = record.tradeoff
     points = list(zip(curve.false_positive_rates, curve.true_positive_rates, strict=True))
@@ -179,12 +182,12 @@ def picture(record: Record) -> str:
 
 
 def units(unit: str) -> str:
-    """Several of them, in short."""
+    """The plural of a unit, in short."""
     return "records" if unit == UNIT else "groups"
 
 
 def released(loss_bound: float | None) -> str:
-    """What leaves in each step, in words."""
+    """What a step releases, in words."""
     if loss_bound is None:
         return "the gradient"
     return (
@@ -195,9 +198,10 @@ def released(loss_bound: float | None) -> str:
 
 
 def _in_words(epsilon: float, delta: float) -> dict[str, str]:
-    """The largest ratio of probabilities, and the best guesser's chance of being right about a fair coin.
+    """Epsilon, the largest ratio of probabilities, and the best guesser's chance of being right about a fair coin.
 
-    (epsilon, delta) bounds it by (e^epsilon + delta) / (1 + e^epsilon): Kairouz, Oh, Viswanath 2015, theorem 2.1.
+    (epsilon, delta) bounds that chance by (e^epsilon + delta) / (1 + e^epsilon): Kairouz, Oh, Viswanath 2015, theorem
+    2.1.
     """
     accuracy = (1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon))
     factor = _rounded_up(math.exp(epsilon), digits=3) if epsilon < 14 else f"10^{math.ceil(epsilon / math.log(10))}"
@@ -209,7 +213,7 @@ def _in_words(epsilon: float, delta: float) -> dict[str, str]:
 
 
 def _attackers_in_words(record: Record, curve: TradeoffCurve) -> dict[str, str]:
-    """The trade-off curve in words, each limit rounded up."""
+    """The trade-off curve in words; each limit is rounded up."""
     advantage = curve.advantage
     return {
         "best_guess": percent((1 + advantage) / 2),
@@ -222,12 +226,12 @@ def _attackers_in_words(record: Record, curve: TradeoffCurve) -> dict[str, str]:
 
 
 def percent(share: float) -> str:
-    """With one digit behind the point, rounded up: a limit is never shown below itself."""
+    """A percentage with one decimal, rounded up, so that a limit is never shown too low."""
     return f"{min(1000, math.ceil(round(share * 1000, 9))) / 10:.1f} %"
 
 
 def _rounded_up(value: float | str, *, digits: int) -> float | str:
-    """To significant digits, never below the value; words stay."""
+    """Rounds up to significant digits; a word is returned as it is."""
     if isinstance(value, str) or value == 0:
         return value
     exact = Decimal(value)
@@ -253,7 +257,7 @@ def _one_or_all(values: Sequence[float]) -> float | Sequence[float]:
 
 
 def in_turn(values: Iterable[float]) -> str:
-    """One after another, or, where they are many, their range."""
+    """The values one after another or, if there are many, their range."""
     found = [f"{value:.6g}" for value in values]
     if len(found) <= MOST_SHOWN:
         return ", then ".join(found)

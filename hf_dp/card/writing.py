@@ -1,7 +1,7 @@
-"""Mechanism + ledger -> a `Record`, and from it `privacy.json`, and in README.md a `privacy:` block, two tags and a
-section in words.
+"""Mechanism + ledger -> a `Record`; and from it `privacy.json`, and in README.md a `privacy:` block, two tags and a
+section.
 
-Everything written is public: settings, counts of steps, epsilon. Nothing that was computed on a training record goes
+Everything written is public: settings, numbers of steps, epsilon. Nothing that was computed on a training record goes
 in.
 """
 
@@ -176,7 +176,7 @@ def bounds_of_selection(selected: Selection, delta: float) -> Bounds:
 
 
 def _epsilon_at(delta: float, epsilon_of: Callable[[float], float]) -> tuple[EpsilonAt, ...]:
-    """Epsilon at delta and at a tenth, a hundredth and a thousandth of it, as far down as an accountant has an answer."""
+    """Epsilon at delta and at a tenth, a hundredth and a thousandth of it, where an accountant has an answer."""
     found = []
     for divisor in (1, 10, 100, 1000):
         if delta / divisor >= MIN_DELTA:

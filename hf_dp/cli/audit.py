@@ -1,4 +1,4 @@
-"""A recipe -> the same run with canaries among its records, and what they show of its epsilon, in a table."""
+"""A recipe -> the same run with canaries among its records, and a table of what they show about its epsilon."""
 
 import dataclasses
 import tempfile
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CLAIM = (
     "privacy.target_epsilon",
     "privacy.noise_multiplier",
-)  # asked for on the command line, they are the claim to audit
+)  # an override of one of these sets the claim that is audited
 
 
 def audit(
@@ -33,10 +33,11 @@ def audit(
 ) -> None:
     """Measures a lower bound on epsilon: trains the recipe with canaries, at claim 1 unless an override says otherwise.
 
-    First a positive control, without noise, on the canaries alone: an audit without power finds nothing in any run.
+    First comes a positive control, without noise and on the canaries alone: an audit without power finds nothing in any
+    run.
 
     With --membership 16: LiRA, an attack on the recipe as it stands, at its own epsilon. Sixteen models, and sixteen
-    more without noise, each on a random half of the records; none is kept.
+    more without noise, are trained on random halves of the records; none is kept.
     """
     from hf_dp.cli.folders import no_empty_folder
     from hf_dp.cli.libraries import quiet
@@ -91,7 +92,7 @@ def _audited(asked: "Recipe", config: "AuditConfig") -> None:
 
 
 def _control(asked: "Recipe", config: "AuditConfig") -> float:
-    """Area under the curve of the same run without noise, on the canaries alone. Its folder is thrown away."""
+    """Area under the curve of the same run without noise, on the canaries alone. Its folder is deleted."""
     from hf_dp.audit import AuditRecord
     from hf_dp.recipe import task
 

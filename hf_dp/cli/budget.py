@@ -20,7 +20,7 @@ def budget(
         Path | None, typer.Option(help="Output folder of a run that will not be resumed: count what it claims.")
     ] = None,
 ) -> None:
-    """Creates a privacy budget for several runs on the same data, or shows what is spent and reserved of one."""
+    """Creates a privacy budget for several runs on the same data, or shows how much of it is spent and reserved."""
     from hf_dp.errors import ConfigError
     from hf_dp.ledger import LEDGER_NAME, Ledger, read_ledger
     from hf_dp.ledger import budget as budgets

@@ -1,6 +1,4 @@
-"""A folder with its privacy.json -> README.md with the section, YAML block, tags and picture that belong to it. Imports
-no torch.
-"""
+"""A folder with its privacy.json -> README.md with the section, YAML block, tags and picture. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +9,7 @@ import typer
 def card(
     folder: Annotated[Path, typer.Argument(help="The folder of a model saved by hf_dp.")],
 ) -> None:
-    """Writes the card again from privacy.json; what others wrote in README.md stays."""
+    """Writes the card again from privacy.json; text by others in README.md stays."""
     from hf_dp.card import Record, read_record, write_card
     from hf_dp.errors import ConfigError
 

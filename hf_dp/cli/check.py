@@ -13,7 +13,7 @@ def check(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")] = None,
 ) -> None:
-    """Shows every trainable parameter with its rule, proves them on made-up records, and prints the plan."""
+    """Shows every trainable parameter with its rule, checks the rules on made-up records, and prints the plan."""
     from hf_dp import accounting
     from hf_dp.cli.libraries import quiet
     from hf_dp.cli.tables import print_inventory

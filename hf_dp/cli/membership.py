@@ -1,8 +1,9 @@
-"""A recipe -> models trained on random halves of its records, the losses of all on all, and how well members are told
-from others.
+"""A recipe -> models trained on random halves of its records, the losses of all models on all records, and an attack on
+them.
 
-Each record is in a model's data by a coin of its own, and where it is not an empty one stands in its place: N, q, sigma
-and T are the recipe's, and so is what the guarantee allows. The models are never saved.
+A coin of its own decides for each record and model whether the record is in the model's data. Where it is not, an empty
+record stands in its place. So N, q, sigma and T are the recipe's, and the guarantee is that of the recipe. No model is
+saved.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ IN_TURN = {
 
 
 class Trained(NamedTuple):
-    """Losses of all models on all records [M, n]; what each of them spent, at delta."""
+    """Losses of all models on all records, [M, n]; the steps that each model took; and delta."""
 
     losses: Floats
     segments: tuple[Segment, ...]
@@ -49,7 +50,7 @@ def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None)
     """Trains the models, then as many without noise on the same halves, attacks both, and prints what was found.
 
     Raises:
-        ConfigError: fewer than `FEWEST_MODELS`, or a recipe whose halves cannot be trained.
+        ConfigError: fewer models than `FEWEST_MODELS`, or a recipe whose halves cannot be trained.
         typer.Exit: with status 1, where the claim is refuted.
     """
     _refuse(recipe, num_models)
@@ -91,7 +92,7 @@ def _refuse(recipe: Recipe, num_models: int) -> None:
 
 
 def _trained(recipe: Recipe, included: Coins, parts: task.Parts) -> Trained:
-    """One model after the other, each in a folder that is thrown away."""
+    """Trains one model after the other, each in a temporary folder."""
     found, last = [], None
     noise = "without noise" if recipe.privacy.noise_multiplier == 0 else "private"
     recipe = dataclasses.replace(recipe, privacy=dataclasses.replace(recipe.privacy, budget_file=None))
@@ -110,7 +111,7 @@ def _trained(recipe: Recipe, included: Coins, parts: task.Parts) -> Trained:
 
 
 def _half(rows: datasets.Dataset, members: Coins) -> datasets.Dataset:
-    """The rows with those that are no members left empty: one token, no target, so that loss and gradient are 0."""
+    """The rows, with those of non-members emptied: one token and no target, so that loss and gradient are 0."""
 
     columns = rows.to_dict()
     for i in np.flatnonzero(~members):
@@ -120,7 +121,7 @@ def _half(rows: datasets.Dataset, members: Coins) -> datasets.Dataset:
 
 
 def _losses(trainer: DPTrainer, rows: datasets.Dataset) -> Floats:
-    """The model's loss on each row, [n], in evaluation mode, rows of like length together."""
+    """The model's loss on each row, [n], in evaluation mode; rows of similar length are batched together."""
     trainer.model.eval()
     size, order = trainer.args.per_device_train_batch_size, np.argsort([len(ids) for ids in rows["input_ids"]])
     found = np.zeros(len(rows))

@@ -1,6 +1,4 @@
-"""Sizes and a target -> the plan: noise, steps, epsilon, each with its rule; and what the run costs. Imports torch for
-a model alone.
-"""
+"""Sizes and a target -> the plan with its rules, and what the run costs. Imports torch only where a model is named."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,8 +32,8 @@ def plan(
     micro_batch_tokens: Annotated[int | None, typer.Option(help="Cost: the most tokens of a micro-batch.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Cost: tokens of an example, padded. Default 256.")] = None,
 ) -> None:
-    """Says what noise a target epsilon needs, or what epsilon a noise gives, before any data or model is there; and
-    what it costs.
+    """Says what noise a target epsilon needs, or what epsilon a noise gives, before there are data or a model; and what
+    a run costs.
     """
     from hf_dp import accounting
     from hf_dp.config import PrivacyConfig

@@ -1,4 +1,4 @@
-"""A model's folder -> a repository on the Hub, after its card was verified; of it what a model is made of. Imports no
+"""A model's folder -> a repository on the Hub with the files of the model, after its card was verified. Imports no
 torch.
 """
 
@@ -18,7 +18,7 @@ def push(
     repository: Annotated[str, typer.Argument(help="Its name on the Hub: USER/MODEL.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
-    """Verifies a model's card, then uploads the model with it, in one commit; other files are left behind, and named."""
+    """Verifies a model's card, then uploads the model with it in one commit. Other files are left behind, and named."""
     from hf_dp.card import WEIGHTS, leaving, verify
     from hf_dp.errors import ConfigError
 
@@ -45,7 +45,7 @@ def push(
 
 
 def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) -> str:
-    """The commit's address. What was uploaded before a failure is not sent again."""
+    """The commit's address. After a failure, files that were already uploaded are not sent again."""
     from huggingface_hub import HfApi
 
     from hf_dp.errors import ConfigError

@@ -1,6 +1,4 @@
-"""A model's folder or Hub name -> one HTML page of what was trained, claimed and checked. Exit status as of verify.
-Imports no torch.
-"""
+"""A model's folder or Hub name -> an HTML page of what was trained, claimed and checked. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""A recipe and a grid -> the best of a random number of private trainings, with the epsilon of the choice on its card."""
+"""A recipe and a grid -> the best of a random number of private trainings, its card with the epsilon of the choice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,7 +76,7 @@ def _swept(asked: "Asked", *, resume: bool) -> None:
 
 @contextmanager
 def _progress() -> "Iterator[Tell]":
-    """A bar for the trial that runs. How many there will be, and what they show, stays untold."""
+    """A progress bar for the trial that runs. How many trials there will be, and what they show, stays unknown."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 

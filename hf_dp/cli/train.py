@@ -51,7 +51,7 @@ def _run(asked: "Recipe") -> None:
 
 
 def _print_end(trainer: "DPTrainer", asked: "Recipe") -> None:
-    """What was spent, and where everything lies."""
+    """Prints what was spent, and where the files are."""
     from hf_dp.card import PRIVACY_JSON
 
     spent, folder = trainer.privacy_spent(), asked.output_dir

@@ -22,8 +22,8 @@ def tradeoff_svg(curve: Sequence[Point], advantage: str) -> str:
         advantage: the curve's advantage over guessing, as text.
     """
     line = _path([(0.0, 0.0), *curve])
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" \
-font-family="system-ui, sans-serif" font-size="12" fill="#222">
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" \
+viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="12" fill="#222">
 <title>The most that any attacker can find, against wrong accusations (advantage {advantage})</title>
 <rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#fff"/>
 <path d="{line} {_path([(1.0, 1.0), (0.0, 1.0)], start="L")} Z" fill="#e9edf2"/>
@@ -55,7 +55,8 @@ def _ticks() -> str:
 
 
 def _legend(advantage: str) -> str:
-    return f"""<rect y="-10" width="20" height="12" fill="#e9edf2" stroke="#bbb"/><text x="28">no attack gets here</text>
+    return f"""<rect y="-10" width="20" height="12" fill="#e9edf2" stroke="#bbb"/>\
+<text x="28">no attack gets here</text>
 <path d="M 0 18 H 20" stroke="#1f5fa8" stroke-width="2.5"/><text x="28" y="22">limit for this model</text>
 <path d="M 0 40 H 20" stroke="#777" stroke-dasharray="4 4"/><text x="28" y="44">guessing</text>
 <text y="74">advantage at most {advantage}</text>"""

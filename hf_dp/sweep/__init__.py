@@ -1,4 +1,4 @@
-"""A recipe and a grid of settings go in; the best run comes out, with the choice accounted for."""
+"""A recipe and a grid of settings go in; the best run comes out, with an epsilon that includes the choice."""
 
 from hf_dp.sweep import folder, run
 from hf_dp.sweep.folder import SELECTED

@@ -1,5 +1,5 @@
-"""A recipe, its overrides and `--grid` texts -> every combination of their values, each a whole recipe; or all that is
-wrong with them.
+"""A recipe, its overrides and `--grid` texts -> every combination of their values, each a whole recipe; or all
+mistakes.
 """
 
 import copy
@@ -28,18 +28,18 @@ OWN = ("resume_from_checkpoint", "push_to_hub", "load_best_model_at_end")
 
 
 class Combination(NamedTuple):
-    """One value of each key of the grid, and the recipe that has them."""
+    """One value for each key of the grid, and the recipe with these values."""
 
     values: Mapping[str, object]
     recipe: Recipe
 
 
 def combinations(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> list[Combination]:
-    """All of them, the last key turning fastest.
+    """All combinations; the last key varies fastest.
 
     Raises:
-        RecipeError: a recipe that cannot be swept over, a key or value that is none, a combination that is no recipe.
-            Names everything wrong at once.
+        RecipeError: a recipe that cannot be swept over, an invalid key or value, or a combination that is not a valid
+            recipe. Names everything wrong at once.
     """
     base = recipes.read(path, overrides)
     sections = nested(path.read_text(encoding="utf-8"), str(path), overrides)
@@ -70,7 +70,7 @@ def combinations(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> l
 
 
 def _axes(grid: Sequence[str]) -> tuple[dict[str, list[object]], list[str]]:
-    """Key -> its values, and what is wrong with the texts."""
+    """Key -> its values; and what is wrong with the texts."""
     axes: dict[str, list[object]] = {}
     wrong = [] if grid else ["--grid: expected at least one, such as --grid training.learning_rate=1e-3,3e-3"]
     for text in grid:
@@ -107,7 +107,7 @@ def _why_not(key: str) -> str:
 
 
 def _refusals(base: Recipe) -> Iterator[str]:
-    """What a recipe may hold for a training and not for a sweep."""
+    """What a recipe may contain for a training, but not for a sweep."""
     privacy, training, data = base.privacy, base.training, base.data
     if privacy.target_epsilon is None:
         yield "privacy.target_epsilon: missing; it is the total of a sweep, and all trials get the same part of it"
@@ -121,12 +121,18 @@ def _refusals(base: Recipe) -> Iterator[str]:
         and recipes.is_file(data.train)
         and os.path.samefile(data.validation, data.train)
     ):
-        yield "data.validation: these are the training records; a score computed on them is private. Hold some records out"
+        yield (
+            "data.validation: these are the training records; a score computed on them is private. Hold some records "
+            "out"
+        )
     for name in OWN:
         if training.get(name):
             yield f"training.{name}: not for a sweep; drop it"
     if training.get("report_to") not in (None, "none", [], ["none"]):
-        yield f"training.report_to: {training['report_to']} would be told of all trials, and only the selected model is covered; drop it"
+        yield (
+            f"training.report_to: {training['report_to']} would be told of all trials, and only the selected model is "
+            "covered; drop it"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield "a sweep runs in one process: start it without accelerate launch or torchrun"
 

@@ -1,5 +1,5 @@
-"""The trials of a sweep that has ended -> the selected model's folder with its card, and, for the user alone,
-sweep.json and sweep.png.
+"""The trials of a sweep that has ended -> the selected model's folder with its card; for the user alone, sweep.json and
+sweep.png.
 """
 
 import json
@@ -13,14 +13,14 @@ from hf_dp.sweep import folder as folders
 from hf_dp.sweep.folder import SELECTED, State
 from hf_dp.sweep.results import NOTE, SweepResult, TrialResult, plot_trials
 
-STAYS = ("_*", "log.txt", folders.TRIAL)  # of the trial's folder, what is not the model's
+STAYS = ("_*", "log.txt", folders.TRIAL)  # files in the trial's folder that do not belong to the model
 
 
 def conclude(folder: Path, state: State) -> SweepResult | None:
-    """Makes OUT/selected, whole or not at all, after sweep.json and sweep.png; returns what sweep.json holds. None
-    without trials.
+    """Writes sweep.json and sweep.png, then makes OUT/selected, atomically; returns what sweep.json holds. None without
+    trials.
 
-    The other models are gone by then, and the selected one is in its folder alone.
+    By then the other models are deleted, and the selected one is in its folder alone.
     """
     trials = folders.finished(folder)
     if not trials:

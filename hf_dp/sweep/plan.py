@@ -1,5 +1,5 @@
-"""Combinations, N and a law for the number of trials -> the noise of each combination, so that the selected model meets
-the target.
+"""Combinations, N and a distribution of the number of trials -> the noise of each combination, so that the target is
+met.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,11 +25,10 @@ class Plan(NamedTuple):
 
 
 def plan_sweep(combinations: Sequence[Combination], num_units: int, distribution: str, mean: float) -> Plan:
-    """Each trial gets the same epsilon: the largest that keeps the selected model within the recipe's target.
+    """Gives every trial the same epsilon: the largest that keeps the selected model within the recipe's target.
 
     Raises:
-        RecipeError: combinations that cannot be planned, or a distribution that is none. Names everything wrong at
-            once.
+        RecipeError: combinations that cannot be planned, or an invalid distribution. Names everything wrong at once.
         AccountingError: the target is out of reach.
     """
     mechanism_of = _planner(combinations, num_units)
@@ -55,7 +54,7 @@ def plan_sweep(combinations: Sequence[Combination], num_units: int, distribution
 
 
 def segments_of(mechanism: Mechanism) -> tuple[Segment, ...]:
-    """What a whole run charges."""
+    """The steps of a whole run."""
     return mechanism.segments()
 
 
@@ -100,7 +99,9 @@ def derivation(p: Plan, num_combinations: int) -> list[Derived]:
 
 
 def _planner(combinations: Sequence[Combination], num_units: int) -> Callable[[int, float], Mechanism]:
-    """(number of a combination, epsilon of one trial) -> its mechanism. What differs in C alone is calibrated once."""
+    """(index of a combination, epsilon of one trial) -> its mechanism. Combinations that differ only in C are
+    calibrated once.
+    """
     steps = [
         (float(a.num_train_epochs), int(a.max_steps)) for a in (training_arguments(c.recipe) for c in combinations)
     ]

@@ -64,8 +64,8 @@ def plot_trials(sweep: SweepResult, path: Path) -> None:
         [*lines, *chosen],
         x=f"epsilon spent by the trial alone, at delta {sweep['delta']:g}",
         y="validation loss",
-        title=f"{NOTE}\nepsilon of the selected model {total:.4g}, selection included; of all {len(sweep['trials'])} trials "
-        f"composed {together:.4g}",
+        title=f"{NOTE}\nepsilon of the selected model {total:.4g}, selection included; "
+        f"of all {len(sweep['trials'])} trials composed {together:.4g}",
         legend="below",
     )
     save_figure(path, [panel], width=8.0, height=4.8)

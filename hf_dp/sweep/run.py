@@ -1,4 +1,4 @@
-"""Combinations and a law for their number -> a sweep, begun or gone on with, up to its selected model."""
+"""Combinations and a distribution of their number -> a sweep, begun or resumed, up to its selected model."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ Tell = Callable[[int, int, int], None]
 
 
 class Asked(NamedTuple):
-    """What the user asked for. `texts` are the recipe and options as they were given; resuming needs the same."""
+    """What the user asked for. `texts` are the recipe and options as given; resuming needs the same ones."""
 
     combinations: Sequence[Combination]
     distribution: str
@@ -30,12 +30,12 @@ class Asked(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Of the sweep."""
+        """The folder of the sweep."""
         return self.combinations[0].recipe.output_dir
 
 
 def planned(asked: Asked) -> Plan:
-    """The plan, after everything was tried that can be wrong before the first run. Leaves nothing on disk.
+    """The plan, after trying everything that can fail before the first run. Leaves nothing on disk.
 
     Raises:
         HfDpError: what is wrong.
@@ -60,7 +60,7 @@ def planned(asked: Asked) -> Plan:
 
 
 def begun(asked: Asked, found: Plan) -> folders.State:
-    """Draws the trials of a sweep that was planned, in its folder, which must not have been used."""
+    """Starts a planned sweep in its folder, which must be unused: picks its trials at random."""
     asked.folder.mkdir(parents=True, exist_ok=True)
     with folders.locked(asked.folder):
         folders.refuse_used(asked.folder)
@@ -68,15 +68,17 @@ def begun(asked: Asked, found: Plan) -> folders.State:
 
 
 def run(asked: Asked, state: folders.State, tell: Tell) -> SweepResult | None:
-    """Runs the trials that are left, then selects; what sweep.json holds, or None where the number drawn is 0.
+    """Runs the remaining trials, then selects; returns what sweep.json holds, or None where the number of trials is 0.
 
     Args:
         asked: what was asked for.
-        state: what was drawn.
-        tell: (number of the trial, steps taken, steps planned). How many trials there will be is told to nobody.
+        state: what was decided at random.
+        tell: called with (number of the trial, steps taken, steps planned). Nobody is told how many trials there will
+            be.
 
     Raises:
-        HfDpError: whatever stops a training; or ConfigError: other records than those that the sweep was begun with.
+        HfDpError: whatever stops a training.
+        ConfigError: the records are not those with which the sweep was begun.
     """
     folder = asked.folder
     with folders.locked(folder):
@@ -98,7 +100,7 @@ def run(asked: Asked, state: folders.State, tell: Tell) -> SweepResult | None:
 
 
 def _fingerprint(asked: Asked) -> str:
-    """Of training and validation records, under the folder's key."""
+    """Fingerprint of training and validation records, under the folder's key."""
     key, data = key_of(asked.folder), asked.combinations[0].recipe.data
     records = [data_files.load(data, which) for which in ("train", "validation")]
     return " ".join(under_key(part, key) for part in records if part is not None)

@@ -1,6 +1,4 @@
-"""One combination and a folder -> its model there, trained and saved, and what it showed on the validation set as it
-was trained.
-"""
+"""One combination and a folder -> its trained model there, and what it showed on the validation set during training."""
 
 import contextlib
 import gc
@@ -20,11 +18,11 @@ from hf_dp.sweep.plan import segments_of
 from hf_dp.sweep.results import Measured
 from hf_dp.training import STEPS_TAKEN
 
-POINTS = 8  # evaluations of a trial, where the recipe does not say when
+POINTS = 8  # evaluations in a trial, unless the recipe says otherwise
 
 
 class _Steps(TrainerCallback):
-    """Says how far a trial is, and nothing of what it shows."""
+    """Reports how far a trial is, but nothing of what it shows."""
 
     def __init__(self, tell: Callable[[int, int], None]) -> None:
         self._tell = tell
@@ -37,7 +35,7 @@ class _Steps(TrainerCallback):
 
 
 def as_trial(recipe: Recipe, target_of_one: float, folder: Path) -> Recipe:
-    """The recipe as a trial runs it: its part of epsilon, its folder, no checkpoints, nothing told to trackers."""
+    """The recipe as a trial runs it: with its part of epsilon, in its folder, without checkpoints or trackers."""
     training = {"eval_strategy": "no", **recipe.training}
     if training["eval_strategy"] == "no":
         training |= {"eval_strategy": "steps", "eval_steps": 1 / POINTS}
@@ -50,12 +48,12 @@ def as_trial(recipe: Recipe, target_of_one: float, folder: Path) -> Recipe:
 def run(
     trial: Recipe, kinds: tuple[tuple[Segment, ...], ...], tell: Callable[[int, int], None] = lambda *_: None
 ) -> Measured:
-    """Trains, evaluates and saves; what transformers says goes into log.txt beside the model.
+    """Trains, evaluates and saves. The output of transformers goes to log.txt beside the model.
 
     Args:
         trial: as `as_trial` makes it.
-        kinds: what the plan says that trials charge; this one must be among them.
-        tell: (steps taken, steps planned), after each step.
+        kinds: the steps that the plan allows for a trial; those of this one must be among them.
+        tell: called with (steps taken, steps planned) after each step.
 
     Returns:
         What it measured.
@@ -98,7 +96,7 @@ def run(
 
 
 def _curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:
-    """(step, epsilon, loss) of the evaluations after the first step, one a step."""
+    """(step, epsilon, loss) of the evaluations after the first step, one for each step."""
     found = {
         e["step"]: (int(e["step"]), e[STEPS_TAKEN], e["eval_loss"])
         for e in history

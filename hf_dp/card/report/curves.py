@@ -18,7 +18,7 @@ POINTS = 8  # of the curve of epsilon; each costs a computation by two accountan
 
 
 def curves(folder: Path, record: Record, limits: Sequence[tuple[str, str]]) -> str:
-    """Two sections of HTML; without a guarantee only what is said in place of the losses."""
+    """Two sections of HTML; for a run without a guarantee, only the notes that stand in place of the losses."""
     parts = []
     if record.private:
         parts.append(f"<h2>The best attacker</h2>\n{_attacker(record, limits)}")

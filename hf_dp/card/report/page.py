@@ -1,8 +1,8 @@
-"""A folder, its record and what verification found -> the report as one HTML page, with every word that comes from a
-file escaped.
+"""A folder, its record and the results of verification -> the report as one HTML page; every word from a file is
+escaped.
 
-A page whose checks failed claims nothing: it shows what is wrong, and what the folder states, but no sentence and no
-curve made of it.
+If a check failed, the page claims nothing. It shows what is wrong and what the folder states, but no sentence and no
+curve that is made from it.
 """
 
 import hashlib
@@ -40,11 +40,11 @@ CARD = "README.md"
 
 
 class Html(str):
-    """Text that is HTML already; any other is escaped before it comes to the page."""
+    """Text that is HTML already; all other text is escaped before it gets on the page."""
 
 
 def page(folder: Path, name: str, record: Record | None, checks: Sequence[Check]) -> str:
-    """The whole page. `record` is None where privacy.json has not the form of a record."""
+    """The whole page. `record` is None where privacy.json does not have the form of a record."""
     verified = record is not None and all(check.holds for check in checks)
     parts: dict[str, str] = {
         "name": name,
@@ -106,7 +106,7 @@ def _verdict(record: Record | None, checks: Sequence[Check]) -> Html:
 
 
 def _with_bounds(record: Record) -> Record:
-    """The record with what a record of version 1 lacks."""
+    """The record with the bounds and sentences that version 1 did not have."""
     if record.schema_version > 1:
         return record
     epsilon_at, curve = further_bounds(record.charged, record.delta)
@@ -223,7 +223,7 @@ def _checks(folder: Path, checks: Sequence[Check]) -> Html:
 
 
 def _without(folder: Path, message: str) -> str:
-    """Without the place of the folder on this machine."""
+    """The message without the folder's place on this machine."""
     return message.replace(f"{folder}/", "")
 
 

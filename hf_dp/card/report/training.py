@@ -1,8 +1,8 @@
 """A model's folder -> what was trained, by its own configuration, and the losses that may be shown, or why there are
 none.
 
-Nothing here is verified. Of a log only what the mechanism released with noise or what was computed on public data is
-shown, and of a base in a local folder only the folder's name.
+Nothing here is verified. Of a log, only numbers that were released with noise or computed on public data are shown. Of
+a base model in a local folder, only the folder's name is shown.
 """
 
 import json
@@ -23,14 +23,14 @@ PRIVATE_EVAL_MARK = "eval_not_covered_by_privacy"
 
 
 class Losses(NamedTuple):
-    """Name of a line -> its points (step, loss), and what must be said beside them."""
+    """Name of a line -> its points (step, loss); and the notes that belong beside the plot."""
 
     lines: dict[str, list[Point]]
     notes: list[str]
 
 
 def trained(folder: Path) -> dict[str, str]:
-    """What the folder says of base and method: name -> value, for a table."""
+    """What the folder says of base model and method: name -> value, for a table."""
     adapter, config = _json(folder / "adapter_config.json"), _json(folder / "config.json")
     with suppress(ConfigError):
         config.setdefault("base_model", yaml_of(read_readme(folder / "README.md")).get("base_model"))
@@ -44,7 +44,7 @@ def trained(folder: Path) -> dict[str, str]:
 
 
 def losses(folder: Path, record: Record) -> Losses:
-    """Training loss where it was released with noise, evaluation loss where the data were declared public."""
+    """Training loss if it was released with noise, and evaluation loss if the data were declared public."""
     if not record.private:
         return Losses({}, ["Nothing is shown: without a guarantee every number of this training may tell of its data."])
     entries = _history(folder)
@@ -77,7 +77,7 @@ def _points(entries: list[Json], name: str, *, needs: str = "step") -> list[Poin
 
 
 def _history(folder: Path) -> list[Json]:
-    """The log of the state that came furthest."""
+    """The log of the trainer state with the most steps."""
     furthest, history = -math.inf, []
     for path in (folder / STATE, *sorted(folder.glob(f"*/{STATE}"))):
         state = _json(path)
@@ -92,7 +92,7 @@ def _finite(value: object) -> TypeGuard[float]:
 
 
 def _json(path: Path) -> Json:
-    """A JSON object, {} where there is none: these files only describe, and nothing is claimed by them."""
+    """A JSON object, or {} if there is none. Such files only describe; nothing is claimed from them."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
