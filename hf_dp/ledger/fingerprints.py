@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,22 +23,17 @@ from hf_dp.randomness import fork_forward_rng
 if TYPE_CHECKING:
     import datasets
 
+    from hf_dp.sampling import Records
+
 KEY_NAME = "_privacy_fingerprint.key"
 KEY_BYTES = 32
 ROWS = 1000  # of one Arrow batch; another number would give other fingerprints
 
 
-class Records(Protocol):
-    """A map-style data set."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> object: ...
-
-
 Update = Callable[[bytes], None]
 
 
-def fingerprint(dataset: Records, folder: Path | str) -> str:
+def fingerprint(dataset: "Records", folder: Path | str) -> str:
     """HMAC-SHA256, in hex, over the records of `dataset` in their order, under the folder's key, which is created if
     missing.
 
@@ -59,7 +54,7 @@ def fingerprint(dataset: Records, folder: Path | str) -> str:
     return under_key(dataset, key_of(Path(folder)))
 
 
-def under_key(dataset: Records, key: bytes) -> str:
+def under_key(dataset: "Records", key: bytes) -> str:
     """`fingerprint` under a key that is given, for a process that cannot read the folder."""
     import datasets
 
