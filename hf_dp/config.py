@@ -64,7 +64,7 @@ class PrivacyConfig:
     noise_schedule: str | None = field(
         default=None,
         metadata={
-            "help": "How sigma changes, in levels, from its first value: SHAPE:RATIO; exponential:0.5 ends at half of it."
+            "help": "How sigma changes, in levels, from its first value: SHAPE:RATIO; exponential:0.5 ends at half."
         },
     )
     clip_schedule: str | None = field(

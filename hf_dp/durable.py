@@ -17,7 +17,7 @@ def write_fully(descriptor: int, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts the folder's own entries on disk, so that files created, renamed or removed in it survive a power failure."""
+    """Puts the folder's entries on disk, so that files created, renamed or removed in it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,13 +5,13 @@ HfDpError
 │   ├── BudgetError                              ... more than a budget file allows all runs together, or other data
 │   ├── RecipeError                              ... in a recipe file or its overrides
 │   └── UnsupportedOptionError                   ... by options that would void the guarantee; names all of them
-├── UnsupportedParameterError (also ValueError)  trainable parameters without an exact per-example rule; names all of them
+├── UnsupportedParameterError (also ValueError)  trainable parameters without an exact per-example rule; names them all
 ├── AccountingError (also ValueError)            an accountant's input or output is not a number that can be trusted
 ├── AuditError (also ValueError)                 scores or counts from which no bound on epsilon follows
 ├── LedgerError (also RuntimeError)              the record of what was spent is missing, damaged, or of another run
-├── ReleaseError (also RuntimeError)             a sum that must not be released: wrong arguments, or a draw released twice
+├── ReleaseError (also RuntimeError)             a sum that must not be released: wrong arguments, or a second release
 ├── CaptureError (also RuntimeError)             in a pass, a gradient was not seen example by example
-└── SelfCheckError (also ValueError)             a batch's gradient is not the sum of its examples': something couples them
+└── SelfCheckError (also ValueError)             a batch's gradient is not the sum of its examples': they are coupled
 """
 
 

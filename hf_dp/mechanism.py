@@ -43,7 +43,7 @@ class Segment(NamedTuple):
             KeyError: a field is missing.
         """
         q, sigma, steps = (stated[name] for name in ("sample_rate", "noise_multiplier", "num_steps"))
-        return cls(q, sigma, steps, stated.get("noise", "gaussian"))  # type: ignore[arg-type]  # `spent` checks the values
+        return cls(q, sigma, steps, stated.get("noise", "gaussian"))  # type: ignore[arg-type]  # `spent` checks them
 
     def stated(self) -> dict[str, object]:
         """Field -> value, as files have it."""
@@ -91,7 +91,7 @@ class StepSettings:
 
     @property
     def sensitivity(self) -> float:
-        """The most, in Euclidean norm, by which one record moves the vector that the step releases; C without metrics."""
+        """The most, in Euclidean norm, by which one record moves what the step releases; C without metrics."""
         return self.clip_norm * release_norm(self.loss_bound)
 
     @property

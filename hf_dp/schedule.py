@@ -34,7 +34,7 @@ class Level(NamedTuple):
 
 
 class Schedules(NamedTuple):
-    """How sigma, C and B change from their first values: each a schedule as text, or None where the value is constant."""
+    """How sigma, C and B change from their first values: schedules as text, None where the value is constant."""
 
     noise: str | None = None
     clip: str | None = None

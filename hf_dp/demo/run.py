@@ -25,7 +25,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 
 
 class Size(NamedTuple):
-    """How much of everything. `overrides` are put over the recipe."""
+    """How much of everything. `overrides` are applied to the recipe."""
 
     num_public: int = 4096
     num_private: int = 16_384
@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
 
 def main() -> None:
-    """Runs the demo in ./out/demo. What is wrong is said in a few lines; the exit status is then 2."""
+    """Runs the demo in ./out/demo. Mistakes end in a few lines, with exit status 2."""
     try:
         run(FOLDER, Size())
     except HfDpError as error:
@@ -106,7 +106,7 @@ def _overrides(folder: Path, halves: Halves) -> list[str]:
 
 
 def _examples(recipe: Recipe, tuned: dict[str, Tuned]) -> tuple[str, dict[str, str]]:
-    """A prompt of the recipe's form, and what each model makes of it."""
+    """A prompt in the recipe's form, and each model's continuation."""
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
     prompt = Template.parse(recipe.data.prompt or "").render({"topic": "outage", "tone": "worried"})

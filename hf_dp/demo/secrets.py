@@ -1,5 +1,5 @@
-"""A seed -> secrets to plant among the private records, once each, and others that they might have been; a model ->
-what it gives away.
+"""A seed -> secrets to plant once among the private records, and alternatives to them; a model -> how far it gives them
+away.
 """
 
 import random
@@ -21,9 +21,7 @@ CODE_DIGITS = 6
 
 
 def make_secrets(seed: int = 0) -> list[list[Record]]:
-    """For each secret the record that holds it, then `NUM_OTHERS` with other codes in its place; of people who are
-    nowhere else.
-    """
+    """For each secret, its record, and `NUM_OTHERS` records with other codes; the people occur nowhere else."""
     rng = random.Random(f"{seed} secrets")
     names = [f"{FIRST_NAMES[i]} Q. {SURNAMES[i]}" for i in range(NUM_SECRETS)]  # nobody else has this initial
     return [[_record(name, code) for code in rng.sample(range(10**CODE_DIGITS), NUM_OTHERS + 1)] for name in names]
@@ -35,9 +33,7 @@ def _record(name: str, code: int) -> Record:
 
 
 def written_out(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> int:
-    """How many of the secrets the model writes out itself, token by token the likeliest, when it is given all that
-    stands before them.
-    """
+    """How many secrets the model writes out by greedy decoding, given everything that stands before them."""
     model.eval()
     found = 0
     for group in secrets:
@@ -55,7 +51,7 @@ def written_out(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSectio
 
 
 def measure(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> Floats:
-    """Exposure of each secret in bits: where the model's loss on it stands among those of the others."""
+    """Exposure of each secret in bits, from the rank of the model's loss on it among the losses on the alternatives."""
     collate, table = PadRight(tokenizer.pad_token_id), []
     model.eval()
     for group in secrets:  # one length: a digit is a token
@@ -76,14 +72,14 @@ def given_away(
 
 
 class Exposure(NamedTuple):
-    """What both models give away of the planted secrets.
+    """How far both models give the planted secrets away.
 
     Attributes:
         private: mean exposure in the private model, in bits.
-        non_private: the same in the other.
-        has_power: whether the other gives them away at all.
+        non_private: mean exposure in the non-private model, in bits.
+        has_power: whether the non-private model gives the secrets away at all.
         private_written: how many of them the private model writes out.
-        non_private_written: how many the other does.
+        non_private_written: how many the non-private model writes out.
     """
 
     private: float

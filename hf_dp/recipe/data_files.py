@@ -1,7 +1,7 @@
-"""A file or a name on the Hub -> its records as a `datasets.Dataset`, held in memory.
+"""A file, or a name on the Hub -> its records as a `datasets.Dataset`, held in memory.
 
-Files are read here and not by `load_dataset`, which leaves a copy of the private records in the user's cache folder and
-whose errors do not say which line is at fault. A data set from the Hub is cached there, as everybody expects.
+Files are read here and not by `load_dataset`, which would leave a copy of the private records in the user's cache
+folder, and whose errors do not name the faulty line. Data sets from the Hub are cached there, as everybody expects.
 """
 
 import csv
@@ -14,14 +14,14 @@ import datasets
 from hf_dp.errors import RecipeError
 from hf_dp.recipe.recipe import DataSection, is_file
 
-SHOWN = 5  # bad lines named in one message
+SHOWN = 5  # faulty lines that one message names
 
 
 def load(data: DataSection, which: str) -> datasets.Dataset | None:
-    """The records of `data.train` or `data.validation` (`which`), None where there is none.
+    """The records of `data.train` or `data.validation` (`which`); None where the recipe names none.
 
     Raises:
-        RecipeError: cannot be read, has no records, or a line is not a record; names the line.
+        RecipeError: they cannot be read, there are none, or a line is not a record; names the line.
     """
     source = data.train if which == "train" else data.validation
     if source is None:
@@ -107,7 +107,7 @@ READERS = {".jsonl": _from_json_lines, ".json": _from_json, ".csv": _from_csv, "
 
 
 def _table(records: list[dict[str, object]]) -> datasets.Dataset:
-    """Columns are what any record has; a record without one has null there."""
+    """A column for every name that occurs in any record; a record without it has null there."""
     names = list(dict.fromkeys(name for record in records for name in record))
     columns = {name: [record.get(name) for record in records] for name in names}
     mixed = [name for name, values in columns.items() if len({_kind(v) for v in values if v is not None}) > 1]

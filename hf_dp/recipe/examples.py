@@ -1,7 +1,7 @@
 """Records -> examples for training: token rows whose loss is on the target alone, or texts with the number of their
 class.
 
-Every record becomes exactly one example, so that N, which is public, depends on no record's content.
+Every record becomes exactly one example, so that N, which is public, does not depend on the content of any record.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +19,12 @@ from hf_dp.recipe.recipe import DataSection
 from hf_dp.recipe.template import Template, missing_column, no_text
 
 CHUNK = 1000  # records tokenised at once
-MAX_LABELS = 20  # where more classes than this are more than half of the records, the column holds text
+MAX_LABELS = 20  # a column with more classes, and more than half as many as records, must hold text
 
 
 class Examples(NamedTuple):
-    """`rows` has the columns input_ids and labels; `num_characters` is the length of all targets as kept (0 in
-    classification).
+    """`rows` has the columns input_ids and labels; `num_characters` is the total length of the kept targets (0 for
+    classes).
     """
 
     rows: datasets.Dataset
@@ -40,14 +40,14 @@ class Example(TypedDict):
 
 @dataclass(frozen=True)
 class PadRight:
-    """A collator: features -> input_ids, attention_mask and labels, [B, T] each ([B] labels in classification), padded
-    on the right.
+    """A collator: features -> input_ids, attention_mask, labels, [B, T] each (labels [B] for classes), padded on the
+    right.
     """
 
     pad_token_id: int
 
     def __call__(self, features: Sequence[Example]) -> dict[str, Tensor]:
-        """The batch; T is its longest row, 1 at least."""
+        """The batch; T is the length of its longest row, at least 1."""
         rows = [list(f["input_ids"]) for f in features]
         width = max([1, *map(len, rows)])
         labels = [f["labels"] for f in features]
@@ -74,12 +74,12 @@ def completions(
     max_length: int,
     which: str = "train",
 ) -> Examples:
-    """Prompt, target and end-of-text mark of every record as one token row; labels are -100 on the prompt.
+    """Prompt, target and end-of-text mark of every record as one row of tokens; labels are -100 on the prompt.
 
-    Prompt and target are tokenised apart, so that a prompt alone gives the very tokens it had in training. A target
-    longer than `max_length` tokens loses its end (and the end-of-text mark), then a prompt that does not fit loses its
-    beginning. A record with an empty target is an example without labels: its loss and gradient are zero, and it still
-    counts in N.
+    Prompt and target are tokenised separately, so that a prompt alone gives the same tokens as in training. A target of
+    more than `max_length` tokens loses its end (and the end-of-text mark); then a prompt that does not fit loses its
+    beginning. A record with an empty target becomes an example without labels: its loss and gradient are zero, and it
+    still counts in N.
 
     Raises:
         RecipeError: a template names an unknown column, or the tokenizer has no end-of-text mark.
@@ -105,7 +105,7 @@ def completions(
 
 
 def _beginning(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without a closing mark that the tokenizer added; one token at least, for the first of the target to follow."""
+    """The prompt without a closing mark that the tokenizer added; at least one token, for the target to follow."""
     if prompt[-1:] == [tokenizer.eos_token_id] and tokenizer.eos_token_id != tokenizer.bos_token_id:
         prompt = prompt[:-1]
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -129,13 +129,14 @@ def _joined(
 
 
 def label_names(data: DataSection, train: datasets.Dataset, validation: datasets.Dataset | None) -> list[str | int]:
-    """The classes in the order of their numbers: `data.labels`, else those that the data set's schema names, else those
-    in `validation`.
+    """The classes in the order of their numbers.
 
-    They become part of the published model, so they are never read off the private records.
+    They are `data.labels`; else those in the schema of the data set; else those that occur in `validation`. They become
+    part of the published model, so they are never read off the private records.
 
     Raises:
-        RecipeError: none of the three is there, fewer than two classes, or so many that the column must hold text.
+        RecipeError: none of the three is there, there are fewer than two classes, or so many that the column must hold
+            text.
     """
     column = _label_column(data, train, "train")
     if data.labels is not None:
@@ -167,11 +168,11 @@ def classified(
     sizes: tuple[int, Sequence[str | int]],
     which: str,
 ) -> Examples:
-    """Text and class number of every record; a text longer than `max_length` tokens loses its end.
+    """Text and class number of every record; a text of more than `max_length` tokens loses its end.
 
     Args:
         records: the data.
-        data: names the text's template and the label's column.
+        data: names the template of the text, and the column of the label.
         tokenizer: adds its special tokens.
         sizes: (max_length, names of the classes in the order of their numbers).
         which: train or validation, for messages.
@@ -229,7 +230,7 @@ def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:
 
 
 def _kind(feature: object) -> str:
-    """What a column holds that is neither text nor a number; "" of one that is."""
+    """What a column holds, if that is neither text nor a number; otherwise ""."""
     if isinstance(feature, datasets.ClassLabel):
         return ""
     if isinstance(feature, datasets.Value):

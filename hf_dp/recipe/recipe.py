@@ -1,6 +1,7 @@
 """A recipe (YAML with the sections model, lora, data, training, privacy) and overrides -> `Recipe`, frozen and checked.
 
-A recipe is a complete run. Paths are relative to the current directory. Reading one opens no data and loads no model.
+A recipe is a complete run. Paths are relative to the current directory. Reading a recipe opens no data and loads no
+model.
 """
 
 import re
@@ -20,7 +21,7 @@ SECTIONS = ("model", "lora", "data", "training", "privacy")
 TASKS = ("causal_lm", "sequence_classification")
 DTYPES = ("auto", "float32", "bfloat16")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
-OF_THE_TRAINER = ("micro_batch_tokens", "class_weights")  # keys of `training` that are DPTrainer's own
+OF_THE_TRAINER = ("micro_batch_tokens", "class_weights")  # keys of `training` that DPTrainer takes itself
 Keywords = Mapping[str, Any]  # of a class of another library, which checks their values
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -37,10 +38,10 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """The records, and how one becomes an example.
+    """The records, and how a record becomes an example.
 
     `train` and `validation` are files (.jsonl, .json, .csv, .parquet) or names on the Hub; `name`, `revision` and the
-    splits are for the Hub alone. A causal LM takes the templates `prompt` and `target`, a classifier the template
+    splits are only for the Hub. A causal LM needs the templates `prompt` and `target`; a classifier needs the template
     `text` and the column `label`.
     """
 
@@ -60,7 +61,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `training` holds keywords of `TrainingArguments` (`output_dir` always), `lora` those of peft's
+    """One run. `training` holds keywords of `TrainingArguments`, always with `output_dir`; `lora` those of peft's
     `LoraConfig`.
     """
 
@@ -80,11 +81,11 @@ class Recipe:
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file and puts overrides `section.key=value` over it.
+    """Reads a recipe file and applies overrides `section.key=value`.
 
     Raises:
-        RecipeError: the file is not there or not YAML, or holds anything that is no setting, of a wrong type, missing,
-            contradictory, or a file that does not exist. Names everything wrong at once.
+        RecipeError: the file does not exist or is not YAML; or it has unknown, mistyped, missing or contradictory
+            settings, or names a file that does not exist. Names everything wrong at once.
         UnsupportedOptionError: options that would void the guarantee.
     """
     path = Path(path)
@@ -137,17 +138,17 @@ def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
 
 
 def is_file(source: str) -> bool:
-    """Whether a data source means a file on this machine and not a name on the Hub."""
+    """Whether a data source means a file on this machine, and not a name on the Hub."""
     return source.lower().endswith(FILE_KINDS)
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model's name means a folder on this machine: it is one, or is written as only a path can be."""
+    """Whether a model's name means a local folder: there is one, or only a path can be written like that."""
     return Path(name).is_dir() or not _HUB_NAME.fullmatch(name)
 
 
 def _type_problems(given: Mapping[str, Section]) -> Iterator[str]:
-    """Names and types of every section, from the classes that they fill."""
+    """Unknown names and wrong types in every section, from the classes that the sections fill."""
     from peft import LoraConfig
     from transformers import TrainingArguments
 
@@ -214,7 +215,10 @@ def _training_problems(training: Section) -> Iterator[str]:
     if weights is not None and not (
         isinstance(weights, list) and weights and all(is_number(w) and w >= 0 for w in weights)
     ):
-        yield f"training.class_weights: expected a list of numbers, 0 or more, one a class in the order of data.labels, got {weights!r}"
+        yield (
+            "training.class_weights: expected a list of numbers, 0 or more, one a class in the order of data.labels, "
+            f"got {weights!r}"
+        )
     if not training.get("output_dir"):
         yield f"training.output_dir: expected a folder's path, got {training.get('output_dir')!r}"
 

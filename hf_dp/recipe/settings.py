@@ -1,6 +1,4 @@
-"""A section of a recipe and the dataclass that it fills -> everything wrong with it: unknown names, wrong types,
-missing ones.
-"""
+"""A section of a recipe and the dataclass that it fills -> all mistakes: unknown names, wrong types, missing values."""
 
 import dataclasses
 import enum
@@ -23,7 +21,7 @@ _WORDS: dict[object, str] = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    """`; did you mean 'x'?`, or nothing if no known name is similar."""
     known = list(known)
     near = get_close_matches(name, known, n=1, cutoff=0.6) or [k for k in known if k.startswith(name) and len(name) > 3]
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -32,21 +30,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def problems(section: str, given: Mapping[str, object], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
     """What keeps `given` from being the keywords of the dataclass `into`.
 
-    A type is checked where it is made of plain ones (numbers, text, lists, mappings, enums); other types are left to
-    `into`.
+    A type is checked if it is made of plain ones (numbers, text, lists, mappings, enums); others are left to `into`.
 
     Args:
         section: the section's name, for the messages.
         given: key -> value.
         into: the dataclass.
-        extra: further keys that the section takes.
+        extra: further keys that the section may have.
     """
     fields = {f.name: f for f in dataclasses.fields(into) if f.init}
     hints = typing.get_type_hints(into)
     for name, value in given.items():
         if name in fields:
             if not _fits(value, hints[name]):
-                yield f"{section}.{name}: expected {_described(hints[name])}, got {value!r}{_near_member(value, hints[name])}"
+                meant = _near_member(value, hints[name])
+                yield f"{section}.{name}: expected {_described(hints[name])}, got {value!r}{meant}"
         elif name not in extra:
             yield f"{section}.{name}: there is no such setting{nearest(str(name), [*fields, *extra])}"
     for name, f in fields.items():
@@ -73,7 +71,7 @@ def _fits(value: object, hint: object) -> bool:
     types_, members = [o for o in options if isinstance(o, type)], [o for o in options if not isinstance(o, type)]
     enums = [o for o in types_ if _is_enum(o)]
     if any(o not in _PLAIN and not _is_enum(o) for o in types_) or not (types_ or members):
-        return True  # a type of its own: its class will say what is wrong
+        return True  # another type: its class will say what is wrong
     if enums and isinstance(value, str):
         return any(value == member.value for e in enums for member in e)
     if any(value == m and type(value) is type(m) for m in members):

@@ -1,5 +1,5 @@
-"""Recipe -> everything that a training needs: model with LoRA, tokenizer, data sets, collator, metrics; and `DPTrainer`
-over it.
+"""Recipe -> everything that a training needs (model with LoRA, tokenizer, data, collator, metrics), and a `DPTrainer`
+with it.
 """
 
 import json
@@ -39,7 +39,7 @@ _TASK_TYPE = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
 
 class Parts(NamedTuple):
-    """What a Trainer is built of. `reduce` and `metrics` are its preprocess_logits_for_metrics and compute_metrics."""
+    """What a Trainer is built from. `reduce` is its preprocess_logits_for_metrics, `metrics` its compute_metrics."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -51,10 +51,10 @@ class Parts(NamedTuple):
 
 
 def prepare(recipe: Recipe) -> Parts:
-    """Reads the data, then the model, and makes one ready for the other. Each call makes a fresh model, the same for
-    the same seed.
+    """Reads the data and the model, and adapts them to each other. Every call makes a new model, the same for the same
+    seed.
 
-    What is wrong shows as early as it can: the plan is tried before the model is loaded.
+    Mistakes are found as early as possible: the plan is tried before the model is loaded.
 
     Raises:
         RecipeError: data, template, labels, model or LoRA settings that do not fit.
@@ -101,7 +101,7 @@ def prepare(recipe: Recipe) -> Parts:
 
 
 def trainer_keywords(recipe: Recipe, parts: Parts, output_dir: str | Path | None = None) -> dict[str, Any]:
-    """Keywords of `transformers.Trainer`, private or not: DPTrainer adds its own to them."""
+    """Keywords of `transformers.Trainer`, private or not; DPTrainer takes further ones."""
     return {
         "model": parts.model,
         "args": training_arguments(recipe, output_dir),
@@ -122,10 +122,10 @@ def build(
     callbacks: Sequence[TrainerCallback] = (),
     audit: AuditConfig | None = None,
 ) -> DPTrainer:
-    """The private trainer of a recipe, ready to train. Its construction makes the output folder and nothing in it.
+    """The private trainer of a recipe, ready to train. Its construction makes the output folder, and nothing in it.
 
     Raises:
-        HfDpError: whatever the recipe asks for that cannot be, as `prepare` and `DPTrainer` say.
+        HfDpError: whatever is impossible in the recipe, as `prepare` and `DPTrainer` say.
     """
     parts = parts or prepare(recipe)
     keywords = trainer_keywords(recipe, parts, output_dir)
@@ -145,12 +145,12 @@ def build(
 
 
 def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> TrainingArguments:
-    """The recipe's `TrainingArguments`, in another output folder where one is given.
+    """The recipe's `TrainingArguments`, with another output folder if one is given.
 
     Raises:
         RecipeError: transformers refuses them.
     """
-    # transformers takes a quiet log for a wish to see no progress
+    # disable_tqdm is set because transformers hides its progress bar where logging is quiet.
     given = {"report_to": "none", "disable_tqdm": False, **recipe.training}
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
@@ -161,8 +161,10 @@ def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> 
 
 
 def evaluate(trainer: Trainer) -> Metrics:
-    """Loss and metric on the validation set, {} without one: `loss` (an example's mean; transformers' own for a plain
-    Trainer), then `nats_per_character` of the target, end-of-text mark included, or `accuracy`.
+    """Loss and metric on the validation set; {} without one.
+
+    `loss` is the mean over examples (for a plain Trainer, transformers' own). The metric is `nats_per_character` of the
+    target, including the end-of-text mark, or `accuracy`.
     """
     if trainer.eval_dataset is None:
         return {}
@@ -172,7 +174,7 @@ def evaluate(trainer: Trainer) -> Metrics:
 
 
 def save_class_names(trainer: Any, recipe: Recipe) -> None:
-    """A classifier's adapter has no config.json in its folder, so that the names of its classes would be lost."""
+    """Saves the names of a classifier's classes beside its adapter, whose folder has no config.json for them."""
     if recipe.lora is None or recipe.model.task != "sequence_classification":
         return
     names, path = trainer.model.config.id2label, recipe.output_dir / "classes.json"
@@ -216,7 +218,8 @@ def _loaded(recipe: Recipe, load: Callable[..., T], **keywords: object) -> T:
         remedy = (
             "is the folder a whole model for this task?"
             if is_folder(name)
-            else "there is no such folder, and the Hub did not give it: check the name and the network, or give a folder: model.name=FOLDER"
+            else "there is no such folder, and the Hub did not give it: check the name and the network, or give a "
+            "folder: model.name=FOLDER"
         )
         raise RecipeError(f"model.name: cannot load {name!r}: {_first_line(error)} ({remedy})") from None
 
@@ -232,7 +235,7 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
 
 
 def _max_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
-    """`data.max_length`, else what tokenizer and model take at most; never more than the model has positions for."""
+    """`data.max_length`; else the most that tokenizer and model take. Never more than the model has positions for."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     bounds = [n for n in (positions, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
     asked = recipe.data.max_length
@@ -249,7 +252,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _longest_first(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows of like length beside each other, so that evaluation pads little; running out of memory shows at once."""
+    """Rows of similar length together, so that evaluation pads little. Lack of memory shows in the first batch."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return rows.select(sorted(range(len(rows)), key=lambda i: -lengths[i]))
 
@@ -263,7 +266,7 @@ class _Outputs(NamedTuple):
 
 
 def _reduce_completions(logits: Logits, labels: Tensor) -> Tensor:
-    """[B, T, V], [B, T] -> the sum of an example's target losses in nats, [B]: all that the metric needs of the logits."""
+    """[B, T, V], [B, T] -> the sum of an example's target losses in nats, [B]: all that the metric needs."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     return losses.causal_lm(_Outputs(logits), labels) * (labels[:, 1:] != losses.IGNORED).sum(1)
 
