@@ -1,8 +1,9 @@
 """A mechanism and its ledger go in; privacy.json, the model card and the report come out, and a check of all three."""
 
-from hf_dp.card.record import PRIVACY_JSON, Record, read_record
+from hf_dp.card.record import Record
 from hf_dp.card.report.page import page
 from hf_dp.card.report.training import DESCRIPTIONS
+from hf_dp.card.schema import PRIVACY_JSON, read_record
 from hf_dp.card.verification import verify
 from hf_dp.card.what_leaves import CARD_FILES, WEIGHTS, leaving
 from hf_dp.card.writing import library_versions, privacy_record, with_selection, write_card

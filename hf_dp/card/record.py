@@ -4,23 +4,18 @@ What a file of an older version lacks is filled in here and nowhere else. `schem
 because a record is written back in its own version, and because the claim depends on the version.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from hf_dp.accounting import Selection
 from hf_dp.audit import AuditRecord
+from hf_dp.card.schema import schema_problems
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import ExecutedSegment
 from hf_dp.mechanism import Segment
 
-SCHEMA = "privacy.schema.json"
-SCHEMA_VERSION = 3
-PRIVACY_JSON = "privacy.json"
 INFINITE = "infinite"  # stands for an infinite epsilon in JSON and YAML, which have no portable word for infinity
 SINCE = {
     "epsilon_at": 2,
@@ -217,42 +212,12 @@ class Record:
         return values if self.schema_version > 1 else {k: v for k, v in values.items() if k != "noise"}
 
 
-def schema_problems(stated: object) -> list[str]:
-    """What keeps `stated` from being a privacy.json of a known version: every place, with what is wrong."""
-    from jsonschema import Draft202012Validator
-
-    version = stated.get("schema_version") if isinstance(stated, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        return [f"schema_version is {version}, at most {SCHEMA_VERSION} is known here: use a newer version of hf_dp"]
-    schema = json.loads(files("hf_dp.card").joinpath(SCHEMA).read_text(encoding="utf-8"))
-    wrong = Draft202012Validator(schema).iter_errors(stated)
-    return sorted(f"{'.'.join(map(str, e.absolute_path)) or 'the record'}: {_shortened(e.message)}" for e in wrong)
-
-
-def read_record(folder: Path) -> object:
-    """The JSON in privacy.json as it stands, whatever it says; `Record.of` reads it.
-
-    Raises:
-        ConfigError: the file is missing, or is not JSON.
-    """
-    path = folder / PRIVACY_JSON
-    try:
-        text = path.read_text(encoding="utf-8")
-        # NaN and infinities are not JSON: as words they fail the schema at their place
-        return cast(object, json.loads(text, parse_constant=str, object_pairs_hook=_without_repetition))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no {PRIVACY_JSON}: expected the folder of a model saved by hf_dp") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-
-
 def in_json(epsilon: float) -> float | str:
     """An epsilon as JSON and YAML have it."""
     return epsilon if math.isfinite(epsilon) else INFINITE
 
 
-# ---- JSON that the schema has accepted -> the parts of a record
-# ----------------------------------------------------------
+# ---- JSON that the schema has accepted -> the parts of a record ----------------------------------------------------
 
 
 def _record(given: _Values) -> Record:
@@ -297,8 +262,7 @@ def _renamed(given: _Values) -> _Values:
     return {"joint_noise_multiplier" if k == "noise_multiplier" else k: v for k, v in given.items()}
 
 
-# ---- and back
-# ------------------------------------------------------------------------------------------------------------
+# ---- and back ------------------------------------------------------------------------------------------------------
 
 
 def _selection_stated(selection: RecordedSelection) -> dict[str, object]:
@@ -317,15 +281,3 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     return in_json(value) if isinstance(value, float) else value
-
-
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    names = [name for name, _ in pairs]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{', '.join(repeated)} stands there more than once, and readers would disagree on its value")
-    return dict(pairs)
-
-
-def _shortened(message: str) -> str:
-    return message if len(message) <= 120 else f"{message[:70]} ... {message[-45:]}"

@@ -24,17 +24,8 @@ from hf_dp.accounting import RATES, Epsilon, selection
 from hf_dp.audit import computed_again
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, WHOLE_NUMBERS, kind_of, sampler, sentences
 from hf_dp.card.readme import read_readme, section_of, tags_of, yaml_of
-from hf_dp.card.record import (
-    INFINITE,
-    PRIVACY_JSON,
-    Record,
-    RecordedLevel,
-    RecordedMechanism,
-    RecordedSelection,
-    in_json,
-    read_record,
-    schema_problems,
-)
+from hf_dp.card.record import INFINITE, Record, RecordedLevel, RecordedMechanism, RecordedSelection, in_json
+from hf_dp.card.schema import PRIVACY_JSON, read_record, schema_problems
 from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
 from hf_dp.card.writing import TAGS, Bounds, bounds_of_selection, further_bounds
 from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError

@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from hf_dp import accounting, durable
 from hf_dp.accounting import RATES, Epsilon, Selection, Tradeoff, selection, tradeoff, tradeoff_below
@@ -19,8 +20,6 @@ from hf_dp.audit import Counts, audit_record
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, kind_of, sampler, sentences
 from hf_dp.card.readme import read_readme, to_json, with_front_matter, with_section
 from hf_dp.card.record import (
-    PRIVACY_JSON,
-    SCHEMA_VERSION,
     Accountant,
     EpsilonAt,
     Record,
@@ -29,10 +28,11 @@ from hf_dp.card.record import (
     RecordedSelection,
     TradeoffCurve,
 )
+from hf_dp.card.schema import PRIVACY_JSON, SCHEMA_VERSION
 from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, LedgerError
-from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
+from hf_dp.ledger import LEDGER_NAME, LedgerHeader, LedgerRecord
 from hf_dp.mechanism import Mechanism, Segment
 
 TAGS = ("differential-privacy", "dp-sgd")
@@ -83,24 +83,19 @@ def privacy_record(
     segments = tuple(s for s in ledger.executed if s.num_steps)
     assert sum(s.num_steps for s in segments) == ledger.num_steps, "the ledger's own sums differ"
     noises = [s.noise for s in segments] or [mechanism.noise]
-    reason = _reason_against(mechanism, ledger.header, segments)
     plans = ledger.plans or ((mechanism.segments(),) if ledger.num_steps else ())
-    claimed = () if reason else accounting.claimed(ledger.segments, plans, delta)
-    spent = NOTHING_CLAIMED if reason else accounting.spent(claimed, delta)
-    of_steps = NOTHING_CLAIMED if reason else accounting.spent(ledger.segments, delta)
-    epsilon_at, curve = ((), None) if reason else further_bounds(claimed, delta)
-    if not reason and not math.isfinite(spent.epsilon):
-        reason = "the noise is too weak for any finite epsilon at this delta"
+    claim = _claim(mechanism, ledger, plans)
+    said = sentences(bool(declared.get("public_eval")), noises, mechanism.unit)
     return Record(
         schema_version=SCHEMA_VERSION,
-        private=not reason,
-        reason=reason,
-        epsilon=spent.epsilon,
-        epsilon_pld=spent.pld,
-        epsilon_rdp=spent.rdp,
+        private=not claim.reason,
+        reason=claim.reason,
+        epsilon=claim.epsilon.epsilon,
+        epsilon_pld=claim.epsilon.pld,
+        epsilon_rdp=claim.epsilon.rdp,
         delta=delta,
-        epsilon_at=epsilon_at,
-        tradeoff=curve,
+        epsilon_at=claim.bounds[0],
+        tradeoff=claim.bounds[1],
         accountant=_accountant(noises),
         unit=mechanism.unit,
         relation=mechanism.relation,
@@ -108,14 +103,38 @@ def privacy_record(
         num_steps=ledger.num_steps,
         segments=segments,
         plans=tuple(plans),
-        epsilon_of_steps_taken=of_steps.epsilon,
+        epsilon_of_steps_taken=claim.epsilon_of_steps_taken,
         ledger_file=LEDGER_NAME,
         ledger_head=ledger.head,
         declared=dict(declared),
         libraries=dict(libraries),
-        **sentences(bool(declared.get("public_eval")), noises, mechanism.unit)._asdict(),
-        audit=None if audit is None else audit_record(audit, claimed or ledger.segments, delta, spent.epsilon),
+        **said._asdict(),
+        audit=None
+        if audit is None
+        else audit_record(audit, claim.segments or ledger.segments, delta, claim.epsilon.epsilon),
     )
+
+
+class _Claim(NamedTuple):
+    """What may be claimed of a run: the steps, their epsilon and further bounds; or `reason`, why nothing may be."""
+
+    segments: tuple[Segment, ...]
+    epsilon: Epsilon
+    epsilon_of_steps_taken: float
+    bounds: Bounds
+    reason: str | None
+
+
+def _claim(mechanism: Mechanism, ledger: LedgerRecord, plans: Sequence[tuple[Segment, ...]]) -> _Claim:
+    reason = _reason_against(mechanism, ledger)
+    if reason:
+        return _Claim((), NOTHING_CLAIMED, math.inf, ((), None), reason)
+    claimed = accounting.claimed(ledger.segments, plans, mechanism.delta)
+    epsilon = accounting.spent(claimed, mechanism.delta)
+    of_steps_taken = accounting.spent(ledger.segments, mechanism.delta).epsilon
+    bounds = further_bounds(claimed, mechanism.delta)
+    too_weak = None if math.isfinite(epsilon.epsilon) else "the noise is too weak for any finite epsilon at this delta"
+    return _Claim(claimed, epsilon, of_steps_taken, bounds, too_weak)
 
 
 def with_selection(record: Record, selected: Selection) -> Record:
@@ -243,11 +262,11 @@ def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:
         raise LedgerError(f"the ledger is of another run: {'; '.join(different)}. No card is written from it.")
 
 
-def _reason_against(mechanism: Mechanism, header: LedgerHeader, segments: Sequence[ExecutedSegment]) -> str | None:
+def _reason_against(mechanism: Mechanism, ledger: LedgerRecord) -> str | None:
     """Why nothing may be claimed, or None."""
-    if mechanism.debug or header.debug:
+    if mechanism.debug or ledger.header.debug:
         return "a fixed debugging seed made sampling and noise predictable"
-    charged = [s.joint_noise_multiplier for s in segments] or [mechanism.joint_noise_multiplier]
-    if 0 in charged:
+    charged = [s.joint_noise_multiplier for s in ledger.executed if s.num_steps]
+    if 0 in (charged or [mechanism.joint_noise_multiplier]):
         return "no noise was added (noise_multiplier is 0)"
     return None

@@ -1,7 +1,7 @@
 """Steps go in before they are released; an append-only record of them comes out, and a budget for several runs."""
 
 from hf_dp.ledger import budget
-from hf_dp.ledger.budget import Budget
+from hf_dp.ledger.budget_file import Budget
 from hf_dp.ledger.checkpoints import COMPLETE, checkpoint_to_resume, step_of
 from hf_dp.ledger.fingerprints import KEY_NAME, fingerprint, key_of, under_key
 from hf_dp.ledger.format import ExecutedSegment, LedgerHeader, LedgerRecord

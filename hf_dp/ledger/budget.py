@@ -16,102 +16,18 @@ A run is identified by a token beside its ledger, and by its folder: the copy of
 older copy of the budget file that is put back lacks what was spent since then; nothing can detect that.
 """
 
-import hashlib
-import json
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-
-from filelock import FileLock, Timeout
 
 from hf_dp import durable
-from hf_dp.accounting import affordable_steps, delta_problems, round_up, segment_problems, spent, target_problems
-from hf_dp.config import NOISES
+from hf_dp.accounting import affordable_steps, delta_problems, round_up, spent, target_problems
 from hf_dp.errors import BudgetError
-from hf_dp.ledger.ledger import LEDGER_NAME
-from hf_dp.mechanism import Mechanism, Segment, first_steps
+from hf_dp.ledger.budget_file import TOKEN_NAME, Budget, BudgetEntry, BudgetSubject, encoded, locked, read
+from hf_dp.mechanism import Segment, first_steps
 
-VERSION = 1
-TOKEN_NAME = "_privacy_budget_token"  # with an underscore: Trainer does not push it
-LOCK_SECONDS = (
-    600.0  # accounting takes 14 s for 30 runs of different noise, some ten times that to see how many steps fit
-)
-
-
-class BudgetSubject(NamedTuple):
-    """What the total is about: that of the first run. `data` is a fingerprint under the key beside the budget file."""
-
-    data: str
-    num_examples: int
-    unit: str
-    relation: str
-
-    @classmethod
-    def run(cls, mechanism: Mechanism, data: str) -> "BudgetSubject":
-        """The subject of a run of `mechanism` on records with the fingerprint `data`."""
-        return cls(data, mechanism.num_examples, mechanism.unit, mechanism.relation)
-
-
-class BudgetEntry(NamedTuple):
-    """What one run takes from the total.
-
-    Attributes:
-        token: the text in the token file beside the run's ledger.
-        folder: the folder of the run's ledger.
-        ended: whether `segments` are what the run claims; otherwise they are what it has reserved.
-        charged: steps in its ledger when it reserved or ended; a ledger with fewer is an older copy.
-        segments: what it takes from the total.
-    """
-
-    token: str
-    folder: str
-    ended: bool
-    charged: int
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The content of a budget file.
-
-    Attributes:
-        target_epsilon: the total.
-        target_delta: delta at which all runs together are accounted.
-        any_data: whether runs on other records, or on the same ones in another form, may use it too; their costs are
-            added all the same.
-        subject: what the total is about; None before the first run.
-        runs: all runs that have used it.
-    """
-
-    target_epsilon: float
-    target_delta: float
-    any_data: bool = False
-    subject: BudgetSubject | None = None
-    runs: tuple[BudgetEntry, ...] = ()
-
-    def segments(self, but: BudgetEntry | None = None) -> list[Segment]:
-        """The segments of all runs, or of all but one."""
-        return [s for run in self.runs if run != but for s in run.segments]
-
-    def known(self, folder: Path) -> BudgetEntry | None:
-        """The entry of the run in `folder`, or None.
-
-        The token in the folder must be the entry's. If the folder is another one than the entry's, that one must be
-        gone: the run was moved, not copied.
-        """
-        token = folder / TOKEN_NAME
-        found = token.read_text(encoding="utf-8") if token.is_file() else ""
-        for run in self.runs:
-            if run.token == found and (run.folder == str(folder) or not (Path(run.folder) / LEDGER_NAME).exists()):
-                return run
-        return None
-
-    def after(self, run: BudgetEntry, *, instead_of: BudgetEntry | None) -> "Budget":
-        """The budget with `run` in place of the entry `instead_of`."""
-        return replace(self, runs=(*(r for r in self.runs if r != instead_of), run))
+__all__ = ["TOKEN_NAME", "BudgetSubject", "allow_any_data", "create", "read", "reserve", "settle", "try_plan"]
 
 
 def create(path: Path, target_epsilon: float, target_delta: float, *, any_data: bool = False) -> None:
@@ -124,7 +40,7 @@ def create(path: Path, target_epsilon: float, target_delta: float, *, any_data: 
     if wrong:
         raise BudgetError(f"{path}: {'; '.join(wrong)}")
     try:
-        made = durable.create(path, _encoded(Budget(float(target_epsilon), float(target_delta), any_data)))
+        made = durable.create(path, encoded(Budget(float(target_epsilon), float(target_delta), any_data)))
     except OSError as error:
         raise BudgetError(f"{path} can't be written ({error.strerror}): choose a folder that exists") from error
     if not made:
@@ -133,31 +49,8 @@ def create(path: Path, target_epsilon: float, target_delta: float, *, any_data: 
 
 def allow_any_data(path: Path) -> None:
     """Lets runs on records in any form use the budget from now on."""
-    with _locked(path):
-        durable.replace(path, _encoded(replace(read(path), any_data=True)))
-
-
-def read(path: Path) -> Budget:
-    """The content of the budget file.
-
-    Raises:
-        BudgetError: the file is missing, unreadable, or not as hf_dp wrote it.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise BudgetError(
-            f"there is no budget at {path}: `hf-dp budget {path} --target-epsilon E --target-delta D` creates one"
-        ) from error
-    except OSError as error:
-        raise BudgetError(f"{path} can't be read ({error.strerror})") from error
-    try:
-        return _decoded(data)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BudgetError(
-            f"{path} is not as hf_dp wrote it ({error!r}), so what was spent is not known. Put the newest undamaged "
-            "copy back"
-        ) from error
+    with locked(path):
+        durable.replace(path, encoded(replace(read(path), any_data=True)))
 
 
 def try_plan(path: Path, planned: Sequence[Segment]) -> str:
@@ -210,7 +103,7 @@ def reserve(
             there.
     """
     path, folder = path.resolve(), folder.resolve()
-    with _locked(path):
+    with locked(path):
         budget = read(path)
         known = None if is_new else budget.known(folder)
         wrong = [*_mismatches(budget, subject), *_rolled_back(known, charged)]
@@ -227,7 +120,7 @@ def reserve(
             segments = _costliest(budget, known, [*charged, *first_steps(asked, granted)], earlier)
             run = BudgetEntry(token, str(folder), False, _steps(charged), segments)
             durable.replace(
-                path, _encoded(replace(budget, subject=budget.subject or subject).after(run, instead_of=known))
+                path, encoded(replace(budget, subject=budget.subject or subject).after(run, instead_of=known))
             )
             return granted
     raise BudgetError(_too_much(path, budget, others, asked))
@@ -240,7 +133,7 @@ def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence
         BudgetError: the budget knows no such run, or more steps than its ledger has.
     """
     path, folder = path.resolve(), folder.resolve()
-    with _locked(path):
+    with locked(path):
         budget = read(path)
         known = budget.known(folder)
         if known is None:
@@ -249,11 +142,10 @@ def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence
         if wrong:
             raise BudgetError(f"{folder} can't be settled with the budget {path}: {'; '.join(wrong)}")
         run = BudgetEntry(known.token, str(folder), True, _steps(charged), _costliest(budget, known, charged, *plans))
-        durable.replace(path, _encoded(budget.after(run, instead_of=known)))
+        durable.replace(path, encoded(budget.after(run, instead_of=known)))
 
 
-# ---- what may be
-# ---------------------------------------------------------------------------------------------------------
+# ---- what may be ---------------------------------------------------------------------------------------------------
 
 
 def _mismatches(budget: Budget, subject: BudgetSubject) -> Iterator[str]:
@@ -338,56 +230,3 @@ def _merged(segments: Sequence[Segment]) -> tuple[Segment, ...]:
         kind = s._replace(num_steps=0)
         counts[kind] = counts.get(kind, 0) + s.num_steps
     return tuple(kind._replace(num_steps=steps) for kind, steps in counts.items() if steps)
-
-
-# ---- the file
-# ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Nobody else reads and writes the budget meanwhile; whoever comes second waits. The lock ends with the process."""
-    read(path)  # no lock file beside a budget that is not there
-    try:
-        with FileLock(path.with_name(f"_{path.name}.lock"), timeout=LOCK_SECONDS):
-            yield
-    except Timeout as error:
-        raise BudgetError(
-            f"{path} has been in use by another process for {LOCK_SECONDS:g} s: see which, and start again"
-        ) from error
-    except OSError as error:
-        raise BudgetError(
-            f"{path} can't be locked or written ({error.strerror}): give write access, make room"
-        ) from error
-
-
-def _encoded(budget: Budget) -> bytes:
-    said = {
-        "version": VERSION,
-        "target_epsilon": budget.target_epsilon,
-        "target_delta": budget.target_delta,
-        "any_data": budget.any_data,
-        "of": None if budget.subject is None else budget.subject._asdict(),
-        "runs": [run._asdict() | {"segments": [s.stated() for s in run.segments]} for run in budget.runs],
-    }
-    digest = hashlib.sha256(json.dumps(said, allow_nan=False).encode()).hexdigest()
-    return (json.dumps(said | {"sha256": digest}, indent=1) + "\n").encode()
-
-
-def _decoded(data: bytes) -> Budget:
-    """Raises ValueError, TypeError, KeyError or AttributeError where it is not what `_encoded` writes."""
-    said = dict(json.loads(data))
-    if said["version"] != VERSION:
-        raise ValueError(f"version {said['version']!r}, expected {VERSION}")
-    runs = [BudgetEntry(**{**run, "segments": tuple(Segment.of(s) for s in run["segments"])}) for run in said["runs"]]
-    totals = {k: said[k] for k in ("target_epsilon", "target_delta", "any_data")}
-    budget = Budget(**totals, subject=None if said["of"] is None else BudgetSubject(**said["of"]), runs=tuple(runs))
-    wrong = [*target_problems(budget.target_epsilon), *delta_problems(budget.target_delta)]
-    wrong += [problem for segment in budget.segments() for problem in segment_problems(segment)]
-    wrong += [f"noise is {s.noise!r}" for s in budget.segments() if s.noise not in NOISES]
-    wrong += [f"ended is {run.ended!r}" for run in runs if type(run.ended) is not bool]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    if _encoded(budget) != data:
-        raise ValueError("its hash is not that of its content")
-    return budget

@@ -25,12 +25,12 @@ accountants answer nonsense with epsilon 0.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, cast
 
-from hf_dp.config import MIN_DELTA, NOISES
 from hf_dp.errors import LedgerError
+from hf_dp.ledger.rules import HEADER, PLAN, PLANNED, STEP, check, check_settings
 from hf_dp.mechanism import Segment, release_norm, united
 
 VERSION = 2
@@ -213,12 +213,12 @@ def for_accounting(segments: Sequence[ExecutedSegment]) -> tuple[Segment, ...]:
 
 def check_header(header: LedgerHeader) -> None:
     """Raises ValueError, naming everything that is wrong."""
-    _check(asdict(header), _HEADER_RULES)
+    check(asdict(header), HEADER)
 
 
 def check_segment(segment: ExecutedSegment, num_examples: int) -> None:
     """Raises ValueError, naming everything that is wrong; q must be B / N."""
-    _check_settings({k: v for k, v in segment.stated().items() if k != "num_steps"})
+    check_settings({k: v for k, v in segment.stated().items() if k != "num_steps"})
     expected = segment.expected_batch_size / num_examples
     if not math.isclose(segment.sample_rate, expected, rel_tol=1e-9):  # room for one rounding, none for another q
         raise ValueError(
@@ -263,7 +263,7 @@ class _Reader:
         if self.header is None:
             self._take_header(kind, record)
         elif kind == "segment":
-            _check_settings(record)
+            check_settings(record)
             self.segments.append(ExecutedSegment.of(record))
             check_segment(self.segments[-1], self.header.num_examples)
         elif kind == "step":
@@ -283,18 +283,18 @@ class _Reader:
                 f"expected version {' or '.join(map(str, READ))}, found {version!r}; read it with the release of hf_dp "
                 "that wrote it"
             )
-        _check(record, _HEADER_RULES)
+        check(record, HEADER)
         self.header = LedgerHeader(**record)  # type: ignore[arg-type]  # the rules have checked the values
 
     def _take_plan(self, record: dict[str, object]) -> None:
-        _check(record, _PLAN_RULES)
+        check(record, PLAN)
         segments = cast("list[dict[str, object]]", record["segments"])
         for segment in segments:
-            _check(segment, _PLANNED_RULES)
+            check(segment, PLANNED)
         self.planned.append(plan_after(self.segments, [Segment.of(segment) for segment in segments]))
 
     def _take_step(self, record: dict[str, object]) -> None:
-        _check({"step": 0} | record, _STEP_RULES)
+        check({"step": 0} | record, STEP)
         if not self.segments:
             raise ValueError("expected a segment before the first step")
         self._steps += 1
@@ -309,57 +309,3 @@ def _damaged(name: str, line: int, what: str) -> LedgerError:
         "newest undamaged copy back (a backup; a checkpoint's copy lacks the steps after it), or start anew in "
         "another output_dir"
     )
-
-
-# ---- values ----------------------------------------------------------------------------------------------------------
-
-Rule = tuple[str, Callable[[object], bool]]
-
-
-def _whole(low: int) -> Rule:
-    return f"a whole number from {low} to 2**53", lambda v: type(v) is int and low <= v <= 1 << 53
-
-
-def _number(low: float, high: float) -> Rule:
-    return f"a number from {low} to {high}", lambda v: type(v) in (int, float) and low <= cast(float, v) <= high
-
-
-_TEXT: Rule = "a text", lambda v: type(v) is str and v != ""
-_HEADER_RULES: dict[str, Rule] = {
-    "num_examples": _whole(1),
-    "unit": _TEXT,
-    "relation": _TEXT,
-    "delta": (f"at least {MIN_DELTA} and below 1", lambda v: type(v) is float and MIN_DELTA <= v < 1),
-    "data_fingerprint": ("a text or null", lambda v: v is None or (type(v) is str and v != "")),
-    "debug": ("true or false", lambda v: type(v) is bool),
-}
-_SEGMENT_RULES: dict[str, Rule] = {
-    "sample_rate": ("above 0 and at most 1", lambda v: type(v) in (int, float) and 0 < cast(float, v) <= 1),
-    "noise_multiplier": _number(0, 1e9),
-    "clip_norm": _number(1e-30, 1e30),
-    "expected_batch_size": _whole(1),
-}
-_OPTIONAL_RULES: dict[str, Rule] = {
-    "loss_bound": _number(1e-30, 1e30),
-    "noise": ("one of " + ", ".join(NOISES), lambda v: v in NOISES),
-}
-_PLAN_RULES: dict[str, Rule] = {
-    "segments": ("a list of objects", lambda v: type(v) is list and all(type(s) is dict for s in v))
-}
-_PLANNED_RULES: dict[str, Rule] = {name: _SEGMENT_RULES[name] for name in ("sample_rate", "noise_multiplier")} | {
-    "num_steps": _whole(1),
-    "noise": _OPTIONAL_RULES["noise"],
-}
-_STEP_RULES: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
-
-
-def _check_settings(values: dict[str, object]) -> None:
-    _check(values, _SEGMENT_RULES | {k: rule for k, rule in _OPTIONAL_RULES.items() if k in values})
-
-
-def _check(values: dict[str, object], rules: dict[str, Rule]) -> None:
-    if values.keys() != rules.keys():
-        raise ValueError(f"expected the fields {', '.join(rules)}, found {', '.join(values)}")
-    wrong = [f"{k}: expected {rule}, found {values[k]!r}" for k, (rule, right) in rules.items() if not right(values[k])]
-    if wrong:
-        raise ValueError("; ".join(wrong))

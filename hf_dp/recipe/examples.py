@@ -63,8 +63,7 @@ class PadRight:
         }
 
 
-# ---- causal language models
-# ---------------------------------------------------------------------------------------------
+# ---- causal language models ----------------------------------------------------------------------------------------
 
 
 def completions(
@@ -124,8 +123,7 @@ def _joined(
     return prompt + ended, len(ended)
 
 
-# ---- classification
-# -------------------------------------------------------------------------------------------------------
+# ---- classification ------------------------------------------------------------------------------------------------
 
 
 def label_names(data: DataSection, train: datasets.Dataset, validation: datasets.Dataset | None) -> list[str | int]:
@@ -214,8 +212,7 @@ def _label_column(data: DataSection, records: datasets.Dataset, which: str) -> s
     return found[0]
 
 
-# ---- both
-# -------------------------------------------------------------------------------------------------------------------
+# ---- both ----------------------------------------------------------------------------------------------------------
 
 
 def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:

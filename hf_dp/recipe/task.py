@@ -182,8 +182,7 @@ def save_class_names(trainer: Any, recipe: Recipe) -> None:
     print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={len(names)}")
 
 
-# ---- model and tokenizer
-# --------------------------------------------------------------------------------------------------
+# ---- model and tokenizer -------------------------------------------------------------------------------------------
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -257,8 +256,7 @@ def _longest_first(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.select(sorted(range(len(rows)), key=lambda i: -lengths[i]))
 
 
-# ---- metrics on the validation set
-# ----------------------------------------------------------------------------------------
+# ---- metrics on the validation set ---------------------------------------------------------------------------------
 
 
 class _Outputs(NamedTuple):

@@ -17,7 +17,8 @@ from hf_dp.accounting import selection
 from hf_dp.accounting.epsilon import divergences
 from hf_dp.accounting.selection import SHAPES, Selection, best_of, halting, random_number
 from hf_dp.accounting.tradeoffs import RATES
-from hf_dp.card.record import PRIVACY_JSON, Record
+from hf_dp.card.record import Record
+from hf_dp.card.schema import PRIVACY_JSON
 from hf_dp.card.verification import _is_begun
 from hf_dp.card.writing import with_selection
 from hf_dp.errors import AccountingError

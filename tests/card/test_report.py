@@ -17,10 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_dp.audit.report import AuditRecord
-from hf_dp.card.record import Record, read_record
+from hf_dp.card.record import Record
 from hf_dp.card.report import curves
 from hf_dp.card.report.page import page
 from hf_dp.card.report.training import losses, trained
+from hf_dp.card.schema import read_record
 from hf_dp.card.verification import verify
 from hf_dp.cli import app
 from hf_dp.errors import ConfigError

@@ -21,7 +21,8 @@ from hf_dp.accounting.selection import Selection
 from hf_dp.audit.report import Counts, audit_record
 from hf_dp.card import writing as card
 from hf_dp.card.assumptions import GAUSSIAN
-from hf_dp.card.record import SCHEMA, SCHEMA_VERSION, Record
+from hf_dp.card.record import Record
+from hf_dp.card.schema import SCHEMA, SCHEMA_VERSION
 from hf_dp.card.verification import verify
 from hf_dp.ledger.format import GENESIS, HASH_FIELD, encode
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger

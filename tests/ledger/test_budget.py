@@ -18,7 +18,7 @@ from hf_dp import durable
 from hf_dp.accounting.epsilon import spent
 from hf_dp.cli import app
 from hf_dp.errors import BudgetError, ConfigError, HfDpError
-from hf_dp.ledger import budget
+from hf_dp.ledger import budget, budget_file
 from hf_dp.ledger.budget import TOKEN_NAME, BudgetSubject
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
 from hf_dp.mechanism import Segment
@@ -318,7 +318,7 @@ def test_a_kill_while_reserving_leaves_a_whole_file_and_no_lock(
 
 
 def test_waiting_for_the_lock_has_an_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(budget_file, "LOCK_SECONDS", 0.1)
     ready = path.parent / "ready"
 
     def hold() -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 from string import Template
 
 from hf_dp.card.assumptions import COVERED
-from hf_dp.card.record import PRIVACY_JSON, Record, RecordedSelection, in_json
+from hf_dp.card.record import Record, RecordedSelection, in_json
 from hf_dp.card.report.curves import curves
 from hf_dp.card.report.training import trained
+from hf_dp.card.schema import PRIVACY_JSON
 from hf_dp.card.verification import Check, claimed_of
 from hf_dp.card.words import (
     attackers_limits,
