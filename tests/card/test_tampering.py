@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +129,23 @@ def test_a_changed_field_is_caught_with_the_card_rendered_again(at: Path_, folde
     assert bool(failures(folder)) == (at not in UNTOLD_WITH_CARD)
 
 
-def test_a_changed_field_of_a_discrete_run_is_caught(tmp_path: Path) -> None:
-    """Every field, alone and with the card rendered again; and the words of the other kind of noise."""
-    whole = model_folder(tmp_path / "sound", noise="discrete")
-    assert failures(whole) == ""
-    record = json.loads((whole / card.PRIVACY_JSON).read_text())
-    for number, at in enumerate(leaves(record)):
+def assert_changes_are_caught(whole: Path, places: Iterable[Path_], tmp_path: Path) -> None:
+    """Each place of a sound folder's privacy.json is changed in a copy: alone, then with the card rendered again."""
+    for number, at in enumerate(places):
         copied = Path(shutil.copytree(whole, tmp_path / str(number)))
         edited = edit(copied, at)
         assert bool(failures(copied)) == (at not in UNTOLD_ALONE), at
         with contextlib.suppress(ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             card.write_card(copied, Record.of(edited))
         assert bool(failures(copied)) == (at not in UNTOLD_WITH_CARD), at
+
+
+def test_a_changed_field_of_a_discrete_run_is_caught(tmp_path: Path) -> None:
+    """Every field, alone and with the card rendered again; and the words of the other kind of noise."""
+    whole = model_folder(tmp_path / "sound", noise="discrete")
+    assert failures(whole) == ""
+    record = json.loads((whole / card.PRIVACY_JSON).read_text())
+    assert_changes_are_caught(whole, leaves(record), tmp_path)
     others = [("mechanism", name, GAUSSIAN[name]) for name in ("name", "noise", "noise_precision")]
     others += [("accountant", "epsilon_is", GAUSSIAN["epsilon_is"])]
     for part, name, words in others:
@@ -160,13 +165,7 @@ def test_a_changed_field_of_a_selected_run_is_caught(part: int, tmp_path: Path) 
     whole = model_folder(tmp_path / "sound", selection=SELECTION)
     assert failures(whole) == ""
     record = json.loads((whole / card.PRIVACY_JSON).read_text())
-    for number, at in list(enumerate(leaves(record)))[part::6]:
-        copied = Path(shutil.copytree(whole, tmp_path / str(number)))
-        edited = edit(copied, at)
-        assert bool(failures(copied)) == (at not in UNTOLD_ALONE), at
-        with contextlib.suppress(ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-            card.write_card(copied, Record.of(edited))
-        assert bool(failures(copied)) == (at not in UNTOLD_WITH_CARD), at
+    assert_changes_are_caught(whole, list(leaves(record))[part::6], tmp_path)
 
 
 def test_a_forged_selection_is_caught(tmp_path: Path) -> None:
@@ -281,13 +280,19 @@ def test_a_whole_folder_made_anew_cannot_be_told(tmp_path: Path) -> None:
 # ---- versions and the schema -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["schema_1", "schema_1_not_private", "schema_2", "schema_2_not_private"])
-def test_folders_of_earlier_versions_are_verified(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [f"schema_{n}{kind}" for n in (1, 2, 3) for kind in ("", "_not_private")])
+def test_folders_that_were_written_earlier_are_verified(name: str, tmp_path: Path) -> None:
     old = Path(shutil.copytree(DATA / name, tmp_path / "model"))
     assert failures(old) == ""
     record = json.loads((old / card.PRIVACY_JSON).read_text())
     (old / card.PRIVACY_JSON).write_text(json.dumps(record | {"num_steps": 2}))
     assert "steps" in failures(old)
+
+
+@pytest.mark.parametrize("name", [f"schema_{n}{kind}" for n in (1, 2) for kind in ("", "_not_private")])
+def test_versions_before_the_third_have_no_plans(name: str, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(DATA / name, tmp_path / "model"))
+    record = json.loads((old / card.PRIVACY_JSON).read_text())
     (old / card.PRIVACY_JSON).write_text(json.dumps(record | {"plans": []}))
     assert "the form of privacy.json" in failures(old)
 

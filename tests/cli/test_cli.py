@@ -8,25 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_dp.cli import main
 from tests.support import recipes as R
-
-
-@pytest.fixture
-def hf_dp(monkeypatch, capsys):
-    """Runs `hf-dp ARGUMENTS`: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-dp", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def files(folder: Path) -> set[str]:

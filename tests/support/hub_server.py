@@ -164,6 +164,17 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repo
 
+    def _at(self, name: str, revision: str) -> tuple[Repo, str, dict[str, bytes]] | None:
+        """A readable repository, and commit id and files at a revision; where it is missing, the Hub's answer is sent."""
+        repo = self._readable(name)
+        if repo is None:
+            return None
+        found = repo.at(revision)
+        if found is None:
+            self._error(404, "Revision not found", "RevisionNotFound")
+            return None
+        return repo, *found
+
     # ---- requests --------------------------------------------------------------------------------------------------
 
     def _parts(self) -> list[str]:
@@ -303,26 +314,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"commitUrl": f"{self.server_hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True})
 
     def _info(self, name: str, revision: str) -> None:
-        repo = self._readable(name)
-        if repo is None:
-            return
-        found = repo.at(revision)
+        found = self._at(name, revision)
         if found is None:
-            self._error(404, "Revision not found", "RevisionNotFound")
             return
-        oid, files = found
+        repo, oid, files = found
         siblings = [{"rfilename": path} for path in sorted(files)]
         self._json({"id": name, "modelId": name, "sha": oid, "private": repo.private, "siblings": siblings, "tags": []})
 
     def _tree(self, name: str, revision: str, folder: str) -> None:
-        repo = self._readable(name)
-        found = repo.at(revision) if repo is not None else None
+        found = self._at(name, revision)
         if found is None:
-            if repo is not None:
-                self._error(404, "Revision not found", "RevisionNotFound")
             return
+        _, _, files = found
         entries = []
-        for path, content in sorted(found[1].items()):
+        for path, content in sorted(files.items()):
             if path.startswith(f"{folder}/" if folder else ""):
                 entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": _blob_id(content)}
                 if _is_stored_apart(path):
@@ -335,14 +340,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(entries)
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
-        repo = self._readable(name)
-        if repo is None:
-            return
-        found = repo.at(revision)
+        found = self._at(name, revision)
         if found is None:
-            self._error(404, "Revision not found", "RevisionNotFound")
             return
-        oid, files = found
+        _, oid, files = found
         if path not in files:
             self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=oid)
             return

@@ -4,7 +4,6 @@ import contextlib
 import html
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from hf_dp import accounting
 from hf_dp.accounting import selection
 from hf_dp.accounting.calibration import round_up
 from hf_dp.card.report import curves
-from hf_dp.cli import main
 from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.sweep import folder as folders
@@ -25,23 +23,6 @@ from tests.support.folders import failures
 GRID = ["--grid", "training.learning_rate=1e-2,1", "--grid", "privacy.clip_norm=0.1,1"]
 DRAWS = (3, 0, 3)  # combinations of the trials: the second is not trained twice
 DELTA = 0.017
-
-
-@pytest.fixture
-def hf_dp(monkeypatch, capsys):
-    """Runs `hf-dp ARGUMENTS`: (exit status, stdout, stderr)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-dp", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return command
 
 
 @pytest.fixture
