@@ -85,7 +85,6 @@ def privacy_record(
     noises = [s.noise for s in segments] or [mechanism.noise]
     plans = ledger.plans or ((mechanism.segments(),) if ledger.num_steps else ())
     claim = _claim(mechanism, ledger, plans)
-    said = sentences(bool(declared.get("public_eval")), noises, mechanism.unit)
     return Record(
         schema_version=SCHEMA_VERSION,
         private=not claim.reason,
@@ -108,10 +107,8 @@ def privacy_record(
         ledger_head=ledger.head,
         declared=dict(declared),
         libraries=dict(libraries),
-        **said._asdict(),
-        audit=None
-        if audit is None
-        else audit_record(audit, claim.segments or ledger.segments, delta, claim.epsilon.epsilon),
+        **sentences(bool(declared.get("public_eval")), noises, mechanism.unit)._asdict(),
+        audit=audit and audit_record(audit, claim.segments or ledger.segments, delta, claim.epsilon.epsilon),
     )
 
 
