@@ -1,6 +1,4 @@
-"""A model, a batch and a loss go in; each example's gradient norm and the clipped sum come out, exactly, in one
-backward pass.
-"""
+"""A model, a batch and a loss go in; exact per-example norms and the clipped sum come out, in one backward pass."""
 
 from hf_dp.per_example import factors, losses
 from hf_dp.per_example.batches import (

@@ -7,7 +7,7 @@ or it is not proved that the examples of a pass are independent.
 
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from hf_dp.per_example import (
     Batch,
     MicroBatch,
     Proof,
+    Record,
     Row,
     inventory_of_one,
     per_example_factors,
@@ -27,6 +28,7 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
+from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.objective import ALONE, as_in_training, first_line, refused_records
 
 
@@ -36,17 +38,17 @@ class Subject(NamedTuple):
     model: nn.Module
     example_losses: Callable[[nn.Module, Batch], Tensor]
     collation: Collation
-    records: Sequence[Any]
+    records: Sequence[Record]
     to_device: Callable[[Batch], Batch]
 
-    def batches(self, records: Sequence[Any] | None = None) -> list[MicroBatch]:
+    def batches(self, records: Sequence[Record] | None = None) -> list[MicroBatch]:
         """All the records, its own if none are given, in one batch, if they ever are, else the first; then each alone."""
         with fork_forward_rng():  # a collator may draw
             made = self.collation.together_and_alone(list(self.records if records is None else records))
         return [batch.mapped(self.to_device) for batch in made]
 
 
-def inventory_and_reason(trainer: Any) -> tuple[list[Row], str]:
+def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
     """How each parameter's per-example gradient is formed, and why a pass holds one example; "" where it may hold many.
 
     Raises:
@@ -57,7 +59,7 @@ def inventory_and_reason(trainer: Any) -> tuple[list[Row], str]:
         return examined(subject_of(trainer), _known_beforehand(trainer))
 
 
-def subject_of(trainer: Any) -> Subject:
+def subject_of(trainer: PrivateTrainer) -> Subject:
     """A trainer's model, losses, collator and made-up records."""
     losses = lambda model, batch: trainer.example_losses(model, batch)  # noqa: E731
     return Subject(trainer.model, losses, trainer._collation(), trainer._made_up_records(), trainer._prepare_inputs)
@@ -114,10 +116,10 @@ def proof_of(subject: Subject) -> Proof:
     return proof
 
 
-def _known_beforehand(trainer: Any) -> str:
+def _known_beforehand(trainer: PrivateTrainer) -> str:
     if trainer.objective.kind in ALONE:
         return f"{trainer.objective.kind} is of its whole batch"
-    if trainer.mechanism.is_discrete:
+    if trainer._planned().is_discrete:
         return "noise='discrete'"
     alone = trainer.args.per_device_train_batch_size == 1 and not trainer.args.torch_compile
     return "per_device_train_batch_size=1" if alone else ""
