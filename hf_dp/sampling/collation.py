@@ -35,7 +35,7 @@ from hf_dp.per_example import (
     stacked,
 )
 from hf_dp.randomness import fork_forward_rng
-from hf_dp.sampling.microbatch import unpacked
+from hf_dp.sampling.microbatch import INPUTS, unpacked
 
 Collate = Callable[[list[Any]], Any]
 KNOWN = (
@@ -50,6 +50,8 @@ WHY_ROWS = (
 
 OF_CHECKS = "made up for the checks, or given as check_records"
 PASS_RECORDS = "pass check_records=[...], a few public records of different lengths that it takes"
+
+TEXTS = "its label is a text; make numbers of labels (for classes, dataset.class_encode_column)"
 
 
 class Collation:
@@ -157,9 +159,9 @@ def as_mapping(batch: Any) -> Batch:
 
 
 def is_empty(batch: Batch) -> bool:
-    """Whether there is nothing of a record to train on: not a single token in its `input_ids`, or no batch at all."""
-    tokens = batch.get("input_ids")
-    return not batch or (isinstance(tokens, Tensor) and not tokens.numel())
+    """Whether there is nothing of a record to train on: not a single token, or, where it is no text, no number; or no batch at all."""
+    inputs = [batch[name] for name in ("input_ids", *INPUTS) if isinstance(batch.get(name), Tensor)]
+    return not batch or (bool(inputs) and not inputs[0].numel())
 
 
 def several_lengths(records: Sequence[Any]) -> list[Any]:
@@ -179,9 +181,8 @@ def _tried(collate: Collate, made_up: Sequence[Any]) -> tuple[list[Any], list[Ba
         except Exception as error:
             if not last:
                 continue
-            raise ConfigError(
-                f"the collator failed on a record {OF_CHECKS} ({_said(error)}): {PASS_RECORDS}"
-            ) from error
+            remedy = TEXTS if any(map(_has_text_for_label, records)) else PASS_RECORDS
+            raise ConfigError(f"the collator failed on a record {OF_CHECKS} ({_said(error)}): {remedy}") from error
         for batch in alone:
             _refuse_other_rows(batch, ConfigError)
         kept = [i for i, batch in enumerate(alone) if not is_empty(batch)]
@@ -205,6 +206,10 @@ def _refuse_other_rows(batch: Batch, error: type[Exception]) -> None:
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() and len(labels) != 1:
         raise error(f"the collator made {'several rows' if len(labels) else 'no row'} of one record: {WHY_ROWS}")
+
+
+def _has_text_for_label(record: Any) -> bool:
+    return isinstance(record, Mapping) and any(isinstance(record.get(name), str) for name in ("labels", "label"))
 
 
 def _padding(whole: Any, parts: list[Any], *, is_drawn: bool) -> Padding | None:

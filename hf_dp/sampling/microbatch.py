@@ -23,6 +23,7 @@ MICRO_BATCHES = "micro_batches"
 SIZES = "sizes"
 FAILURE = "failure"
 DRAW_NUMBER = "draw_number"
+INPUTS = ("input_values", "input_features", "pixel_values")  # of a record without tokens
 READ_AT_ONCE = 256  # records, before they are packed
 _NARROW = range(-(1 << 31), 1 << 31)
 _NARROWER = (torch.uint8, torch.int16, torch.int32)
@@ -96,7 +97,7 @@ class Narrow(NamedTuple):
 
 
 class Failure(str):
-    """Stands for records that could not be read: what to say of it, without anything that may be theirs."""
+    """What is said of records that could not be read, collated, or brought to a loss, without anything that may be theirs."""
 
     @classmethod
     def of(cls, error: Exception, doing: str) -> "Failure":
@@ -147,8 +148,12 @@ def _narrow(value: Any) -> Any:
 
 
 def feature_length(feature: Any) -> int:
-    """Number of `input_ids` of a record, or 1 for one that has none."""
-    return len(feature["input_ids"]) if isinstance(feature, Mapping) and "input_ids" in feature else 1
+    """Number of `input_ids` of a record; for one that has none 1, or 0 where its sound or picture is empty."""
+    if not isinstance(feature, Mapping):
+        return 1
+    if "input_ids" in feature:
+        return len(feature["input_ids"])
+    return min((min(1, len(feature[name])) for name in INPUTS if hasattr(feature.get(name), "__len__")), default=1)
 
 
 class LogicalBatchCollator:

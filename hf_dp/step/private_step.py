@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_dp.errors import CaptureError
+from hf_dp.errors import CaptureError, HfDpError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import Batch, MicroBatch, Pass, State, per_example_factors, state_put_back, views
 from hf_dp.randomness import fork_forward_rng
+from hf_dp.sampling import Failure
 from hf_dp.step import sharding
 from hf_dp.step.memory import Room
 from hf_dp.step.run import PrivateRun
@@ -89,7 +90,9 @@ class PrivateStep:
             beside: adds to the sum what belongs to the draw beside its records, such as canaries.
 
         Raises:
-            ReleaseError: as `PrivateRun.release`. Any error of the passes: the step is charged, nothing was released.
+            ReleaseError: as `PrivateRun.release`.
+            CaptureError: the model or its loss fails on an example, of which nothing is told; or as `add`. The step is charged, nothing
+                was released.
         """
         self.prepare()
         with run.told_to_all(self.sum.flat, draw_number, waiting_in_release=not self.sharded):
@@ -98,7 +101,7 @@ class PrivateStep:
                 self._memory.try_out(
                     self.model, self.passes.largest, lambda some: self.sum_up(some, run.forward_seed())
                 )
-            self._memory.until_it_fits(lambda: self.sum_up(batches(), run.forward_seed()))
+            self._sum_up_untold(batches, run)
             if beside is not None:
                 beside(self.sum.flat)
         released = run.release(self.sum.flat, draw_number)
@@ -138,6 +141,18 @@ class PrivateStep:
         with self.passes.precision(), kept:
             losses = lambda: self.passes.example_losses(self.model, batch)  # noqa: E731  # made when the pass is under way
             self.sum.add(self.model, losses, batch.size, self.level)
+
+    def _sum_up_untold(self, batches: Batches, run: PrivateRun) -> None:
+        """The sum of all examples. What an error of the model's or the loss's says may quote them, so it is left out."""
+        failure = None
+        try:
+            self._memory.until_it_fits(lambda: self.sum_up(batches(), run.forward_seed()))
+        except HfDpError:
+            raise
+        except Exception as error:
+            failure = Failure.of(error, "brought to a loss")
+        if failure is not None:  # out here: an exception keeps the one that it was raised beside
+            raise CaptureError(failure)
 
     def write_gradients(self, released: Tensor) -> None:
         """p.grad = released / B with the public B: assigned, whatever was there before."""

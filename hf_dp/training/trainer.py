@@ -58,6 +58,7 @@ from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.hub_upload import only_the_model_leaves
+from hf_dp.training.look_through import complete_record, refuse_unusable_records
 from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
 from hf_dp.training.passes import inventory_and_reason, subject_of, written_by
@@ -236,6 +237,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         if (now := objectives.choose(self)) != self.objective:  # the model was changed since
             self._settle(now)
         self._refuse_side_doors()
+        refuse_unusable_records(self)
         self.self_check()
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
@@ -372,7 +374,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
             return self._check_records
         base = self._base_model()
         sizes = losses.sizes_of_records(type(base).__name__, getattr(base, "config", None))
-        return synthetic_records(self._columns_for_model()[0][0], lengths=lengths, **sizes)
+        return synthetic_records(complete_record(self._columns_for_model()[0]), lengths=lengths, **sizes)
 
     def _most_examples(self) -> int:
         """Of one pass."""
