@@ -103,7 +103,10 @@ def _is_incomplete(record: dict[str, Any]) -> bool:
 
 def _limits(trainer: Any) -> Limits:
     base = trainer._base_model()
-    tokens, labels = losses.public_sizes(type(base).__name__, getattr(base, "config", None))
+    config = getattr(base, "config", None)
+    if config is None:
+        return Limits({}, None)
+    tokens, labels = losses.public_sizes(type(base).__name__, config)
     try:
         tokens = base.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):  # such as a model of pictures
@@ -259,15 +262,12 @@ def _length(value: Any) -> int | None:
 
 def _fails(trainer: Any, dataset: Any, row: int) -> bool:
     """Whether a record, collated by itself, does not come to a loss. The model, and everybody's random numbers, stay as they were."""
-    below, model = _limits(trainer).below, trainer.model
+    below, model, on_cpu = _limits(trainer).below, trainer.model, trainer.args.device.type == "cpu"
     try:
         state = State(model, trainer.private_step.passes.copied)
         for batch in trainer._collation().alone([dataset[row]]):
-            labels, tokens = batch.get("labels"), batch.get(TOKENS)
-            if _is_outside(tokens, below[TOKENS]):
-                return True
-            if trainer.objective.kind in losses.LOSSES and _is_outside(labels, below.get("labels")):
-                return True
+            if not on_cpu and any(_is_outside(batch.get(name), below.get(name)) for name in (TOKENS, "labels")):
+                return True  # an accelerator is of no use after a look-up out of range
             with as_in_training(trainer), undisturbed(model), state_put_back(model, state), torch.no_grad():
                 trainer.example_losses(model, batch.mapped(trainer._prepare_inputs)).tolist()
     except torch.OutOfMemoryError:
