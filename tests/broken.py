@@ -12,7 +12,7 @@ from hf_dp.per_example import capture, losses
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.sampling import microbatch
 from hf_dp.sampling.poisson import Draw, PoissonSampler
-from hf_dp.step import PrivateStep, run, sums
+from hf_dp.step import PrivateStep, opening, sums
 from hf_dp.step.release import Releaser
 from hf_dp.training import trainer
 
@@ -70,12 +70,12 @@ def noise_for_every_micro_batch(patch: Patch) -> None:
 
 
 def noise_from_the_trainers_seed(patch: Patch) -> None:
-    patch.setattr(run, "NoiseSource", lambda key=None: NoiseSource(key=torch.initial_seed()))
+    patch.setattr(opening, "NoiseSource", lambda key=None: NoiseSource(key=torch.initial_seed()))
 
 
 def noise_of_the_session_before(patch: Patch) -> None:
     """A key that is kept with the checkpoint, and a count that begins again."""
-    patch.setattr(run, "NoiseSource", lambda key=None: NoiseSource(key=20_240_501))
+    patch.setattr(opening, "NoiseSource", lambda key=None: NoiseSource(key=20_240_501))
 
 
 def noise_on_every_process(patch: Patch) -> None:
@@ -177,4 +177,4 @@ def noise_divided_by_the_processes(patch: Patch) -> None:
 
 
 def noise_from_seed_42(patch: Patch) -> None:
-    patch.setattr(run, "NoiseSource", lambda key=None: NoiseSource(key=42))
+    patch.setattr(opening, "NoiseSource", lambda key=None: NoiseSource(key=42))

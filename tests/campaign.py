@@ -26,8 +26,8 @@ from children import KILLED, start, status_of
 from transformers import TrainerCallback
 
 from hf_dp.errors import HfDpError
+from hf_dp.ledger import COMPLETE
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
-from hf_dp.step.run import COMPLETE
 
 PRIVACY = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
 WENT_ON, FAILED, REFUSED, NOT_FINITE = 0, 1, 3, 4  # exit statuses of a session

@@ -95,8 +95,7 @@ def clipped_sum(trainer: DPTrainer, batches: list[MicroBatch], **settings: Any) 
     step = trainer.private_step
     step.level = dataclasses.replace(step.level, **settings)
     step.prepare()
-    for batch in batches:
-        step.add(batch)
+    step.sum_up(batches)
     return step.sum.flat.clone()
 
 

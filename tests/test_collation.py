@@ -19,7 +19,7 @@ from transformers import (
 from hf_dp.errors import CaptureError, ConfigError
 from hf_dp.per_example.batches import MicroBatch, Untied, leaves, same, stacked, unambiguous
 from hf_dp.sampling.collation import Collation
-from hf_dp.sampling.microbatch import packed
+from hf_dp.sampling.compact import packed
 
 
 def tokens(*lengths):

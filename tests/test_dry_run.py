@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.step import memory
 from hf_dp.step.dry_run import greatest_lengths, largest_micro_batch
-from hf_dp.step.memory import Room
+from hf_dp.step.memory import MemoryLimit
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ class Watched(test_memory.Scarce):
 
 
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Room, "try_out", lambda *_: None)
+    monkeypatch.setattr(MemoryLimit, "try_out", lambda *_: None)
 
 
 def made(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -44,14 +44,14 @@ def test_what_does_not_fit_is_halved_before_the_first_sum(tmp_path: Path, monkey
     """8 records of 15 tokens in 31: the step itself never runs out again."""
     monkeypatch.setattr(test_memory, "Scarce", Watched)
     tries = []
-    plain = Room.until_it_fits
+    plain = MemoryLimit.until_it_fits
 
-    def noted(room: Room, sum_all: Any) -> None:
+    def noted(room: MemoryLimit, sum_all: Any) -> None:
         tries.append(room._tokens)
         plain(room, sum_all)
         tries.append(room._tokens)
 
-    monkeypatch.setattr(Room, "until_it_fits", noted)
+    monkeypatch.setattr(MemoryLimit, "until_it_fits", noted)
     _, trainer = test_memory.sums_of(tmp_path, monkeypatch, room=31, settings={"max_steps": 1})
     longest = max(map(len, trainer.train_dataset["input_ids"]))
     assert trainer.passes[0] == (8, longest)  # the largest micro-batch that there may be, in one piece
@@ -88,7 +88,7 @@ def test_generators_and_buffers_stand_as_before() -> None:
     def writes(batches: list[dict[str, Tensor]]) -> None:
         model.get_buffer("seen").add_(1)
 
-    Room().try_out(model, lambda: {"labels": torch.zeros(2)}, writes)
+    MemoryLimit().try_out(model, lambda: {"labels": torch.zeros(2)}, writes)
     assert torch.equal(model.get_buffer("seen"), torch.zeros(3))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), str(np.random.get_state()))
@@ -129,12 +129,12 @@ def test_a_cpu_would_not_fail_and_is_not_tried(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     tried: list[Any] = []
     for device in ("cpu", "meta"):
-        Room().try_out(nn.Linear(1, 1, device=device), lambda: {"labels": torch.zeros(2)}, tried.append)
+        MemoryLimit().try_out(nn.Linear(1, 1, device=device), lambda: {"labels": torch.zeros(2)}, tried.append)
         assert len(tried) == (device != "cpu")
 
 
 def test_another_failure_is_left_to_the_step() -> None:
-    room = Room()
+    room = MemoryLimit()
     room.try_out(nn.Linear(1, 1), lambda: {"labels": torch.zeros(2)}, lambda _: (_ for _ in ()).throw(IndexError("x")))
     assert room._tokens == float("inf")
 

@@ -24,10 +24,11 @@ from transformers import TrainerCallback
 
 from hf_dp.accounting.planned import spent
 from hf_dp.errors import CaptureError, LedgerError
+from hf_dp.ledger import COMPLETE
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.sampling.microbatch import micro_batches
-from hf_dp.step.run import COMPLETE, PrivateRun
+from hf_dp.step.run import PrivateRun
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
@@ -323,9 +324,13 @@ def test_a_resumed_run_has_fresh_noise_and_fresh_draws(tmp_path: Path, monkeypat
         return noisy
 
     monkeypatch.setattr(PrivateRun, "release", noted)
-    monkeypatch.setattr(
-        PrivateRun, "open", lambda self, *a, **k: (opened(self, *a, **k), keys.append(self.sampling_key))
-    )
+
+    def noted_open(*a: Any) -> PrivateRun:
+        run = opened(*a)
+        keys.append(run.sampling_key)
+        return run
+
+    monkeypatch.setattr(PrivateRun, "open", noted_open)
     interrupted(tmp_path)
     train(tmp_path, resume=True)
     assert len(noises) == 4

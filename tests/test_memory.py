@@ -16,7 +16,7 @@ from hf_dp.per_example import capture
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.step import PrivateStep
-from hf_dp.step.memory import Room
+from hf_dp.step.memory import MemoryLimit
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(
@@ -134,9 +134,9 @@ def test_one_example_that_does_not_fit_is_an_error_with_remedies(
 def test_what_has_nothing_to_do_with_a_batch_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (RuntimeError("a shape is wrong"), ValueError("out of memory.")):
         with pytest.raises(type(error), match=str(error)):
-            Room().until_it_fits(lambda error=error: (_ for _ in ()).throw(error))  # type: ignore[misc]
+            MemoryLimit().until_it_fits(lambda error=error: (_ for _ in ()).throw(error))  # type: ignore[misc]
     with pytest.raises(torch.OutOfMemoryError):  # no batch was tried: nothing to halve
-        Room().until_it_fits(lambda: (_ for _ in ()).throw(CUDA))
+        MemoryLimit().until_it_fits(lambda: (_ for _ in ()).throw(CUDA))
 
 
 def test_parts_are_the_batch_whatever_fits() -> None:
@@ -144,7 +144,7 @@ def test_parts_are_the_batch_whatever_fits() -> None:
     for size, width in ((1, 4), (2, 7), (7, 3), (12, 5), (16, 16)):
         ids = torch.arange(size * width).view(size, width)
         batch = MicroBatch({"input_ids": ids, "labels": torch.arange(size)}, size)
-        room, largest = Room(), size
+        room, largest = MemoryLimit(), size
         while True:
             parts = list(room.parts([batch]))
             assert torch.equal(torch.cat([p["labels"] for p in parts]), batch["labels"])
@@ -158,7 +158,7 @@ def test_parts_are_the_batch_whatever_fits() -> None:
 
 
 def test_a_limit_learnt_on_long_records_leaves_short_ones_together() -> None:
-    room = Room()
+    room = MemoryLimit()
     room._part = (8, 100)
     room._halve()
     long, short = (MicroBatch({"input_ids": torch.zeros(8, n), "labels": torch.zeros(8)}, 8) for n in (100, 50))

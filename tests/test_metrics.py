@@ -21,6 +21,7 @@ from hf_dp.errors import AccountingError, ConfigError, ReleaseError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment
 from hf_dp.step.metrics import ReleasedMetrics, contribution
+from hf_dp.step.opening import Place, Session
 from hf_dp.step.run import PrivateRun
 
 E2E = {"sample_rate": 1024 / 42061, "num_steps": 410}
@@ -171,8 +172,7 @@ def test_removing_any_record_moves_the_joint_vector_by_at_most_its_sensitivity(t
 def test_every_coordinate_has_the_stated_noise(tmp_path: Path) -> None:
     """Two-sided, in the units of the log: 10 sigma L / B on the loss, 10 sigma on the batch size, sigma C on the gradient."""
     m, steps = dataclasses.replace(MECHANISM, num_steps=1500), 1500
-    run = PrivateRun(m, tmp_path, 0, 1)
-    run.open([0] * 1000, None, seed=None)
+    run = PrivateRun.open(m, Place(tmp_path), Session([0] * 1000))
     metrics = ReleasedMetrics()
     exact = torch.cat([torch.zeros(25), contribution(torch.full((40,), 1.5), clip_norm=m.clip_norm, loss_bound=4.0)])
     gradients, logged = [], []
@@ -191,8 +191,7 @@ def test_every_coordinate_has_the_stated_noise(tmp_path: Path) -> None:
 
 
 def test_a_second_release_of_one_draw_is_an_error(tmp_path: Path) -> None:
-    run = PrivateRun(MECHANISM, tmp_path, 0, 1)
-    run.open([0] * 1000, None, seed=None)
+    run = PrivateRun.open(MECHANISM, Place(tmp_path), Session([0] * 1000))
     run.release(torch.zeros(5), 0)
     with pytest.raises(ReleaseError, match="two releases of one draw"):
         run.release(torch.zeros(2), 0)

@@ -13,21 +13,10 @@ from torch.utils.data import DataLoader, Subset
 
 from hf_dp.errors import CaptureError, ConfigError
 from hf_dp.per_example.batches import MicroBatch
-from hf_dp.sampling.microbatch import (
-    READ_AT_ONCE,
-    DrawnRecords,
-    LogicalBatchCollator,
-    Narrow,
-    Packed,
-    feature_length,
-    micro_batches,
-    narrowed,
-    packed,
-    split,
-    tokens_of_a_pass,
-    unpacked,
-)
+from hf_dp.sampling.compact import Narrow, Packed, narrowed, packed, unpacked
+from hf_dp.sampling.microbatch import LogicalBatchCollator, feature_length, micro_batches, split, tokens_of_a_pass
 from hf_dp.sampling.poisson import Draw, PoissonSampler
+from hf_dp.sampling.reading import READ_AT_ONCE, DrawnRecords
 
 
 @given(

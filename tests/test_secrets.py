@@ -21,7 +21,7 @@ from hf_dp.ledger.fingerprints import KEY_NAME
 from hf_dp.ledger.ledger import LEDGER_NAME
 from hf_dp.randomness import noise as noise_module
 from hf_dp.randomness.streams import Role, fresh_key, stream
-from hf_dp.step import run as run_module
+from hf_dp.step import opening as opening_module
 from hf_dp.step.run import PrivateRun
 
 SECRET = "Margarethe Quittenbaum-4711"
@@ -101,7 +101,7 @@ def witnessed(folder: Path, **privacy: Any) -> Witness:
 
     release = PrivateRun.release
     for module, name, value in (
-        (run_module, "fresh_key", noted_key),
+        (opening_module, "fresh_key", noted_key),
         (noise_module, "checked_key", lambda key: noted_key() if key is None else key),
         (PrivateRun, "release", noted_release),
     ):

@@ -319,7 +319,7 @@ class AtTheStart(TrainerCallback):
 
 BEFORE_THE_FIRST_STEP: dict[str, Any] = {
     "while the plan is written": lambda patch: patch.setattr(Ledger, "plan", raising),
-    "while keys are drawn": lambda patch: patch.setattr("hf_dp.step.run.fresh_key", raising),
+    "while keys are drawn": lambda patch: patch.setattr("hf_dp.step.opening.fresh_key", raising),
     "while the plan is printed": lambda patch: patch.setattr("hf_dp.training.trainer.print_summary", raising),
     "while an audit begins": lambda patch: patch.setattr("hf_dp.training.trainer.begin_audit", raising),
     "while the first batch is drawn": lambda patch: patch.setattr(PoissonSampler, "__iter__", raising),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from hf_dp.errors import ConfigError, ReleaseError, UnsupportedOptionError, UnsupportedParameterError
-from hf_dp.step.weight_guard import WeightGuard, _sums, refuse_foreign_parameters
+from hf_dp.step.checksums import checksums
+from hf_dp.step.weight_guard import WeightGuard, refuse_foreign_parameters
 
 
 class Net(nn.Module):
@@ -275,14 +276,17 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_change_of_any_one_number_is_seen(kind):
     tensor = KINDS[kind].clone(memory_format=torch.preserve_format) if kind != "a view" else KINDS[kind]
-    before = _sums({"x": tensor})
+    before = checksums({"x": tensor})
     for position in range(tensor.numel()):
         where = torch.zeros(tensor.numel(), dtype=torch.bool)
         where[position] = True
         changed = torch.where(where.view(tensor.shape), torch.ones_like(tensor), tensor)
-        assert _sums({"x": changed}) != before
+        assert checksums({"x": changed}) != before
         tensor[tuple(i.item() for i in where.view(tensor.shape).nonzero()[0])] = 1
-        assert _sums({"x": tensor}) != before
+        assert checksums({"x": tensor}) != before
         tensor.zero_()
-    assert _sums({"x": tensor}) == before
-    assert _sums({"empty": torch.zeros(0), "elsewhere": torch.zeros(3, device="meta")}) == {"empty": 0, "elsewhere": 0}
+    assert checksums({"x": tensor}) == before
+    assert checksums({"empty": torch.zeros(0), "elsewhere": torch.zeros(3, device="meta")}) == {
+        "empty": 0,
+        "elsewhere": 0,
+    }

@@ -1,13 +1,17 @@
-"""A model, a batch and a loss go in; each example's gradient norm and the clipped sum come out, exactly, in one backward pass."""
+"""A model, a batch and a loss go in; each example's gradient norm and the clipped sum come out, exactly, in one
+backward pass.
+"""
 
 from hf_dp.per_example import factors, losses
 from hf_dp.per_example.batches import (
     LEFT,
     RIGHT,
     Batch,
+    Leaf,
     MicroBatch,
     Padding,
     Path,
+    Record,
     Untied,
     is_tied,
     leaves,
@@ -38,11 +42,13 @@ __all__ = [
     "SIZE",
     "Batch",
     "CompiledBlocks",
+    "Leaf",
     "MicroBatch",
     "Padding",
     "Pass",
     "Path",
     "Proof",
+    "Record",
     "Report",
     "Row",
     "State",

@@ -1,17 +1,20 @@
-"""Batches of which each record was collated by itself -> one micro-batch whose rows are tied to its records; and slices of that.
+"""Batches of which each record was collated by itself -> one micro-batch whose rows are tied to its records; and slices
+of that.
 
-How many examples a micro-batch has is told by whoever knows its records, never by the size of a tensor. A leaf is anything in a
-batch that is no mapping, tuple or list of further leaves; its path is the keys that lead to it.
+How many examples a micro-batch has is told by whoever knows its records, never by the size of a tensor. A leaf is
+anything in a batch that is no mapping, tuple or list of further leaves; its path is the keys that lead to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Batch = dict[str, Any]
-Path = tuple[Any, ...]
+Record: TypeAlias = Any  # whatever a data set returns for an index
+Leaf: TypeAlias = Any  # a tensor, a number, a text, a list of texts, ...
+Batch: TypeAlias = dict[str, Leaf]  # a Leaf may be a mapping, tuple or list of further leaves
+Path: TypeAlias = tuple[str | int, ...]
 RIGHT, LEFT = "right", "left"
 
 
@@ -29,8 +32,9 @@ class Padding(NamedTuple):
 class MicroBatch(Batch):
     """A batch for one pass, and how many examples it has.
 
-    With several examples every tensor, and every list of things that are no tensors, has one row for each, in their order; what is
-    neither is the same for all of them. The batch of one example is what the collator made of its record, whatever that is.
+    With several examples every tensor, and every list of things that are no tensors, has one row for each, in their
+    order; what is neither is the same for all of them. The batch of one example is what the collator made of its
+    record, whatever that is.
     """
 
     def __init__(self, batch: Mapping[str, Any], size: int) -> None:
@@ -52,9 +56,9 @@ class MicroBatch(Batch):
 def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
     """The batch in parts whose size is none of its other dimensions.
 
-    A rule tells the examples by the size of the leading dimension. With 32 examples of 32 tokens, relative positions [T, T] or
-    a layer that puts the sequence first could be taken for examples; in parts of 31 and 1 they cannot. One example
-    alone is always unambiguous: then autograd's own gradient is used.
+    A rule tells the examples by the size of the leading dimension. With 32 examples of 32 tokens, relative positions
+    [T, T] or a layer that puts the sequence first could be taken for examples; in parts of 31 and 1 they cannot. One
+    example alone is always unambiguous: then autograd's own gradient is used.
     """
     others = {n for leaf in leaves(batch).values() if isinstance(leaf, Tensor) for n in leaf.shape[1:]}
     start = 0
@@ -67,7 +71,9 @@ def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
 
 
 def leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
-    """Every leaf of a batch by its path. A list of things that are no tensors, such as one text for each example, is a leaf."""
+    """Every leaf of a batch by its path. A list of things that are no tensors, such as one text for each example, is a
+    leaf.
+    """
     if isinstance(value, Mapping):
         members: Any = value.items()
     elif _is_sequence_of_fields(value):

@@ -1,8 +1,10 @@
-"""Borrows a model's trainable parameters for one pass over a micro-batch, gathers each example's gradient, gives them back.
+"""Borrows a model's trainable parameters for one pass over a micro-batch, gathers each example's gradient, gives them
+back.
 
-`Capture` is one pass: parameters become proxies (several examples) or plain leaves of their own (one example, where autograd's
-gradient *is* the example's, whatever the layer), forward and backward run, factors are recorded. `clipped_gradient_sum` is what
-everybody else calls. The model is left as it was found, also after an exception, and `p.grad` is never written.
+`Capture` is one pass: parameters become proxies (several examples) or plain leaves of their own (one example, where
+autograd's gradient *is* the example's, whatever the layer), forward and backward run, factors are recorded.
+`clipped_gradient_sum` is what everybody else calls. The model is left as it was found, also after an exception, and
+`p.grad` is never written.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +52,9 @@ class Capture:
         self._watched.append(proxy)
 
     def forget(self) -> None:
-        """Lets go of factors and proxies, which refer back to here: a cycle would hold them until the collector's next round."""
+        """Lets go of factors and proxies, which refer back to here: a cycle would hold them until the collector's next
+        round.
+        """
         self.recorded, self._watched = {}, []
 
     def used(self, parameter: str, operation: str) -> None:
@@ -89,7 +93,9 @@ def refusal_message(refusals: dict[tuple[str, str], None]) -> str:
 
 
 class Borrowed:
-    """What stands in for the trainable parameters, by name; and after the pass, `strays`: parameters that got a gradient."""
+    """What stands in for the trainable parameters, by name; and after the pass, `strays`: parameters that got a
+    gradient.
+    """
 
     def __init__(self) -> None:
         self.stand_ins: dict[str, Tensor] = {}
@@ -206,10 +212,11 @@ def clipped_gradient_sum(
     into: dict[str, Tensor],
     factors_of: Pass = per_example_factors,
 ) -> PerExample:
-    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`; returns upper bounds of the norms |g_b|, and losses, which are secret.
+    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`; returns upper bounds of the norms |g_b|, and losses,
+    which are secret.
 
-    g_b is the gradient of example b's loss with respect to all trainable parameters together (flat clipping). An example
-    whose gradient is not finite, or whose norm can't be bounded, adds exactly nothing. B = 0 does nothing.
+    g_b is the gradient of example b's loss with respect to all trainable parameters together (flat clipping). An
+    example whose gradient is not finite, or whose norm can't be bounded, adds exactly nothing. B = 0 does nothing.
 
     Args:
         model: the model, unwrapped (no DDP around it).
@@ -236,7 +243,9 @@ def clipped_gradient_sum(
 
 
 def views(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Parameter name -> its part of a flat vector, in its shape, one behind the other; what is left at the end is nobody's."""
+    """Parameter name -> its part of a flat vector, in its shape, one behind the other; what is left at the end is
+    nobody's.
+    """
     sizes = [p.numel() for p in parameters.values()]
     pieces = flat[: sum(sizes)].split(sizes)
     return {name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}

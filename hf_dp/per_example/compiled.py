@@ -1,9 +1,11 @@
-"""A model whose repeated blocks are compiled by torch.compile -> the same per-example gradients, in fewer and larger kernels.
+"""A model whose repeated blocks are compiled by torch.compile -> the same per-example gradients, in fewer and larger
+kernels.
 
-What is traced must not look at parameters through stand-ins, so within the blocks each trained linear map is lent a stand-in *module*
-for the pass: y = x W^T with W constant, and a second argument without values or memory, `anchor` (one zero, expanded to [B, r, d]),
-whose gradient is what W's would be for each example, g_b^T x_b. The graph is an ordinary one, and autograd adds up the uses. Trained
-parameters outside the blocks go through `capture`, and one example alone runs as it is.
+What is traced must not look at parameters through stand-ins, so within the blocks each trained linear map is lent a
+stand-in *module* for the pass: y = x W^T with W constant, and a second argument without values or memory, `anchor` (one
+zero, expanded to [B, r, d]), whose gradient is what W's would be for each example, g_b^T x_b. The graph is an ordinary
+one, and autograd adds up the uses. Trained parameters outside the blocks go through `capture`, and one example alone
+runs as it is.
 
 Legend: B examples, T positions, d inputs, r outputs.
 """
@@ -28,7 +30,9 @@ GRAPHS = 32
 
 
 class AnchoredLinear(torch.autograd.Function):
-    """y = x W^T for x [B, ..., d]; the gradient of `anchor` [B, r, d] is g^T x over each example's positions, in float32 or better."""
+    """y = x W^T for x [B, ..., d]; the gradient of `anchor` [B, r, d] is g^T x over each example's positions, in
+    float32 or better.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor) -> Tensor:
@@ -98,8 +102,8 @@ class CompiledBlocks:
         if wrong or not self._leaves:
             found = f"in them, {', '.join(wrong)}" if wrong else "no such parameter"
             raise UnsupportedOptionError(
-                "torch_compile: compiles the model's repeated blocks where only weights of linear layers without bias are trained in "
-                f"them, as LoRA's are; found {found}. Leave it off, or train LoRA on linear layers"
+                "torch_compile: compiles the model's repeated blocks where only weights of linear layers without bias "
+                f"are trained in them, as LoRA's are; found {found}. Leave it off, or train LoRA on linear layers"
             )
         self._own = [list(blocks) for blocks in self._blocks]
         compiled = partial(torch.compile, dynamic=True, backend=backend)
@@ -120,7 +124,9 @@ class CompiledBlocks:
 
     @contextmanager
     def _lent(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Puts compiled blocks and stand-ins into the model, and takes them out whatever happens; parameter -> its anchor."""
+        """Puts compiled blocks and stand-ins into the model, and takes them out whatever happens; parameter -> its
+        anchor.
+        """
         anchors = {}
         try:
             for name, parent, key, module, stand_in in self._leaves:

@@ -1,6 +1,8 @@
-"""Layers that PyTorch computes in one operation -> the same out of operations with rules: attention, and recurrent layers.
+"""Layers that PyTorch computes in one operation -> the same out of operations with rules: attention, and recurrent
+layers.
 
-Both may come with the positions first, [T, B, d]: examples lead inside, and the result goes back to the caller's layout.
+Both may come with the positions first, [T, B, d]: examples lead inside, and the result goes back to the caller's
+layout.
 """
 
 import math

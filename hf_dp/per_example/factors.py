@@ -1,6 +1,7 @@
 """Per-example gradients of one parameter, dense or factored -> squared norms and weighted sums. Pure mathematics.
 
-Legend: B examples, T positions, d inputs, r outputs, V rows of a table. A gradient *per example* has shape [B, *parameter].
+Legend: B examples, T positions, d inputs, r outputs, V rows of a table. A gradient *per example* has shape [B,
+*parameter].
 
     Dense    [B, *shape]                      the gradients themselves
     Outer    x [B, T, d], g [B, T, r]         G_b = g_b^T x_b, shape [r, d]       (a linear map used at T positions)
@@ -93,8 +94,9 @@ def add_weighted_sum(
 ) -> None:
     """into += sum_b weights_b G_b, in place. `weights` [B]; `into` has the parameter's shape, float32 or better.
 
-    The gradients of the examples `in_float64_too`, whose terms cancel, are formed in float64 and rounded once. In float32 the
-    products of an Outer's T positions may be off by (T + 1) 2**-24 of the size of their terms, at worst (`norms`: M <= 64 |G|).
+    The gradients of the examples `in_float64_too`, whose terms cancel, are formed in float64 and rounded once. In
+    float32 the products of an Outer's T positions may be off by (T + 1) 2**-24 of the size of their terms, at worst
+    (`norms`: M <= 64 |G|).
     """
     for example in in_float64_too:
         for rows, block in in_float64(factors, example):

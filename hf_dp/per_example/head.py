@@ -1,4 +1,6 @@
-"""A model and a batch -> its forward pass as training needs it: next-token losses without needless logits, a decoder's inputs."""
+"""A model and a batch -> its forward pass as training needs it: next-token losses without needless logits, a decoder's
+inputs.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -17,15 +19,16 @@ from hf_dp.per_example import losses
 from hf_dp.per_example.batches import Batch
 from hf_dp.per_example.operations import autocast
 
-# Of an output layer that was seen at work: whether its logits came out as the model's. Only a guess at the next pass, which is looked at.
+# Of an output layer that was seen at work: whether its logits came out as the model's. Only a guess at the next pass,
+# which is looked at.
 _comes_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
     """One forward pass: position t predicts label t + 1; the mean cross entropy over each example's own targets, [B].
 
-    Logits are formed as `at_targets` does, if nothing of the output layer is trained; otherwise from the first target on, where the model
-    takes `logits_to_keep` and has no virtual tokens in front; else all.
+    Logits are formed as `at_targets` does, if nothing of the output layer is trained; otherwise from the first target
+    on, where the model takes `logits_to_keep` and has no virtual tokens in front; else all.
     """
     labels = losses.predictable(labels, inputs.get("attention_mask"))
     if losses.are_spelt_out():
@@ -63,9 +66,9 @@ def at_targets(
 ) -> tuple[Any, Tensor | None]:
     """The model's outputs, and losses [B] of logits that are formed where there is a target [B, T] and nowhere else.
 
-    Once a pass has shown that nothing comes after the head, later ones hold logits of a few rows at a time, as long as the very tensor
-    that the head gives is what the model returns; a pass where it is not is made again with logits. No losses, but outputs with all
-    logits, where the head is not called as a module is, or not on [B, T, d].
+    Once a pass has shown that nothing comes after the head, later ones hold logits of a few rows at a time, as long as
+    the very tensor that the head gives is what the model returns; a pass where it is not is made again with logits. No
+    losses, but outputs with all logits, where the head is not called as a module is, or not on [B, T, d].
     """
     where = (targets.flatten() != losses.IGNORED).nonzero().flatten()
     if _comes_last.get(head, False) and is_plain(head):
@@ -93,7 +96,9 @@ def frozen_head(base: nn.Module) -> nn.Linear | None:
 
 
 def is_plain(head: nn.Linear) -> bool:
-    """Whether calling the module is the linear map of its weight and nothing else: no subclass, hook, quantised or sharded weight."""
+    """Whether calling the module is the linear map of its weight and nothing else: no subclass, hook, quantised or
+    sharded weight.
+    """
     own = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
     return own and not head._forward_hooks and not head._forward_pre_hooks and head.out_features > 1
 
@@ -106,7 +111,8 @@ def caps_logits(model: nn.Module) -> bool:
 
 @contextmanager
 def head_at(head: nn.Linear, positions: Tensor, shape: tuple[int, ...]) -> Iterator[list[Tensor]]:
-    """While it lasts, `head` gets the hidden states [B, T, d], B and T as in `shape`, at `positions` [N] of the B T: [1, N, d].
+    """While it lasts, `head` gets the hidden states [B, T, d], B and T as in `shape`, at `positions` [N] of the B T:
+    [1, N, d].
 
     Yields copies of what it gives, of an `is_plain` one, until it is known what comes of that.
     """
@@ -133,7 +139,8 @@ def head_at(head: nn.Linear, positions: Tensor, shape: tuple[int, ...]) -> Itera
 def losses_for_logits(
     head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float
 ) -> Iterator[list[tuple[Tensor, int]]]:
-    """While it lasts, `head` gives for hidden states [B, T, d] the losses at `positions` [N], [1, N, 1], and holds no logits.
+    """While it lasts, `head` gives for hidden states [B, T, d] the losses at `positions` [N], [1, N, 1], and holds no
+    logits.
 
     Yields what it gives, each with its version then.
 
@@ -168,7 +175,9 @@ def _rows(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def _untouched(given: list[tuple[Tensor, int]], logits: Tensor) -> bool:
-    """Whether the head was called once, and what it gave is the tensor that came out, with nothing done to it or to its gradient."""
+    """Whether the head was called once, and what it gave is the tensor that came out, with nothing done to it or to its
+    gradient.
+    """
     return len(given) == 1 and logits is given[0][0] and logits._version == given[0][1] and not logits._backward_hooks
 
 
@@ -189,10 +198,11 @@ def _forward_arguments(model_class: Any) -> frozenset[str]:
 
 
 def decoder_inputs(model: nn.Module, inputs: Batch, labels: Any) -> Batch:
-    """What an encoder-decoder's decoder reads: the labels shifted right, as its own forward would make them; {} for other models.
+    """What an encoder-decoder's decoder reads: the labels shifted right, as its own forward would make them; {} for
+    other models.
 
-    Where the model has no method that shifts them, the labels themselves: its forward shifts them then, and the loss that it computes
-    beside is not used. Labels that are no tokens, as a classifier's, make no decoder's inputs.
+    Where the model has no method that shifts them, the labels themselves: its forward shifts them then, and the loss
+    that it computes beside is not used. Labels that are no tokens, as a classifier's, make no decoder's inputs.
     """
     tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
     own = getattr(model, "config", None)

@@ -1,4 +1,6 @@
-"""Which trainable parameter is used by which operation, and whether its per-example gradient is exact: found by watching one pass."""
+"""Which trainable parameter is used by which operation, and whether its per-example gradient is exact: found by
+watching one pass.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,12 +35,13 @@ class Row(NamedTuple):
 def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses) -> list[Row]:
     """Every trainable parameter with the operations that use it and the form of its per-example gradients.
 
-    One forward and backward on `batch`, which is synthetic. A parameter that this batch does not use is listed as such: it gets noise
-    alone. With one example in the batch, as where each has a pass of its own, it is that of `inventory_of_one`.
+    One forward and backward on `batch`, which is synthetic. A parameter that this batch does not use is listed as such:
+    it gets noise alone. With one example in the batch, as where each has a pass of its own, it is that of
+    `inventory_of_one`.
 
     Raises:
-        UnsupportedParameterError: naming all parameters that are used without an exact rule, with the remedy; hooks on gradients; or
-            leaves outside the model that get a gradient.
+        UnsupportedParameterError: naming all parameters that are used without an exact rule, with the remedy; hooks on
+            gradients; or leaves outside the model that get a gradient.
     """
     if batch.size == 1:
         return inventory_of_one(model, batch, example_losses)
@@ -58,7 +61,9 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
 
 
 def inventory_of_one(model: nn.Module, one: Batch, example_losses: ExampleLosses) -> list[Row]:
-    """As `take_inventory` where each pass holds one example, on a batch of one: autograd's gradient is its, whatever the layer."""
+    """As `take_inventory` where each pass holds one example, on a batch of one: autograd's gradient is its, whatever
+    the layer.
+    """
     refuse_hooks(model)
     with torch.random.fork_rng(devices=_cuda_devices(model)), nothing_outside(model, torch.zeros(())):
         found, _ = per_example_factors(model, lambda: example_losses(model, one), 1)

@@ -1,7 +1,8 @@
 """A model's outputs and labels -> one loss an example, [B], each a function of that example alone.
 
-By default an example's loss is the *mean over its own target tokens*: no example sees another's length. Legend: B examples,
-T positions, V vocabulary or classes. Labels of -100 are no targets; an example without targets has loss 0 and gradient 0.
+By default an example's loss is the *mean over its own target tokens*: no example sees another's length. Legend: B
+examples, T positions, V vocabulary or classes. Labels of -100 are no targets; an example without targets has loss 0 and
+gradient 0.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ _SPELT_OUT = ContextVar("_SPELT_OUT", default=False)
 
 @contextmanager
 def spelt_out() -> Iterator[None]:
-    """Within, losses over tokens are PyTorch's own cross entropy of the logits of all positions: slower, and `proof` can follow them."""
+    """Within, losses over tokens are PyTorch's own cross entropy of the logits of all positions: slower, and `proof`
+    can follow them.
+    """
     token = _SPELT_OUT.set(True)
     try:
         yield
@@ -36,10 +39,11 @@ def are_spelt_out() -> bool:
 
 
 class TokenCrossEntropy(torch.autograd.Function):
-    """Cross entropy of each row of logits [N, V] with labels [N], 0 for labels of -100; in float32, a few rows at a time.
+    """Cross entropy of each row of logits [N, V] with labels [N], 0 for labels of -100; in float32, a few rows at a
+    time.
 
-    The gradient comes back in the logits' dtype, and besides it nothing as large as the logits is ever held. With smoothing s the
-    target puts (1 - s) on the label and s / V on every class (Szegedy et al. 2016, section 7).
+    The gradient comes back in the logits' dtype, and besides it nothing as large as the logits is ever held. With
+    smoothing s the target puts (1 - s) on the label and s / V on every class (Szegedy et al. 2016, section 7).
     """
 
     @staticmethod
@@ -73,10 +77,12 @@ class TokenCrossEntropy(torch.autograd.Function):
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Cross entropy of the logits h W^T + b of hidden states h [N, d] under a frozen linear map, with targets [N], as `TokenCrossEntropy`.
+    """Cross entropy of the logits h W^T + b of hidden states h [N, d] under a frozen linear map, with targets [N], as
+    `TokenCrossEntropy`.
 
-    Logits exist for a few rows at a time and are kept for none: a row's gradient is its incoming gradient, a number, times
-    (softmax - target) W, which is formed while the row's logits are there. So it costs what the two products cost anyway.
+    Logits exist for a few rows at a time and are kept for none: a row's gradient is its incoming gradient, a number,
+    times (softmax - target) W, which is formed while the row's logits are there. So it costs what the two products cost
+    anyway.
     """
 
     @staticmethod
@@ -128,7 +134,9 @@ def _minus_target_(softmax: Tensor, targets: Tensor, smoothing: float) -> Tensor
 
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[slice | Tensor]:
-    """Rows, a bounded number at a time: slices (no copy) of all where most have a target, else the indices of those that have."""
+    """Rows, a bounded number at a time: slices (no copy) of all where most have a target, else the indices of those
+    that have.
+    """
     step = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
     targets = (labels != IGNORED).nonzero().flatten()
     if 4 * len(targets) >= 3 * len(labels):
@@ -154,14 +162,18 @@ def token_mean(logits: Tensor, labels: Tensor, smoothing: float = 0.0, positions
 
 
 def mean_over_targets(losses: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Losses [B T] of all positions, or [N] of `positions`, and labels [B, T] -> mean over each example's own targets, [B]."""
+    """Losses [B T] of all positions, or [N] of `positions`, and labels [B, T] -> mean over each example's own targets,
+    [B].
+    """
     if positions is not None:
         losses = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
     return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
 
 
 def causal_lm(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Position t predicts label t + 1. Logits of virtual tokens in front (prompt tuning) count as positions without label."""
+    """Position t predicts label t + 1. Logits of virtual tokens in front (prompt tuning) count as positions without
+    label.
+    """
     logits: Tensor = outputs.logits
     labels = labels.to(logits.device)
     if logits.shape[1] > labels.shape[1]:
@@ -175,9 +187,11 @@ def shifted(labels: Tensor) -> Tensor:
 
 
 def predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Labels [B, T] without those that a padded position would have to predict: the first token of a row padded on the left.
+    """Labels [B, T] without those that a padded position would have to predict: the first token of a row padded on the
+    left.
 
-    Such a target is there only where somebody else's record is longer, so it would make one example's loss depend on another.
+    Such a target is there only where somebody else's record is longer, so it would make one example's loss depend on
+    another.
     """
     if attention_mask is None or attention_mask.shape != labels.shape:
         return labels
@@ -232,9 +246,11 @@ _OVER_TOKENS = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTMod
 
 
 def loss_kind(class_name: str, config: Any) -> str | None:
-    """The key in `LOSSES` for a model class such as `GPT2LMHeadModel` with its config, as transformers itself decides; None: none known.
+    """The key in `LOSSES` for a model class such as `GPT2LMHeadModel` with its config, as transformers itself decides;
+    None: none known.
 
-    An encoder-decoder that classifies pools at its last end-of-text mark, which all rows of a batch must have alike: none.
+    An encoder-decoder that classifies pools at its last end-of-text mark, which all rows of a batch must have alike:
+    none.
     """
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     if class_name.endswith(_CLASSIFIERS):

@@ -1,33 +1,40 @@
-"""Factors of per-example gradients -> an upper bound of each example's squared norm: what clips must never be too small.
+"""Factors of per-example gradients -> an upper bound of each example's squared norm: what clips must never be too
+small.
 
-Legend as in `factors`; n numbers of a gradient, u = 2**-53 (float64), v the unit roundoff of the factors themselves (2**-24 in float32).
+Legend as in `factors`; n numbers of a gradient, u = 2**-53 (float64), v the unit roundoff of the factors themselves
+(2**-24 in float32).
 
-**Claim.** Let G_b be example b's gradient: what its factors stand for, in exact arithmetic on the numbers that they hold. Then
-`squared_norms` gives at least |G_b|^2, whatever the numbers and in whatever order sums are formed, or NaN or infinity, with which
-`clipping` drops the example. Its root is at most 1e-5 above |G_b|, relatively, unless the terms of G_b cancel to a millionth of their
-size, or the gradient is so small that squares underflow: then it is still above, and far under any C.
+**Claim.** Let G_b be example b's gradient: what its factors stand for, in exact arithmetic on the numbers that they
+hold. Then `squared_norms` gives at least |G_b|^2, whatever the numbers and in whatever order sums are formed, or NaN or
+infinity, with which `clipping` drops the example. Its root is at most 1e-5 above |G_b|, relatively, unless the terms of
+G_b cancel to a millionth of their size, or the gradient is so small that squares underflow: then it is still above, and
+far under any C.
 
 **Size of the terms.** M bounds what a factor's terms add up to when none cancel:
 
     Dense  M = |G|            Outer  M = sum_t |x_t| |g_t|            Rows  M^2 = sum_v (sum of |g_t| with index t = v)^2
 
-For the sum of several factors M is the sum. |G| <= M, and <A, B> of two factors, as a sum of products, has terms whose absolute
-values add up to at most M_A M_B (Cauchy-Schwarz, for each position or each row).
+For the sum of several factors M is the sum. |G| <= M, and <A, B> of two factors, as a sum of products, has terms whose
+absolute values add up to at most M_A M_B (Cauchy-Schwarz, for each position or each row).
 
-**Proof.** A sum of k products computed in any order is wrong by at most gamma_k = k u / (1 - k u) times the sum of the products'
-absolute values (Higham 2002, section 3.1), and float32 numbers become float64 ones exactly. Nested sums add their lengths up.
+**Proof.** A sum of k products computed in any order is wrong by at most gamma_k = k u / (1 - k u) times the sum of the
+products' absolute values (Higham 2002, section 3.1), and float32 numbers become float64 ones exactly. Nested sums add
+their lengths up.
 
-1. *Dense.* Blocks of 128 in the gradient's own precision, then float64. All terms are positive: the true square is at most
-   (128 + 16) v + 2 (n / 128) u above the computed one, relatively, and twice the smallest normal number for each square that underflows.
-2. *Gram*, |G|^2 = sum_st (x_s . x_t) (g_s . g_t): sums of length d, r, T, T, so the error is at most gamma_(d + r + 2T) M^2.
+1. *Dense.* Blocks of 128 in the gradient's own precision, then float64. All terms are positive: the true square is at
+   most (128 + 16) v + 2 (n / 128) u above the computed one, relatively, and twice the smallest normal number for each
+   square that underflows.
+2. *Gram*, |G|^2 = sum_st (x_s . x_t) (g_s . g_t): sums of length d, r, T, T, so the error is at most gamma_(d + r + 2T)
+    M^2.
 3. *Product* and *Rows*: G itself is formed with an error of norm at most gamma_T M, so its square is wrong by at most
    gamma_T M (2 + gamma_T) M, and by gamma_k |G|^2 for its sum.
 4. *Cross terms* are sums no longer than those of their factors together: gamma_k M_A M_B.
 
-So with k, the lengths of all sums together, the float64 part of the error is at most 2 k u M^2 (twice gamma_k's k u makes up for the
-rounding of M and of these lines, as k u < 0.01). It is added. Where the terms cancel, M > 64 |G|, that may say little: for those
-examples and parameters G is formed in float64, a few rows at a time (`factors.in_float64`), and (|G| + 2 k u M)^2 taken instead, which
-is never too small. A computed square below zero is not mended: it is seen to cancel.
+So with k, the lengths of all sums together, the float64 part of the error is at most 2 k u M^2 (twice gamma_k's k u
+makes up for the rounding of M and of these lines, as k u < 0.01). It is added. Where the terms cancel, M > 64 |G|, that
+may say little: for those examples and parameters G is formed in float64, a few rows at a time (`factors.in_float64`),
+and (|G| + 2 k u M)^2 taken instead, which is never too small. A computed square below zero is not mended: it is seen to
+cancel.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +78,9 @@ class Bound(NamedTuple):
 
 
 def squared_norms(factors: Mapping[str, Sequence[Factor]]) -> Measured:
-    """Upper bounds of |G_b|^2 over all parameters; `factors` by parameter, at least one, each as `factors.merge` returns them."""
+    """Upper bounds of |G_b|^2 over all parameters; `factors` by parameter, at least one, each as `factors.merge`
+    returns them.
+    """
     bounds = {name: bound(uses) for name, uses in factors.items()}
     squares = torch.stack([b.square + b.error for b in bounds.values()])  # [parameters, B]
     terms = torch.stack([b.terms for b in bounds.values()])

@@ -1,7 +1,7 @@
 """A user's loss of outputs and labels -> one loss an example, each computed from its own rows alone.
 
-So nothing that the function does (a mean, a sort, a term over the batch, the largest losses left out) can make one example's loss
-depend on another's: there is never another one in its arguments.
+So nothing that the function does (a mean, a sort, a term over the batch, the largest losses left out) can make one
+example's loss depend on another's: there is never another one in its arguments.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +18,10 @@ def each_alone(function: Callable[[Any, Any], Tensor], outputs: Any, labels: Any
     """`function(outputs, labels)` of each of `size` examples by itself, [size].
 
     Args:
-        function: gets outputs and labels of one example, with a leading dimension of 1, and returns its loss, [1] or a scalar.
-        outputs: of the model. With several examples, members that are not one row an example (a cache, an auxiliary loss) are left out.
+        function: gets outputs and labels of one example, with a leading dimension of 1, and returns its loss, [1] or a
+            scalar.
+        outputs: of the model. With several examples, members that are not one row an example (a cache, an auxiliary
+            loss) are left out.
         labels: a tensor, or a mapping or tuple of tensors, of one row an example.
         size: how many examples there are.
 

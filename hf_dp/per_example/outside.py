@@ -1,4 +1,6 @@
-"""A model and its pass -> errors where gradients reach what is not the model's, or would have gone through hooks that never run."""
+"""A model and its pass -> errors where gradients reach what is not the model's, or would have gone through hooks that
+never run.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +18,8 @@ from hf_dp.per_example.proxy import tensors_in
 def hooks_in(model: nn.Module) -> Iterator[str]:
     """Each hook on gradients in the model, by the name of what it hangs on: none would see what it is meant to see.
 
-    On a trainable parameter none would run, since another tensor stands in for it in every pass. On a module it would run on the gradients
-    of a whole micro-batch, and could mix its examples or keep them.
+    On a trainable parameter none would run, since another tensor stands in for it in every pass. On a module it would
+    run on the gradients of a whole micro-batch, and could mix its examples or keep them.
     """
     for name, p in model.named_parameters():
         hooks = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
@@ -46,14 +48,17 @@ def refuse_hooks(model: nn.Module) -> None:
     """
     if hooked := list(hooks_in(model)):
         raise UnsupportedParameterError(
-            f"hooks on gradients of {', '.join(hooked)}: gradients are formed example by example, where hooks do not run, or see many "
-            "examples at once. Remove them (handle.remove()). To train some rows of a table alone, put them in a parameter of their "
-            "own and freeze the table (peft: LoraConfig(trainable_token_indices=...)); to change the update, change the optimizer"
+            f"hooks on gradients of {', '.join(hooked)}: gradients are formed example by example, where hooks do not "
+            "run, or see many examples at once. Remove them (handle.remove()). To train some rows of a table alone, "
+            "put them in a parameter of their own and freeze the table (peft: "
+            "LoraConfig(trainable_token_indices=...)); to change the update, change the optimizer"
         )
 
 
 class _Leaves(TorchDispatchMode):
-    """Notes every foreign leaf that asks for a gradient and goes into an operation, and sets aside the gradient that it had."""
+    """Notes every foreign leaf that asks for a gradient and goes into an operation, and sets aside the gradient that it
+    had.
+    """
 
     def __init__(self, model: nn.Module, anchor: Tensor) -> None:
         super().__init__()
@@ -92,7 +97,8 @@ class _Leaves(TorchDispatchMode):
 
 @contextmanager
 def nothing_outside(model: nn.Module, anchor: Tensor) -> Iterator[None]:
-    """Around a pass, forward and backward: every leaf that gets a gradient in it is the model's, or its `Capture`'s anchor.
+    """Around a pass, forward and backward: every leaf that gets a gradient in it is the model's, or its `Capture`'s
+    anchor.
 
     A leaf that is used without getting a gradient (a teacher under `no_grad`) is let through.
 
@@ -108,9 +114,10 @@ def nothing_outside(model: nn.Module, anchor: Tensor) -> Iterator[None]:
     if reached:
         names = ", ".join(_name(model, t) for t in reached)
         raise UnsupportedParameterError(
-            f"gradients reach {len(reached)} tensors that are not parameters of the model: {names}. They would be neither clipped nor "
-            "noised. Make what holds them a submodule of the model (model.loss_head = head; an nn.ModuleList or nn.ModuleDict in place "
-            "of a list or dict), so that they are trained with it, or freeze them (requires_grad_(False))"
+            f"gradients reach {len(reached)} tensors that are not parameters of the model: {names}. They would be "
+            "neither clipped nor noised. Make what holds them a submodule of the model (model.loss_head = head; an "
+            "nn.ModuleList or nn.ModuleDict in place of a list or dict), so that they are trained with it, or freeze "
+            "them (requires_grad_(False))"
         )
 
 

@@ -1,7 +1,7 @@
 """A stand-in for a trainable parameter during one pass: each operation that uses it has an exact rule, or is an error.
 
-While a pass is captured, `capture` puts a `ParameterProxy` where the model keeps the parameter. Whatever the layer's class, every
-function of PyTorch that meets the proxy arrives in `__torch_function__`, so that no use goes unseen:
+While a pass is captured, `capture` puts a `ParameterProxy` where the model keeps the parameter. Whatever the layer's
+class, every function of PyTorch that meets the proxy arrives in `__torch_function__`, so that no use goes unseen:
 
     asking (shape, dtype, ...)      answered
     under no_grad                   computed plainly (the first forward of reentrant checkpointing, generation)
@@ -10,8 +10,8 @@ function of PyTorch that meets the proxy arrives in `__torch_function__`, so tha
                                     a proxy again, which knows how to pull a gradient back to the parameter
     anything else                   an error that names the parameter and the operation
 
-A proxy is a leaf that requires a gradient: if autograd itself ever delivers one to it, a use was hidden inside somebody's own
-autograd function, and the pass ends with an error.
+A proxy is a leaf that requires a gradient: if autograd itself ever delivers one to it, a use was hidden inside
+somebody's own autograd function, and the pass ends with an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,9 @@ Pullback: TypeAlias = Callable[[Factor], Factor]
 Origins: TypeAlias = "Sequence[tuple[ParameterProxy, Pullback]]"
 
 ASKING = frozenset(
-    "size dim numel stride storage_offset is_floating_point is_complex element_size is_contiguous __len__ __hash__ __repr__ "
-    "__format__ data_ptr get_device is_same_size nelement ndimension is_inference is_signed untyped_storage detach "
+    "size dim numel stride storage_offset is_floating_point is_complex element_size is_contiguous __len__ __hash__ "
+    "__repr__ __format__ data_ptr get_device is_same_size nelement ndimension is_inference is_signed untyped_storage "
+    "detach "
     "result_type is_tensor".split()
 )
 _REFLECTED = {"rmul": "mul", "radd": "add", "imul": "mul", "iadd": "add", "isub": "sub", "itruediv": "truediv"}
@@ -42,8 +43,8 @@ class ParameterProxy(torch.Tensor):
         parameter: the name of the parameter, as in `model.named_parameters()`.
         capture: the `Capture` in progress (typed Any, because that module imports this one).
         plain_values: the same memory as an ordinary tensor without gradient.
-        origins: what this was computed from, each with the pullback of a factor of this gradient to one of that; empty for
-            the parameter itself.
+        origins: what this was computed from, each with the pullback of a factor of this gradient to one of that; empty
+            for the parameter itself.
     """
 
     parameter: str
@@ -122,7 +123,8 @@ def derive(proxy: ParameterProxy, function: Callable[[Tensor], Tensor], pullback
 def derive_any(proxies: Sequence[ParameterProxy], function: Callable[..., Tensor]) -> ParameterProxy:
     """`function(*parameters)`, all else constant and nothing random in it, as a proxy.
 
-    Gradients are materialised and come back through `function`'s own vector-Jacobian product, example by example (vmap).
+    Gradients are materialised and come back through `function`'s own vector-Jacobian product, example by example
+    (vmap).
     """
     with torch.no_grad():
         result = function(*[p.plain_values for p in proxies])

@@ -1,4 +1,6 @@
-"""An operation's name -> its per-example rule, or the parameters' own side (no data in it); what is in neither table is refused."""
+"""An operation's name -> its per-example rule, or the parameters' own side (no data in it); what is in neither table is
+refused.
+"""
 
 from collections.abc import Callable
 from functools import partial

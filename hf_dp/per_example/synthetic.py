@@ -1,7 +1,8 @@
-"""The columns of one record -> made-up records of chosen lengths: what checks run on, so that nothing depends on private ones.
+"""The columns of one record -> made-up records of chosen lengths: what checks run on, so that nothing depends on
+private ones.
 
-Only the record's *schema* is looked at: column names, types, which columns are sequences and which of these are as long as
-`input_ids`. Values and lengths are made up from a fixed generator and the model's public sizes.
+Only the record's *schema* is looked at: column names, types, which columns are sequences and which of these are as long
+as `input_ids`. Values and lengths are made up from a fixed generator and the model's public sizes.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ def synthetic_records(
         vocab_size: token ids are drawn below it (public).
         label_values: labels are drawn below it: the number of classes, or the vocabulary's size for a language model.
         lengths: number of tokens in each record's sequences.
-        end: the token that ends a text, which `input_ids` end with where it is given; models that pool there need it, once.
+        end: the token that ends a text, which `input_ids` end with where it is given; models that pool there need it,
+            once.
 
     Raises:
         ConfigError: a column of a type that cannot be made up; names all of them.
@@ -52,8 +54,8 @@ def synthetic_records(
     unknown = [f"{name} ({type(value).__name__})" for name, value in record.items() if not _known(value)]
     if unknown:
         raise ConfigError(
-            f"cannot make up values for the columns {', '.join(unknown)}: let the dataset return tensors, numbers, strings or lists "
-            "of them, or pass check_records=[...], a few public records for the self-check"
+            f"cannot make up values for the columns {', '.join(unknown)}: let the dataset return tensors, numbers, "
+            "strings or lists of them, or pass check_records=[...], a few public records for the self-check"
         )
     made = [
         {
@@ -84,7 +86,8 @@ def _like_values(like: Any, values: list[int]) -> Any:
 def records_of_the_same_shape(record: Any, count: int = 3) -> list[Any]:
     """As many made-up records with the tensors, arrays and numbers of `record`, each in its own shape and type.
 
-    Real numbers are normal, whole ones 0 or 1, which any table of classes or tokens holds. Only shapes and types are looked at.
+    Real numbers are normal, whole ones 0 or 1, which any table of classes or tokens holds. Only shapes and types are
+    looked at.
 
     Raises:
         ConfigError: a member of a type that can't be made up.
@@ -104,8 +107,8 @@ def _like(value: Any, generator: np.random.Generator) -> Any:
         shape, real = np.shape(value), np.asarray(value).dtype.kind == "f"
     else:
         raise ConfigError(
-            f"cannot make up a {type(value).__name__} for the self-check: let the data set return tensors and numbers, or pass "
-            "check_records=[...], a few public records"
+            f"cannot make up a {type(value).__name__} for the self-check: let the data set return tensors and numbers, "
+            "or pass check_records=[...], a few public records"
         )
     made = np.asarray(generator.standard_normal(shape) if real else generator.integers(2, size=shape))
     if isinstance(value, torch.Tensor):

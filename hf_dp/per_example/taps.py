@@ -1,11 +1,13 @@
-"""Autograd functions that compute as the plain operation does and, in backward, hand over the factor of each example's gradient.
+"""Autograd functions that compute as the plain operation does and, in backward, hand over the factor of each example's
+gradient.
 
-Each takes its parameters *detached* and an `anchor`, a leaf without values that makes the output require a gradient even where the
-input does not: so backward runs, no gradient reaches the parameter itself, and no hook of DDP or FSDP fires. `sink` receives
-one `Factor` each time backward is executed (once a use, also under both kinds of checkpointing), or None where the examples
-do not lead the gradient's shape.
+Each takes its parameters *detached* and an `anchor`, a leaf without values that makes the output require a gradient
+even where the input does not: so backward runs, no gradient reaches the parameter itself, and no hook of DDP or FSDP
+fires. `sink` receives one `Factor` each time backward is executed (once a use, also under both kinds of checkpointing),
+or None where the examples do not lead the gradient's shape.
 
-Legend: B examples, T positions, d inputs, r outputs. Anything between the leading B and the last dimension counts as positions.
+Legend: B examples, T positions, d inputs, r outputs. Anything between the leading B and the last dimension counts as
+positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,7 +99,9 @@ class MultiplyTap(torch.autograd.Function):
 
 
 class AddTap(torch.autograd.Function):
-    """y = x + scale * w with w broadcast over examples (also from nothing: x = 0). Gradient per example: scale * g (Dense)."""
+    """y = x + scale * w with w broadcast over examples (also from nothing: x = 0). Gradient per example: scale * g
+    (Dense).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, scale: float, batch: int, sink: Sink) -> Tensor:
@@ -153,7 +157,9 @@ class LayerNormTap(torch.autograd.Function):
 
 
 class AnyTap(torch.autograd.Function):
-    """y = f(data, parameters) for any f that maps example by example: the gradients are f's own, taken for each example (vmap)."""
+    """y = f(data, parameters) for any f that maps example by example: the gradients are f's own, taken for each example
+    (vmap).
+    """
 
     @staticmethod
     def forward(
@@ -183,7 +189,8 @@ class AnyTap(torch.autograd.Function):
 
 
 def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
-    """[B, ...] -> [B, *shape]: sums over the positions along which a tensor of `shape` was broadcast, in float32 or better.
+    """[B, ...] -> [B, *shape]: sums over the positions along which a tensor of `shape` was broadcast, in float32 or
+    better.
 
     `g` may also be [B*T, k], flattened example by example. None where the examples do not lead.
     """

@@ -1,4 +1,4 @@
-"""Entropy of the operating system goes in; keys, random streams, noise and a forked state for the forward pass come out."""
+"""The operating system's entropy goes in; keys, random streams, noise and fresh states of generators come out."""
 
 from hf_dp.randomness.chacha import require_cryptography
 from hf_dp.randomness.forked_rng import fork_forward_rng

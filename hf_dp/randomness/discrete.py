@@ -1,14 +1,21 @@
-"""A stream of random words and a count -> discrete Gaussian numbers N_Z(0, S**2), S = 2**22, drawn without floating point.
+"""A stream of random words and a count -> draws from the discrete Gaussian N_Z(0, S**2), S = 2**22, without floats.
 
-|X| = j W + U with W = S / 32 (after Karney 2016, who takes j = 0, 1, ... standard deviations). j comes from a table with
-probability proportional to exp(-(j / 32)**2 / 2), U is uniform on 0 .. W - 1, and the pair is kept with probability exp(-gamma),
-gamma = U (2 j W + U) / 2 S**2 = N / 2**45 < 1, N whole. That coin is von Neumann's (Canonne, Kamath, Steinke 2020, algorithm 1): the
-length K of a run of coins of probability gamma / 1, gamma / 2, ... up to the first failure is odd with probability exp(-gamma). Every
-one of those is the comparison of a random whole number with another. A sign, and of the two zeros one is rejected (algorithm 2).
+**The method** (after Karney 2016, who takes j = 0, 1, ... standard deviations). A proposal is |X| = j W + U, where
 
-Distance from N_Z(0, S**2): the table compares 512 random bits (64 at first, the rest where they are needed) with probabilities
-cut to as many, and ends at j = 767: |X| < 24 S, beyond which there is a mass below 2 exp(-288) < 2**-414. Both together stay below
-2**-400 in total variation a coordinate; `epsilon` pays for it out of delta. What the draws take in time depends on them.
+    W = S / 32                  the width of a bin
+    j                           from a table, with probability proportional to exp(-(j / 32)**2 / 2)
+    U                           uniform on 0 .. W - 1
+
+and it is kept with probability exp(-gamma), where gamma = U (2 j W + U) / 2 S**2 = N / 2**45 < 1 with a whole number N.
+The coin of probability exp(-gamma) is von Neumann's (Canonne, Kamath, Steinke 2020, algorithm 1): toss coins of
+probability gamma / 1, gamma / 2, gamma / 3, ... up to the first failure; the number of tosses is odd with probability
+exp(-gamma). Each of these coins compares one random whole number with another. At last a random sign is given, and one
+of the two zeros, +0 and -0, is rejected (algorithm 2).
+
+**Distance from N_Z(0, S**2).** The table compares 512 random bits (64 at first, the rest where they decide) with
+probabilities cut to 512 bits, and it ends at j = 767, so |X| < 24 S; beyond that lies a mass below
+2 exp(-288) < 2**-414. Both errors together stay below 2**-400 in total variation a coordinate; `accounting.epsilon`
+pays for them out of delta. The time that draws take depends on the values drawn.
 """
 
 from bisect import bisect_right
@@ -28,7 +35,7 @@ BINS, PER_STD = 768, 32  # j < BINS; bins in a standard deviation
 WIDTH = STD // PER_STD  # 2**17
 U_BITS, GAMMA_BITS = WIDTH.bit_length() - 1, 2 * STD.bit_length() - 1  # of U: 17; of 2 S**2: 45
 TABLE_BITS = 512
-SPARE = 64 - GAMMA_BITS  # bits of a word that are left for the divisor of a coin
+SPARE = 64 - GAMMA_BITS  # bits of a word that are left for the coin of probability 1 / k
 
 
 def discrete_gaussian(words: Words, count: int) -> NDArray[np.int64]:
@@ -43,7 +50,7 @@ def discrete_gaussian(words: Words, count: int) -> NDArray[np.int64]:
 
 
 def _attempts(words: Words, count: int) -> NDArray[np.int64]:
-    """The kept ones of `count` proposals, in their order."""
+    """Those of `count` proposals that are kept, in their order."""
     j = _bins(words, count)
     bits = words(count)
     u = (bits >> np.uint64(64 - U_BITS)).astype(np.int64)
@@ -69,23 +76,25 @@ def _table() -> tuple[list[int], NDArray[np.uint64]]:
 
 
 def _bins(words: Words, count: int) -> NDArray[np.int64]:
-    """j by inversion: how many table entries are at most the 512 random bits; only 64 are drawn unless they tie."""
+    """j by inversion: how many table entries are <= a random number of 512 bits. 64 bits are drawn first, the rest on a
+    tie.
+    """
     table, tops = _table()
     first = words(count)
     j = np.searchsorted(tops, first, side="right").astype(np.int64)
     tied = np.flatnonzero((j > 0) & (tops[np.maximum(j - 1, 0)] == first))
-    for i in tied.tolist():  # one of 2**54 or so
+    for i in tied.tolist():  # about one in 2**54
         rest = int.from_bytes(words(TABLE_BITS // 64 - 1).tobytes(), "little")
         j[i] = bisect_right(table, int(first[i]) << (TABLE_BITS - 64) | rest)
     return j
 
 
 def _exp_coins(words: Words, numerators: NDArray[np.int64], first: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """For each N: true with probability exp(-N / 2**45). `first` holds 45 fresh bits for each one's first coin."""
+    """For each N: true with probability exp(-N / 2**45). `first` holds 45 fresh bits for the first coin of each N."""
     result = np.ones(len(numerators), dtype=bool)
-    running = np.flatnonzero(first < numerators)
+    running = np.flatnonzero(first < numerators)  # the first coin, of probability gamma / 1, did not fail
     k = 2
-    while len(running):  # their runs are k - 1 long so far
+    while len(running):  # k - 1 coins did not fail so far
         won = _coins(words, numerators[running], k)
         result[running[~won]] = k % 2 == 1
         running = running[won]
@@ -94,14 +103,14 @@ def _exp_coins(words: Words, numerators: NDArray[np.int64], first: NDArray[np.in
 
 
 def _coins(words: Words, numerators: NDArray[np.int64], k: int) -> NDArray[np.bool_]:
-    """For each N: true with probability N / (2**45 k): one in 2**45 / N, and one in k, of a word's two parts."""
+    """For each N: true with probability N / (2**45 k). Of a word, 45 bits are compared with N; 19 bits give 1 / k."""
     won = np.empty(len(numerators), dtype=bool)
     left = np.arange(len(numerators))
     fair = (1 << SPARE) // k * k
     while len(left):
         bits = words(len(left))
         divisor = (bits & np.uint64((1 << SPARE) - 1)).astype(np.int64)
-        usable = divisor < fair  # beyond it some remainders would be likelier than others: draw again
+        usable = divisor < fair  # from `fair` on, small remainders mod k would be too likely: draw again
         win = ((bits >> np.uint64(SPARE)).astype(np.int64) < numerators[left]) & (divisor % k == 0)
         won[left[usable]] = win[usable]
         left = left[~usable]

@@ -1,9 +1,10 @@
 """Code that draws from the process's global generators -> the same code under fresh secret states, put back afterwards.
 
-Dropout masks, augmentations and masked tokens come from global generators that `args.seed` sets, which is public, and are dealt
-out in the order of a batch. Remove one record and all that follow it get other masks: the sum then moves by several clip norms
-instead of one. Under secret, independent randomness the masks of the others keep their distribution, and the guarantee is that of
-the mixture over masks. Putting the global state back also hides how much was drawn, which would tell the size of the batch.
+Dropout masks, augmentations and masked tokens come from the global generators. `args.seed`, which is public, sets them,
+and they hand out their numbers in the order of a batch: if one record is removed, all records after it get other masks,
+and the sum moves by several clip norms instead of one. If the states are secret instead, and independent of each other,
+the masks of the other records keep their distribution, and the guarantee holds for the mixture over masks. Putting the
+global states back also hides how many numbers were drawn, which would tell the size of the batch.
 """
 
 import random
@@ -26,8 +27,8 @@ WORDS = 624  # 32-bit words in the state of a Mersenne Twister
 def fork_forward_rng(devices: Iterable["torch.device | str"] = (), *, seed: int | None = None) -> Iterator[None]:
     """Runs its body under fresh states of torch's (CPU and `devices`), numpy's and Python's global generators.
 
-    The states come from 128 bits of the operating system's entropy, or, in debugging alone, from `seed`. All generators stand
-    afterwards where they stood before, after an exception too.
+    The states come from 128 bits of the operating system's entropy, or, in debugging alone, from `seed`. All generators
+    stand afterwards where they stood before, after an exception too.
     """
     import torch
 

@@ -1,9 +1,10 @@
-"""A number of coordinates and a standard deviation -> fresh noise, Gaussian in float32 or discrete, from a key nobody else has.
+"""A number of coordinates and a standard deviation -> fresh noise under a secret key: Gaussian in float32, or discrete.
 
-Generator: numpy's ziggurat normals (Marsaglia and Tsang 2000) over Philox4x64-10 with a 128-bit key: float32, 23 random bits within
-each of 256 layers, values up to 8.2 standard deviations. Or, for a `ChaChaKey`, Box-Muller in float64 over ChaCha20, rounded to float32.
-The analysis assumes exact arithmetic: no claim is made against attacks on floating-point noise (Mironov 2012), whatever the
-generator, as for any noise in floating point that is not proved against them. `discrete` draws whole numbers instead (`discrete.py`).
+With Philox, normals come from numpy's ziggurat (Marsaglia and Tsang 2000): float32, 23 random bits within each of 256
+layers, values up to 8.2 standard deviations. With ChaCha20 they come from Box-Muller in float64, rounded to float32.
+The privacy analysis of both assumes exact arithmetic: no claim is made against attacks on floating-point noise (Mironov
+2012), as for any floating-point noise without a proof against them. `NoiseSource.discrete` draws whole numbers instead,
+and has such a proof (see `grid` and `discrete`).
 """
 
 import itertools
@@ -20,7 +21,7 @@ from hf_dp.randomness.chacha import ChaCha20Stream
 from hf_dp.randomness.discrete import discrete_gaussian
 from hf_dp.randomness.streams import Key, Role, checked_key, keyed_stream
 
-if TYPE_CHECKING:  # torch takes seconds, and whoever only reads ledgers draws no noise
+if TYPE_CHECKING:  # importing torch takes seconds, and who only reads ledgers draws no noise
     import torch
     from torch import Tensor
 
@@ -29,14 +30,15 @@ SMALLEST_STD, LARGEST_STD = 1e-30, 1e30  # beyond them float32 would round the n
 
 
 class NoiseSource:
-    """Independent Gaussian noise, a new stream at every call.
+    """Independent Gaussian noise, from a new stream at every call.
 
-    Guarantee: no two calls of one source, and no two sources, share a stream; no seed of torch, numpy or Python has any influence.
-    The key is never shown, never pickled, and a forked copy refuses to draw, because it would repeat its parent's noise.
+    Guarantee: no two calls of one source, and no two sources, share a stream; no seed of torch, numpy or Python has any
+    influence. The key is never shown or pickled. A forked copy of the process refuses to draw, because it would repeat
+    its parent's noise.
 
     Args:
-        key: 128 secret bits, for Philox, or a `ChaChaKey`; None draws bits for Philox from the operating system. A fixed key is for
-            tests: its noise protects nothing.
+        key: 128 secret bits, for Philox, or a `ChaChaKey`. None draws bits for Philox from the operating system. A
+            fixed key is for tests: its noise protects nothing.
 
     Raises:
         ConfigError: not a 128-bit whole number.
@@ -50,7 +52,8 @@ class NoiseSource:
     def gaussian(self, numel: int, *, std: float, device: "torch.device | str | None" = None) -> "Tensor":
         """N(0, std² I), float32, [numel], on `device`; zeros for std = 0.
 
-        Drawn on the CPU, in threads: the values depend on key and call alone, not on the device or the number of threads.
+        The noise is drawn on the CPU, in threads. Its values depend on the key and on the number of the call, not on
+        the device or the number of threads.
 
         Raises:
             ConfigError: std negative, not finite, or beyond float32; numel negative.
@@ -58,7 +61,8 @@ class NoiseSource:
         """
         if numel < 0 or not (std == 0 or (math.isfinite(std) and SMALLEST_STD <= std <= LARGEST_STD)):
             raise ConfigError(
-                f"noise needs numel >= 0 and std 0 or from {SMALLEST_STD} to {LARGEST_STD} (got numel={numel}, std={std})"
+                f"noise needs numel >= 0 and std 0 or from {SMALLEST_STD} to {LARGEST_STD} (got numel={numel}, "
+                f"std={std})"
             )
         import torch
 

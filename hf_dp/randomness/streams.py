@@ -1,9 +1,10 @@
-"""A secret key, a role and numbers -> a random stream that nothing else shares; fresh keys from the operating system.
+"""A secret key, a role and two numbers -> a random stream of its own; fresh keys from the operating system.
 
-The generator is Philox4x64-10 (Salmon et al. 2011) with a 128-bit key and a 256-bit counter of four words. Roles and numbers
-stand in the upper words, so that two streams of one key can never run into each other: word 0 counts the blocks of a stream.
-(Philox with counters t and t + 1 alone would give the same numbers four places apart.) Philox passes every statistical test, but
-is no cipher: it was not made to keep the rest of its output secret from who has seen a part. A `ChaChaKey` takes ChaCha20 instead.
+The generator is Philox4x64-10 (Salmon et al. 2011), with a 128-bit key and a 256-bit counter of four words. Role,
+number and block stand in the upper three words, so that two streams of one key never overlap; word 0 counts the outputs
+of a stream. (With the counters t and t + 1 alone, the second stream would be the first one shifted by four numbers.)
+Philox passes every statistical test, but it is no cipher: nobody has shown that the rest of its output stays secret
+from somebody who has seen a part of it. A `ChaChaKey` takes ChaCha20 instead, which is one.
 """
 
 import secrets
@@ -40,7 +41,7 @@ Key: TypeAlias = int | ChaChaKey
 
 
 def fresh_key() -> int:
-    """128 bits from the operating system's entropy. Never from a seed, and never to be written anywhere."""
+    """128 bits from the operating system's entropy. They come from no seed, and must never be written anywhere."""
     return secrets.randbits(KEY_BITS)
 
 
@@ -59,7 +60,7 @@ def checked_key(key: Key | None) -> Key:
 
 
 def keyed_stream(key: Key, role: Role, number: int, block: int = 0) -> np.random.Generator | ChaCha20Stream:
-    """The stream of (key, role, number, block), from the generator that the key is for."""
+    """The stream of (key, role, number, block): ChaCha20 for a `ChaChaKey`, Philox for a plain number."""
     return (
         ChaCha20Stream(key.secret, role, number, block)
         if isinstance(key, ChaChaKey)
@@ -68,7 +69,7 @@ def keyed_stream(key: Key, role: Role, number: int, block: int = 0) -> np.random
 
 
 def stream(key: int, role: Role, number: int, block: int = 0) -> np.random.Generator:
-    """Philox's stream of (key, role, number, block), at its start. Stateless: the same four give the same stream.
+    """Philox's stream of (key, role, number, block), at its start. The same four arguments give the same stream.
 
     Each stream has 2**66 words of 64 bits before it would meet the next `block`. `number` and `block` are below 2**64.
     """

@@ -1,28 +1,28 @@
 """Records go in; Poisson draws come out, this process's share of them, cut into micro-batches."""
 
-from hf_dp.sampling.collation import Collation, taken_by_the_model
+from hf_dp.sampling.collation import Collate, Collation, taken_by_the_model
 from hf_dp.sampling.loader import logical_batches
 from hf_dp.sampling.microbatch import (
     DRAW_NUMBER,
     FAILURE,
-    DrawnRecords,
-    Failure,
+    Container,
     LogicalBatchCollator,
-    Reader,
     feature_length,
     micro_batches,
-    read_records,
     tokens_of_a_pass,
 )
 from hf_dp.sampling.own_generators import REMEDY, own_generators
 from hf_dp.sampling.poisson import Draw, PoissonSampler
 from hf_dp.sampling.privacy_unit import Groups, groups_by
+from hf_dp.sampling.reading import DrawnRecords, Failure, Reader, Records, read_records
 
 __all__ = [
     "DRAW_NUMBER",
     "FAILURE",
     "REMEDY",
+    "Collate",
     "Collation",
+    "Container",
     "Draw",
     "DrawnRecords",
     "Failure",
@@ -30,6 +30,7 @@ __all__ = [
     "LogicalBatchCollator",
     "PoissonSampler",
     "Reader",
+    "Records",
     "feature_length",
     "groups_by",
     "logical_batches",

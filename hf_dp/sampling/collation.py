@@ -1,17 +1,18 @@
-"""A collator and made-up records -> micro-batches in which no record has a part in another's row.
+"""A collator and made-up records -> micro-batches in which no record influences another record's row.
 
-Each record is collated by itself, and what comes is filled up and stacked: whatever a collator does with the records of a batch (mixes
-them, cuts them into windows, normalises over the padding, drops one), it only ever sees one. How it fills up is learnt from public,
-made-up records. Where stacking does not give what the collator makes of them together, each record has a pass of its own.
+Each record is collated by itself; the results are padded and stacked. So whatever the collator would do with several
+records (mix them, cut them into windows, normalise over the padding, drop one), it only ever sees one. How to pad is
+learnt from public, made-up records: they are collated together and each alone, and the two are compared. If padding and
+stacking do not reproduce what the collator makes of all of them together, each record has a pass of its own.
 
-The padding collators of transformers, trl and torch get several records at once, which is faster, as long as all of these have the same
-columns of the same types, and if on the made-up records that came to the same.
+The padding collators of transformers, trl and torch are given several records at once, which is faster, if on the
+made-up records both ways gave the same, and as long as all records have the same columns of the same types.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from hf_dp.per_example import (
     LEFT,
     RIGHT,
     Batch,
+    Leaf,
     MicroBatch,
     Padding,
     Path,
+    Record,
     Untied,
     is_tied,
     leaves,
@@ -35,9 +38,10 @@ from hf_dp.per_example import (
     stacked,
 )
 from hf_dp.randomness import fork_forward_rng
-from hf_dp.sampling.microbatch import INPUTS, unpacked
+from hf_dp.sampling.compact import unpacked
+from hf_dp.sampling.reading import INPUTS
 
-Collate = Callable[[list[Any]], Any]
+Collate: TypeAlias = Callable[[list[Record]], Any]  # what it returns is made a mapping by `as_mapping`
 KNOWN = (
     "DataCollatorWithPadding DataCollatorForLanguageModeling DataCollatorForSeq2Seq DataCollatorForTokenClassification "
     "DefaultDataCollator"
@@ -45,13 +49,14 @@ KNOWN = (
 SHIPPED_BY = ("transformers", "trl")
 WHY_ROWS = (
     "clipping bounds what one record adds, so it must be one row. Cut the records before training (datasets.map), let "
-    "PrivacyConfig(unit_column=...) name the record that each piece came from, and have the collator make one row of each"
+    "PrivacyConfig(unit_column=...) name the record that each piece came from, and have the collator make one row of "
+    "each"
 )
 
-OF_CHECKS = "made up for the checks, or given as check_records"
+FOR_CHECKS = "made up for the checks, or given as check_records"
 PASS_RECORDS = "pass check_records=[...], a few public records of different lengths that it takes"
 
-TEXTS = "its label is a text; make numbers of labels (for classes, dataset.class_encode_column)"
+NUMBER_LABELS = "its label is a text: make labels numbers (for classes, dataset.class_encode_column)"
 
 
 class Collation:
@@ -59,17 +64,18 @@ class Collation:
 
     Args:
         collate: a list of records -> a mapping, or a tuple, of tensors.
-        made_up: public records on which it is tried; if all are of one length, shorter copies too, where it takes them.
+        made_up: public records on which the collator is tried. If all of them have one length, shorter copies are added
+            where the collator takes them, so that padding can be seen.
 
     Attributes:
-        apart: why each record has a pass of its own; None where they don't.
-        tried: the records on which it was tried.
+        apart: why each record has a pass of its own; None where records share one.
+        tried: the records on which the collator was tried.
 
     Raises:
-        ConfigError: the collator fails on the made-up records, or makes another number of rows than one of one of them.
+        ConfigError: the collator fails on the made-up records, or does not make one row of each of them.
     """
 
-    def __init__(self, collate: Collate, made_up: Sequence[Any]) -> None:
+    def __init__(self, collate: Collate, made_up: Sequence[Record]) -> None:
         self._collate = collate
         self._paddings: dict[Path, Padding] = {}
         with fork_forward_rng():
@@ -77,11 +83,14 @@ class Collation:
         self.apart = self._learn(alone, again, together)
         self._takes_several = self.apart is None and _is_known(collate)
 
-    def __call__(self, records: list[Any]) -> list[MicroBatch]:
-        """One micro-batch of these records, `packed` or not, or one for each. A record without a single token has no part in any.
+    def __call__(self, records: list[Record]) -> list[MicroBatch]:
+        """One micro-batch of these records, or one micro-batch for each of them.
+
+        Args:
+            records: `packed` or not. A record without a single token is left out.
 
         Raises:
-            CaptureError: the collator makes several rows of a record, or none; nothing of it is told.
+            CaptureError: the collator does not make one row of each record. The message tells nothing of the record.
         """
         if self._takes_several and len(records) > 1 and _alike(records):
             batch = as_mapping(self._collate([unpacked(record) for record in records]))
@@ -96,16 +105,24 @@ class Collation:
                 pass
         return alone
 
-    def alone(self, records: list[Any]) -> list[MicroBatch]:
-        """A micro-batch for each record that has tokens; raises as a call does."""
+    def alone(self, records: list[Record]) -> list[MicroBatch]:
+        """A micro-batch for each record that has tokens.
+
+        Raises:
+            CaptureError: as a call.
+        """
         made = (as_mapping(self._collate([unpacked(record)])) for record in records)
         alone = [MicroBatch(batch, 1) for batch in made if not is_empty(batch)]
         for batch in alone:
             _refuse_other_rows(batch, CaptureError)
         return alone
 
-    def together_and_alone(self, records: list[Any]) -> list[MicroBatch]:
-        """What checks compare, drawn once: all records in one micro-batch, if they ever are, else the first; then each alone."""
+    def together_and_alone(self, records: list[Record]) -> list[MicroBatch]:
+        """What checks compare, each record collated once.
+
+        Returns:
+            First all records in one micro-batch, or the first record alone if records never share one; then each alone.
+        """
         alone = self.alone(copy.deepcopy(records))
         try:
             whole = alone[0] if self.apart is not None else stacked(alone, self._paddings)
@@ -114,7 +131,17 @@ class Collation:
         return [whole, *alone]
 
     def _learn(self, alone: list[Batch], again: list[Batch], together: Batch) -> str | None:
-        """Paddings; and why they don't do, if so. What a collator draws is compared by what it is filled up with alone."""
+        """Learns the paddings from the made-up records.
+
+        Args:
+            alone: each record collated alone.
+            again: each record collated alone a second time: leaves that differ are drawn at random, and their values
+                are not compared, only what they are padded with.
+            together: all records collated at once.
+
+        Returns:
+            Why padding and stacking do not reproduce `together`, or None if they do.
+        """
         whole, *found = (leaves(batch) for batch in (together, *alone))
         drawn = {
             path for a, b in zip(found, map(leaves, again), strict=True) for path in a if not same(a[path], b.get(path))
@@ -136,10 +163,10 @@ class Collation:
 
 @contextmanager
 def taken_by_the_model() -> Iterator[None]:
-    """Around checks: an error of the model's or the loss's own, on made-up records, becomes one that says what to do.
+    """Around checks: turns an error that the model or its loss raises on made-up records into one with a remedy.
 
     Raises:
-        ConfigError: instead of it.
+        ConfigError: instead of that error.
     """
     try:
         yield
@@ -147,11 +174,11 @@ def taken_by_the_model() -> Iterator[None]:
         raise
     except Exception as error:
         raise ConfigError(
-            f"the model or its loss failed on records {OF_CHECKS} ({_said(error)}): {PASS_RECORDS}"
+            f"the model or its loss failed on records {FOR_CHECKS} ({_said(error)}): {PASS_RECORDS}"
         ) from error
 
 
-def as_mapping(batch: Any) -> Batch:
+def as_mapping(batch: object) -> Batch:
     """What a collator returned, by name; the members of a tuple are named 0, 1, ..."""
     if isinstance(batch, Mapping):
         return dict(batch)
@@ -159,21 +186,26 @@ def as_mapping(batch: Any) -> Batch:
 
 
 def is_empty(batch: Batch) -> bool:
-    """Whether there is nothing of a record to train on: not a single token, or, where it is no text, no number; or no batch at all."""
-    inputs = [batch[name] for name in ("input_ids", *INPUTS) if isinstance(batch.get(name), Tensor)]
-    return not batch or (bool(inputs) and not inputs[0].numel())
+    """Whether a record's batch has nothing to train on: no leaf at all, no token, or an empty sound or picture."""
+    about = next((batch[name] for name in INPUTS if name in batch), None)
+    return not batch or (isinstance(about, Tensor) and not about.numel())
 
 
-def several_lengths(records: Sequence[Any]) -> list[Any]:
-    """The records; and, if all are of one length, shorter copies of the first: padding can't be seen otherwise."""
+def several_lengths(records: Sequence[Record]) -> list[Record]:
+    """The records; if all have one length, also shorter copies of the first: else no padding would be seen."""
     lengths = [_length(record) for record in records]
     if len(set(lengths)) > 1 or not lengths or lengths[0] < 2:
         return list(records)
     return [*records, _cut(records[0], lengths[0], lengths[0] // 2), _cut(records[0], lengths[0], 1)]
 
 
-def _tried(collate: Collate, made_up: Sequence[Any]) -> tuple[list[Any], list[Batch], list[Batch], Batch]:
-    """The records that have tokens, each alone, once more, and all of them together: of several lengths, where that can be collated."""
+def _tried(collate: Collate, made_up: Sequence[Record]) -> tuple[list[Record], list[Batch], list[Batch], Batch]:
+    """Tries the collator on the made-up records; with shorter copies among them if it takes these, else without.
+
+    Returns:
+        The records that have tokens; each collated alone; each collated alone once more; all of them collated together,
+        {} if the collator does not take several.
+    """
     for records in (several_lengths(made_up), list(made_up)):
         last = len(records) == len(made_up)
         try:
@@ -181,13 +213,13 @@ def _tried(collate: Collate, made_up: Sequence[Any]) -> tuple[list[Any], list[Ba
         except Exception as error:
             if not last:
                 continue
-            remedy = TEXTS if any(map(_has_text_for_label, records)) else PASS_RECORDS
-            raise ConfigError(f"the collator failed on a record {OF_CHECKS} ({_said(error)}): {remedy}") from error
+            remedy = NUMBER_LABELS if any(map(_has_text_for_label, records)) else PASS_RECORDS
+            raise ConfigError(f"the collator failed on a record {FOR_CHECKS} ({_said(error)}): {remedy}") from error
         for batch in alone:
             _refuse_other_rows(batch, ConfigError)
         kept = [i for i, batch in enumerate(alone) if not is_empty(batch)]
         if not kept:
-            raise ConfigError(f"the collator makes nothing of the records {OF_CHECKS}: {PASS_RECORDS}")
+            raise ConfigError(f"the collator makes nothing of the records {FOR_CHECKS}: {PASS_RECORDS}")
         records, alone, again = ([those[i] for i in kept] for those in (records, alone, again))
         try:
             return records, alone, again, as_mapping(collate(copy.deepcopy(records)))
@@ -202,18 +234,22 @@ def _said(error: Exception) -> str:
 
 
 def _refuse_other_rows(batch: Batch, error: type[Exception]) -> None:
-    """Of one record: where its labels have another number of rows than one, so has it."""
+    """Raises `error` if the batch of one record has labels that are not one row."""
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() and len(labels) != 1:
         raise error(f"the collator made {'several rows' if len(labels) else 'no row'} of one record: {WHY_ROWS}")
 
 
-def _has_text_for_label(record: Any) -> bool:
+def _has_text_for_label(record: Record) -> bool:
     return isinstance(record, Mapping) and any(isinstance(record.get(name), str) for name in ("labels", "label"))
 
 
-def _padding(whole: Any, parts: list[Any], *, is_drawn: bool) -> Padding | None:
-    """How the parts were filled up in the whole; None where they were not, or where no constant on one side does it."""
+def _padding(whole: Leaf, parts: list[Leaf], *, is_drawn: bool) -> Padding | None:
+    """How the parts were padded in the whole.
+
+    Returns:
+        None if nothing was padded, or if no constant on one side explains it.
+    """
     if not all(isinstance(leaf, Tensor) for leaf in (whole, *parts)) or len({p.shape for p in parts}) == 1:
         return None
     for side in (RIGHT, LEFT):
@@ -229,40 +265,43 @@ def _padding(whole: Any, parts: list[Any], *, is_drawn: bool) -> Padding | None:
     return None
 
 
-def _is_known(collate: Any) -> bool:
-    """Whether it is a padding collator that is known to make each row of one record; inside Trainer's own wrapper too."""
+def _is_known(collate: Collate) -> bool:
+    """Whether this padding collator is known to make each row of one record alone; also inside Trainer's wrapper."""
     if type(collate).__name__ == "RemoveColumnsCollator":
-        collate = collate.data_collator
+        collate = cast(Any, collate).data_collator
     if collate is default_collate or collate is default_data_collator:
         return True
     shipped = type(collate).__module__.partition(".")[0] in SHIPPED_BY and type(collate).__name__ in KNOWN
     return shipped and not vars(collate).get("mlm", False)
 
 
-def _alike(records: list[Any]) -> bool:
-    """Whether the records have the same columns of the same types: else one could decide what becomes of another's."""
+def _alike(records: list[Record]) -> bool:
+    """Whether all records have the same columns of the same types; else one could decide how another is collated."""
     kinds = {_kind(record) for record in records}
     return len(kinds) == 1 and None not in kinds
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: Record) -> Hashable:
     if isinstance(value, Mapping):
-        return tuple((name, _kind_of_leaf(member)) for name, member in value.items())
+        return tuple((name, _leaf_kind(member)) for name, member in value.items())
     if isinstance(value, (tuple, list)):
-        return tuple(map(_kind_of_leaf, value))
-    return _kind_of_leaf(value)
+        return tuple(map(_leaf_kind, value))
+    return _leaf_kind(value)
 
 
-def _kind_of_leaf(value: Any) -> Any:
+def _leaf_kind(value: Leaf) -> Hashable:
     if isinstance(value, (list, tuple)):
         types = frozenset(map(type, value))
-        return (list, frozenset(map(_kind_of_leaf, value))) if types & {list, tuple, dict} else (list, types)
+        return list, frozenset(map(_leaf_kind, value)) if types & {list, tuple, dict} else types
     if isinstance(value, Mapping):
         return _kind(value)
-    return (type(value), value.dtype, value.ndim) if isinstance(value, (Tensor, np.ndarray)) else type(value)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return type(value), value.dtype, value.ndim
+    kind: type = type(value)
+    return kind
 
 
-def _length(record: Any) -> int:
+def _length(record: Record) -> int:
     members = (
         record.values() if isinstance(record, Mapping) else record if isinstance(record, (tuple, list)) else [record]
     )
@@ -270,14 +309,14 @@ def _length(record: Any) -> int:
     return len(named) if named is not None else max((_size(m) for m in members), default=0)
 
 
-def _size(value: Any) -> int:
+def _size(value: object) -> int:
     if isinstance(value, (Tensor, np.ndarray)):
         return len(value) if value.ndim == 1 else 0
     return len(value) if isinstance(value, list) else 0
 
 
-def _cut(record: Any, length: int, to: int) -> Any:
-    """A record whose sequences of that length are cut."""
+def _cut(record: Record, length: int, to: int) -> Record:
+    """A copy of the record in which sequences of length `length` are cut to `to` elements."""
     if isinstance(record, Mapping):
         return {name: _cut(member, length, to) for name, member in record.items()}
     if isinstance(record, tuple):

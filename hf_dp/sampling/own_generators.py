@@ -1,34 +1,34 @@
-"""A collator or data set -> the random generators that it keeps for itself, by name.
+"""A collator or data set -> the names of the random generators that it holds itself.
 
-Reading and collating run under secret states of torch's, numpy's and Python's global generators (see `forked_rng`). A generator of one's
-own has a public seed, as a rule, and is dealt out in the order of the draw: remove one record, and all that follow get other masks.
+Reading and collating run under secret states of torch's, numpy's and Python's global generators (see `forked_rng`). A
+generator of the collator's or data set's own usually has a public seed, and it hands out its numbers in the order of
+the draw: if one record is removed, all records after it get other masks.
 """
 
 import functools
 import random
 import types
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-DEPTH = 8  # attributes of attributes
-MEMBERS = 64  # of a list or mapping that are looked at
+DEPTH = 8  # how deep attributes of attributes are followed
+MEMBERS = 64  # how many members of a list or mapping are looked at
 REMEDY = (
-    "what it draws for one record depends on which others were drawn before; draw from torch's, numpy's or Python's global generator "
-    "instead, which hf_dp runs under secret states"
+    "what it draws for one record depends on which others were drawn before; draw from torch's, numpy's or Python's "
+    "global generator instead, which hf_dp runs under secret states"
 )
 
 
-def own_generators(holder: Any, name: str) -> list[str]:
-    """Where `holder` keeps random generators: attributes, members, what a function closes over and its module's globals that it names."""
+def own_generators(holder: object, name: str) -> list[str]:
+    """The random generators that `holder` reaches by attributes, members, closures and the globals its methods name."""
     return list(_found(holder, name, DEPTH, set()))
 
 
-def _found(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[str]:
+def _found(value: object, name: str, depth: int, seen: set[int]) -> Iterator[str]:
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -42,7 +42,7 @@ def _found(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[str]:
             yield from _found(inner, f"{name}.{member}", depth - 1, seen)
 
 
-def _members(value: Any) -> Iterator[tuple[str, Any]]:
+def _members(value: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         yield from ((str(key), member) for key, member in list(value.items())[:MEMBERS])
     elif isinstance(value, (list, tuple, set, frozenset)):
@@ -52,23 +52,25 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, types.MethodType):
         yield from (("__self__", value.__self__), ("__func__", value.__func__))
     elif isinstance(value, types.FunctionType):
-        yield from _of_function(value)
+        yield from _used_by(value)
     else:
         yield from getattr(value, "__dict__", {}).items()
         for kind in type(value).__mro__:
             yield from ((slot, getattr(value, slot, None)) for slot in _listed(kind.__dict__.get("__slots__", ())))
             if "__call__" in kind.__dict__ or "__getitem__" in kind.__dict__:
-                yield from _of_methods(kind)
+                yield from _methods(kind)
 
 
-def _of_methods(kind: type) -> Iterator[tuple[str, Any]]:
+def _methods(kind: type) -> Iterator[tuple[str, object]]:
+    """The methods by which a collator or data set is used."""
     methods = (kind.__dict__.get(name) for name in ("__call__", "__getitem__", "__getitems__"))
     for method in methods:
         if isinstance(method, types.FunctionType):
             yield method.__name__, method
 
 
-def _of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _used_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
+    """What a function closes over, its defaults, and the globals that its code names, unless a library defines it."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
     yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
     yield from (
@@ -79,5 +81,5 @@ def _of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
 
 
-def _listed(slots: Any) -> tuple[str, ...]:
+def _listed(slots: str | Iterable[str]) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Draw(list[T]):
-    """What belongs to one draw, with the draw's number: indices, later the records behind them."""
+    """What belongs to one draw (indices at first, later the records at these indices), with the draw's number."""
 
     __slots__ = ("number",)
     number: int
@@ -29,22 +29,24 @@ class Draw(list[T]):
 
 
 class PoissonSampler(Sampler[list[int]]):
-    """Batches for a `DataLoader(batch_sampler=...)`: each keeps every record with probability q, by itself.
+    """Batches for a `DataLoader(batch_sampler=...)`: each keeps every record independently with probability q.
 
-    Guarantee: under a secret key, record i is in draw t with probability `sample_rate`, rounded down to a multiple of 2**-53,
-    independently of every other record and draw. There is one global draw; process r of W yields its kept[r::W], so that the slices
-    of all processes together are the draw, each record once. Nothing is capped, padded, shuffled or evened out. A slice may be
-    empty: it is yielded as `[]`. The order within a draw is that of the data set, or of the groups.
+    Guarantee: under a secret key, record i is in draw t with probability `sample_rate`, rounded down to a multiple of
+    2**-53, independently of every other record and draw. There is one global draw. Process r of W yields the slice
+    kept[r::W], so the slices of all processes together are the draw, each record once. Nothing is capped, padded,
+    shuffled or evened out. A slice may be empty: it is yielded as `[]`. The order within a draw is that of the data
+    set, or of the groups.
 
-    Iterating again goes on with fresh draws: the number of a draw never comes twice in the life of the object, whether or
-    not an iterator was exhausted.
+    Iterating again yields fresh draws: no draw's number comes twice in the life of the object, even if an iterator was
+    not exhausted.
 
     Args:
-        units: how many records, N; or N `Groups`, of which a kept one yields one of its records (see `privacy_unit`).
-        sample_rate: q, 0 < q <= 1; at 1 every draw is the whole set. Or a function that gives it for a draw's number.
+        units: N, the number of records; or N `Groups`, of which a kept one yields one of its records (see
+            `privacy_unit`).
+        sample_rate: q, 0 < q <= 1 (at 1 every draw is the whole set), or a function that gives it for a draw's number.
         num_batches: length of one iteration, 1 or more.
-        key: 128 secret bits, the same on all processes, for Philox, or a `ChaChaKey`; None draws bits for Philox, which is right
-            for one process alone.
+        key: 128 secret bits, the same on all processes, for Philox, or a `ChaChaKey`. None draws bits for Philox, which
+            is right only if there is one process.
         process_index: this process, from 0.
         num_processes: W.
 
@@ -88,16 +90,11 @@ class PoissonSampler(Sampler[list[int]]):
 
     @property
     def key(self) -> Key:
-        """The secret behind the draws, to be shared with other processes and shown to nobody."""
+        """The secret that determines the draws: shared with the other processes, and never shown."""
         return self._key
 
-    @property
-    def last_number(self) -> int | None:
-        """Number of the draw yielded last. Loaders read ahead, so it may be beyond the batch in hand: see `Draw.number`."""
-        return self._next - 1 if self._next else None
-
     def draw(self, number: int) -> NDArray[np.int64]:
-        """The whole draw `number`, over all processes: indices of records, a function of (key, number) alone."""
+        """The whole draw, of all processes: indices of records, determined by (key, number) alone."""
         uniforms = keyed_stream(self._key, Role.SAMPLING, number)
         rate = self.sample_rate(number) if callable(self.sample_rate) else self.sample_rate
         threshold = math.floor(rate * UNIT) / UNIT

@@ -1,35 +1,40 @@
-"""A training set and the bounds of a micro-batch -> made-up records of the largest micro-batch, to be tried before the first draw.
+"""A training set and the bounds of a micro-batch -> made-up records of the largest micro-batch, tried before the first
+draw.
 
-Only the greatest lengths are read off the records. They may be private, unless the records were truncated to a public length, so what is
-found out stays in this process: it decides how the work is cut, which changes no sum, and no message, log or file tells it.
+Of the records only the greatest lengths are read. Unless the records were truncated to a public length, these are
+private, so whatever is found with them stays in this process: it decides how the work is cut, which changes no sum, and
+no message, log or file shows it.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import datasets
 import torch
 from torch import nn
 
-from hf_dp.per_example import LENGTHS, longest_taken
+from hf_dp.per_example import LENGTHS, Record, longest_taken
 from hf_dp.randomness import fork_forward_rng
-from hf_dp.sampling import feature_length
+from hf_dp.sampling import Records, feature_length
 
 ROWS = 10_000  # read at once
-COLUMNS = ("input_ids", "labels")  # an encoder-decoder's have lengths of their own
+COLUMNS = ("input_ids", "labels")  # in an encoder-decoder's records their lengths differ
 
 
 def largest_micro_batch(
-    dataset: Any, make: Callable[[tuple[int, ...]], list[Any]], bounds: tuple[int, int | None], model: nn.Module
-) -> list[Any]:
-    """Records of the greatest length, as many as a micro-batch may hold of them.
+    dataset: Records,
+    make: Callable[[tuple[int, ...]], list[Record]],
+    bounds: tuple[int, int | None],
+    model: nn.Module,
+) -> list[Record]:
+    """Records of the greatest length, as many of them as a micro-batch may hold.
 
     Args:
-        dataset: the training set, read as its fingerprint reads it. The lengths of what a `datasets.Dataset`'s transform makes, and of
-            records without `input_ids`, stay unknown: then the number of examples alone is tried.
+        dataset: the training set. The lengths that a `datasets.Dataset`'s transform makes, and those of records without
+            `input_ids`, are not read: then only the number of examples is tried.
         make: lengths -> a made-up record for each.
-        bounds: the most examples and the most padded tokens (or None) of one micro-batch.
-        model: the base; no record is longer than it has positions for.
+        bounds: the most examples, and the most padded tokens (or None), of one micro-batch.
+        model: the base model; no made-up record is longer than it has positions for.
     """
     greatest = greatest_lengths(dataset)
     longest = min(max(greatest.values(), default=max(LENGTHS)), longest_taken(model) or 1 << 62)
@@ -40,7 +45,7 @@ def largest_micro_batch(
 
 @contextmanager
 def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Buffers stand afterwards as before. Parameters are not copied: the copy would take the room that is being measured."""
+    """Restores the buffers afterwards. Parameters are not copied: that would take the memory to be measured."""
     before = {name: value.detach().clone() for name, value in model.named_buffers()}
     try:
         yield
@@ -51,17 +56,17 @@ def buffers_put_back(model: nn.Module) -> Iterator[None]:
                     value.copy_(before[name])
 
 
-def greatest_lengths(dataset: Any) -> dict[str, int]:
-    """The greatest length of each of `COLUMNS` that holds sequences; empty where they can't be read. 100,000 rows of Arrow take 2 ms."""
-    import datasets
-
+def greatest_lengths(dataset: Records) -> dict[str, int]:
+    """The greatest length of each of `COLUMNS` that holds sequences, if known. 100,000 rows of Arrow take 2 ms."""
     if isinstance(dataset, datasets.Dataset):
-        return _of_arrow(dataset)
+        return _lengths_in_arrow(dataset)
     with fork_forward_rng(seed=0):
-        return {"input_ids": max(map(feature_length, _all(dataset)))} if feature_length(dataset[0]) > 1 else {}
+        if feature_length(dataset[0]) <= 1:
+            return {}
+        return {"input_ids": max(feature_length(dataset[index]) for index in range(len(dataset)))}
 
 
-def _of_arrow(dataset: Any) -> dict[str, int]:
+def _lengths_in_arrow(dataset: "datasets.Dataset") -> dict[str, int]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -77,11 +82,6 @@ def _of_arrow(dataset: Any) -> dict[str, int]:
     return found
 
 
-def _all(dataset: Any) -> Any:
-    return (dataset[index] for index in range(len(dataset)))
-
-
-def _cut(record: Any, greatest: dict[str, int]) -> Any:
-    if not isinstance(record, dict):
-        return record
+def _cut(record: Record, greatest: dict[str, int]) -> Record:
+    """The record with the sequences in `greatest` cut to these lengths."""
     return {name: value[: greatest[name]] if name in greatest else value for name, value in record.items()}

@@ -1,4 +1,4 @@
-"""One example's loss -> its clipped gradient as whole numbers of bounded norm, added to an int64 sum. The proof is in `hf_dp.grid`."""
+"""One example's loss -> its clipped gradient as whole numbers of bounded norm. The proof is in `randomness.grid`."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,15 +17,15 @@ def grid_of(model: nn.Module, noise_multiplier: float, clip_norm: float) -> Grid
 
 
 def to_integers(gradients: Sequence[Tensor], grid: Grid) -> list[Tensor]:
-    """round(g min(1 / step, R / |g|)) for the gradients of all parameters together, int64, of the same shapes.
+    """round(g min(1 / step, R / |g|)) for the gradients of all parameters together: int64, of the same shapes.
 
-    Guarantee, whatever the arguments hold: the sum of all squares, as integers, is at most grid.sensitivity**2. Zeros where it
-    would not be, and where the norm is not finite.
+    Guarantee, whatever the arguments hold: the sum of all squares, as integers, is at most grid.sensitivity**2. If it
+    would be more, or if the norm is not finite, all numbers are zero.
     """
     if not gradients:
         return []
     norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm()
-    scale = (grid.radius / norm).clamp(max=1 / grid.step)  # infinite at norm 0
+    scale = (grid.radius / norm).clamp(max=1 / grid.step)  # R / |g| is infinite at norm 0
     bound = grid.sensitivity
     integers = [g.double().mul(scale).round_().to(torch.int64).clamp_(-bound, bound) for g in gradients]
     if not bool(norm.isfinite()) or squared_norm(integers, bound) > bound**2:
@@ -35,7 +35,7 @@ def to_integers(gradients: Sequence[Tensor], grid: Grid) -> list[Tensor]:
 
 def squared_norm(integers: Sequence[Tensor], bound: int) -> int:
     """The exact sum of squares of int64 tensors with entries from -bound to bound, bound at most 2**24."""
-    chunk = (1 << 62) // bound**2  # so many squares add up without leaving int64
+    chunk = (1 << 62) // bound**2  # sums of so many squares stay within int64
     parts = [part.square().sum() for z in integers for part in z.flatten().split(chunk)]
     return sum(torch.stack(parts).tolist())
 
@@ -44,10 +44,11 @@ def squared_norm(integers: Sequence[Tensor], bound: int) -> int:
 def add_integer_gradient(
     model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, grid: Grid, into: dict[str, Tensor]
 ) -> None:
-    """Adds the example's integer vector to the int64 buffers `into`. No other example has part in the pass.
+    """Adds the integer vector of one example to the int64 buffers `into`.
 
     Raises:
-        CaptureError: more than one example in the pass, whose rounding might then depend on each other; or as `per_example_factors`.
+        CaptureError: several examples in the pass, since the rounding of one might depend on another; or as
+            `per_example_factors`.
     """
     if batch_size == 0:
         return

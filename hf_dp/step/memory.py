@@ -1,7 +1,9 @@
-"""A step's micro-batches -> parts that fit in memory: where an allocation fails, the step's sum is begun anew in smaller parts.
+"""A step's micro-batches -> parts that fit in memory: where an allocation fails, the sum is begun anew in smaller
+parts.
 
-How a batch is cut never changes its sum, and nothing has left the process while the sum is formed, so the same draw is simply summed
-again from zero, whatever had been added. What fits depends on private lengths: it is kept for the session, and logged or saved nowhere.
+How a batch is cut never changes its sum, and nothing leaves the process while the sum is formed. So after a failure the
+same draw is simply summed again from zero. What fits depends on private lengths: it is remembered for the session, and
+never logged or saved.
 """
 
 import math
@@ -17,40 +19,47 @@ from hf_dp.per_example import MicroBatch, unambiguous
 from hf_dp.step.dry_run import buffers_put_back
 
 REMEDY = (
-    "truncate the records when they are tokenized, set gradient_checkpointing=True or bf16=True, train fewer parameters, or take a "
-    "machine with more memory. The step is charged, nothing was released; go on with resume_from_checkpoint=True"
+    "truncate the records when they are tokenized, set gradient_checkpointing=True or bf16=True, train fewer "
+    "parameters, or take a machine with more memory. The step is charged, nothing was released; go on with "
+    "resume_from_checkpoint=True"
 )
 SMALLER = "set a smaller per_device_train_batch_size or micro_batch_tokens"
 
 
-class Room:
+class MemoryLimit:
     """What fits in one pass, as far as this session has found out: at first everything that the collator made.
 
     Args:
-        fixed: the number of passes can't be changed in the middle of a step; running out of memory is an error.
+        fixed: the number of passes cannot be changed in the middle of a step, so running out of memory is an error.
     """
 
     def __init__(self, *, fixed: bool = False) -> None:
         self._fixed = fixed
         self._tokens = math.inf  # padded, of one part; secret
-        self._part: tuple[int, int] = (0, 0)
+        self._part: tuple[int, int] = (0, 0)  # examples of the pass under way, and tokens of each
         self._tried = False
 
     def parts(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """The batches in parts that fit and whose size is none of their other dimensions (see `unambiguous`), one after the other."""
+        """The batches, one after the other, cut into parts that fit.
+
+        The size of a part differs from its other dimensions (see `unambiguous`).
+        """
         for batch in batches:
             step = int(max(1, min(batch.size, self._tokens // _width(batch))))
             for start in range(0, batch.size, step):
                 yield from unambiguous(batch.rows(slice(start, start + step)))
 
     def one_by_one(self, parts: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """The parts, and which of them is in hand, should memory run out."""
+        """The parts; remembers the one under way, in case memory runs out in it."""
         for part in parts:
             self._part = part.size, _width(part)
             yield part
 
     def until_it_fits(self, sum_all: Callable[[], None]) -> None:
-        """Calls `sum_all`, which begins at zero and takes `one_by_one` what `parts` gives, until memory lasts; halves what fits each time.
+        """Calls `sum_all` until memory suffices, and halves the limit after each failure.
+
+        Args:
+            sum_all: begins at zero, and takes the parts that `parts` gives through `one_by_one`.
 
         Raises:
             ConfigError: one example alone does not fit, or the number of passes is fixed.
@@ -62,16 +71,22 @@ class Room:
             except RuntimeError as error:
                 if not (_out_of_memory(error) and self._part[0]):
                     raise
-            self._halve()  # out here: the exception held on to the tensors of the pass
+            self._halve()  # outside of `except`: the exception keeps the tensors of the pass alive
 
     def try_out(
         self, model: nn.Module, make: Callable[[], MicroBatch], sum_all: Callable[[list[MicroBatch]], None]
     ) -> None:
-        """Before the first sum of a session: halves what fits until the sum of the largest micro-batch, made up, can be formed.
+        """Before the first sum of a session: halves the limit until the largest micro-batch, made up, can be summed.
 
-        Never an error: it would tell that a long record exists, which no draw has been charged for. What fails for one example, or for
-        another reason than memory, is left to the step that draws such a record. Nothing is tried where the number of passes is fixed,
-        and where a pass that is too large would not fail (see `refuses_memory`).
+        This never raises an error. An error would tell that a long record exists before any draw is charged for it. If
+        one example alone fails, or something else than memory, the step that draws such a record will fail. Nothing is
+        tried where the number of passes is fixed, or where a pass that is too large would not fail (see
+        `refuses_memory`).
+
+        Args:
+            model: whose buffers stand afterwards as before.
+            make: makes the largest micro-batch up.
+            sum_all: sums the examples of batches, from zero.
         """
         if self._tried or self._fixed or not refuses_memory(model):
             return
@@ -103,7 +118,10 @@ class Room:
 
 
 def refuses_memory(model: nn.Module) -> bool:
-    """Whether the model's device says so where memory runs out: a CPU's system grants what it does not have, and ends the process later."""
+    """Whether allocating too much fails on the model's device.
+
+    On a CPU it does not: the operating system grants memory that it does not have, and ends the process later.
+    """
     return next(model.parameters()).device.type != "cpu"
 
 
@@ -112,6 +130,6 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _width(batch: MicroBatch) -> int:
-    """Padded tokens of one example; 1 where there are none."""
+    """Padded tokens of one example; 1 for a batch without tokens."""
     tokens = batch.get("input_ids")
     return max(1, tokens.numel() // batch.size) if isinstance(tokens, Tensor) and batch.size else 1

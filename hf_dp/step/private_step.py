@@ -1,6 +1,6 @@
-"""Micro-batches of one draw -> `p.grad` = (clipped sum + noise) / B for every trainable parameter: the whole algorithm, in one place.
+"""Micro-batches of one draw -> `p.grad` = (clipped sum + noise) / B for each trainable parameter: the whole algorithm.
 
-This is algorithm 1 of Abadi et al. 2016. `Trainer`, `PrivateLoop` and the audit's controls all take their steps here.
+This is algorithm 1 of Abadi et al. 2016. `DPTrainer`, `PrivateLoop` and the audit's controls take all their steps here.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,27 +16,28 @@ from hf_dp.per_example import Batch, MicroBatch, Pass, State, per_example_factor
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Failure
 from hf_dp.step import sharding
-from hf_dp.step.memory import Room
+from hf_dp.step.memory import MemoryLimit
 from hf_dp.step.run import PrivateRun
 from hf_dp.step.sums import ClippedSum, new_sum, refuse_impossible_sum, trainable
 
-Batches = Callable[[], Iterable[MicroBatch]]  # called again where memory ran out and the sum is begun anew
+Batches = Callable[[], Iterable[MicroBatch]]  # called again if memory runs out and the sum is begun anew
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How passes are made, as whoever owns the model wants them.
+    """How passes are made; given by whoever owns the model.
 
     Attributes:
         example_losses: (model, batch) -> one loss an example, [B].
         device: where the sum is kept.
         to_device: brings a collated micro-batch to the model.
         precision: the context of a forward pass, such as autocast.
-        factors_of: forms the per-example gradients of a pass; compiled passes are others than the default.
-        made_up: a batch of one made-up example, for passes that only other processes need; asked for where weights are sharded.
-        largest: a made-up batch of the largest size, to try out what fits in memory; None where nothing is tried.
-        alone: each example has a pass of its own, and finds the model's memory as the first of the training found it.
-        copied: names of the parameters that a pass is known to write to; they are put back too.
+        factors_of: forms the per-example gradients of a pass; compiled blocks have a function of their own.
+        made_up: a batch of one made-up example, for passes that a process takes only because others need its shards.
+            Called only if weights are sharded.
+        largest: makes up a batch of the largest size, to try what fits in memory; None tries nothing.
+        alone: each example has a pass of its own, before which the model's state is put back to that of the first pass.
+        copied: names of parameters that a pass is known to write to; they are put back too.
     """
 
     example_losses: Callable[[nn.Module, Batch], Tensor]
@@ -53,7 +54,8 @@ class Passes:
 class PrivateStep:
     """Takes the private steps of one model: `released = step(run, batches, draw_number)`.
 
-    Guarantee: of each record, at most `level.clip_norm` is in the sum, in Euclidean norm, and the sum leaves through `run.release` alone.
+    Guarantee: what each record adds to the sum has Euclidean norm at most `level.clip_norm`, and the sum leaves only
+    through `run.release`.
 
     Args:
         model: unwrapped (no DDP around it).
@@ -64,8 +66,8 @@ class PrivateStep:
         ConfigError: as `refuse_impossible_sum`.
 
     Attributes:
-        level: the mechanism of the step under way; before the first step, of the run.
-        sum: what has been summed up so far in this step. Secret until released.
+        level: the mechanism of the step under way; before the first step, that of the run.
+        sum: what has been summed up so far in this step. Secret until it is released.
     """
 
     sum: ClippedSum
@@ -74,25 +76,28 @@ class PrivateStep:
         refuse_impossible_sum(model, mechanism)
         self.model, self.level, self.passes = model, mechanism, passes
         self.sharded = sharding.is_sharded(model)
-        self._memory = Room(fixed=self.sharded)
+        self._memory = MemoryLimit(fixed=self.sharded)
         self._names: list[str] = []
         self._state: State | None = None
 
     def __call__(
         self, run: PrivateRun, batches: Batches, draw_number: int, beside: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """One step: clip and sum, charge, add noise, write the gradients. Returns what was released, float32 [P] or [P + 2].
+        """One step: clips and sums, charges, adds noise, writes the gradients.
 
         Args:
-            run: open; it knows the step's level, charges the ledger and adds the noise.
-            batches: the micro-batches of this process's slice of the draw, none where it is empty.
+            run: open. It knows the step's level, charges the ledger and adds the noise.
+            batches: the micro-batches of this process's slice of the draw; none if the slice is empty.
             draw_number: of the draw.
-            beside: adds to the sum what belongs to the draw beside its records, such as canaries.
+            beside: adds to the sum what belongs to the draw besides its records, such as canaries.
+
+        Returns:
+            What was released, float32 [P], or [P + 2] with metrics.
 
         Raises:
             ReleaseError: as `PrivateRun.release`.
-            CaptureError: the model or its loss fails on an example, of which nothing is told; or as `add`. The step is charged, nothing
-                was released.
+            CaptureError: the model or its loss failed on an example; its message is left out, for it may quote the
+                example. The step is charged, nothing was released. So it is with errors of `add`.
         """
         self.prepare()
         with run.told_to_all(self.sum.flat, draw_number, waiting_in_release=not self.sharded):
@@ -109,17 +114,19 @@ class PrivateStep:
         return released
 
     def prepare(self) -> None:
-        """Training mode, and a sum at zero for the parameters that are trainable now."""
+        """Training mode, and a sum of the size of the parameters that are trainable now; `sum_up` sets it to zero."""
         self.model.train()
         names = list(trainable(self.model))
         if names != self._names:
             self.sum, self._names = new_sum(self.model, self.level, self.passes.device, self.passes.factors_of), names
         if self.passes.alone and self._state is None:
             self._state = State(self.model, self.passes.copied)
-        self.sum.flat.zero_()
 
     def sum_up(self, batches: Iterable[MicroBatch], forward_seed: int | None = None) -> None:
-        """Begins at zero and adds every example of the batches, under dropout masks that no public seed gives."""
+        """Sets the sum to zero and adds every example of the batches.
+
+        Dropout masks come from secret randomness; from `forward_seed` only in debugging.
+        """
         self.sum.flat.zero_()
         with fork_forward_rng([self.passes.device], seed=forward_seed):
             parts: Iterable[MicroBatch] = self._memory.parts(b.mapped(self.passes.to_device) for b in batches)
@@ -130,20 +137,19 @@ class PrivateStep:
                 self._pass_for_the_others()
 
     def add(self, batch: MicroBatch) -> None:
-        """One pass: the clipped gradients of its examples join the sum.
+        """One pass: adds the clipped gradients of its examples to the sum.
 
         Raises:
-            CaptureError: several examples in a pass where each should have its own; or as `ClippedSum.add`.
+            CaptureError: several examples in a pass although each should have its own; or as `ClippedSum.add`.
         """
         if self.passes.alone and batch.size > 1:
             raise CaptureError(f"each example has a pass of its own: expected one example a pass, got {batch.size}")
         kept = nullcontext() if self._state is None else state_put_back(self.model, self._state)
         with self.passes.precision(), kept:
-            losses = lambda: self.passes.example_losses(self.model, batch)  # noqa: E731  # made when the pass is under way
-            self.sum.add(self.model, losses, batch.size, self.level)
+            self.sum.add(self.model, lambda: self.passes.example_losses(self.model, batch), batch.size, self.level)
 
     def _sum_up_untold(self, batches: Batches, run: PrivateRun) -> None:
-        """The sum of all examples. What an error of the model's or the loss's says may quote them, so it is left out."""
+        """Sums up all examples. The message of an error in the model or the loss may quote one, so it is left out."""
         failure = None
         try:
             self._memory.until_it_fits(lambda: self.sum_up(batches(), run.forward_seed()))
@@ -151,23 +157,28 @@ class PrivateStep:
             raise
         except Exception as error:
             failure = Failure.of(error, "brought to a loss")
-        if failure is not None:  # out here: an exception keeps the one that it was raised beside
+        if (
+            failure is not None
+        ):  # raised out here, because an exception raised above would keep the other as its context
             raise CaptureError(failure)
 
     def write_gradients(self, released: Tensor) -> None:
-        """p.grad = released / B with the public B: assigned, whatever was there before."""
+        """p.grad = released / B, with the public B. Whatever was in `p.grad` before is replaced."""
         parameters, mean = trainable(self.model), released / self.level.expected_batch_size
         for name, gradient in views(mean, parameters).items():
             parameters[name].grad = gradient.to(parameters[name].dtype)
 
     def forget(self) -> None:
-        """Lets go of the sum's memory; the next step makes another."""
+        """Frees the sum's memory; the next step allocates it again."""
         if self._names:
             del self.sum
         self._names, self._state = [], None
 
     def _pass_for_the_others(self) -> None:
-        """Forward and backward over a made-up example whose result is dropped: other processes wait for our shards."""
+        """Forward and backward over a made-up example; its result is dropped.
+
+        Other processes wait for this process's shards, though it has no more examples.
+        """
         assert self.passes.made_up is not None
         model, made_up = self.model, self.passes.made_up()
         with self.passes.precision():

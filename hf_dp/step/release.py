@@ -1,8 +1,12 @@
-"""Each process's part of a clipped sum -> the noisy sum, on every process: the one exit for all that is private.
+"""Each process's part of a clipped sum -> the noisy sum, on every process: the one exit for everything private.
 
-The order is the guarantee. What is checked of public things (arguments, ledger, the draw's number) is checked first and costs nothing.
-Then the step is charged, on disk. Only then is the sum looked at: that a sum is not finite is itself something about the data, so
-whoever sees the training stop for it has been charged for the draw. Then noise, and only then does anything leave the process.
+The order of a release is its guarantee:
+
+1. Public things (arguments, the ledger's settings, the draw's number) are checked. An error here costs nothing.
+2. The step is charged, on disk.
+3. Only now is the sum looked at. That a sum is not finite tells something about the data, so the draw must be charged
+   before anybody can see the training stop for it.
+4. Noise is added. Only then does anything leave the process.
 """
 
 import math
@@ -17,23 +21,25 @@ from hf_dp.ledger import Ledger
 from hf_dp.mechanism import DISCRETE
 from hf_dp.randomness import NoiseSource
 
-EXACT = 1 << 24  # whole numbers up to here are exact in float32
+EXACT = 1 << 24  # float32 holds whole numbers up to here exactly
 
 
 class Releaser:
     """Releases sums under the Gaussian mechanism: `releaser(clipped_sum, sensitivity=C, noise_multiplier=sigma)`.
 
-    Process 0 charges the ledger and adds the whole noise, N(0, (sigma C)² I), to its part; then one `all_reduce(SUM)` on every process.
-    The total noise is the same whatever the number of processes, and so are the bits of the result on all of them. A sum of
-    whole numbers (int64) is in steps of `grid.py`, and takes N_Z(0, S²) in each coordinate instead: S steps are sigma C.
+    Process 0 charges the ledger and adds the whole noise, N(0, (sigma C)² I), to its part. One `all_reduce(SUM)` on
+    every process follows. So the total noise does not depend on the number of processes, and all processes hold the
+    same bits. A sum of whole numbers (int64) is in steps of `randomness.grid`; it gets N_Z(0, S²) in each coordinate
+    instead, where S steps are sigma C.
 
-    The same `all_reduce` carries three more numbers: the draw's number and its square, which show that all processes are at one draw
-    (a sum of squares is the square of the sum over W only if all are equal), and a mark of failure. A process that can't go on
-    still takes part, with zeros, so that all of them stop at this step instead of waiting for each other.
+    The same `all_reduce` carries three more numbers. The draw's number and its square show whether all W processes are
+    at one draw: with tags t_w, W sum(t_w²) = (sum t_w)² only if all t_w are equal. The third is a mark of failure: a
+    process that cannot go on still takes part, with zeros, so that all processes stop at this step and none waits for
+    another.
 
     Args:
-        ledger: open, with the settings of the steps begun. On process 0 alone; None elsewhere.
-        noise: on process 0 alone; None elsewhere.
+        ledger: open, with the settings of the steps begun. On process 0; None elsewhere.
+        noise: on process 0; None elsewhere.
         process_index: this process, from 0.
         num_processes: how many take part.
 
@@ -58,21 +64,24 @@ class Releaser:
     def __call__(
         self, clipped_sum: Tensor, *, sensitivity: float, noise_multiplier: float, draw_number: int | None = None
     ) -> Tensor:
-        """The sum of all processes' `clipped_sum` plus N(0, (sensitivity x noise_multiplier)² I); the argument is left as it was.
+        """The sum of all processes' `clipped_sum` plus N(0, (sensitivity x noise_multiplier)² I).
 
         Args:
-            clipped_sum: this process's part, [P], float32, or int64 where the ledger's noise is "discrete"; zeros for an empty slice.
-            sensitivity: the most, in Euclidean norm, that one unit can move the sum of all parts.
-            noise_multiplier: sigma. 0 adds nothing, and is charged as what it is: epsilon is infinite.
+            clipped_sum: this process's part, [P]: float32, or int64 if the ledger's noise is "discrete". Zeros for an
+                empty slice. It is left as it was.
+            sensitivity: the most, in Euclidean norm, that one privacy unit can move the sum of all parts.
+            noise_multiplier: sigma. 0 adds nothing, and is charged as such: epsilon is infinite.
             draw_number: number of the draw behind the sum, above every earlier one; None counts the calls.
 
         Returns:
-            [P] of the same type, new memory, on every process; no two calls have noise in common.
+            [P] of the same type, new memory, the same on every process. No two calls have noise in common.
 
         Raises:
-            ReleaseError: an argument out of range; settings that the ledger does not have; a draw released before; processes at
-                different draws; another process that failed. Not charged, where process 0 sees it before charging.
-            ReleaseError: a sum that is not finite: a fault of the per-example stage. Charged, and nothing left the process.
+            ReleaseError: an argument is out of range; the ledger has other settings; the draw was released before; the
+                processes are at different draws; another process failed. Not charged if process 0 sees it before
+                charging.
+            ReleaseError: the sum is not finite, which is a fault of the per-example stage. Charged; nothing left the
+                process.
             LedgerError: the charge could not be written. Nothing left the process.
         """
         number = self._last_draw + 1 if draw_number is None else draw_number
@@ -82,7 +91,7 @@ class Releaser:
         try:
             self._check(clipped_sum, sensitivity, noise_multiplier, number)
             self._fill(buffer[:size], clipped_sum, sensitivity, noise_multiplier)
-        except Exception as error:  # whatever it is, the other processes are told before it is raised here
+        except Exception as error:  # of any kind: the other processes are told before it is raised
             failure = error
             buffer.zero_()
         tag = number % _modulus(self._num_processes)
@@ -94,9 +103,12 @@ class Releaser:
         return buffer[:size]
 
     def abandon(self, clipped_sum: Tensor, *, tell: bool = True) -> None:
-        """Gives up this step. To `tell`, takes part in its `all_reduce` with nothing but the mark of failure: all processes stop here.
+        """Gives up this step, and charges it on process 0: that any process fails tells something about the draw.
 
-        `clipped_sum` gives the shape. Charged on process 0, whoever failed: that a step fails is itself something about its draw.
+        Args:
+            clipped_sum: gives the shape of the release.
+            tell: take part in the step's `all_reduce`, with nothing but the mark of failure, so that all processes stop
+                here.
         """
         try:
             if self._ledger is not None:
@@ -108,10 +120,10 @@ class Releaser:
                 self._reduce(buffer)
 
     def _reduce(self, buffer: Tensor) -> None:
-        """The step's one collective.
+        """The one collective operation of a step.
 
         Raises:
-            ReleaseError: a process is gone, or did not come within the time-out.
+            ReleaseError: another process has ended, or did not come within the time-out.
         """
         if self._num_processes == 1 or self._num_processes != _world_size():
             return
@@ -119,21 +131,22 @@ class Releaser:
             dist.all_reduce(buffer)
         except RuntimeError as error:
             raise ReleaseError(
-                f"process {self._process_index} of {self._num_processes} lost another one in this step: it has ended, or did not come "
-                "within the time-out (ddp_timeout); see its messages. The step is charged, nothing was released. Mend what ended it "
-                f"and go on with resume_from_checkpoint=True, on as many processes as you like ({error})"
+                f"process {self._process_index} of {self._num_processes} lost another one in this step: it has ended, "
+                "or did not come within the time-out (ddp_timeout); see its messages. The step is charged, nothing "
+                "was released. Mend what ended it and go on with resume_from_checkpoint=True, on as many processes as "
+                f"you like ({error})"
             ) from error
 
     def _fill(self, buffer: Tensor, clipped_sum: Tensor, sensitivity: float, noise_multiplier: float) -> None:
-        """Charges on process 0, then this process's part with the noise that belongs to it."""
+        """Charges on process 0; then adds this process's part, and on process 0 the noise, to `buffer`."""
         std = sensitivity * noise_multiplier
         if self._process_index == 0:
             assert self._ledger is not None
             self._ledger.charge()
         if not bool(clipped_sum.isfinite().all()):
             raise ReleaseError(
-                "the clipped sum is not finite, although examples that are not count as zero: a fault of the per-example stage. "
-                "The step is charged, nothing was released; report it"
+                "the clipped sum is not finite, although examples that are not count as zero: a fault of the "
+                "per-example stage. The step is charged, nothing was released; report it"
             )
         buffer += clipped_sum
         if self._process_index == 0 and std > 0:
@@ -150,7 +163,8 @@ class Releaser:
             charged = current and (current.noise_multiplier, current.sensitivity)
             if charged != (noise_multiplier, sensitivity):
                 wrong.append(
-                    f"the ledger would charge (sigma, C) = {charged}, the release has {(noise_multiplier, sensitivity)}: begin a segment"
+                    f"the ledger would charge (sigma, C) = {charged}, the release has "
+                    f"{(noise_multiplier, sensitivity)}: begin a segment"
                 )
             if current and (current.noise == DISCRETE) != (clipped_sum.dtype == torch.int64):
                 wrong.append(f"the ledger would charge noise {current.noise!r}, the sum is {clipped_sum.dtype}")
@@ -161,7 +175,8 @@ class Releaser:
     def _wrong_state(self, number: int) -> Iterator[str]:
         if number <= self._last_draw:
             yield (
-                f"expected a draw after number {self._last_draw}, got {number}: two releases of one draw cost more than two charges say"
+                f"expected a draw after number {self._last_draw}, got {number}: two releases of one draw cost more "
+                "than two charges say"
             )
         if self._num_processes != _world_size():
             yield f"expected {self._num_processes} processes in torch.distributed, found {_world_size()}"
@@ -173,7 +188,8 @@ class Releaser:
             )
         if (tags, squares) != (self._num_processes * tag, self._num_processes * tag * tag):
             raise ReleaseError(
-                "the processes are at different draws, so their parts don't belong together; they must all have read the same batches"
+                "the processes are at different draws, so their parts don't belong together; they must all have read "
+                "the same batches"
             )
 
 
@@ -191,7 +207,10 @@ def _wrong_arguments(clipped_sum: Tensor, sensitivity: float, noise_multiplier: 
 
 
 def _modulus(num_processes: int) -> int:
-    """The largest power of two m for which num_processes x (m - 1)² is exact in float32: 4096 for one process, 2 at 2**24."""
+    """The modulus of the draw's number in the `all_reduce`: the largest power of two m whose sums are exact in float32.
+
+    That is num_processes x (m - 1)² <= 2**24: m is 4096 for one process, and 2 for 2**24 processes.
+    """
     if num_processes > EXACT:
         raise HfDpError(f"expected at most {EXACT} processes, got {num_processes}")
     return 1 << int(math.log2(EXACT // num_processes) / 2)

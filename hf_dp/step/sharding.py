@@ -1,31 +1,32 @@
-"""A model whose frozen weights lie sharded on the processes (FSDP2) -> what has to be the same everywhere, and what is refused.
+"""A model whose frozen weights lie sharded on the processes (FSDP2) -> what all processes must do alike; what is
+refused.
 
-Each forward and backward gathers the weights of one layer after another from all processes, so all must take the same number of passes,
-however many examples their slices hold. Trainable parameters stay whole on every process: their gradients are formed example by
-example, and reduced once a step like any others'.
+Each forward and backward pass gathers the weights of one layer after another from all processes, so all processes must
+take the same number of passes, however many examples their slices hold. Trainable parameters stay whole on every
+process: their gradients are formed example by example, and summed over the processes once a step, as without sharding.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
 from hf_dp.per_example import MicroBatch
 
 LOADING = "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=number of processes))"
 
 
-def is_sharded(model: Any) -> bool:
+def is_sharded(model: object) -> bool:
     """Whether any parameter lies in parts on several processes."""
     return isinstance(model, nn.Module) and any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def counted(parts: Iterable[MicroBatch], device: torch.device) -> tuple[list[MicroBatch], int]:
-    """The parts, one a pass, and how many passes this process has to add so that all take as many.
+    """This process's parts, one a pass, and how many passes it has to add so that all processes take equally many.
 
     Every process calls this once before its passes.
     """
@@ -36,10 +37,11 @@ def counted(parts: Iterable[MicroBatch], device: torch.device) -> tuple[list[Mic
 
 
 @contextmanager
-def checkpoints_allowed(args: Any, model: Any) -> Iterator[None]:
-    """Around Trainer's constructor, which refuses to save the optimizer of a sharded model (transformers 5.23).
+def checkpoints_allowed(args: TrainingArguments, model: object) -> Iterator[None]:
+    """Around Trainer's constructor, which refuses to save the optimizer's state of a sharded model (transformers 5.23).
 
-    Its reason, that the optimizer's state is sharded too, does not hold here: `problems` lets only whole parameters be trained.
+    Trainer's reason, that the optimizer's state would be sharded too, does not hold here: `problems` allows only whole
+    parameters to be trained.
     """
     saves_only_model = args.save_only_model
     args.save_only_model = saves_only_model or is_sharded(model)
@@ -50,18 +52,19 @@ def checkpoints_allowed(args: Any, model: Any) -> Iterator[None]:
 
 
 def problems(model: nn.Module) -> Iterator[str]:
-    """What of a sharded model cannot be trained privately, each with the way out."""
+    """What in a sharded model cannot be trained privately, each with a remedy."""
     sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
     trainable = [name for name, p in sharded.items() if p.requires_grad]
     if trainable:
         yield (
-            f"{trainable[0]} and {len(trainable) - 1} more parameters are sharded and trainable: per-example gradients need them whole; "
-            "train an adapter on the sharded base (get_peft_model after loading), or load without distributed_config"
+            f"{trainable[0]} and {len(trainable) - 1} more parameters are sharded and trainable: per-example gradients "
+            "need them whole; train an adapter on the sharded base (get_peft_model after loading), or load without "
+            "distributed_config"
         )
     dimensions = {name for p in sharded.values() for name in p.device_mesh.mesh_dim_names or ()}
     others = sorted(dimensions - {"fsdp"})
     if others:
         yield (
-            f"weights sharded over {', '.join(others)}: tensor, pipeline, expert and replicated sharding are not supported; "
-            f"load the base with {LOADING}, or use DDP"
+            f"weights sharded over {', '.join(others)}: tensor, pipeline, expert and replicated sharding are not "
+            f"supported; load the base with {LOADING}, or use DDP"
         )

@@ -1,7 +1,8 @@
-"""Passes over examples -> what a step releases, before its noise: a sum in float32, or one of whole numbers.
+"""Passes over examples -> what a step releases, before noise is added: a sum in float32, or a sum of whole numbers.
 
-Both are one flat vector, zeroed at the start of a step, with a view for each trainable parameter; the two coordinates of noised metrics
-(see `metrics`) come last. Which of the two a run needs follows from its mechanism: `new_sum` is the only place that asks.
+Both kinds are one flat vector, set to zero at the start of a step, with a view for each trainable parameter. The two
+coordinates of noised metrics (see `metrics`) come last. The run's mechanism decides which kind is needed, and `new_sum`
+is the only place that asks for it.
 """
 
 from collections.abc import Callable
@@ -20,13 +21,19 @@ class ClippedSum(Protocol):
     """The vector of one step.
 
     Attributes:
-        flat: [P], or [P + 2] with metrics; P trainable numbers in the order of the model's parameters.
+        flat: [P], or [P + 2] with metrics: P trainable numbers, in the order of the model's parameters.
     """
 
     flat: Tensor
 
     def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: Mechanism) -> None:
-        """Adds the clipped gradients of `size` examples, whose losses [size] the forward pass `losses` returns.
+        """Adds the clipped gradients of `size` examples.
+
+        Args:
+            model: with the parameters that `flat` has views for.
+            losses: runs the forward pass and returns one loss an example, [size].
+            size: number of examples.
+            level: the mechanism of the step.
 
         Raises:
             UnsupportedParameterError, CaptureError: as `per_example_factors`.
@@ -34,7 +41,7 @@ class ClippedSum(Protocol):
 
 
 class FloatSum:
-    """sum_b min(1, C / |g_b|) g_b in float32 (Abadi et al. 2016, algorithm 1), and the metrics where the mechanism has them."""
+    """sum_b min(1, C / |g_b|) g_b in float32 (Abadi et al. 2016, algorithm 1), and the metrics where there are some."""
 
     def __init__(
         self, model: nn.Module, mechanism: Mechanism, device: torch.device, factors_of: Pass = per_example_factors
@@ -54,7 +61,7 @@ class FloatSum:
 
 
 class IntegerSum:
-    """The same on the grid of `noise="discrete"`: whole numbers of bounded norm, int64, one example a pass (see `randomness.grid`)."""
+    """The sum for `noise='discrete'`: int64 vectors of bounded norm, one example a pass (see `randomness.grid`)."""
 
     def __init__(self, model: nn.Module, mechanism: Mechanism, device: torch.device) -> None:
         parameters = trainable(model)
@@ -63,15 +70,15 @@ class IntegerSum:
         self._parts = views(self.flat, parameters)
 
     def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: Mechanism) -> None:
-        """See `ClippedSum.add`; more than one example is an error."""
+        """See `ClippedSum.add`; a pass with more than one example is an error."""
         add_integer_gradient(model, losses, size, self._grid, self._parts)
 
 
 def refuse_impossible_sum(model: nn.Module, mechanism: Mechanism) -> None:
-    """Sees, before anything is made, whether the sum that the mechanism needs can be kept.
+    """Checks, before anything is allocated, that the sum that the mechanism needs can be kept.
 
     Raises:
-        ConfigError: whole numbers have no room for this sigma and so many parameters.
+        ConfigError: the grid of whole numbers cannot hold this sigma with so many parameters.
     """
     if mechanism.is_discrete:
         grid_of(model, mechanism.noise_multiplier, mechanism.clip_norm)
@@ -80,7 +87,7 @@ def refuse_impossible_sum(model: nn.Module, mechanism: Mechanism) -> None:
 def new_sum(
     model: nn.Module, mechanism: Mechanism, device: torch.device, factors_of: Pass = per_example_factors
 ) -> ClippedSum:
-    """A sum of the kind that the mechanism's noise is for, at zero."""
+    """A sum of the kind that the mechanism's noise needs, at zero."""
     if mechanism.is_discrete:
         return IntegerSum(model, mechanism, device)
     return FloatSum(model, mechanism, device, factors_of)

@@ -1,11 +1,14 @@
-"""Losses of made-up examples, alone and beside others -> whether padding changes them, or an error where they compare examples.
+"""Losses of made-up examples, alone and beside others -> does padding change them? And an error if they compare
+examples.
 
-Beside longer examples, an example is padded. Where the padding is not masked (a question's answer is chosen among all positions, with
-padding on the left an absolute position moves), its loss is another than alone. Each example then needs a pass of its own.
+Beside a longer example, an example is padded. If the padding is not masked, its loss is another than alone: the
+answer to a question may be chosen among padded positions, and padding on the left moves absolute positions. Each
+example then needs a pass of its own.
 
-A loss that compares examples, as contrastive losses do, is not helped by that: alone, an example has nobody to be compared with. Its loss is
-then 0, or not a number, or lacks what pushes examples apart, so something else would be trained than was asked for. Such losses show on
-copies of one record: a loss of each example, and a mean over examples or tokens as well, is the same for copies as for the record alone.
+That does not help a loss that compares examples, as contrastive losses do. Alone, an example has nobody to be
+compared with: its loss is 0, or not a number, or lacks the part that pushes examples apart, so something else would
+be trained than was asked for. Copies of one record show such a loss. A loss of each example is the same for copies as
+for the record alone, and so is a mean over examples or tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +26,14 @@ RECORDS = 2  # of which copies are made
 Losses = Callable[[nn.Module, Batch], Tensor]  # one loss an example, or one of the whole batch
 PADDED = "beside longer ones, an example is padded, which changes its loss"
 COMPARES = (
-    "the loss compares the examples of a batch with each other, as a contrastive loss does ({how}). Clipping bounds what one record adds, so "
-    "an example's loss must be a function of its own record. Put what is to be compared, such as an example and its negatives, into one "
-    "record, and override DPTrainer.example_losses(model, inputs)"
+    "the loss compares the examples of a batch with each other, as a contrastive loss does ({how}). Clipping bounds "
+    "what one record adds, so an example's loss must be a function of its own record. Put what is to be compared, such "
+    "as an example and its negatives, into one record, and override DPTrainer.example_losses(model, inputs)"
 )
 
 
 def padding_matters(model: nn.Module, example_losses: Losses, batch: MicroBatch, alone: Sequence[MicroBatch]) -> bool:
-    """Whether examples have other losses in one batch than alone, though copies of one, which need no padding, have the same.
+    """Whether examples have other losses in one batch than alone, though copies, which need no padding, do not.
 
     Args:
         model: unwrapped; it is left as it was.
@@ -49,9 +52,9 @@ def padding_matters(model: nn.Module, example_losses: Losses, batch: MicroBatch,
 
 
 def refuse_comparing(model: nn.Module, losses: Losses, alone: Sequence[MicroBatch]) -> None:
-    """An error where a loss compares examples; arguments as of `padding_matters`, but `losses` may be one of the whole batch.
+    """Refuses a loss that compares examples. Arguments as in `padding_matters`; `losses` may return one of a whole batch.
 
-    A loss that is not the same in two passes is not judged, nor is one of a model whose outputs are others beside copies.
+    A loss is not judged if it differs between two passes, or if the model's outputs are others beside copies.
 
     Raises:
         ConfigError: the loss compares examples, or fails for one alone and not for copies of it.
@@ -71,7 +74,9 @@ def refuse_comparing(model: nn.Module, losses: Losses, alone: Sequence[MicroBatc
         # a mean over the batch, its sum, or a sum over what the batch holds of tokens
         usual = any(_close(several.losses, single.losses * f, model) for f in (1.0, float(COPIES), 1.0 / COPIES))
         if not usual and _same_outputs(single.outputs, several.outputs, model):
-            raise ConfigError(COMPARES.format(how="beside copies of itself, a made-up record has another loss than alone"))
+            raise ConfigError(
+                COMPARES.format(how="beside copies of itself, a made-up record has another loss than alone")
+            )
 
 
 def copies_of(one: MicroBatch) -> MicroBatch | None:
@@ -114,12 +119,12 @@ def _measured(model: nn.Module, losses: Losses, batch: MicroBatch, seed: int = 0
 
 
 def _same_outputs(alone: dict[Any, Tensor], beside: dict[Any, Tensor], model: nn.Module) -> bool:
-    """Whether what the model makes of each copy is what it makes of the record alone, as far as it has one row for each."""
+    """Whether the outputs for each copy are those for the record alone, as far as they have one row an example."""
     for path in alone.keys() & beside.keys():
         a, b = alone[path], beside[path]
-        if a.shape[:1] == (1,) and b.shape == (COPIES, *a.shape[1:]) and a.is_floating_point():
-            if not _close(b.double().cpu(), a.expand_as(b).double().cpu(), model):
-                return False
+        rows = a.shape[:1] == (1,) and b.shape == (COPIES, *a.shape[1:]) and a.is_floating_point()
+        if rows and not _close(b.double().cpu(), a.expand_as(b).double().cpu(), model):
+            return False
     return True
 
 

@@ -1,9 +1,11 @@
-"""An `AuditConfig` and a run's secret key -> canaries among its records, by fair coins; what the run gives away of each -> scores.
+"""An `AuditConfig` and a run's secret key -> canaries among its records, by fair coins; what the run gives away of each
+-> scores.
 
-The m canaries are public, synthetic slots behind the N records: the mechanism has N + m of them, each drawn with q = B / (N + m), so
-that its claim holds in an audited run as in any other. A canary whose coin says out keeps its slot and contributes nothing, as its
-neighbour does under the zero-out relation. Coins and scores stay in memory. What follows from them is computed from noisy sums, or from
-the finished model, and made-up canaries: nothing in it was computed on a record without noise.
+The m canaries are public, synthetic slots behind the N records: the mechanism has N + m of them, each drawn with q = B
+/ (N + m), so that its claim holds in an audited run as in any other. A canary whose coin says out keeps its slot and
+contributes nothing, as its neighbour does under the zero-out relation. Coins and scores stay in memory. What follows
+from them is computed from noisy sums, or from the finished model, and made-up canaries: nothing in it was computed on a
+record without noise.
 """
 
 import math
@@ -18,9 +20,9 @@ from hf_dp.audit import Counts, Floats, counted, log_likelihood_ratio
 from hf_dp.config import AuditConfig
 from hf_dp.errors import AuditError, ConfigError
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import IGNORED, public_sizes
+from hf_dp.per_example import IGNORED, Record, public_sizes
 from hf_dp.randomness import Key, Role, keyed_stream
-from hf_dp.sampling import Draw, LogicalBatchCollator, Reader, read_records
+from hf_dp.sampling import Container, Draw, LogicalBatchCollator, Reader, Records, read_records
 
 SLOTS = "canaries"  # of a container: the gradient canaries that were drawn and are in
 LENGTH = 6  # tokens of a random-token canary
@@ -54,7 +56,9 @@ class Canaries:
     # ---- before the first step -------------------------------------------------------------------------------------
 
     def toss(self, key: Key) -> None:
-        """Fair coins from the run's secret key, which is fresh from the operating system; once in the life of a trainer."""
+        """Fair coins from the run's secret key, which is fresh from the operating system; once in the life of a
+        trainer.
+        """
         if self.num and self._key is None:
             self._key = key
             self.included = self._uniforms(COINS, self.num) < 0.5
@@ -80,8 +84,9 @@ class Canaries:
             if known is None or vocabulary - known < self.num:
                 raise ConfigError(
                     f"new-token canaries need {self.num} token ids that the tokenizer never gives, found "
-                    f"{0 if known is None else max(0, vocabulary - known)}: model.resize_token_embeddings(len(tokenizer) + {self.num}) "
-                    "before LoRA, and pass processing_class=tokenizer; or take kind='gradient' or 'random-token'"
+                    f"{0 if known is None else max(0, vocabulary - known)}: "
+                    f"model.resize_token_embeddings(len(tokenizer) + {self.num}) before LoRA, and pass "
+                    "processing_class=tokenizer; or take kind='gradient' or 'random-token'"
                 )
             targets = (drawn[:, 0] * known).astype(int)
             tokens = np.stack([known + np.arange(self.num), targets], axis=1)
@@ -92,13 +97,13 @@ class Canaries:
         strange = sorted(set(record) - known)
         if "input_ids" not in record or strange or np.ndim(record.get("labels", [0])) != 1:
             raise ConfigError(
-                "token canaries are rows of input_ids with a label a token, as of a causal language model; got the columns "
-                f"{', '.join(sorted(record))}: take AuditConfig(kind='gradient'), which fits any model"
+                "token canaries are rows of input_ids with a label a token, as of a causal language model; got the "
+                f"columns {', '.join(sorted(record))}: take AuditConfig(kind='gradient'), which fits any model"
             )
 
     # ---- in the data loader ----------------------------------------------------------------------------------------
 
-    def among(self, dataset: Any) -> Any:
+    def among(self, dataset: Records) -> Records:
         """The data set with m more slots behind it."""
         return WithCanaries(dataset, self) if self.num else dataset
 
@@ -111,7 +116,9 @@ class Canaries:
     # ---- in a step -------------------------------------------------------------------------------------------------
 
     def add_to(self, clipped_sum: Tensor, container: Mapping[str, Any], clip_norm: float) -> None:
-        """Adds to this process's part the gradient canaries drawn in it: each a vector of norm C in a direction of its own."""
+        """Adds to this process's part the gradient canaries drawn in it: each a vector of norm C in a direction of its
+        own.
+        """
         slots = container.get(SLOTS, [])
         if slots:
             part, signs = self._columns(clipped_sum)
@@ -128,7 +135,9 @@ class Canaries:
         self._seen += 1
 
     def _columns(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """The vector as [k, m], and signs of the same shape: canary j points along the j-th column, so all are orthogonal."""
+        """The vector as [k, m], and signs of the same shape: canary j points along the j-th column, so all are
+        orthogonal.
+        """
         k = len(flat) // self.num
         if k == 0:
             raise ConfigError(
@@ -168,17 +177,17 @@ class Canaries:
 class WithCanaries(Reader):
     """Records, then m slots: of a canary that is in its row, or its `Slot`; of one that is out nothing."""
 
-    def __init__(self, dataset: Any, canaries: Canaries) -> None:
+    def __init__(self, dataset: Records, canaries: Canaries) -> None:
         self._dataset, self._canaries = dataset, canaries
         self._alone = canaries.config is not None and canaries.config.control
 
     def __len__(self) -> int:
         return len(self._dataset) + self._canaries.num
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Record:
         return self._dataset[index]
 
-    def read(self, indices: list[int]) -> list[Any]:
+    def read(self, indices: list[int]) -> list[Record]:
         """The records of a draw, then the canaries in it that are in."""
         n, rows = len(self._dataset), self._canaries.rows
         kept = [] if self._alone else [i for i in indices if i < n]
@@ -189,7 +198,7 @@ class WithCanaries(Reader):
 class WithSlots(LogicalBatchCollator):
     """Micro-batches of the records alone; the slots among them are left beside."""
 
-    def __call__(self, features: list[Any]) -> dict[str, Any]:
+    def __call__(self, features: list[Record]) -> Container:
         """As of the records, with `SLOTS` beside."""
         assert isinstance(features, Draw), "canaries come in draws"
         records = Draw((f for f in features if not isinstance(f, Slot)), features.number)
@@ -230,7 +239,8 @@ def begin_audit(trainer: Any, canaries: Canaries, checkpoint: Any) -> Callable[[
     """
     if canaries.num and checkpoint is not None:
         raise ConfigError(
-            "an audited run does not resume: coins and scores are kept in memory alone. Start it anew in another output_dir"
+            "an audited run does not resume: coins and scores are kept in memory alone. Start it anew in another "
+            "output_dir"
         )
 
     def losses(rows: list[dict[str, Any]]) -> Floats:

@@ -21,13 +21,15 @@ READS = {
 }  # exact numbers, by the names that Trainer has for them
 STOPS = {"should_training_stop", "should_epoch_stop"}
 REMEDY = (
-    "what is kept, or when training ends, would follow exact numbers on data that nobody declared public: declare the evaluation data "
-    "public with PrivacyConfig(public_eval=True), or leave it out and train the planned steps"
+    "what is kept, or when training ends, would follow exact numbers on data that nobody declared public: declare the "
+    "evaluation data public with PrivacyConfig(public_eval=True), or leave it out and train the planned steps"
 )
 
 
 def deciders(callbacks: Iterable[Any]) -> Iterator[str]:
-    """The callbacks, instances or classes, that stop training and read metrics; those of transformers' early stopping first of all."""
+    """The callbacks, instances or classes, that stop training and read metrics; those of transformers' early stopping
+    first of all.
+    """
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
         if issubclass(kind, EarlyStoppingCallback) or (_names(kind) & STOPS and _names(kind) & READS):
@@ -46,7 +48,8 @@ def refuse_deciders(callbacks: Iterable[Any], *, public_eval: bool) -> None:
 
 @contextmanager
 def nothing_decided(trainer: Any) -> Iterator[None]:
-    """Around an evaluation in a training, on data not declared public: afterwards training goes on just as it would have.
+    """Around an evaluation in a training, on data not declared public: afterwards training goes on just as it would
+    have.
 
     Raises:
         UnsupportedOptionError: a callback stopped training, asked for a checkpoint, or changed a learning rate.

@@ -1,7 +1,9 @@
-"""Evaluations of a private trainer -> numbers that say, wherever they are written, whether they are covered; and nothing decided by them.
+"""Evaluations of a private trainer -> numbers that say, wherever they are written, whether they are covered; and
+nothing decided by them.
 
-An exact number on records that nobody declared public carries a mark beside it: in logs and trackers, in trainer_state.json, in what
-`evaluate` and `predict` return, and in the files of `save_metrics`. Its name does not matter: what is not known to be harmless is marked.
+An exact number on records that nobody declared public carries a mark beside it: in logs and trackers, in
+trainer_state.json, in what `evaluate` and `predict` return, and in the files of `save_metrics`. Its name does not
+matter: what is not known to be harmless is marked.
 """
 
 from collections.abc import Iterator, Mapping

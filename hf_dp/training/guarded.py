@@ -1,4 +1,6 @@
-"""The seams of a Trainer at which its weights are held against what was released, and at which training ends whatever callbacks say."""
+"""The seams of a Trainer at which its weights are held against what was released, and at which training ends whatever
+callbacks say.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -14,7 +14,9 @@ from hf_dp.errors import ConfigError
 
 
 class ModelOnly(HfApi):
-    """`HfApi` whose `upload_folder` sends what `leaving` says, whatever its caller chose, and tells once what it left behind."""
+    """`HfApi` whose `upload_folder` sends what `leaving` says, whatever its caller chose, and tells once what it left
+    behind.
+    """
 
     def upload_folder(self, *, folder_path: str | Path, path_in_repo: str | None = None, **kwargs: Any) -> Any:
         """As `HfApi.upload_folder`. To a folder in the repository goes a checkpoint, with what resuming needs."""
@@ -35,7 +37,8 @@ def only_the_model_leaves() -> Iterator[None]:
     """While it lasts, Trainer's uploads go through `ModelOnly`.
 
     A work-around: Trainer uploads its whole output folder, and has no option for what stays (transformers 5.0 to 5.23,
-    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py, `push_to_hub` and `_push_from_checkpoint`).
+    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py, `push_to_hub` and
+    `_push_from_checkpoint`).
 
     Raises:
         ConfigError: Trainer uploads in a way that is not known here; nothing was uploaded.
@@ -47,8 +50,8 @@ def only_the_model_leaves() -> Iterator[None]:
     theirs = {name: names[name] for name in ours if name in names}
     if not theirs:
         raise ConfigError(
-            "this version of transformers uploads in a way that hf_dp does not know, so that what leaves could not be chosen: nothing was "
-            "uploaded. Save the model and use `hf-dp push FOLDER USER/MODEL`"
+            "this version of transformers uploads in a way that hf_dp does not know, so that what leaves could not be "
+            "chosen: nothing was uploaded. Save the model and use `hf-dp push FOLDER USER/MODEL`"
         )
     names.update({name: ours[name] for name in theirs})
     try:

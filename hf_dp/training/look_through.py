@@ -1,16 +1,17 @@
-"""A trainer's records -> an error where one of them would end the training in a step, before the first one.
+"""A trainer's records -> an error if one of them would end the training in a step, before the first step.
 
-Labels, lengths and types of all records are looked at, in one pass over the columns that matter. What looks wrong is then tried: a few
-such records are collated, each by itself, and brought to the loss. Only where that fails is the training refused, since a collator, or
-a loss of the user's own, may well take what looks wrong here. How many records they are, and which, is printed on the screen alone: an
-error's message is logged, and sent to trackers.
+Labels, lengths and types of all records are looked at in one pass, over the columns that matter. What looks wrong is
+then tried: a few such records are collated, each by itself, and brought to their loss. The training is refused only
+if that fails, because a collator or a loss of the user's own may well take what looks wrong here. How many such
+records there are, and which, is printed on the screen alone: an error's message is logged, and sent to trackers.
 
-A record without tokens is none of these: it counts, and contributes nothing.
+A record without tokens is not wrong: it counts, and contributes nothing.
 """
 
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import datasets
@@ -34,7 +35,11 @@ SHOWN = 10  # row numbers of each problem
 FIRST = 100  # records, for one of which others can be made up
 
 MISSING, OUTSIDE, TEXTS, OTHER_TYPE = "missing (None)", "out of range", "texts", "of another type than in other records"
-OTHER_LENGTH, TOO_LONG, UNREAD = "of another length than the tokens", "longer than the model's positions", "not readable"
+OTHER_LENGTH, TOO_LONG, UNREAD = (
+    "of another length than the tokens",
+    "longer than the model's positions",
+    "not readable",
+)
 REMEDIES = {
     MISSING: "fill them in, or leave these records out (dataset.filter)",
     TEXTS: "make numbers of them (for classes, dataset.class_encode_column)",
@@ -45,7 +50,7 @@ REMEDIES = {
 
 
 class Limits(NamedTuple):
-    """What a record must keep to: whole numbers in a column below `below[name]`, and no more tokens than `positions`."""
+    """What a record must keep to: whole numbers of a column below `below[name]`, at most `positions` tokens."""
 
     below: dict[str, int]
     positions: int | None
@@ -61,8 +66,8 @@ class Problem(NamedTuple):
 def refuse_unusable_records(trainer: Any) -> None:
     """Looks through the training set of a trainer whose objective is chosen.
 
-    A `datasets.Dataset` is read as Arrow, where it has no transform; of one that has, the first records are read. Any other data set is
-    read record by record, as its fingerprint is.
+    A `datasets.Dataset` without a transform is read as Arrow; of one with a transform, the first records are read. Any
+    other data set is read record by record, as for its fingerprint.
 
     Raises:
         ConfigError: records that can't be trained on; names the columns and the remedies.
@@ -81,8 +86,8 @@ def refuse_unusable_records(trainer: Any) -> None:
             print(f"{column}: {len(rows):,} {what}: rows {shown}", file=sys.stderr)
     told = "; ".join(f"{column} {what}: {_remedy(what, column, limits)}" for column, what in wrong)
     raise ConfigError(
-        f"the training set has records that would end the training in the step that draws them ({told}). How many they are, and which, "
-        "was printed on the screen"
+        f"the training set has records that would end the training in the step that draws them ({told}). How many they "
+        "are, and which, was printed on the screen"
     )
 
 
@@ -107,10 +112,8 @@ def _limits(trainer: Any) -> Limits:
     if config is None:
         return Limits({}, None)
     tokens, labels = losses.public_sizes(type(base).__name__, config)
-    try:
+    with suppress(AttributeError, NotImplementedError):  # such as of a model of pictures
         tokens = base.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):  # such as a model of pictures
-        pass
     below = {TOKENS: tokens}
     if trainer.objective.kind != "regression":
         below |= dict.fromkeys(LABELS, labels)
@@ -124,11 +127,12 @@ def _remedy(what: str, column: str, limits: Limits) -> str:
         return REMEDIES[what]
     highest = limits.below[column] - 1
     if column == TOKENS:
-        return f"the model knows the tokens 0 to {highest}; use its own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+        known = f"the model knows the tokens 0 to {highest}"
+        return f"{known}; use its own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
     return f"number them from 0 to {highest} ({IGNORED} is no target), or load the model with num_labels=..."
 
 
-# ---- looking ---------------------------------------------------------------------------------------------------------------
+# ---- looking ---------------------------------------------------------------------------------------------------------
 
 
 def _problems(dataset: Any, limits: Limits, labels: Sequence[str]) -> Iterator[tuple[int, Problem]]:
@@ -185,9 +189,9 @@ def _is_clean(table: pa.Table, limits: Limits) -> bool:
             column = column.flatten()
         if column.null_count:
             return False
-        if name in limits.below and pa.types.is_integer(column.type):
-            if not _inside(column.to_numpy(zero_copy_only=False), limits.below[name]):
-                return False
+        below = limits.below.get(name) if pa.types.is_integer(column.type) else None
+        if below is not None and not _inside(column.to_numpy(zero_copy_only=False), below):
+            return False
     tokens = lengths.get(TOKENS, np.zeros(0))
     if limits.positions is not None and len(tokens) and tokens.max() > limits.positions:
         return False
@@ -203,7 +207,7 @@ def _inside(values: Any, below: int) -> bool:
 
 
 class Seen(NamedTuple):
-    """Of a value: how deep its lists are, which types are in them, and whether its whole numbers keep to their limit."""
+    """Of a value: how deep its lists are, the types in them, and whether its whole numbers keep to their limit."""
 
     depth: int
     types: frozenset[type]
@@ -257,11 +261,11 @@ def _length(value: Any) -> int | None:
     return len(value) if isinstance(value, (list, tuple)) else None
 
 
-# ---- trying ----------------------------------------------------------------------------------------------------------------
+# ---- trying ----------------------------------------------------------------------------------------------------------
 
 
 def _fails(trainer: Any, dataset: Any, row: int) -> bool:
-    """Whether a record, collated by itself, does not come to a loss. The model, and everybody's random numbers, stay as they were."""
+    """Whether a record, collated by itself, does not come to a loss. Model and random numbers stay as they were."""
     below, model, on_cpu = _limits(trainer).below, trainer.model, trainer.args.device.type == "cpu"
     try:
         state = State(model, trainer.private_step.passes.copied)
@@ -278,5 +282,6 @@ def _fails(trainer: Any, dataset: Any, row: int) -> bool:
 
 
 def _is_outside(values: Any, below: int | None) -> bool:
-    whole = isinstance(values, Tensor) and not values.is_floating_point() and below is not None
-    return whole and not _inside(values, below)
+    if below is None or not isinstance(values, Tensor) or values.is_floating_point():
+        return False
+    return not _inside(values, below)

@@ -1,7 +1,8 @@
 """Model, optimizer, loss and a plan -> private steps of an ordinary PyTorch loop on any `nn.Module`, without Trainer.
 
-`PrivateLoop.draws` yields Poisson draws, `backward` takes the place of `loss.backward()`, and the optimizer steps as ever. What is out of
-order (a step without a release, two releases in one step, gradients from elsewhere) is an error before the weights change.
+`PrivateLoop.draws` yields Poisson draws, `backward` takes the place of `loss.backward()`, and the optimizer steps as
+ever. What is out of order (a step without a release, two releases in one step, gradients from elsewhere) is an error
+before the weights change.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import (
     Batch,
     MicroBatch,
+    Record,
     hooks_in,
     records_of_the_same_shape,
     self_check,
@@ -29,34 +31,41 @@ from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import (
     DRAW_NUMBER,
     FAILURE,
+    Collate,
     Collation,
     Draw,
     DrawnRecords,
     LogicalBatchCollator,
     PoissonSampler,
+    Records,
     micro_batches,
     taken_by_the_model,
     tokens_of_a_pass,
 )
 from hf_dp.step import (
     Passes,
+    Place,
     PrivacySpent,
     PrivateRun,
     PrivateStep,
+    Session,
     WeightGuard,
     coarse_products,
     foreign_parameters,
 )
-from hf_dp.training.passes import Subject, examined
+from hf_dp.training.cards import write_card
+from hf_dp.training.passes import Subject, examined, written_by
 
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw waits for
 
 
 def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1) -> Mechanism:
-    """What a loop over `num_examples` records will run: as `accounting.plan` says, with sigma calibrated where a target is given.
+    """What a loop over `num_examples` records will run: as `accounting.plan` says, with sigma calibrated where a target
+    is given.
 
     Raises:
-        ConfigError: settings that do not fit the data, a `budget_file` or a `unit_column`, which a mechanism does not hold.
+        ConfigError: settings that do not fit the data, a `budget_file` or a `unit_column`, which a mechanism does not
+            hold.
         AccountingError: a target out of reach.
     """
     for name, value in (("budget_file", privacy.budget_file), ("unit_column", privacy.unit_column)):
@@ -66,16 +75,19 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
 
 
 class PrivateLoop:
-    """One private training in a loop of your own: `for draw in loop.draws(data): loop.backward(draw); optimizer.step()`.
+    """One private training in a loop of your own: `for draw in loop.draws(data): loop.backward(draw);
+    optimizer.step()`.
 
-    Guarantee: that of `mechanism`, for the weights that the optimizer leaves, as long as nothing else computes them from the records.
-    One process; a loop does not resume: another training on the same records adds up.
+    Guarantee: that of `mechanism`, for the weights that the optimizer leaves, as long as nothing else computes them
+    from the records. One process; a loop does not resume: another training on the same records adds up.
 
     Args:
-        model: in training mode during every pass; parameters with `requires_grad` are trained, all of them by `optimizer`.
-        optimizer: a torch optimizer whose `step` takes no closure. From now on it steps on what this loop released alone.
-        example_losses: (model, batch) -> one loss an example, [B], each a function of its example alone. The batch is what `collate`
-            makes of records: a mapping, or a tuple, of tensors that lead with the examples.
+        model: in training mode during every pass; parameters with `requires_grad` are trained, all of them by
+            `optimizer`.
+        optimizer: a torch optimizer whose `step` takes no closure. From now on it steps on what this loop released
+            alone.
+        example_losses: (model, batch) -> one loss an example, [B], each a function of its example alone. The batch is
+            what `collate` makes of records: a mapping, or a tuple, of tensors that lead with the examples.
         mechanism: from `hf_dp.plan(PrivacyConfig(...), num_examples, num_train_epochs=...)`.
         output_dir: where the ledger is kept, one training in each.
 
@@ -83,8 +95,8 @@ class PrivateLoop:
         alone_because: why each example has a pass of its own, known when `draws` begins; "" where a pass may hold many.
 
     Raises:
-        ConfigError: several processes, a mechanism with more than the gradient in it, or trainable parameters that the optimizer
-            does not hold, and the reverse. Names all of them.
+        ConfigError: several processes, a mechanism with more than the gradient in it, or trainable parameters that the
+            optimizer does not hold, and the reverse. Names all of them.
     """
 
     def __init__(
@@ -104,8 +116,8 @@ class PrivateLoop:
         self.mechanism = mechanism
         self._example_losses = example_losses
         self._device = next(model.parameters()).device
-        self._run = PrivateRun(mechanism, Path(output_dir), 0, 1)
-        self._begun = False
+        self._place = Place(Path(output_dir))
+        self._run: PrivateRun | None = None
         self._draw: Draw[MicroBatch] | None = None
         self._size = 0
         self._failure: str | None = None
@@ -117,24 +129,28 @@ class PrivateLoop:
 
     def draws(
         self,
-        dataset: Any,
+        dataset: Records,
         *,
-        collate: Callable[[list[Any]], Any] = default_collate,
+        collate: Collate = default_collate,
         max_examples: int = 256,
-        check_records: list[Any] | None = None,
+        check_records: list[Record] | None = None,
     ) -> Iterator[Draw[MicroBatch]]:
-        """T draws, fewer where one more would exceed the target epsilon: each keeps every record with probability q, by itself.
+        """T draws, fewer where one more would exceed the target epsilon: each keeps every record with probability q, by
+        itself.
 
         First the inventory, and the self-check on made-up records; then the ledger is opened. A draw may be empty.
 
         Args:
             dataset: with `len` and integer indices; as many records as the mechanism was planned for.
-            collate: records -> batch, one row a record; it is given one record at a time, but for torch's `default_collate`.
+            collate: records -> batch, one row a record; it is given one record at a time, but for torch's
+                `default_collate`.
             max_examples: the most records of one pass: memory and speed, never the result.
-            check_records: a few public records for the self-check, where none can be made up from the shapes of the first.
+            check_records: a few public records for the self-check, where none can be made up from the shapes of the
+                first.
 
         Raises:
-            ConfigError: another number of records than planned, records that can't be made up, or a budget that is spent.
+            ConfigError: another number of records than planned, records that can't be made up, or a budget that is
+                spent.
             UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
             SelfCheckError: something couples the examples of a batch.
             LedgerError: `output_dir` holds the ledger of another training.
@@ -149,14 +165,14 @@ class PrivateLoop:
             collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
         )
         self._check(collation)
-        self._run.open(dataset, None, seed=None)
-        self._begun = True
+        run = PrivateRun.open(m, self._place, Session(dataset, continues=self._run is not None))
+        self._run = run
         try:
             records = DrawnRecords(dataset, m.num_examples)
-            rate = lambda number: self._run.at(number).sample_rate  # noqa: E731  # of a schedule each level has its own
+            rate = lambda number: run.at(number).sample_rate  # noqa: E731  # each level of a schedule has its own
             size = 1 if self.alone_because else max_examples
             cut = LogicalBatchCollator(collation, size, pass_cost=tokens_of_a_pass(self._device))
-            for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=self._run.sampling_key):
+            for kept in PoissonSampler(m.num_examples, rate, m.num_steps, key=run.sampling_key):
                 container = cut(records.__getitems__(kept))
                 self._failure = container.get(FAILURE)
                 batches = [] if self._failure else list(micro_batches(container))
@@ -166,23 +182,24 @@ class PrivateLoop:
                 if waits_for := self._waits_for():
                     raise ReleaseError(f"draw {self._draw.number} is over without {waits_for}: each takes one, once")
                 self._guard.check()
-                if self._run.exhausted:
+                if run.exhausted:
                     return
         finally:
             self._draw, self._waits = None, False
-            self._run.close()
+            run.close()
 
     def backward(self, draw: Draw[MicroBatch]) -> None:
-        """p.grad = (clipped sum + noise) / B for every trainable parameter, whatever was there before; charged first, on disk.
+        """p.grad = (clipped sum + noise) / B for every trainable parameter, whatever was there before; charged first,
+        on disk.
 
         Raises:
             ReleaseError: not the draw that `draws` yielded last, or a second time. Nothing is charged or released.
             CaptureError: not one loss an example, or another number of rows than were drawn. Charged, nothing released.
         """
-        if draw is not self._draw or not self._waits:
+        if self._run is None or draw is not self._draw or not self._waits:
             raise ReleaseError(
-                f"backward takes the draw that draws() yielded last, once (that one waits for {self._waits_for() or 'nothing'}): "
-                "two releases of one draw cost more than two charges say"
+                "backward takes the draw that draws() yielded last, once (that one waits for "
+                f"{self._waits_for() or 'nothing'}): two releases of one draw cost more than two charges say"
             )
         self._guard.before_pass()
         self._step(self._run, lambda: self._checked(draw), draw.number)
@@ -191,7 +208,7 @@ class PrivateLoop:
 
     def privacy_spent(self) -> PrivacySpent:
         """(epsilon, delta) of every step charged so far; 0 before the first."""
-        return self._run.spent() if self._begun else PrivacySpent(0.0, self.mechanism.delta, 0)
+        return PrivacySpent(0.0, self.mechanism.delta, 0) if self._run is None else self._run.spent()
 
     def write_card(self, folder: str | Path, *, public_eval: bool = False) -> None:
         """The privacy section in `folder`/README.md, and privacy.json beside it, from what was charged.
@@ -199,7 +216,8 @@ class PrivateLoop:
         `public_eval` declares that the data of any evaluation beside them are public.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._run.write_card(Path(folder), public_eval=public_eval)
+        if self._run is not None:
+            write_card(self._run, Path(folder), public_eval=public_eval)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +232,8 @@ class PrivateLoop:
             _, reason = examined(subject, "noise='discrete'" if self.mechanism.is_discrete else "")
             batches = subject.batches(collation.tried)
             self_check(self.model, batches, self._losses, self.mechanism.clip_norm, one_a_pass=bool(reason))
-        passes = Passes(self._losses, self._device, self._on_device, alone=bool(reason))
+        copied = written_by(self.model, self._losses, batches[1]) if reason else ()
+        passes = Passes(self._losses, self._device, self._on_device, alone=bool(reason), copied=copied)
         self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
 
     def _on_device(self, batch: Batch) -> Batch:
@@ -234,7 +253,8 @@ class PrivateLoop:
 def _refuse_other_examples(batches: list[MicroBatch], expected: int) -> None:
     if not all(isinstance(batch, MicroBatch) for batch in batches) or sum(batch.size for batch in batches) != expected:
         raise CaptureError(
-            f"expected the micro-batches of {expected} examples that draws() yielded, got others: clipping bounds an example"
+            f"expected the micro-batches of {expected} examples that draws() yielded, got others: clipping bounds an "
+            "example"
         )
 
 

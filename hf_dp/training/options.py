@@ -1,7 +1,8 @@
 """Trainer options -> the ones that would void the guarantee, all at once, each with its remedy.
 
-Every field of `TrainingArguments` has a verdict here: REFUSED (at some values), HANDLED (it does something else than in a plain
-Trainer, or something beside training that must be seen to) or SAFE. A test fails when a new transformers brings one that has none.
+Every field of `TrainingArguments` has a verdict here: REFUSED (at some values), HANDLED (it does something else than in
+a plain Trainer, or something beside training that must be seen to) or SAFE. A test fails when a new transformers brings
+one that has none.
 """
 
 import copy
@@ -24,16 +25,16 @@ DEFAULT_MAX_GRAD_NORM = (
 )
 
 COMPILED = (
-    "torch.compile cannot trace the stand-ins that watch the trainable parameters; pass the model as it was before torch.compile, and "
-    "TrainingArguments(torch_compile=True)"
+    "torch.compile cannot trace the stand-ins that watch the trainable parameters; pass the model as it was before "
+    "torch.compile, and TrainingArguments(torch_compile=True)"
 )
 
 # option -> (is this value unsafe?, why and what to do instead)
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_accumulation_steps": (
         lambda v: v != 1,
-        "the logical batch is drawn and cut into micro-batches inside one step; set it to 1, choose the logical batch with "
-        "expected_batch_size and the memory with per_device_train_batch_size",
+        "the logical batch is drawn and cut into micro-batches inside one step; set it to 1, choose the logical "
+        "batch with expected_batch_size and the memory with per_device_train_batch_size",
     ),
     "max_grad_norm": (
         lambda v: v not in (None, 0, DEFAULT_MAX_GRAD_NORM),
@@ -49,7 +50,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "include_num_input_tokens_seen": (lambda v: v not in (False, "no"), "token counts are private; leave it off"),
     "train_sampling_strategy": (
         lambda v: v not in ("random", None),
-        "batches must be Poisson samples; leave it at 'random' (records are sorted by length inside each logical batch anyway)",
+        "batches must be Poisson samples; leave it at 'random' (records are sorted by length inside each logical "
+        "batch anyway)",
     ),
     "group_by_length": (
         bool,
@@ -63,13 +65,14 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "fsdp": (
         bool,
-        "accelerate's FSDP shards the trainable parameters too, whose per-example gradients need them whole; leave it out, load the "
-        f"base with {sharding.LOADING} and put an adapter on it, or use DDP (accelerate launch --multi_gpu)",
+        "accelerate's FSDP shards the trainable parameters too, whose per-example gradients need them whole; leave "
+        f"it out, load the base with {sharding.LOADING} and put an adapter on it, or use DDP (accelerate launch "
+        "--multi_gpu)",
     ),
     "parallelism_config": (
         lambda v: v is not None,
-        "tensor, context and sequence parallelism split one example over processes; use DDP, or load the base sharded with "
-        f"{sharding.LOADING}",
+        "tensor, context and sequence parallelism split one example over processes; use DDP, or load the base "
+        f"sharded with {sharding.LOADING}",
     ),
     "optim": (
         lambda v: any(word in str(v).lower() for word in ("lomo", "layerwise")),
@@ -82,7 +85,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_liger_kernel": (bool, "its fused kernels hide the head's gradient from the per-example rules; leave it off"),
     "torch_compile_mode": (
         lambda v: v not in (None, "default"),
-        "the blocks are compiled with dynamic shapes, which CUDA graphs and tuning for one shape do not go with; leave it out",
+        "the blocks are compiled with dynamic shapes, which CUDA graphs and tuning for one shape do not go with; "
+        "leave it out",
     ),
     "tf32": (
         bool,
@@ -172,13 +176,14 @@ ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
 
 
 def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
-    """Raises one error that names every option of `TrainingArguments`, and every other argument, that cannot be allowed.
+    """Raises one error that names every option of `TrainingArguments`, and every other argument, that cannot be
+    allowed.
 
     Args:
         args: the `TrainingArguments`.
         public_eval: whether the evaluation data were declared public.
-        others: the trainer's other arguments by name (model, train_dataset, data_collator, optimizers, model_init, ...), and `trainer`, its
-            class.
+        others: the trainer's other arguments by name (model, train_dataset, data_collator, optimizers, model_init,
+            ...), and `trainer`, its class.
 
     Raises:
         UnsupportedOptionError: with one line an option.
@@ -192,7 +197,9 @@ def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
 
 
 def positional_names(trainer: type, *, after: type) -> list[str]:
-    """What the positional arguments of `trainer`'s bases after `after` are called; one that hands its `*args` on takes them as the next."""
+    """What the positional arguments of `trainer`'s bases after `after` are called; one that hands its `*args` on takes
+    them as the next.
+    """
     hosts = trainer.__mro__[trainer.__mro__.index(after) + 1 :]
     for init in (host.__dict__["__init__"] for host in hosts if "__init__" in host.__dict__):
         parameters = list(inspect.signature(init).parameters.values())[1:]
@@ -215,8 +222,8 @@ def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
             yield f"{name}={getattr(given[name], 'value', given[name])}: {remedy}"
     if given.get("hub_token"):
         yield (
-            "hub_token: it would be saved in training_args.bin, beside the model and on the Hub; log in with `hf auth login`, or set "
-            "the environment variable HF_TOKEN"
+            "hub_token: it would be saved in training_args.bin, beside the model and on the Hub; log in with `hf auth "
+            "login`, or set the environment variable HF_TOKEN"
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
@@ -236,13 +243,13 @@ def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
     chooses = given.get("load_best_model_at_end") or str(getattr(args.save_strategy, "value", "")) == "best"
     if chooses and not public_eval:
         yield (
-            "load_best_model_at_end / save_strategy='best': choosing a checkpoint by private data spends privacy; declare the "
-            "evaluation data public with PrivacyConfig(public_eval=True), or drop it"
+            "load_best_model_at_end / save_strategy='best': choosing a checkpoint by private data spends privacy; "
+            "declare the evaluation data public with PrivacyConfig(public_eval=True), or drop it"
         )
     elif given.get("metric_for_best_model") and not public_eval:
         yield (
-            "metric_for_best_model: the best number on private data would lie in trainer_state.json without a mark; declare the "
-            "evaluation data public with PrivacyConfig(public_eval=True), or drop it"
+            "metric_for_best_model: the best number on private data would lie in trainer_state.json without a mark; "
+            "declare the evaluation data public with PrivacyConfig(public_eval=True), or drop it"
         )
 
 
@@ -271,8 +278,8 @@ def _of_data(others: dict[str, Any]) -> Iterator[str]:
         yield "DataCollatorWithFlattening: packing joins records in one row; use a padding collator"
     if getattr(collator, "seed", None) is not None:
         yield (
-            f"{type(collator).__name__}(seed=...): masks from a public seed are dealt out in the order of the batch, which "
-            "couples its records; leave the seed out (masks then come from the operating system)"
+            f"{type(collator).__name__}(seed=...): masks from a public seed are dealt out in the order of the batch, "
+            "which couples its records; leave the seed out (masks then come from the operating system)"
         )
     kept = own_generators(collator, "data_collator") + own_generators(dataset, "train_dataset")
     if kept:
@@ -299,8 +306,8 @@ def _of_model(model: Any) -> Iterator[str]:
     normalised = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if normalised:
         yield (
-            f"batch statistics in {', '.join(normalised[:3])}{' ...' if len(normalised) > 3 else ''}: they mix examples; replace "
-            "BatchNorm by GroupNorm or LayerNorm, or use a model without it"
+            f"batch statistics in {', '.join(normalised[:3])}{' ...' if len(normalised) > 3 else ''}: they mix "
+            "examples; replace BatchNorm by GroupNorm or LayerNorm, or use a model without it"
         )
     config = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
@@ -312,7 +319,9 @@ def _of_model(model: Any) -> Iterator[str]:
 
 
 def _of_shared_memory(model: nn.Module) -> Iterator[str]:
-    """Tied weights are one parameter; two over one memory would each be stepped, and neither by what the other's gradient says."""
+    """Tied weights are one parameter; two over one memory would each be stepped, and neither by what the other's
+    gradient says.
+    """
     seen: dict[int, str] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad or type(p) is not nn.Parameter or p.device.type == "meta" or not p.numel():
@@ -333,8 +342,8 @@ def _of_eight_bit_layers(model: nn.Module) -> Iterator[str]:
     if coupled:
         name, threshold = next(iter(coupled.items()))
         yield (
-            f"llm_int8_threshold={threshold} in {name} and {len(coupled) - 1} more: outlier columns are looked for over the whole "
-            "batch, so one record changes how the others are rounded; load with "
+            f"llm_int8_threshold={threshold} in {name} and {len(coupled) - 1} more: outlier columns are looked for "
+            "over the whole batch, so one record changes how the others are rounded; load with "
             "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in 4 bits"
         )
 

@@ -1,4 +1,6 @@
-"""A trainer's class -> the methods of Trainer that it overrides and that a private training never calls, each with its remedy."""
+"""A trainer's class -> the methods of Trainer that it overrides and that a private training never calls, each with its
+remedy.
+"""
 
 from collections.abc import Iterator
 
@@ -6,8 +8,9 @@ _DRAWS = "batches must be Poisson draws of train_dataset, which no other sampler
 # method of Trainer -> why it is not called, and what to do instead
 NEVER_CALLED = {
     "compute_loss": (
-        "training takes one loss an example, not one of a batch; override example_losses(model, inputs), which returns [batch], and "
-        "compute_loss then serves evaluation alone (for weights of classes: DPTrainer(class_weights=[...]))"
+        "training takes one loss an example, not one of a batch; override example_losses(model, inputs), which "
+        "returns [batch], and compute_loss then serves evaluation alone (for weights of classes: "
+        "DPTrainer(class_weights=[...]))"
     ),
     "get_train_dataloader": f"{_DRAWS}; drop it, and choose records in train_dataset, what becomes of them in data_collator",
     "_get_train_sampler": f"{_DRAWS}; drop it, and choose records in train_dataset",
@@ -15,8 +18,8 @@ NEVER_CALLED = {
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
 }
 PREFERENCES = (
-    "its loss compares answers that lie in several rows of a batch. To train on preferences, put a record's answers in one row, give it to "
-    "DPTrainer with a data_collator for such rows, and override example_losses"
+    "its loss compares answers that lie in several rows of a batch. To train on preferences, put a record's answers "
+    "in one row, give it to DPTrainer with a data_collator for such rows, and override example_losses"
 )
 
 
@@ -51,5 +54,7 @@ def _ours(owner: type) -> bool:
 
 
 def _stock(owner: type) -> bool:
-    """Trainer itself; and trl's for supervised fine-tuning, whose loss is held against what is trained (see `objective`)."""
+    """Trainer itself; and trl's for supervised fine-tuning, whose loss is held against what is trained (see
+    `objective`).
+    """
     return owner.__module__.startswith("transformers.") or owner.__module__ == "trl.trainer.sft_trainer"

@@ -89,9 +89,7 @@ def examined(
     return rows, reason
 
 
-def _examined(
-    subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], known: str
-) -> tuple[list[Row], str]:
+def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], known: str) -> tuple[list[Row], str]:
     one, reason = alone[0], known or subject.collation.apart or ""
     if reason:
         return inventory_of_one(subject.model, one, subject.example_losses), reason

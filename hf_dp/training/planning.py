@@ -1,4 +1,6 @@
-"""What a trainer is given (settings, options, records) -> its mechanism, its passes; and whether the records it made are still those."""
+"""What a trainer is given (settings, options, records) -> its mechanism, its passes; and whether the records it made
+are still those.
+"""
 
 from typing import Any
 
@@ -47,8 +49,8 @@ def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> N
     again = groups_by(trainer.train_dataset, column)
     if groups is not None and again is not None and not all(map(np.array_equal, groups, again)):
         raise ConfigError(
-            f"{name} put the training records into another order, so that unit_column={column!r} would group others: prepare the "
-            "data first"
+            f"{name} put the training records into another order, so that unit_column={column!r} would group others: "
+            "prepare the data first"
         )
 
 

@@ -64,7 +64,8 @@ def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
         (
             "micro-batches a step",
             f"about {micro}",
-            f"ceil({'greatest ' if mechanism.levels else ''}B / {args.world_size} processes / {most} examples){budget}; speed only",
+            f"ceil({'greatest ' if mechanism.levels else ''}B / {args.world_size} processes / {most} "
+            f"examples){budget}; speed only",
         ),
         ("max_grad_norm", "0", "clipping is per example (clip_norm); Trainer's batch clipping is off"),
     ]

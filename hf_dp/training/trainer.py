@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
@@ -18,21 +16,13 @@ from hf_dp.errors import ConfigError
 from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.per_example import (
-    LENGTHS,
-    MANY,
     Batch,
-    MicroBatch,
     Report,
     Row,
-    longest_taken,
-    losses,
     self_check,
-    synthetic_records,
 )
-from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import (
     DRAW_NUMBER,
-    Collation,
     DrawnRecords,
     LogicalBatchCollator,
     PoissonSampler,
@@ -44,31 +34,34 @@ from hf_dp.sampling import (
 )
 from hf_dp.step import (
     Passes,
+    Place,
     PrivacySpent,
     PrivateRun,
     PrivateStep,
     ReleasedMetrics,
+    Session,
     WeightGuard,
-    largest_micro_batch,
     refuse_foreign_parameters,
     sharding,
 )
 from hf_dp.training import objective as objectives
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
+from hf_dp.training.cards import audit_result, write_card
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.hub_upload import only_the_model_leaves
-from hf_dp.training.look_through import complete_record, refuse_unusable_records
+from hf_dp.training.inputs import CollatedRecords
+from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
-from hf_dp.training.passes import inventory_and_reason, subject_of, written_by
+from hf_dp.training.passes import inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
 
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
 
 
-class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
+class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -77,7 +70,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
             examples. A matter of speed and memory: it never changes the result.
         check_records: a few public records for the self-check, where none can be made up from the data set's columns.
-        class_weights: a public number a class: in training each example's loss is multiplied by that of its label, before clipping.
+        class_weights: a public number a class: in training each example's loss is multiplied by that of its label,
+            before clipping.
         audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
         **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with one example at a
             time, whose rows are alone in both, and returns its loss, [1] or a scalar.
@@ -85,7 +79,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     Attributes:
         mechanism: what will be run, calibrated; None without a training set.
         private_step: takes each step; there is one where there is a training set.
-        objective: which loss of an example is trained, and why; alone_because: why a pass holds one example, "" where more.
+        objective: which loss of an example is trained, and why; alone_because: why a pass holds one example, "" where
+            more.
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
@@ -121,7 +116,6 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         self._canaries = Canaries(audit)
         self.micro_batch_tokens = micro_batch_tokens
         self._check_records = check_records
-        self._learnt: tuple[Any, Collation] | None = None
         self.class_weights = objectives.class_weights(class_weights)
         self.alone_because = ""
         self._run: PrivateRun | None = None
@@ -142,7 +136,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
     def privacy_spent(self) -> PrivacySpent:
-        """(epsilon, delta) that is claimed of the training in this output folder: 0 before the first step, then the plan's."""
+        """(epsilon, delta) that is claimed of the training in this output folder: 0 before the first step, then the
+        plan's.
+        """
         mechanism = self._planned()
         if self._run is None:
             return PrivacySpent(0.0, mechanism.delta, 0)
@@ -154,7 +150,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         Raises:
             AuditError: no audit was asked for, or nothing was trained yet.
         """
-        return self._running().audited(self._canaries.counts())
+        return audit_result(self._running(), self._canaries.counts())
 
     def inventory(self) -> list[Row]:
         """Each trainable parameter, the operations that use it, and how its per-example gradient is formed.
@@ -188,7 +184,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the host's, for evaluation alone; with `compute_loss_func` the mean of the losses that it returns, one an example."""
+        """As the host's, for evaluation alone; with `compute_loss_func` the mean of the losses that it returns, one an
+        example.
+        """
         if self.compute_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = objectives.mean_of_the_users(self, model, inputs)
@@ -228,7 +226,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         Raises:
             SelfCheckError: something couples examples.
             LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
-            ConfigError: the target epsilon is already spent, or `trial` is given; a BudgetError: the budget file does not hold this run.
+            ConfigError: the target epsilon is already spent, or `trial` is given; a BudgetError: the budget file does
+                not hold this run.
         """
         if trial is not None:
             raise ConfigError(
@@ -241,11 +240,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         self.self_check()
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
-        if self._run is None:
-            place = (self.args.process_index, self.args.world_size)
-            self._run = PrivateRun(self._planned(), folder, *place, budget_file=self.privacy.budget_file)
-        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
-        self._run.open(self.train_dataset, checkpoint, seed=self.privacy.debug_seed, epoch_length=epoch)
+        self._run = self._opened(folder, checkpoint)
         try:
             self._released_metrics = ReleasedMetrics.of(self._planned())
             print_summary(self)
@@ -262,7 +257,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         return output._replace(training_loss=float("nan"), metrics=metrics)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which is private."""
+        """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which
+        is private.
+        """
         run, step = self._running(), self.private_step
         self._begin_pass()
         add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
@@ -276,13 +273,15 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         return torch.zeros((), device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with epsilon so far."""
+        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with
+        epsilon so far.
+        """
         released = self._released_metrics.take() if self._released_metrics is not None and "loss" in logs else {}
         for name in NOT_RELEASED:
             logs.pop(name, None)
         logs.update(released)
         if self.mechanism is not None and self._run is not None:
-            logs |= {"epsilon": self._run.spent().epsilon, STEPS_TAKEN: self._run.epsilon_of_steps_taken()}
+            logs |= {"epsilon": self._run.spent().epsilon, STEPS_TAKEN: self._run.spending().epsilon_of_steps_taken()}
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -304,7 +303,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, but what leaves is the model, whole and of one step: sealed before, and waited for before the ledger grows."""
+        """As Trainer's, but what leaves is the model, whole and of one step: sealed before, and waited for before the
+        ledger grows.
+        """
         self._seal(Path(checkpoint_folder))
         self._write_card(Path(self.args.output_dir))
         with only_the_model_leaves():
@@ -324,6 +325,14 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         if self.mechanism is None:
             raise ConfigError("there is nothing to plan or train without a train_dataset")
         return self.mechanism
+
+    def _opened(self, folder: Path, checkpoint: Path | None) -> PrivateRun:
+        """The run of one call of `train`, open; as `PrivateRun.open`."""
+        place = Place(folder, self.args.process_index, self.args.world_size, self.privacy.budget_file)
+        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
+        seed, continues = self.privacy.debug_seed, self._run is not None
+        session = Session(self.train_dataset, checkpoint, epoch_length=epoch, seed=seed, continues=continues)
+        return PrivateRun.open(self._planned(), place, session)
 
     def _running(self) -> PrivateRun:
         if self._run is None:
@@ -348,47 +357,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation):
         with objectives.as_in_training(self):
             return written_by(self.model, self.example_losses, self._synthetic_batches()[1])
 
-    def _base_model(self) -> nn.Module:
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-
-    def _columns_for_model(self) -> tuple[Any, Any]:
-        """The training set and collator, reduced to the columns that the model takes, as Trainer does."""
-        if isinstance(self.train_dataset, datasets.Dataset):
-            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
-        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
-
-    def _collation(self) -> Collation:
-        """How records become micro-batches; learnt on made-up ones whenever the collator is another."""
-        _, collate = self._columns_for_model()
-        if self._learnt is None or self._learnt[0] is not self.data_collator:
-            lengths = (*LENGTHS, 1, longest_taken(self._base_model()) or MANY)
-            self._learnt = self.data_collator, Collation(collate, self._made_up_records(lengths))
-        return self._learnt[1]
-
-    def _synthetic_batches(self) -> list[MicroBatch]:
-        """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
-        return subject_of(self).batches()
-
-    def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Any]:
-        if self._check_records is not None:
-            return self._check_records
-        base = self._base_model()
-        sizes = losses.sizes_of_records(type(base).__name__, getattr(base, "config", None))
-        return synthetic_records(complete_record(self._columns_for_model()[0]), lengths=lengths, **sizes)
-
-    def _most_examples(self) -> int:
-        """Of one pass."""
-        return 1 if self.alone_because else int(self.args.per_device_train_batch_size)
-
-    def _largest_batch(self) -> MicroBatch:
-        dataset, _ = self._columns_for_model()
-        bounds = self._most_examples(), self.micro_batch_tokens
-        with fork_forward_rng([self.args.device]):  # a collator may draw
-            return self._collation()(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))[0]
-
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
-            self._run.write_card(folder, public_eval=self.privacy.public_eval, audit=self._canaries.counts())
+            write_card(self._run, folder, public_eval=self.privacy.public_eval, audit=self._canaries.counts())
 
 
 class DPTrainer(DPTrainerMixin, Trainer):

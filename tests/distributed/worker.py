@@ -38,6 +38,7 @@ from hf_dp.ledger.ledger import LEDGER_NAME
 from hf_dp.recipe import model_shapes, run_cost, task
 from hf_dp.recipe.recipe import read
 from hf_dp.step import PrivateStep
+from hf_dp.step.opening import Place, Session
 from hf_dp.step.run import PrivateRun
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -120,8 +121,8 @@ def discrete(folder: Path) -> dict[str, Any]:
 def slices(folder: Path) -> dict[str, Any]:
     """Which records this process reads, step by step, through the trainer's own loader."""
     trainer = runs.trainer(folder, M.with_lora(M.llama), NOISY, train_dataset=runs.text_rows(40))
-    trainer._run = PrivateRun(trainer.mechanism, folder, trainer.args.process_index, trainer.args.world_size)
-    trainer._run.open(trainer.train_dataset, None, seed=3)
+    place = Place(folder, trainer.args.process_index, trainer.args.world_size)
+    trainer._run = PrivateRun.open(trainer.mechanism, place, Session(trainer.train_dataset, seed=3))
     sampler = trainer.get_train_dataloader().batch_sampler
     drawn = [list(draw) for _ in range(4) for draw in sampler]
     trainer._run.close()
@@ -174,7 +175,7 @@ def at_third_step(folder: Path, act: Callable[[], Any]) -> dict[str, Any]:
             act()
 
     def observed(run: PrivateRun, *step: Any) -> None:
-        with open(folder / f"observed.{run._process}", "ab", buffering=0) as file:
+        with open(folder / f"observed.{run.place.process_index}", "ab", buffering=0) as file:
             file.write(b"x")
 
     count = after(PrivateStep, "prepare", lambda step: steps.append(1))

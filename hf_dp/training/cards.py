@@ -1,0 +1,34 @@
+"""An open run -> the card of its output folder, and what its audit shows: both from the steps that were charged."""
+
+from pathlib import Path
+from typing import Any
+
+from hf_dp import card
+from hf_dp.audit import Counts, audit_record
+from hf_dp.errors import AuditError
+from hf_dp.step import PrivateRun
+
+
+def write_card(run: PrivateRun, folder: Path, *, public_eval: bool, audit: Counts | None = None) -> None:
+    """Writes README.md's privacy section and privacy.json into `folder`. Does nothing on all processes but 0."""
+    ledger = run.record()
+    if ledger is None:
+        return
+    declared = {"public_eval": public_eval}
+    record = card.privacy_record(
+        run.mechanism, ledger, libraries=card.library_versions(), declared=declared, audit=audit
+    )
+    card.write_card(folder, record)
+
+
+def audit_result(run: PrivateRun, counts: Counts | None) -> dict[str, Any]:
+    """What an audit's counts mean for all steps charged, in the form of privacy.json.
+
+    Raises:
+        AuditError: there are no counts.
+    """
+    if counts is None:
+        raise AuditError("nothing was audited: give DPTrainer audit=AuditConfig(), and train")
+    spending = run.spending()
+    spent = spending.total()
+    return audit_record(counts, spending.claimed(), spent.delta, spent.epsilon)
