@@ -1,5 +1,4 @@
-"""Losses of made-up examples, alone and beside others -> does padding change them? And an error if they compare
-examples.
+"""Losses of made-up examples, alone and beside others -> whether padding changes them; an error if they are compared.
 
 Beside a longer example, an example is padded. If the padding is not masked, its loss is another than alone: the
 answer to a question may be chosen among padded positions, and padding on the left moves absolute positions. Each
@@ -52,7 +51,7 @@ def padding_matters(model: nn.Module, example_losses: Losses, batch: MicroBatch,
 
 
 def refuse_comparing(model: nn.Module, losses: Losses, alone: Sequence[MicroBatch]) -> None:
-    """Refuses a loss that compares examples. Arguments as in `padding_matters`; `losses` may return one of a whole batch.
+    """Refuses a loss that compares examples. Arguments as in `padding_matters`; `losses` may return one of a batch.
 
     A loss is not judged if it differs between two passes, or if the model's outputs are others beside copies.
 
