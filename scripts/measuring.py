@@ -1,14 +1,19 @@
-"""What the benchmarks share: ratios with their intervals, and peak memory in a process of its own."""
+"""What benchmarks and studies share: ratios with their intervals, peak memory in a process of its own, pictures."""
 
 import os
 import statistics
 import subprocess
 import sys
 from math import comb
+from pathlib import Path
+from typing import Any
+
+# Arguments of Trainer with which a run saves, logs and shows nothing.
+QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
-    """Order statistics that hold the median with 95 % confidence or more (all of them, where there are too few)."""
+    """Two order statistics with the median between them at 95 % confidence or more; the outermost where n is small."""
     n, ordered, below = len(ratios), sorted(ratios), 0.0
     for k in range(n // 2):
         below += comb(n, k) / 2**n
@@ -31,13 +36,39 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def begin_peak() -> None:
-    """Starts the high-water mark anew."""
+    """Resets the high-water mark of this process's memory."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
-    """Python, with an allocator that gives back at once what is freed, so that memory held is memory needed."""
+    """Runs Python with an allocator that returns freed memory at once, so that memory held is memory needed."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment.pop("MALLOC_MMAP_MAX_", None)
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+
+
+def canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of `width` by `height` inches that needs no display, and its axes: an array of [rows, columns]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def middles(values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+    """The median of each list; and its distances to the least and to the greatest value, as matplotlib takes errors."""
+    medians = [statistics.median(some) for some in values]
+    below = [m - min(some) for m, some in zip(medians, values, strict=True)]
+    above = [max(some) - m for m, some in zip(medians, values, strict=True)]
+    return medians, [below, above]
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure, each of its axes without a frame above and to the right."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

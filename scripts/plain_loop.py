@@ -1,4 +1,4 @@
-"""nn.Linear(10, 1) and SGD on made-up records, without privacy and at three epsilons -> a table of accuracy, and a card."""
+"""nn.Linear(10, 1) and SGD on made-up records, without privacy and at three epsilons -> their accuracy, and a card."""
 
 import argparse
 import shutil

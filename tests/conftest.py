@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -9,9 +11,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_DISABLED", "true")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from hf_dp.cli import main
 
 torch.set_num_threads(1)
 
@@ -28,6 +33,23 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}: set HF_DP_DATA to run this test")
     return folder
+
+
+@pytest.fixture
+def hf_dp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `hf-dp ARGUMENTS` in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-dp", *map(str, arguments)])
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
 
 
 def pytest_collection_finish() -> None:

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_dp"
 
-# Data flows down this list: a room imports only from those above it, and only what the other room's `__init__` offers. A new room is
-# given its place here. The first line holds the words that everybody speaks, each a file of its own.
+# Data flows down this list: a room imports only from those above it, and only what the other room's `__init__` offers.
+# A new room is given its place here. The first line holds the words that everybody speaks, each a file of its own.
 ORDER = """
     errors _compat schedule config mechanism durable
     randomness per_example sampling accounting ledger audit card step training recipe sweep cli demo
@@ -22,7 +22,9 @@ ORDER = """
 WORDS = ("errors", "_compat", "schedule", "config", "mechanism", "durable")
 PURE = {"per_example", "randomness"}  # take tensors and floats
 NOT_FOR_PURE = {"config", "mechanism"}
-LIGHT = "hf_dp hf_dp.config hf_dp.mechanism hf_dp.randomness hf_dp.accounting hf_dp.ledger hf_dp.audit hf_dp.card hf_dp.cli".split()
+LIGHT = """
+    hf_dp hf_dp.config hf_dp.mechanism hf_dp.randomness hf_dp.accounting hf_dp.ledger hf_dp.audit hf_dp.card hf_dp.cli
+""".split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
 # The command line's verbs: each parameter is an option that typer shows.
 VERBS = {"train", "check", "plan", "verify", "budget", "card", "push", "audit", "report", "sweep"}
@@ -179,7 +181,7 @@ def test_light_modules_import_nothing_heavy(module):
     assert done.stdout.split() == [], f"{module} imports them before they are needed"
 
 
-# ---- what the world may rely on: adding or removing a name fails here, on purpose ---------------------------------------
+# ---- what the world may rely on: adding or removing a name fails here, on purpose ------------------------------------
 
 
 def test_the_public_names_are_these():
@@ -188,8 +190,8 @@ def test_the_public_names_are_these():
     assert (
         hf_dp.__all__
         == (
-            "AccountingError AuditConfig AuditError CaptureError ConfigError DPSeq2SeqTrainer DPTrainer DPTrainerMixin HfDpError "
-            "LedgerError Mechanism PrivacyConfig PrivacySpent PrivateLoop RecipeError SelfCheckError "
+            "AccountingError AuditConfig AuditError CaptureError ConfigError DPSeq2SeqTrainer DPTrainer DPTrainerMixin "
+            "HfDpError LedgerError Mechanism PrivacyConfig PrivacySpent PrivateLoop RecipeError SelfCheckError "
             "UnsupportedOptionError UnsupportedParameterError plan"
         ).split()
     )
@@ -208,6 +210,6 @@ def test_the_settings_are_these():
         "noise_schedule clip_schedule batch_schedule public_eval budget_file debug_seed".split()
     )
     assert [f.name for f in dataclasses.fields(Mechanism)] == (
-        "num_examples expected_batch_size num_steps noise_multiplier clip_norm delta target_epsilon loss_bound unit relation debug "
-        "noise levels".split()
+        "num_examples expected_batch_size num_steps noise_multiplier clip_norm delta target_epsilon loss_bound unit "
+        "relation debug noise levels".split()
     )

@@ -1,4 +1,4 @@
-"""PrivacyConfig refuses what is no privacy, all of it at once, and stands beside TrainingArguments on a command line."""
+"""PrivacyConfig refuses all that is no privacy at once, and stands beside TrainingArguments on a command line."""
 
 import dataclasses
 import math
@@ -73,7 +73,8 @@ def test_a_config_does_not_change() -> None:
 
 def test_it_parses_beside_training_arguments() -> None:
     parser = HfArgumentParser((TrainingArguments, PrivacyConfig))
-    argv = "--output_dir out --report_to none --target_epsilon 3 --target_delta 1e-6 --expected_batch_size 128 --clip_norm 0.5"
+    argv = "--output_dir out --report_to none --target_epsilon 3 --target_delta 1e-6 --expected_batch_size 128"
+    argv += " --clip_norm 0.5"
     training, privacy = parser.parse_args_into_dataclasses(argv.split())
     assert privacy == PrivacyConfig(target_epsilon=3.0, target_delta=1e-6, expected_batch_size=128, clip_norm=0.5)
     assert training.output_dir == "out"

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import KILLED, Bomb, in_child
 
 from hf_dp import durable
+from tests.support.children import KILLED, Bomb, in_child
 
 OLD, NEW = b"old " * 1000, b"new and longer " * 1000
 

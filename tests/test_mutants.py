@@ -1,20 +1,26 @@
-"""Bugs planted on purpose, each of a kind that was found in the wild: a named check of this suite has to fail for every one.
+"""Bugs planted on purpose, each of a kind found in the wild: a named check of this suite has to fail for every one.
 
-A mutant is a patch of a line or two. The checks are the suite's own test functions, called as they are; that they pass without a
-mutant is what the rest of the suite shows, and the last test here once more.
+A mutant is a patch of a line or two. The checks are the suite's own test functions, called as they are; that they pass
+without a mutant is what the rest of the suite shows, and the last test here once more.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
-import test_accounting
-import test_faults
-import test_release
-import test_sampling
-import test_trainer
-from broken import (
+
+from hf_dp.accounting import epsilon
+from hf_dp.errors import HfDpError
+from hf_dp.ledger.ledger import LEDGER_NAME, Ledger
+from hf_dp.randomness.noise import NoiseSource
+from hf_dp.sampling.poisson import PoissonSampler
+from hf_dp.step.release import Releaser
+from tests.accounting import test_accounting
+from tests.ledger import test_faults
+from tests.sampling import test_sampling
+from tests.step import test_release
+from tests.support import runs
+from tests.support.broken import (
     Patch,
     batches_evened_out,
     charged_after_the_release,
@@ -35,18 +41,12 @@ from broken import (
     not_a_number_let_through,
     shuffled_epochs,
 )
-
-from hf_dp.accounting import epsilon
-from hf_dp.errors import HfDpError
-from hf_dp.ledger.ledger import LEDGER_NAME, Ledger
-from hf_dp.randomness.noise import NoiseSource
-from hf_dp.sampling.poisson import PoissonSampler
-from hf_dp.step.release import Releaser
+from tests.training import test_trainer
 
 FAILS = (AssertionError, HfDpError, pytest.fail.Exception)
 
 
-# ---- the checks ----------------------------------------------------------------------------------------------------------
+# ---- the checks ------------------------------------------------------------------------------------------------------
 
 
 def neighbour_replay(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The code on the README's pages runs as it is printed (a tiny model stands in for GPT-2), and what they name is there."""
+"""The code on the pages runs as printed (a tiny model stands in for GPT-2), and the files that they name exist."""
 
 import copy
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import reference
 import torch
 import transformers
 import typer
@@ -18,6 +17,7 @@ from hf_dp.card import record as card
 from hf_dp.demo.base import train_tokenizer
 from hf_dp.demo.records import write_records
 from hf_dp.mechanism import Segment
+from tests.support import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

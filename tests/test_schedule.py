@@ -1,4 +1,4 @@
-"""Schedules: their levels, epsilon against direct numerical integration, calibration, and runs that execute what is charged."""
+"""Schedules: their levels, epsilon against numerical integration, calibration, runs that execute what is charged."""
 
 import json
 import math
@@ -8,12 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import fft_accountant
-import models as M
 import numpy as np
 import pytest
-import reference
-import runs
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -28,11 +24,13 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Mechanism, Segment, first_steps
 from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.schedule import MOST_LEVELS, Level, Schedules, factors, levels, mean_batch
+from tests.support import fft_accountant, reference, runs
+from tests.support import models as M
 
 SETTINGS = {"target_delta": 1e-3, "expected_batch_size": 8, "clip_norm": 0.1}
 
 
-# ---- levels ------------------------------------------------------------------------------------------------------------
+# ---- levels ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,9 +73,9 @@ def test_a_schedule_that_goes_nowhere_is_none() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *" linear linear: linear:0 linear:-1 linear:nan linear:1e9 zigzag:2 linear:2:4 step:2:1 step:2:99 step:2:x".split(
-            " "
-        ),
+        "",
+        *"linear linear: linear:0 linear:-1 linear:nan linear:1e9 linear:2:4 zigzag:2".split(),
+        *"step:2:1 step:2:99 step:2:x".split(),
         "step:2:3:4",
         "LINEAR:2",
         0.5,
@@ -115,7 +113,7 @@ def test_epochs_are_passes_over_the_data() -> None:
     assert sum(s.sample_rate * s.num_steps for s in m.segments()) == pytest.approx(4, rel=1e-3)
 
 
-# ---- parts of a course ---------------------------------------------------------------------------------------------------
+# ---- parts of a course -----------------------------------------------------------------------------------------------
 
 
 def test_any_part_of_the_course_is_what_its_steps_are_one_by_one() -> None:
@@ -134,7 +132,7 @@ def test_any_part_of_the_course_is_what_its_steps_are_one_by_one() -> None:
     assert first_steps(m.segments(), 99) == m.segments()
 
 
-# ---- epsilon -----------------------------------------------------------------------------------------------------------
+# ---- epsilon ---------------------------------------------------------------------------------------------------------
 
 
 def delta_of_two_steps(first: Segment, second: Segment, epsilon: float, *, adding: bool) -> float:
@@ -195,7 +193,7 @@ def test_calibration_never_overshoots_and_wastes_little(target: float, steps: in
     assert target * 0.997 <= spent(m.segments(), m.delta).epsilon <= target
 
 
-# ---- draws -------------------------------------------------------------------------------------------------------------
+# ---- draws -----------------------------------------------------------------------------------------------------------
 
 
 def test_each_draw_has_its_own_rate() -> None:
@@ -206,7 +204,7 @@ def test_each_draw_has_its_own_rate() -> None:
         assert abs(sum(part) - 200_000 * q) < 5 * math.sqrt(200_000 * q * (1 - q))
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 class Gradients(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The shell scripts: they parse, do nothing twice, and say what to do when they cannot go on. Nothing is installed here."""
+"""The shell scripts parse, do nothing twice, and say what to do when they cannot go on. Nothing is installed here."""
 
 import os
 import shutil

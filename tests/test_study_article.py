@@ -1,4 +1,4 @@
-"""The study of the article on made-up records: what each way of clipping is worth, by hand; and no card of a broken run."""
+"""The study of the article on made-up records: the epsilon of each way of clipping, and no card of a broken run."""
 
 import json
 import math
@@ -23,6 +23,7 @@ STEPS, BATCH, RECORDS = 2, 16, 400  # of --quick
 
 
 def load() -> Any:
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script that is run: it imports what the scripts share
     module = module_from_spec(spec_from_loader("study_article", SourceFileLoader("study_article", str(SCRIPT))))
     sys.modules["study_article"] = module  # dataclasses and named tuples look their module up
     module.__spec__.loader.exec_module(module)

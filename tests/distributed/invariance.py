@@ -1,17 +1,17 @@
-"""One way to run the same mathematics (micro-batches, checkpointing or compiling, sharding) -> the adapter's update after three steps."""
+"""One way to run the same mathematics (micro-batches, checkpointing, compiling, shards) -> the adapter's update."""
 
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import models as M
-import runs
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_dp.step import sharding
+from tests.support import models as M
+from tests.support import runs
 
 MICRO_BATCHES: dict[str, dict[str, Any]] = {
     "1": {"per_device_train_batch_size": 1},

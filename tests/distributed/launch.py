@@ -1,4 +1,4 @@
-"""Groups of workers to start, and scenarios for them -> exit statuses and what every process found out. Nobody outlives the time-out."""
+"""Groups of workers and their scenarios -> exit statuses and findings of every process. None outlives the time-out."""
 
 import contextlib
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import worker
+
+from tests.distributed import worker
 
 WORKER = str(Path(worker.__file__))
 SECONDS = 240
@@ -30,14 +31,14 @@ def free_port() -> int:
 
 
 def run_groups(*groups: list[Any], seconds: float = SECONDS) -> tuple[list[list[int]], str]:
-    """Exit statuses of each group of workers [world, folder, scenario, ...], and their messages. Nobody outlives the time-out."""
+    """Exit statuses of each group of workers [world, folder, scenario, ...], and what they said on stderr."""
     words = [str(word) for group in groups for word in ("--fork", *group)]
     done = finish([sys.executable, WORKER, *words], seconds=seconds)[0]
     return [[int(word) for word in line.split()] for line in done.stdout.splitlines()], done.stderr
 
 
 def finish(*commands: list[str], seconds: float = SECONDS) -> list["subprocess.CompletedProcess[str]"]:
-    """Runs commands at once, each in a session of its own; all that they started ends with them, or with the time-out."""
+    """Runs commands at once, each in its own session; all that they start ends with them, or with the time-out."""
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(c, env=environment(), start_new_session=True, **streams) for c in commands]
     try:

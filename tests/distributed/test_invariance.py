@@ -1,19 +1,15 @@
-"""One update, however it is computed: processes, micro-batches, checkpointing, shards; and one run, whatever it is resumed on."""
+"""One update, whatever the processes, micro-batches, checkpointing and shards, and whatever a run is resumed on."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import invariance
-from launch import collected, results, run_groups
-from noise_checks import assert_gaussian, assert_uncorrelated
-
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
+from tests.distributed import invariance
+from tests.distributed.launch import collected, results, run_groups
+from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
 
 Found = dict[str, list[dict[str, Any]]]
 
@@ -41,7 +37,8 @@ def check_updates(by_world: dict[int, list[dict[str, torch.Tensor]]], *, all_of_
             for way, update in updates.items():
                 reference = references.setdefault(expected[way], update)
                 assert float(reference.norm()) > 0.05
-                # float32 sums of 12 gradients in another order; a record twice, missing or clipped elsewhere is 0.01 or more
+                # float32 sums of 12 gradients in another order; a record twice, missing or clipped elsewhere gives 0.01
+                # or more
                 assert float((update - reference).norm() / reference.norm()) < 1e-5, (world, way)
 
 
@@ -109,7 +106,7 @@ def test_every_way_gives_the_same_update_in_all_combinations(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_shards_micro_batches_and_precision(tmp_path: Path) -> None:
-    """Two steps on 2 processes in shards, two on one, two on 2 in bfloat16: where six in one session go, and one ledger."""
+    """Two steps on 2 processes in shards, two on one, two on 2 in bfloat16: the weights of six in one session."""
     statuses, errors = run_groups(*([world, tmp_path, "elastic"] for world in (2, 1, 2, 1)))
     assert statuses == [[0, 0], [0], [0, 0], [0]], errors
     *sessions, at_once = (torch.load(tmp_path / "elastic" / f"{n}.0.pt", weights_only=True) for n in range(4))

@@ -1,4 +1,4 @@
-"""accelerate's config files in recipes/: it reads them, and `hf-dp train` runs under them, on one machine and on two launchers."""
+"""accelerate reads the config files in recipes/, and `hf-dp train` runs under them, with one launcher and with two."""
 
 import json
 import sys
@@ -8,12 +8,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from launch import finish, free_port
-
-import recipes as R
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
+from tests.distributed.launch import finish, free_port
+from tests.support import recipes as R
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))

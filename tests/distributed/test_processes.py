@@ -1,4 +1,4 @@
-"""Several processes are one: the same draw, one noise, the same parameters everywhere; a death stops all and hides no step."""
+"""Several processes are one: the same draw, noise and parameters everywhere; a death stops all and hides no step."""
 
 import signal
 import sys
@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import worker
-from launch import WORKER, all_alike, collected, finish, free_port, results, run_groups
-from noise_checks import assert_gaussian, assert_uncorrelated
-from reference import relative_difference
-
 from hf_dp.accounting.planned import spent
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.sampling.poisson import PoissonSampler
+from tests.distributed import worker
+from tests.distributed.launch import WORKER, all_alike, collected, finish, free_port, results, run_groups
+from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
+from tests.support.reference import relative_difference
 
 ALL = ("one_step", "trajectory", "empty_draws", "noise", "slices", "refused", "counted", "different")
 MEMORY = ("scarce", "exhausted")

@@ -1,8 +1,7 @@
-"""The E2E recipe on rows of the real data, with one process and with two: the same epsilon, the same loss within the noise."""
+"""The E2E recipe on real rows, with one process and with two: the same epsilon, and the same loss within the noise."""
 
 import itertools
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from launch import collected, run_groups
+from tests.distributed.launch import collected, run_groups
 
 REPEATS = 3
 

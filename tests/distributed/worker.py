@@ -1,4 +1,6 @@
-"""One process of a distributed run: names of scenarios and a folder in, `<folder>/<scenario>.<rank>.pt` out. Started by `test_processes`.
+"""One process of a distributed run: names of scenarios and a folder in, `<folder>/<scenario>.<rank>.pt` out.
+
+Started by `launch.py`, with the repository's root in PYTHONPATH.
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python worker.py FOLDER SCENARIO...
     python worker.py --fork 2 FOLDER SCENARIO... --fork 2 FOLDER SCENARIO...
@@ -20,14 +22,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import conftest  # noqa: F401  one thread, no network
-import invariance
-import models as M
-import reference
-import runs
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
@@ -40,6 +34,10 @@ from hf_dp.recipe.recipe import read
 from hf_dp.step import PrivateStep
 from hf_dp.step.opening import Place, Session
 from hf_dp.step.run import PrivateRun
+from tests import conftest  # noqa: F401  one thread, no network
+from tests.distributed import invariance
+from tests.support import models as M
+from tests.support import reference, runs
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NOISY = {"noise_multiplier": 1.0, "debug_seed": 3, "target_delta": 1e-3, "expected_batch_size": 8}
@@ -158,13 +156,13 @@ def exhausted(folder: Path) -> dict[str, Any]:
 
 
 def stopped(folder: Path) -> dict[str, Any]:
-    """The last process sleeps in its third step for longer than the others wait (Trainer passes `ddp_timeout` on for GPUs alone)."""
+    """The last process sleeps in its third step for longer than the others wait (`ddp_timeout` is for GPUs alone)."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
     return at_third_step(folder, lambda: time.sleep(15))
 
 
 def at_third_step(folder: Path, act: Callable[[], Any]) -> dict[str, Any]:
-    """A run of six steps in which something happens to the last process; what each is told, and how long it waited for that."""
+    """Six steps in which something happens to the last process; what each is told, and how long it waited for that."""
     begun: list[float] = []
 
     steps: list[int] = []
@@ -188,7 +186,7 @@ def at_third_step(folder: Path, act: Callable[[], Any]) -> dict[str, Any]:
 
 
 def scarce(folder: Path) -> dict[str, Any]:
-    """The operating system lets the last process have 2 x 256 MiB beside what it holds; each example of a pass takes 256 MiB."""
+    """The last process gets 2 x 256 MiB more than it holds, and no more; each example of a pass takes 256 MiB."""
     if os.environ["RANK"] == "0":
         return {**one_step(folder), "largest": 4}
     tried: list[int] = []
@@ -248,7 +246,7 @@ SESSIONS: list[tuple[bool, dict[str, Any]]] = [
 
 
 def elastic(folder: Path) -> dict[str, Any]:
-    """Two more steps of one run, sharded or not, with other micro-batches and precision; the fourth is all six at once."""
+    """Two more steps of one run, in other shards, micro-batches and precision; the fourth call takes all six."""
     here = folder.parent / "one run"
     done = len(list(here.glob("checkpoint-*")))
     sharded, settings = SESSIONS[done] if done < len(SESSIONS) else (False, {})
@@ -336,7 +334,7 @@ def refused_shards(folder: Path) -> dict[str, Any]:
 
 
 def real_rows(folder: Path) -> dict[str, Any]:
-    """Five private steps of the E2E recipe, and the validation loss before and after: a sum over examples, however batched."""
+    """Five private steps of the E2E recipe, and the validation loss before and after, as a sum over examples."""
     torch.set_num_threads(1)
     given = folder.parent / "given"
     overrides = {

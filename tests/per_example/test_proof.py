@@ -1,0 +1,706 @@
+"""Whatever lets one example reach another leaves a pass unproved, whatever the lengths; sound models are proved."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from hf_dp.errors import SelfCheckError
+from hf_dp.per_example import head, losses
+from hf_dp.per_example.proof import Proof, State, prove, state_put_back
+from hf_dp.per_example.proof.calls import tensors_in
+from hf_dp.per_example.proof.labels import UNWRITTEN
+from hf_dp.per_example.proof.tracker import Tracker
+from tests.support import models as M
+
+Batch = dict[str, Tensor]
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """The sum of -log p over the targets of each example, with one label a position or one an example."""
+    scores = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    each = F.cross_entropy(scores.flatten(0, -2), batch["labels"].flatten(), reduction="none")
+    return each.view(len(scores), -1).sum(1)
+
+
+def proof_of(model: nn.Module, make: Callable[[], Batch] = M.token_batch, losses: Any = token_losses) -> Proof:
+    return prove(model, losses, [make(), make()])
+
+
+def tiny(**k: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return M.llama(**{"num_hidden_layers": 1, **k})
+
+
+# Couplings: hidden states [B, T, d] -> hidden states that hold something of the other examples.
+
+
+def capacity(h: Tensor) -> Tensor:
+    tokens = h.flatten(0, 1)
+    chosen = tokens[:, 0] > 0
+    place = chosen.long().cumsum(0)
+    return (tokens * (chosen & (place <= 2)).unsqueeze(1)).view_as(h)
+
+
+def read_back(h: Tensor) -> Tensor:
+    return h * 2 if h.mean().item() > 0 else h
+
+
+def longest(h: Tensor) -> Tensor:
+    positions = torch.arange(h.shape[1])
+    return h * 2 if bool(positions.max() + 1 > 100) else h
+
+
+def through_numpy(h: Tensor) -> Tensor:
+    return h * float(h.detach().numpy().mean())
+
+
+def through_a_list(h: Tensor) -> Tensor:
+    return h * max(h.detach()[:, 0, 0].tolist())
+
+
+def written_in_place(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[0] += h[1]
+    return out
+
+
+def written_by_index(h: Tensor) -> Tensor:
+    return h.index_add(0, torch.tensor([0, 0, 0]), h)
+
+
+def attention_over_examples(h: Tensor) -> Tensor:
+    q = h.transpose(0, 1).unsqueeze(1)
+    return F.scaled_dot_product_attention(q, q, q).squeeze(1).transpose(0, 1)
+
+
+def convolved(h: Tensor) -> Tensor:
+    return F.conv1d(h.permute(1, 2, 0), torch.ones(h.shape[2], h.shape[2], 3), padding=1).permute(2, 0, 1)
+
+
+def uninitialised(h: Tensor) -> Tensor:
+    return h + torch.empty_like(h) * 0
+
+
+class Crossing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / (1 + gradient.abs().amax())
+
+
+def hooked(h: Tensor) -> Tensor:
+    out = h * 1.0
+    out.register_hook(lambda g: g - g.mean(0))
+    return out
+
+
+COUPLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda h: h - h.mean(0, keepdim=True),
+    "one scale for all": lambda h: h / h.abs().amax(),
+    "batch statistics": lambda h: F.batch_norm(h.transpose(1, 2), None, None, training=True).transpose(1, 2),
+    "softmax over examples": lambda h: h * h.softmax(0),
+    "sorted": lambda h: h.sort(0).values,
+    "rolled and mixed": lambda h: 0.9 * h + 0.1 * h.roll(1, 0),
+    "mixed with the reverse": lambda h: 0.5 * (h + h.flip(0)),
+    "shifted by one in flat order": lambda h: h + F.pad(h.flatten(0, 1), (0, 0, 1, -1)).view_as(h),
+    "scanned": lambda h: h.cumsum(0),
+    "scanned in flat order": lambda h: h.reshape(-1).cumsum(0).view_as(h),
+    "best of all": lambda h: h + h.topk(1, 0).values,
+    "a product": lambda h: torch.einsum("bt,ctd->btd", h.sum(2), h),
+    "a Gram matrix": lambda h: (h.flatten(1) @ h.flatten(1).T @ h.flatten(1)).view_as(h),
+    "another's choice": lambda h: h + h[h[:, 0, 0].argsort()],
+    "a count of chosen numbers": lambda h: h * h[h > 0].numel(),
+    "groups over examples": lambda h: F.group_norm(h.transpose(0, 2), 1).transpose(0, 2),
+    "a median": lambda h: h - h.median(),
+    "distances": lambda h: h + torch.cdist(h.flatten(1), h.flatten(1)).sum(1).view(-1, 1, 1),
+    **{f.__name__: f for f in (capacity, read_back, longest, through_numpy, through_a_list, written_in_place, hooked)},
+    **{f.__name__: f for f in (written_by_index, attention_over_examples, convolved, uninitialised, Crossing.apply)},
+}
+PLACES = ("model.embed_tokens", "model.layers.0.mlp", "model.norm")
+
+
+def planted(place: str, coupling: Callable[[Tensor], Tensor], model: nn.Module) -> nn.Module:
+    model.get_submodule(place).register_forward_hook(lambda module, args, out: coupling(out))
+    return model
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", COUPLINGS)
+def test_whatever_couples_examples_is_found_wherever_it_stands(kind: str, place: str) -> None:
+    found = proof_of(planted(place, COUPLINGS[kind], tiny()))
+    assert not found.independent
+    assert not any("could not be followed" in reason for reason in found.reasons)
+
+
+def test_what_does_not_couple_is_proved_at_the_same_places() -> None:
+    sound: list[Callable[[Tensor], Tensor]] = [
+        lambda h: h - h.mean(1, keepdim=True),
+        lambda h: h.flatten(0, 1).softmax(-1).view_as(h),
+        lambda h: h.roll(1, 1),
+        lambda h: torch.stack(list(h.unbind(0))),
+        lambda h: torch.cat([h[:, 2:], h[:, :2]], 1),
+        lambda h: h.index_select(1, torch.arange(h.shape[1])),
+        lambda h: h.gather(1, h[..., :1].argmax(1, keepdim=True).expand_as(h[:, :1])).expand_as(h),
+        lambda h: (h.transpose(0, 1) * 2).transpose(0, 1),
+    ]
+    for number, function in enumerate(sound):
+        for place in PLACES[number % 2 :: 2]:
+            assert proof_of(planted(place, function, tiny())).reasons == ()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda each: each / each.sum(),
+        lambda each: each * (each < each.detach().topk(1).values),
+        lambda each: each - each.mean(),
+        lambda each: each.flip(0),
+        lambda each: torch.stack([each[0], each[0], each[2]]),
+        lambda each: each * float(each.max()),
+    ],
+)
+def test_a_loss_over_the_batch_is_found(loss: Callable[[Tensor], Tensor]) -> None:
+    assert not proof_of(tiny(), losses=lambda model, batch: loss(token_losses(model, batch))).independent
+
+
+def test_rows_credited_to_another_example_are_found_though_each_loss_is_its_own() -> None:
+    model = tiny()
+    layer = model.get_submodule("model.layers.0.mlp")
+    layer.register_forward_pre_hook(lambda module, args: (args[0].roll(1, 0),))
+    layer.register_forward_hook(lambda module, args, out: out.roll(-1, 0))
+    assert "rows that are not the examples' own" in proof_of(model).reasons[0]
+
+
+# What a pass keeps.
+
+
+class Keeping(nn.Module):
+    """Passes its input on, and keeps something of the pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.seen, self.last, self.settings = 0, [], None, {"longest": 0}
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long), persistent=False)
+        self.fixed = nn.Parameter(torch.ones(16), requires_grad=False)
+        self.plain = torch.zeros(3)
+
+
+def counts(module: Any, h: Tensor) -> Tensor:
+    module.count += 1
+    return h
+
+
+def grows_a_list(module: Any, h: Tensor) -> Tensor:
+    module.seen.append(h.shape[1])
+    return h
+
+
+def notes_the_longest(module: Any, h: Tensor) -> Tensor:
+    module.settings["longest"] = max(module.settings["longest"], h.shape[1])
+    return h
+
+
+def keeps_the_last(module: Any, h: Tensor) -> Tensor:
+    out = h if module.last is None else h + module.last.mean()
+    module.last = h.detach()
+    return out
+
+
+def averages(module: Any, h: Tensor) -> Tensor:
+    module.mean.lerp_(h.detach().mean((0, 1)), 0.1)
+    return h
+
+
+def replaces_a_buffer(module: Any, h: Tensor) -> Tensor:
+    module.passes = module.passes + 1
+    return h
+
+
+def writes_a_frozen_weight(module: Any, h: Tensor) -> Tensor:
+    module.fixed.data.mul_(0.9)
+    return h
+
+
+def writes_a_plain_tensor(module: Any, h: Tensor) -> Tensor:
+    module.plain += 1
+    return h
+
+
+def registers_a_buffer(module: Any, h: Tensor) -> Tensor:
+    module.register_buffer("mask", torch.ones(h.shape[1]), persistent=False)
+    return h
+
+
+def swaps_a_submodule(module: Any, h: Tensor) -> Tensor:
+    module.inner = nn.Identity()
+    return h
+
+
+def changes_a_dtype(module: Any, h: Tensor) -> Tensor:
+    module.mean.data = module.mean.data.double()
+    return h
+
+
+KEEPERS = [counts, grows_a_list, notes_the_longest, keeps_the_last, averages, replaces_a_buffer, writes_a_frozen_weight]
+KEEPERS += [writes_a_plain_tensor, registers_a_buffer, swaps_a_submodule, changes_a_dtype]
+
+
+def with_keeper(keeper: Callable[[Any, Tensor], Tensor], place: str = "model.layers.0.mlp") -> nn.Module:
+    model, module = tiny(), Keeping()
+    model.keeping = module
+    return planted(place, lambda h: keeper(module, h), model)
+
+
+@pytest.mark.parametrize("place", PLACES[::2])
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_whatever_a_pass_keeps_is_found_and_put_back(keeper: Callable[[Any, Tensor], Tensor], place: str) -> None:
+    model = with_keeper(keeper, place)
+    before = State(model, ["keeping.fixed"])
+    found = proof_of(model)
+    assert not found.independent
+    assert found.written
+    assert before.changes() == []
+
+
+@pytest.mark.parametrize("keeper", [k for k in KEEPERS if k is not writes_a_frozen_weight])
+def test_each_pass_begins_from_the_same_state(keeper: Callable[[Any, Tensor], Tensor]) -> None:
+    model = with_keeper(keeper)
+    state, batch = State(model), M.token_batch()
+    losses = []
+    for _ in range(3):
+        with state_put_back(model, state):
+            losses.append(token_losses(model, batch).detach())
+        assert State(model).changes() == state.changes() == []
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+    assert model.keeping.mean.dtype == torch.float32
+    assert "mask" not in dict(model.keeping.named_buffers())
+
+
+def test_steps_between_passes_are_not_put_back_and_a_pass_that_writes_weights_is_refused() -> None:
+    model = tiny()
+    state = State(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    stepped = next(model.parameters()).detach().clone()
+    with state_put_back(model, state):
+        token_losses(model, M.token_batch())
+    assert torch.equal(next(model.parameters()), stepped)
+    with pytest.raises(SelfCheckError, match="embed_tokens"), state_put_back(model, state), torch.no_grad():
+        next(model.parameters()).mul_(2.0)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = M.gpt2(resid_pdrop=0.5).eval()
+    before, chance = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    batches = [M.token_batch(), M.token_batch()]
+    chance = torch.get_rng_state()
+    assert prove(model, token_losses, batches).independent
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert not model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# Parameters elsewhere.
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_parameters_outside_of_the_model_are_named(place: str) -> None:
+    stray = nn.Linear(16, 16)
+    found = proof_of(planted(place, stray, tiny()))
+    assert not found.independent
+    assert set(found.foreign) == {"shape [16, 16]", "shape [16]"}
+
+
+def test_inputs_made_to_require_gradients_are_no_parameters() -> None:
+    model = M.with_lora(M.llama)
+    model.enable_input_require_grads()
+    assert proof_of(model).reasons == ()
+
+
+# Sound models.
+
+SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
+    "gpt2": (M.gpt2, M.token_batch),
+    "llama": (M.llama, M.token_batch),
+    "mistral": (M.mistral, M.token_batch),
+    "qwen2": (M.qwen2, M.token_batch),
+    "gemma": (M.gemma, M.token_batch),
+    "opt": (M.opt, M.token_batch),
+    "bloom": (M.bloom, M.token_batch),
+    "bert": (M.bert, M.class_batch),
+    "roberta": (M.roberta_tokens, M.tag_batch),
+    "distilbert": (M.distilbert, M.class_batch),
+    "t5": (M.t5, M.pair_batch),
+    "vit": (M.vit, M.image_batch),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_sound_models_are_proved(name: str, adapter: str) -> None:
+    build, make = SOUND[name]
+    torch.manual_seed(0)
+    model = build() if adapter == "full" else M.with_lora(build, task_type=None)
+    assert proof_of(model, make) == Proof(True, ())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_models_are_proved(reentrant: bool) -> None:
+    model = tiny()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert proof_of(model).reasons == ()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("build", [M.llama, M.gpt2, M.modernbert])
+def test_either_attention_is_proved(build: Callable[..., nn.Module], attention: str) -> None:
+    model = build(attn_implementation=attention)
+    assert proof_of(model, M.class_batch if build is M.modernbert else M.token_batch).reasons == ()
+
+
+def test_autocast_is_proved() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert proof_of(M.with_lora(M.llama)).reasons == ()
+
+
+def next_token(model: nn.Module, batch: Batch, smoothing: float = 0.1) -> Tensor:
+    base = getattr(model, "base_model", model)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    return head.next_token_losses(model, getattr(base, "model", model), inputs, batch["labels"], smoothing)
+
+
+def aligned(model: nn.Module, batch: Batch, smoothing: float = 0.1) -> Tensor:
+    return head.aligned_losses(
+        model, model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"], smoothing
+    )
+
+
+OWN = {"next": (M.llama, next_token, M.token_batch), "lora": (partial(M.with_lora, M.llama), next_token, M.token_batch)}
+OWN |= {"pairs": (M.t5, aligned, M.pair_batch), "masked": (M.bert_masked_lm, aligned, M.token_batch)}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_librarys_own_losses_are_proved_as_they_are_spelt_out(name: str) -> None:
+    build, loss, make = OWN[name]
+    torch.manual_seed(0)
+    model, batch = build(), make()
+    assert proof_of(model, make, loss).reasons == ()
+    with losses.spelt_out():
+        spelt = loss(model, batch)
+    torch.testing.assert_close(loss(model, batch), spelt, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss(model, batch), spelt, rtol=1e-5, atol=1e-6)  # the head's fast form comes second
+
+
+# What leaves PyTorch, and comes back.
+
+LEAVING: dict[str, Callable[[Tensor], Tensor]] = {
+    "tensor": lambda x: torch.tensor([x[0, 0, 0], 1.0]),
+    "new_tensor": lambda x: x.new_tensor([x[0, 0, 0]]),
+    "legacy": lambda x: torch.FloatTensor([x[0, 0, 0]]),
+    "an index in a list": lambda x: torch.ones(3, 3)[:, [(x[0, 0, 0] > 0).long(), 0]],
+    "array": lambda x: torch.from_numpy(np.asarray(x.detach())),
+    "copy": lambda x: copy.deepcopy(x.detach()),
+    "pickle": lambda x: pickle.loads(pickle.dumps(x.detach())),
+    "text": lambda x: torch.full((1,), float(len(str(x)))),
+    "close": lambda x: torch.ones(1) * torch.allclose(x[0], x[1]),
+    "memory": lambda x: torch.empty(0).set_(x.untyped_storage().clone(), 0, (2, 1)),
+    "unwritten": lambda x: torch.empty(4),
+}
+
+
+@pytest.mark.parametrize("way", LEAVING)
+def test_no_way_out_of_pytorch_and_back_is_taken_for_a_constant(way: str) -> None:
+    tracker, x = Tracker(nn.Identity()), torch.randn(3, 4, 5)
+    tracker.mark(x, 0)
+    with tracker.watching():
+        result = LEAVING[way](x)
+    assert tracker.found or (tracker.book.read(result) & UNWRITTEN).any()
+
+
+# The short list of harmless reads: the branch they choose changes no result.
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("build", [M.llama, M.mistral, M.gpt2, M.bert, M.distilbert, M.bart, M.gemma3])
+def test_whether_another_record_has_padding_changes_no_result(build: Callable[..., nn.Module], attention: str) -> None:
+    torch.manual_seed(0)
+    model = build(attn_implementation=attention).eval()
+    ids = torch.randint(3, M.VOCAB, (3, 9))
+    mask = torch.ones_like(ids)
+    padded = mask.clone()
+    padded[1:, 5:] = 0
+    more = {"decoder_input_ids": ids} if build is M.bart else {}
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, **more).logits[0]
+        beside = model(input_ids=ids, attention_mask=padded, **more).logits[0]
+    torch.testing.assert_close(whole, beside, rtol=1e-4, atol=1e-5)
+
+
+# Rules against a slow twin: numbers that do change where an example changes are said to depend on it.
+
+
+OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
+    "sums": lambda x: [x.sum(1), x.sum(0), x.sum(), x.mean((1, 2)), x.amax(2), x.var(1), x.logsumexp(1)],
+    "scans": lambda x: [x.cumsum(1), x.cumsum(0), x.softmax(0), x.log_softmax(2), x.cummax(1).values, x.flip(0, 1)],
+    "orders": lambda x: [
+        x.sort(0).values,
+        x.sort(2).values,
+        x.topk(2, 1).values,
+        x.median(2).values,
+        x.kthvalue(2, 0).values,
+    ],
+    "shapes": lambda x: [
+        x.permute(2, 0, 1).reshape(-1, 3),
+        x.flatten().view(5, -1),
+        x.unfold(1, 2, 1),
+        x.expand(2, *x.shape),
+    ],
+    "joins": lambda x: [
+        torch.cat([x, x.roll(1, 0)]),
+        torch.stack([x, x.flip(0)], 1),
+        x.repeat(2, 1, 1),
+        F.pad(x, (1, 0, 0, 2)),
+    ],
+    "repeats": lambda x: [
+        x.repeat_interleave(2, 0),
+        torch.tril(x),
+        x.diagonal(0, 1, 2),
+        x.movedim(0, 2),
+        torch.rot90(x),
+    ],
+    "products": lambda x: [x @ x.mT, x[0] @ x[1].T, torch.einsum("bij,bkj->bik", x, x), x.flatten(1) @ x.flatten(1).T],
+    "vectors": lambda x: [
+        x[:, 0] @ x[0, 1],
+        torch.dot(x[0, 0], x[1, 1]),
+        torch.baddbmm(x[:, :, :4], x, x.mT),
+        torch.outer(x[0, 0], x[2, 0]),
+    ],
+    "indices": lambda x: [
+        x[torch.tensor([2, 0])],
+        x[:, torch.tensor([1, 1])],
+        x[torch.arange(3), (x[:, 0, 0] > 0).long()],
+        x[x.argmax(0)[0]],
+    ],
+    "gathers": lambda x: [
+        x.gather(1, (x > 0).long()),
+        x.gather(0, x.argsort(0)),
+        x.index_select(2, torch.tensor([0])),
+        x.take_along_dim(x.argsort(1), 1),
+    ],
+    "embeddings": lambda x: [F.embedding((x > 0).long(), x[0]), F.one_hot((x > 0).long(), 2)],
+    "scatters": lambda x: [
+        torch.zeros(3, 4, 5).scatter(1, x.argsort(1), x),
+        torch.zeros(3, 4, 5).scatter_add(0, x.argsort(0), x),
+    ],
+    "additions": lambda x: [
+        x.index_add(1, torch.tensor([0, 0]), x[:, :2]),
+        x.index_copy(0, torch.tensor([1]), x[:1]),
+        x.index_fill(1, torch.tensor([0]), 0),
+    ],
+    "puts": lambda x: [put(x, 0), put(x, 1), put(x, 2), put(x, 3), put(x, 4)],
+    "masks": lambda x: [x.masked_fill(x > 0, 0), torch.where(x > 0, x, x.roll(1, 0)), x.masked_scatter(x[0] > 0, x)],
+    "norms": lambda x: [
+        F.layer_norm(x, (5,)),
+        F.layer_norm(x, (4, 5)),
+        F.rms_norm(x, (5,)),
+        F.group_norm(x, 2),
+        F.instance_norm(x),
+        F.normalize(x, dim=0),
+    ],
+    "batch norms": lambda x: [
+        F.batch_norm(x, None, None, training=True),
+        F.batch_norm(x, torch.zeros(4), torch.ones(4)),
+    ],
+    "convolutions": lambda x: [
+        F.conv1d(x, torch.ones(2, 4, 3)),
+        F.conv1d(x.transpose(0, 1), torch.ones(2, 3, 2)),
+        F.conv_transpose1d(x, torch.ones(4, 2, 3)),
+    ],
+    "pools": lambda x: [
+        F.max_pool1d(x, 2),
+        F.avg_pool1d(x, 2),
+        F.adaptive_avg_pool1d(x, 2),
+        F.interpolate(x, 8),
+        F.glu(x[..., :4]),
+    ],
+    "attention": lambda x: [
+        attend(x),
+        attend(x.transpose(0, 1)),
+        F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    ],
+    "losses": lambda x: [
+        F.cross_entropy(x.flatten(0, 1), (x[..., 0] > 0).long().flatten(), reduction="none"),
+        F.cross_entropy(x.transpose(1, 2), (x[..., 0] > 0).long(), reduction="none"),
+        F.cross_entropy(x[:, 0], (x[:, 1, 0] > 0).long()),
+        F.mse_loss(x, x.roll(1, 0), reduction="none"),
+        F.binary_cross_entropy_with_logits(x, (x > 0).float(), reduction="none"),
+    ],
+    "in place": lambda x: [
+        x.clone().add_(x.roll(1, 0)),
+        torch.zeros_like(x).copy_(x),
+        x.clone().transpose(0, 1).mul_(x[0, 0, 0]),
+        filled(x),
+    ],
+    "complex": lambda x: [
+        torch.view_as_real(torch.view_as_complex(x[..., :4].reshape(3, 4, 2, 2).contiguous()) * 2),
+        torch.fft.rfft(x, dim=1).abs(),
+    ],
+    "solutions": lambda x: [
+        torch.linalg.solve_triangular(torch.eye(4) + x[..., :4].tril(-1), x, upper=False),
+        torch.cdist(x, x),
+    ],
+    "out": lambda x: [
+        torch.add(x, x.roll(1, 0), out=torch.zeros(3, 4, 5)),
+        torch.mm(x[0], x[1].T, out=torch.zeros(4, 4)),
+    ],
+}
+
+
+def attend(x: Tensor) -> Tensor:
+    q = x.unsqueeze(1)
+    return F.scaled_dot_product_attention(q, q, q, (x[..., 0] > 0)[:, None, None, :])
+
+
+def filled(x: Tensor) -> Tensor:
+    out = torch.empty(3, 4, 5)
+    out[:, :, 1:] = x[:, :, 1:]
+    out[..., 0] = x[0, 0, 0]
+    return out
+
+
+def put(x: Tensor, kind: int) -> Tensor:
+    out = x.clone()
+    if kind == 0:
+        out[torch.tensor([0, 1])] = x[2]
+    elif kind == 1:
+        out[torch.arange(3), (x[:, 0, 0] > 0).long()] = 1.0
+    elif kind == 2:
+        out[x > 0] = 7.0
+    elif kind == 3:
+        out.index_put_((torch.tensor([0, 0]),), x[1:], accumulate=True)
+    else:
+        out[:, (x[0, :, 0] > 0).long()] = x[:, :1]
+    return out
+
+
+@pytest.mark.parametrize("family", OPERATIONS)
+def test_what_changes_with_an_example_is_said_to_depend_on_it(family: str) -> None:
+    function = OPERATIONS[family]
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    tracker = Tracker(nn.Identity())
+    tracker.mark(x, 0)
+    with tracker.watching():
+        results = list(tensors_in(function(x)))
+        labels = [tracker.book.read(r) for r in results]
+    for row in range(3):
+        for seed in range(6):
+            other = x.clone()
+            other[row] = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed + 1))
+            for number, (before, after) in enumerate(zip(results, tensors_in(function(other)), strict=True)):
+                changed = (before != after).numpy()
+                assert not (changed & ((labels[number] & (1 << row)) == 0)).any(), (family, number)
+
+
+# Random architectures with random couplings at random places.
+
+
+class Stack(nn.Module):
+    """Layers one after another on [B, T, d], and one loss an example."""
+
+    def __init__(self, layers: list[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for layer in self.layers:
+            h = layer(h)
+        return self.last(h).square().flatten(1).sum(1)
+
+
+def random_layer(draw: Callable[[int], int]) -> Callable[[Tensor], Tensor]:
+    """A permutation to one of its layouts, an operation over some of the dimensions, and back."""
+    layout = [(0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0), (2, 0, 1)][draw(6) if draw(2) else draw(2) * 3]
+    back = tuple(layout.index(d) for d in range(3))
+    dim = draw(3) if draw(3) == 0 else 1 + draw(2)
+    operations: list[Callable[[Tensor], Tensor]] = [
+        lambda h: h - h.mean(dim, keepdim=True),
+        lambda h: h + h.roll(1, dim),
+        lambda h: h * h.softmax(dim),
+        lambda h: h.cumsum(dim),
+        lambda h: h.flip(dim) + h,
+        lambda h: h / (1 + h.abs().amax(dim, keepdim=True)),
+        lambda h: h.sort(dim).values,
+        lambda h: h + h.select(dim, 0).unsqueeze(dim),
+        lambda h: (h.flatten(0, 1) * 1.5).view_as(h).tanh(),
+        lambda h: h @ (h.mT @ h) * 0.1,
+        lambda h: h.reshape(-1, h.shape[-1]).softmax(-1).view_as(h) + h,
+        lambda h: F.layer_norm(h, h.shape[-1:]),
+        lambda h: torch.relu(h) + h.clamp(-1, 1),
+        lambda h: torch.cat([h.narrow(dim, 1, h.shape[dim] - 1), h.narrow(dim, 0, 1)], dim) + h,
+    ]
+    operation = operations[draw(len(operations))]
+    return lambda h: operation(h.permute(layout)).permute(back)
+
+
+def coupled(model: nn.Module, x: Tensor) -> bool:
+    """Whether one example's numbers move another's loss, tried."""
+    with torch.no_grad():
+        before = model(x)
+        for row in range(3):
+            for scale in (0.3, 3.0):
+                other = x.clone()
+                other[row] = torch.randn(x.shape[1:], dtype=x.dtype) * scale
+                moved = (model(other) - before).abs() > 1e-9 * (1 + before.abs())
+                if any(moved[b] for b in range(3) if b != row):
+                    return True
+    return False
+
+
+def test_no_random_architecture_with_a_coupling_is_proved() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    outcomes = {True: [0, 0], False: [0, 0]}
+    for number in range(100):
+        torch.manual_seed(number)
+        model = Stack([random_layer(draw) for _ in range(1 + draw(4))]).double()
+        batches = [{"x": torch.randn(3, 5, 6, dtype=torch.float64)} for _ in range(2)]
+        proved = prove(model, lambda m, b: m(b["x"]), batches).independent
+        outcomes[coupled(model, batches[0]["x"])][proved] += 1
+    assert outcomes[True][True] == 0
+    assert outcomes[True][False] > 20
+    assert outcomes[False][True] > 20
+
+
+def test_adapters_of_a_peft_model_are_proved_with_what_they_save() -> None:
+    settings = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
+    assert proof_of(get_peft_model(M.bert(), settings), M.class_batch).reasons == ()
+
+
+def test_batches_of_another_number_are_an_error() -> None:
+    with pytest.raises(ValueError, match="expected 2 batches"):
+        prove(tiny(), token_losses, [M.token_batch()])
+
+
+@pytest.mark.parametrize("make", [partial(M.token_batch, 2), partial(M.token_batch, 4)])
+def test_a_tensor_that_does_not_lead_with_the_examples_is_not_followed(make: Callable[[], Batch]) -> None:
+    assert "does not lead" in proof_of(tiny(), make).reasons[0]

@@ -1,0 +1,154 @@
+"""Every argument of Trainer has a verdict, and what the arguments alone do not show is looked at too."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Seq2SeqTrainingArguments, Trainer
+
+from hf_dp import DPTrainerMixin, PrivacyConfig
+from hf_dp.errors import UnsupportedOptionError
+from hf_dp.training.options import ENVIRONMENT, HANDLED, REFUSED, SAFE, check_options
+from tests.support import models as M
+from tests.support import runs
+
+FIELDS = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
+ELSEWHERE = {
+    *("packing", "padding_free"),  # of trainers built on this one
+    *("group_by_length", "logging_dir", "warmup_ratio"),  # of 5.0, and gone since
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "dataloader_in_order", "train_sampling_strategy"),
+    *(
+        "dataloader_multiprocessing_context",
+        "ddp_static_graph",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+    ),  # since 5.0
+}
+
+
+def test_every_argument_has_a_verdict() -> None:
+    """A new transformers brings new arguments: decide which table each belongs in, and why, before it is let in."""
+    assert FIELDS - set(REFUSED) - set(HANDLED) - SAFE == set()
+
+
+def test_no_argument_has_two_verdicts_and_none_is_made_up() -> None:
+    for one, other in ((set(REFUSED), set(HANDLED)), (set(REFUSED), SAFE), (set(HANDLED), SAFE)):
+        assert one & other == set()
+    assert (set(REFUSED) | set(HANDLED) | SAFE) - FIELDS <= ELSEWHERE
+    assert all(reason for reason in HANDLED.values())
+    assert all(remedy for _, remedy in REFUSED.values())
+
+
+def test_the_defaults_are_let_through(tmp_path: Path) -> None:
+    check_options(Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), public_eval=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"debug": "underflow_overflow"}, "prints activations"),
+        ({"skip_memory_metrics": False}, "peak memory"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            r"gradient_accumulation_kwargs\['num_steps'\]: the logical batch",
+        ),
+    ],
+)
+def test_side_doors_are_refused(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOptionError, match=named):
+        check_options(runs.arguments(tmp_path, **settings), public_eval=False)
+
+
+def test_a_token_that_would_be_saved_and_pushed_is_refused_and_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOptionError, match="hub_token: it would be saved") as refused:
+        check_options(runs.arguments(tmp_path, hub_token="hf_secret_of_mine"), public_eval=False)
+    assert "hf_secret_of_mine" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["sortish_sampler", "tf32", "packing", "padding_free"])
+def test_what_is_set_on_the_object_is_seen(name: str, tmp_path: Path) -> None:
+    args = runs.arguments(tmp_path)
+    vars(args)[name] = True  # transformers itself refuses some of them without a GPU
+    with pytest.raises(UnsupportedOptionError, match=f"{name}=True: "):
+        check_options(args, public_eval=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("fsdp", ["full_shard"], "fsdp=.*load the base with .*fsdp_size.*adapter on it, or use DDP"),
+        (
+            "deepspeed",
+            "ds.json",
+            "deepspeed=ds.json: it reduces and steps inside backward; use DDP .*, or load the base sharded",
+        ),
+        (
+            "parallelism_config",
+            object(),
+            "parallelism_config=.*tensor, context and sequence parallelism.*; use DDP, or load",
+        ),
+        ("_n_gpu", 2, "DataParallel over 2 GPUs: start one process a GPU"),
+    ],
+)
+def test_other_ways_to_distribute_are_refused_with_a_way_out(
+    name: str, value: Any, way_out: str, tmp_path: Path
+) -> None:
+    args = runs.arguments(tmp_path)
+    vars(args)[name] = value  # the libraries or machines that they need are not all here
+    with pytest.raises(UnsupportedOptionError, match=way_out):
+        check_options(args, public_eval=False)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_what_the_launcher_says_by_the_environment_is_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = runs.arguments(tmp_path)
+    harmless = {"ACCELERATE_MIXED_PRECISION": "bf16"}.get(name, "false")
+    monkeypatch.setenv(name, harmless)
+    check_options(args, public_eval=False)
+    monkeypatch.setenv(name, {"ACCELERATE_MIXED_PRECISION": "fp16"}.get(name, "true"))
+    with pytest.raises(UnsupportedOptionError, match=f"{name}=.*accelerate's launcher"):
+        check_options(args, public_eval=False)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_matrix_products_of_fewer_bits_are_refused(precision: str, tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(UnsupportedOptionError, match=f"'{precision}'.*set 'highest'"):
+            check_options(runs.arguments(tmp_path), public_eval=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class TakesAnything(Trainer):
+    """A host as people write them: its own keyword, and the rest handed on."""
+
+    def __init__(self, *args, flavour="plain", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.flavour = flavour
+
+
+class Private(DPTrainerMixin, TakesAnything):
+    pass
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_host_that_hands_its_arguments_on_is_planned_and_checked_as_any(tmp_path, by_name):
+    model, privacy = M.with_lora(M.llama), PrivacyConfig(noise_multiplier=1.0, expected_batch_size=4)
+
+    def build(**options):
+        args = runs.arguments(tmp_path, **options)
+        given = {"train_dataset": runs.text_rows(), "privacy": privacy, "flavour": "sweet"}
+        if by_name:
+            return Private(model=model, args=args, data_collator=runs.collate, **given)
+        return Private(model, args, runs.collate, **given)
+
+    trainer = build()
+    assert (trainer.mechanism.num_examples, trainer.flavour) == (24, "sweet")
+    with pytest.raises(UnsupportedOptionError, match="gradient_accumulation_steps"):
+        build(gradient_accumulation_steps=2)

@@ -1,0 +1,115 @@
+"""The mixin on trl's SFTTrainer: prompt and completion, exact sums, and refusals of what joins or drops records."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from hf_dp import ConfigError, DPTrainerMixin, PrivacyConfig, UnsupportedOptionError
+from hf_dp.card.readme import section_of
+from tests.support import models as M
+from tests.support import reference, runs
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+
+
+class DPSFTTrainer(DPTrainerMixin, trl.SFTTrainer):
+    """As a user would write it."""
+
+
+def rows(count: int = 24) -> Dataset:
+    generator = random.Random(0)
+
+    def words(most: int) -> str:
+        return " ".join(f"w{generator.randrange(3, M.VOCAB)}" for _ in range(generator.randint(2, most)))
+
+    return Dataset.from_list([{"prompt": words(9), "completion": " " + words(5)} for _ in range(count)])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<unk>": 1, "<end>": 2, **{f"w{i}": i for i in range(3, M.VOCAB)}}
+    model = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+
+
+def sft(folder: Path, data: Dataset, callbacks: Any = None, privacy: Any = runs.NOISELESS, **k: Any) -> DPSFTTrainer:
+    plain = runs.arguments(folder).to_dict()
+    kept = "output_dir use_cpu report_to disable_tqdm max_steps per_device_train_batch_size save_strategy optim"
+    settings = {name: plain[name] for name in (*kept.split(), "lr_scheduler_type")}
+    return DPSFTTrainer(
+        model=M.llama(),
+        args=trl.SFTConfig(**{**settings, "bf16": False, "gradient_checkpointing": False, "max_length": 32, **k}),
+        privacy=PrivacyConfig(**privacy, expected_batch_size=len(data), clip_norm=0.1),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        callbacks=callbacks,
+    )
+
+
+class Keep(TrainerCallback):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **k: Any) -> None:
+        self.seen = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_one_step_of_supervised_fine_tuning_is_exact(tmp_path: Path) -> None:
+    keep = Keep()
+    trainer = sft(tmp_path, rows(), [keep])
+    M.stirred(trainer.model)
+    slow = {n: torch.zeros_like(p) for n, p in reference.trainable(trainer.model).items()}
+    for row in trainer.train_dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        assert (labels == -100).any()
+        one = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        for name, g in reference.clipped_sum(trainer.model, one, reference.causal_lm_loss, 0.1).items():
+            slow[name] += g / 24
+    trainer.train()
+    assert reference.relative_difference(keep.seen, slow) < 1e-5  # float32
+
+
+def test_packing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOptionError, match="packing=True"):
+        sft(tmp_path, rows(), packing=True)
+
+
+def test_a_trainer_that_drops_records_is_refused(tmp_path: Path) -> None:
+    """trl drops records whose completion was cut off: N, q and epsilon would silently be those of another data set."""
+    long_prompt = {"prompt": " ".join(["w5"] * 40), "completion": " w6"}
+    with pytest.raises(ConfigError, match="made 24 training records out of the 25"):
+        sft(tmp_path, Dataset.from_list([*rows(), long_prompt]))
+
+
+def test_the_privacy_section_survives_trls_card_and_is_the_same_in_the_checkpoint(tmp_path: Path) -> None:
+    """trl writes README.md from a template of its own, PEFT rewrites its tags at each save."""
+    noisy = {"noise_multiplier": 1.0, "target_delta": 1e-3}
+    trainer = sft(tmp_path, rows(), privacy=noisy, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    written = section_of((tmp_path / "README.md").read_text())
+    for _ in range(3):
+        trainer.create_model_card(model_name="mine", tags=["mine"])
+        trainer.save_model()
+        loaded = ModelCard.load(tmp_path / "README.md")
+        assert "TRL" in loaded.text
+        assert "Cite TRL as" in loaded.text
+        assert loaded.text.count("## Privacy") == 1
+        assert section_of(loaded.content) == written
+        assert {"trl", "sft", "differential-privacy", "dp-sgd"} <= set(loaded.data.tags)
+        assert loaded.data["privacy"]["num_steps"] == 1
+        again = ModelCardData(**loaded.data.to_dict()).to_dict()
+        assert again["privacy"] == loaded.data["privacy"] == yaml.safe_load(loaded.content.split("---")[1])["privacy"]
+    checkpoint = ModelCard.load(tmp_path / "checkpoint-1" / "README.md")
+    assert section_of(checkpoint.content) == written
+    assert checkpoint.data["privacy"] == loaded.data["privacy"]
+    assert (tmp_path / "checkpoint-1/privacy.json").read_bytes() == (tmp_path / "privacy.json").read_bytes()
