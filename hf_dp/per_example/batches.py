@@ -1,11 +1,11 @@
-"""Batches of which each record was collated by itself -> one micro-batch whose rows are tied to its records; and slices
-of that.
+"""The batches of single records -> one micro-batch whose rows are tied to these records, and parts of it.
 
-How many examples a micro-batch has is told by whoever knows its records, never by the size of a tensor. A leaf is
-anything in a batch that is no mapping, tuple or list of further leaves; its path is the keys that lead to it.
+How many examples a micro-batch has is stated by the code that knows its records; it is never read off the size of a
+tensor. A leaf is anything in a batch that is not a mapping, tuple or list of further leaves; its path is the keys and
+indices that lead to it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,11 +19,11 @@ RIGHT, LEFT = "right", "left"
 
 
 class Untied(Exception):
-    """Leaves of several records that can't be made the rows of one batch: each record then has a pass of its own."""
+    """Leaves of several records that cannot become rows of one batch: each record then has a pass of its own."""
 
 
 class Padding(NamedTuple):
-    """What a leaf is filled up with, to the greatest size of each dimension, and on which side."""
+    """What a leaf is padded with, up to the greatest size in each dimension, and on which side."""
 
     value: float
     side: str
@@ -32,33 +32,33 @@ class Padding(NamedTuple):
 class MicroBatch(Batch):
     """A batch for one pass, and how many examples it has.
 
-    With several examples every tensor, and every list of things that are no tensors, has one row for each, in their
-    order; what is neither is the same for all of them. The batch of one example is what the collator made of its
+    With several examples, every tensor, and every list of things that are not tensors, has one row for each example, in
+    their order; anything else is the same for all of them. A batch of one example is what the collator made of its
     record, whatever that is.
     """
 
-    def __init__(self, batch: Mapping[str, Any], size: int) -> None:
+    def __init__(self, batch: Mapping[str, Leaf], size: int) -> None:
         super().__init__(batch)
         self.size = size
 
     def rows(self, where: slice) -> "MicroBatch":
-        """Those examples."""
+        """The examples in this range."""
         size = len(range(*where.indices(self.size)))
         if size == self.size:
             return self
         return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, size)
 
-    def mapped(self, change: Callable[[Batch], Any]) -> "MicroBatch":
-        """The same examples in a batch that was changed as a whole, such as one that was moved to a device."""
+    def mapped(self, change: Callable[[Batch], Batch]) -> "MicroBatch":
+        """The same examples after `change` was applied to the batch as a whole, for example to move it to a device."""
         return MicroBatch(change(dict(self)), self.size)
 
 
 def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
-    """The batch in parts whose size is none of its other dimensions.
+    """Cuts the batch into parts whose number of examples differs from all other dimensions of their tensors.
 
-    A rule tells the examples by the size of the leading dimension. With 32 examples of 32 tokens, relative positions
-    [T, T] or a layer that puts the sequence first could be taken for examples; in parts of 31 and 1 they cannot. One
-    example alone is always unambiguous: then autograd's own gradient is used.
+    The per-example rules recognise the examples by the size of the leading dimension. With 32 examples of 32 tokens,
+    relative positions [T, T], or a layer that puts the sequence first, could be taken for examples; in parts of 31 and
+    1 they cannot. A single example is never ambiguous, because autograd's own gradient is used for it.
     """
     others = {n for leaf in leaves(batch).values() if isinstance(leaf, Tensor) for n in leaf.shape[1:]}
     start = 0
@@ -70,12 +70,10 @@ def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
         start += part
 
 
-def leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
-    """Every leaf of a batch by its path. A list of things that are no tensors, such as one text for each example, is a
-    leaf.
-    """
+def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:
+    """Every leaf of a batch by its path. A list of things that are not tensors, such as one text an example, is one."""
     if isinstance(value, Mapping):
-        members: Any = value.items()
+        members: Iterable[tuple[str | int, Leaf]] = value.items()
     elif _is_sequence_of_fields(value):
         members = enumerate(value)
     else:
@@ -83,37 +81,38 @@ def leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
     return {deeper: leaf for key, member in members for deeper, leaf in leaves(member, (*path, key)).items()}
 
 
-def is_tied(batch: Mapping[str, Any], size: int) -> bool:
-    """Whether every tensor, and every list of other things, has `size` rows."""
+def is_tied(batch: Mapping[str, Leaf], size: int) -> bool:
+    """Whether every tensor, and every list of things that are not tensors, has `size` rows."""
     return all(_rows(leaf) in (size, None) for leaf in leaves(batch).values())
 
 
 def stacked(alone: Sequence[Batch], paddings: Mapping[Path, Padding]) -> MicroBatch:
-    """One micro-batch of records that were collated each by itself.
+    """One micro-batch of records that were collated one by one.
 
     Args:
-        alone: the batch of each.
-        paddings: of the leaves that differ in size.
+        alone: the batch of each record.
+        paddings: of the leaves whose sizes differ.
 
     Raises:
-        Untied: a leaf has not exactly one row for its record, or differs in kind, type or size without a known padding.
+        Untied: a leaf does not have exactly one row for its record; or it differs in kind or type, or in size without a
+            known padding.
     """
     if len(alone) == 1:
         return MicroBatch(alone[0], 1)
     return MicroBatch(_joined(list(alone), (), paddings), len(alone))
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two batches, or leaves, hold the same: floats but for rounding, whole numbers and the rest exactly."""
+def same(a: Leaf, b: Leaf) -> bool:
+    """Whether two batches, or two leaves, hold the same: floats up to rounding, everything else exactly."""
     first, second = leaves(a), leaves(b)
     return first.keys() == second.keys() and all(_equal(leaf, second[path]) for path, leaf in first.items())
 
 
 def pad_and_join(tensors: Sequence[Tensor], padding: Padding) -> Tensor:
-    """Tensors [1, ...] of equal type and number of dimensions -> [B, ...], each filled up to the greatest size.
+    """Tensors [1, ...] of equal type and number of dimensions -> [B, ...], each padded to the greatest sizes.
 
     Raises:
-        Untied: types or numbers of dimensions differ, or one has not exactly one row.
+        Untied: types or numbers of dimensions differ, or a tensor does not have exactly one row.
     """
     if len({(x.dtype, x.dim(), x.shape[:1]) for x in tensors}) > 1 or tensors[0].shape[:1] != (1,):
         raise Untied
@@ -127,7 +126,7 @@ def pad_and_join(tensors: Sequence[Tensor], padding: Padding) -> Tensor:
     return out
 
 
-def _joined(values: list[Any], path: Path, paddings: Mapping[Path, Padding]) -> Any:
+def _joined(values: list[Leaf], path: Path, paddings: Mapping[Path, Padding]) -> Leaf:
     first = values[0]
     if any(type(v) is not type(first) for v in values):
         raise Untied
@@ -160,7 +159,7 @@ def _joined_tensors(tensors: list[Tensor], path: Path, paddings: Mapping[Path, P
     return torch.cat(tensors)
 
 
-def _sliced(value: Any, where: slice) -> Any:
+def _sliced(value: Leaf, where: slice) -> Leaf:
     if isinstance(value, Mapping):
         return {key: _sliced(member, where) for key, member in value.items()}
     if isinstance(value, Tensor):
@@ -170,11 +169,11 @@ def _sliced(value: Any, where: slice) -> Any:
     return value[where] if isinstance(value, (tuple, list)) else value
 
 
-def _is_sequence_of_fields(value: Any) -> bool:
+def _is_sequence_of_fields(value: Leaf) -> bool:
     return isinstance(value, (tuple, list)) and any(isinstance(m, (Tensor, Mapping, tuple, list)) for m in value)
 
 
-def _rows(leaf: Any) -> int | None:
+def _rows(leaf: Leaf) -> int | None:
     if isinstance(leaf, Tensor):
         return len(leaf) if leaf.dim() else 0
     if isinstance(leaf, (tuple, list)):
@@ -182,12 +181,12 @@ def _rows(leaf: Any) -> int | None:
     return None if leaf is None or isinstance(leaf, (bool, int, float, str)) else 0
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Leaf, b: Leaf) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         return torch.allclose(a, b, 1e-5, 1e-6, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
     try:
         return type(a) is type(b) and bool(a == b)
-    except (ValueError, TypeError, RuntimeError):  # such as of arrays
+    except (ValueError, TypeError, RuntimeError):  # for example of arrays, whose == has no single answer
         return False

@@ -1,15 +1,14 @@
-"""Borrows a model's trainable parameters for one pass over a micro-batch, gathers each example's gradient, gives them
-back.
+"""Borrows a model's trainable parameters for one pass over a micro-batch, and gathers each example's gradient.
 
-`Capture` is one pass: parameters become proxies (several examples) or plain leaves of their own (one example, where
-autograd's gradient *is* the example's, whatever the layer), forward and backward run, factors are recorded.
-`clipped_gradient_sum` is what everybody else calls. The model is left as it was found, also after an exception, and
-`p.grad` is never written.
+`Capture` records one pass. With several examples, parameters are replaced by proxies that see every use. With one
+example they are replaced by plain leaves: autograd's gradient *is* the example's then, whatever the layer. Forward and
+backward run, and factors are recorded. Other rooms call `clipped_gradient_sum`. The model is left as it was found,
+after an exception too, and `p.grad` is never written.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +23,24 @@ from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
 
-REMEDY = "freeze it, or set per_device_train_batch_size=1 (and no token budget): one example at a time is exact for any layer"
+T = TypeVar("T")
+REMEDY = (
+    "freeze it, or set per_device_train_batch_size=1 (and no token budget): one example at a time is exact for any "
+    "layer"
+)
 
 
 class Capture:
     """What one pass over `batch_size` examples records: parameter name -> factors of its per-example gradients.
 
     Attributes:
-        anchor: a leaf without values through which taps make their outputs require a gradient.
+        anchor: a leaf without values, through which taps make their outputs require a gradient.
         operations: parameter name -> the operations that used it, in order.
-        refusals: (parameter, operation) pairs without an exact rule. Collected rather than raised where `collecting`.
+        refusals: (parameter, operation) pairs without an exact rule. If `collecting`, they are noted here instead of
+            raised.
     """
 
-    apply_rule = staticmethod(apply_rule)  # proxies reach the rules by way of their capture
+    apply_rule = staticmethod(apply_rule)  # proxies call the rules through their capture, which imports both
 
     def __init__(self, batch_size: int, *, collecting: bool = False) -> None:
         self.batch_size = batch_size
@@ -52,9 +56,7 @@ class Capture:
         self._watched.append(proxy)
 
     def forget(self) -> None:
-        """Lets go of factors and proxies, which refer back to here: a cycle would hold them until the collector's next
-        round.
-        """
+        """Drops factors and proxies. They refer back to this object, and only the garbage collector frees a cycle."""
         self.recorded, self._watched = {}, []
 
     def used(self, parameter: str, operation: str) -> None:
@@ -62,22 +64,25 @@ class Capture:
         self.operations.setdefault(parameter, {})[operation] = None
 
     def record(self, parameter: str, factor: Factor) -> None:
-        """One use of `parameter`, from a tap's backward. Materialised at once where `cost` says so."""
+        """Records one use of `parameter`, from a tap's backward; materialised now if that is cheaper (see `cost`)."""
         if isinstance(factor, Outer):
             _, positions, d = factor.inputs.shape
             if materialise_is_cheaper(positions, d, factor.grads.shape[-1]):
                 factor = Dense(fx.materialise(factor))
         self.recorded.setdefault(parameter, []).append(factor)
 
-    def refuse(self, parameters: Sequence[str], operation: str, compute: Callable[[], Any]) -> Any:
-        """An operation without a rule: an error, or noted and computed without these parameters' gradients."""
+    def refuse(self, parameters: Sequence[str], operation: str, compute: Callable[[], T]) -> T:
+        """An operation without a rule: an error.
+
+        If `collecting`, it is noted instead, and computed without these parameters' gradients.
+        """
         self.refusals.update({(parameter, operation): None for parameter in parameters})
         if self._collecting:
             return compute()
         raise UnsupportedParameterError(refusal_message(self.refusals))
 
     def refuse_hidden(self, strays: list[str]) -> None:
-        """Refuses parameters to which autograd itself delivered a gradient: `strays`, and proxies past the taps."""
+        """Refuses parameters to which autograd itself delivered a gradient: `strays`, and proxies used elsewhere."""
         with torch._C.DisableTorchFunctionSubclass():
             strays = strays + [p.parameter for p in self._watched if p.grad is not None]
         for parameter in strays:
@@ -87,15 +92,13 @@ class Capture:
 
 
 def refusal_message(refusals: dict[tuple[str, str], None]) -> str:
-    """All parameters without an exact rule, with the operation that uses each, and what to do."""
+    """An error message that names each parameter without an exact rule, the operation that uses it, and a remedy."""
     uses = "; ".join(f"{parameter} (used by {operation})" for parameter, operation in refusals)
     return f"no exact per-example rule for: {uses}. For each: {REMEDY}."
 
 
 class Borrowed:
-    """What stands in for the trainable parameters, by name; and after the pass, `strays`: parameters that got a
-    gradient.
-    """
+    """The stand-ins of the trainable parameters by name; after the pass, `strays`: parameters that got a gradient."""
 
     def __init__(self) -> None:
         self.stand_ins: dict[str, Tensor] = {}
@@ -104,9 +107,10 @@ class Borrowed:
 
 @contextmanager
 def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) -> Iterator[Borrowed]:
-    """Puts `stand_in(name, parameter)` where the model keeps each trainable parameter, tied ones once; then restores.
+    """Puts `stand_in(name, parameter)` wherever the model keeps a trainable parameter, and restores it afterwards.
 
-    A gradient that the parameters held is set aside for the pass: one that they hold after it has strayed there.
+    A tied parameter has one stand-in, in all its places. Gradients that the parameters held are set aside during the
+    pass, so a parameter that has a gradient after it was used from elsewhere: it is a stray.
     """
     stand_ins: dict[int, Tensor] = {}
     lent = Borrowed()
@@ -137,17 +141,20 @@ def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) 
 def per_example_factors(
     model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, *, capture: Capture | None = None
 ) -> tuple[dict[str, list[Factor]], Tensor]:
-    """One forward and backward: parameter name -> factors of per-example gradients, and the losses [B], detached.
+    """One forward and backward pass.
 
     Args:
         model: its parameters with `requires_grad` are differentiated.
         example_losses: runs the forward pass and returns one loss an example, [B].
         batch_size: B.
-        capture: the record to fill; of batch size B.
+        capture: the record to fill, of batch size B.
+
+    Returns:
+        Parameter name -> factors of its per-example gradients; and the losses [B], detached.
 
     Raises:
-        UnsupportedParameterError: a parameter is used in an operation without a rule.
-        CaptureError: the losses are not [B], or a parameter is kept elsewhere than in its module.
+        UnsupportedParameterError: an operation that uses a parameter has no rule.
+        CaptureError: the losses are not [B], or a parameter is used from elsewhere than its module.
     """
     if batch_size == 1 and capture is None:
         return _single_example(model, example_losses)
@@ -163,7 +170,7 @@ def per_example_factors(
 
 
 def _single_example(model: nn.Module, example_losses: Callable[[], Tensor]) -> tuple[dict[str, list[Factor]], Tensor]:
-    """With one example, autograd's gradient is the example's: any layer, any operation."""
+    """With one example in the pass, autograd's gradient is the example's, for any layer and any operation."""
     with borrowed(model, lambda name, p: p.detach().requires_grad_()) as lent, torch.enable_grad():
         losses = _checked(example_losses(), 1)
         _backward(losses)
@@ -187,7 +194,7 @@ def _checked(losses: Tensor, batch_size: int) -> Tensor:
 
 
 def squared_norms(factors: dict[str, list[Factor]], batch_size: int, like: Tensor) -> Measured:
-    """Upper bounds of |g_b|^2 over all parameters together, [B], in float64. Without any factor: zeros."""
+    """Upper bounds of |g_b|^2 over all parameters together, [B], in float64; zeros if there are no factors."""
     if not factors:
         return Measured(like.new_zeros(batch_size, dtype=torch.float64), {})
     return norms.squared_norms(factors)
@@ -212,19 +219,21 @@ def clipped_gradient_sum(
     into: dict[str, Tensor],
     factors_of: Pass = per_example_factors,
 ) -> PerExample:
-    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`; returns upper bounds of the norms |g_b|, and losses,
-    which are secret.
+    """Adds sum_b min(1, C / |g_b|) g_b to the buffers `into`.
 
     g_b is the gradient of example b's loss with respect to all trainable parameters together (flat clipping). An
-    example whose gradient is not finite, or whose norm can't be bounded, adds exactly nothing. B = 0 does nothing.
+    example whose gradient is not finite, or whose norm cannot be bounded, adds exactly nothing. B = 0 does nothing.
 
     Args:
-        model: the model, unwrapped (no DDP around it).
+        model: unwrapped (no DDP around it).
         example_losses: runs the forward pass and returns one loss an example, [B].
         batch_size: B.
         clip_norm: C, above 0.
         into: parameter name -> accumulator of the parameter's shape, contiguous, float32 or better.
-        factors_of: does the pass; another one than `per_example_factors` must give the same.
+        factors_of: does the pass; it must give what `per_example_factors` gives.
+
+    Returns:
+        Upper bounds of the norms |g_b|, and the losses. Both are secret.
 
     Raises:
         UnsupportedParameterError, CaptureError: as `per_example_factors`.
@@ -243,9 +252,7 @@ def clipped_gradient_sum(
 
 
 def views(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Parameter name -> its part of a flat vector, in its shape, one behind the other; what is left at the end is
-    nobody's.
-    """
+    """Parameter name -> its part of a flat vector, in its shape, one after the other; a rest at the end stays out."""
     sizes = [p.numel() for p in parameters.values()]
     pieces = flat[: sum(sizes)].split(sizes)
     return {name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-# What is added for an example is its weight times its gradient, rounded once a number: at most 2**-24 of it in float32.
-# Norms are upper bounds already (`per_example.norms`) and weights are rounded toward zero, so this much below C leaves
-# room for that. It is not meant for the rounding of a float32 sum over examples and positions, which depends on all of
-# them, as in any such sum: `noise="discrete"` has none.
+# What an example adds to the sum is its weight times its gradient, and each number of that product is rounded once: in
+# float32 by at most 2**-24 of its size. Norms are upper bounds already (see `norms`), and weights are rounded toward
+# zero, so aiming this much below C leaves room for the rounding of the product. The margin does not cover the rounding
+# of a float32 sum over examples and positions, which depends on all of them; `noise="discrete"` has no such rounding.
 ROUNDING_MARGIN = 1e-6
 
-# Beyond, squares leave float32 in one form of a gradient and not in another: which one is taken must not decide what an
-# example adds.
+# Beyond this norm, squares overflow float32 in one form of a gradient (see `factors`) and not in another, and the
+# choice of a form must not decide whether an example counts.
 LARGEST_NORM = 1e18
 
 
@@ -18,9 +18,9 @@ def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
     """min(1, C / norm) for each example (Abadi et al. 2016, algorithm 1), [B] -> [B].
 
     An example whose norm is NaN, negative or above `LARGEST_NORM` gets exactly 0: it is dropped, which moves the sum by
-    nothing. A norm of 0 gets 1. The caller must also zero the gradients of an example with factor 0, since 0 x NaN is
-    NaN. The factor aims `ROUNDING_MARGIN` below C, relatively, so that rounding does not carry a clipped gradient above
-    C; an example already under C(1 - margin) is not touched.
+    nothing. The caller must also zero the gradients of such an example, since 0 x NaN is NaN. A norm of 0 gets 1. The
+    factor aims `ROUNDING_MARGIN` below C, relatively, so that rounding does not carry a clipped gradient above C.
+    Examples already below C (1 - margin) are not scaled.
     """
     target = clip_norm * (1.0 - ROUNDING_MARGIN)
     factors = (target / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)

@@ -1,11 +1,10 @@
-"""A model whose repeated blocks are compiled by torch.compile -> the same per-example gradients, in fewer and larger
-kernels.
+"""A model whose repeated blocks are compiled by torch.compile -> the same per-example gradients, in fewer kernels.
 
-What is traced must not look at parameters through stand-ins, so within the blocks each trained linear map is lent a
-stand-in *module* for the pass: y = x W^T with W constant, and a second argument without values or memory, `anchor` (one
-zero, expanded to [B, r, d]), whose gradient is what W's would be for each example, g_b^T x_b. The graph is an ordinary
-one, and autograd adds up the uses. Trained parameters outside the blocks go through `capture`, and one example alone
-runs as it is.
+Code that is traced must not look at parameters through stand-ins. So within the blocks each trained linear map is
+replaced, for the pass, by a *module*: y = x W^T with W constant, and a second argument `anchor`, one zero expanded to
+[B, r, d], which takes no memory and is not read. The gradient of `anchor` is what W's would be for each example,
+g_b^T x_b. The graph is an ordinary one, and autograd adds up several uses. Trained parameters outside of the blocks go
+through `capture`. A pass over one example runs uncompiled.
 
 Legend: B examples, T positions, d inputs, r outputs.
 """
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,27 +21,27 @@ from torch import Tensor, nn
 
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.per_example.capture import per_example_factors
-from hf_dp.per_example.factors import Dense, Factor, per_example_product
+from hf_dp.per_example.factors import Dense, Factor, per_example_product, wide
 from hf_dp.per_example.inventory import Row
+from hf_dp.per_example.taps import Context
 
-# Graphs of one class of blocks (first or later, padded or not, checked or trained, ...); beyond, blocks run uncompiled.
+# How many graphs one class of blocks may have (first block or later, padded or not, checked or trained, ...). Beyond
+# that number, torch.compile runs blocks uncompiled.
 GRAPHS = 32
 
 
 class AnchoredLinear(torch.autograd.Function):
-    """y = x W^T for x [B, ..., d]; the gradient of `anchor` [B, r, d] is g^T x over each example's positions, in
-    float32 or better.
-    """
+    """y = x W^T for x [B, ..., d]. The gradient of `anchor`, [B, r, d], is g^T x over each example's positions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, anchor: Tensor) -> Tensor:
         """`anchor` is not read."""
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """(g W, nothing, g^T x of each example)."""
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, of W (none) and of `anchor`: g W, None, and g^T x for each example."""
         (g,) = grads
         x, weight = ctx.saved_tensors
         by_example = per_example_product(g.flatten(1, -2), x.flatten(1, -2))
@@ -50,7 +49,7 @@ class AnchoredLinear(torch.autograd.Function):
 
 
 class TappedLinear(nn.Module):
-    """Stands in for a linear layer without bias during a pass. `weight` and `anchor` are lent for each pass."""
+    """Stands in for a linear layer without bias during a pass, for which it is given `weight` and `anchor`."""
 
     weight: Tensor
     anchor: Tensor
@@ -85,12 +84,12 @@ class CompiledBlocks:
     """Forms per-example factors as `capture.per_example_factors` does, with the model's repeated blocks compiled.
 
     Args:
-        model: unwrapped; left as it is between passes.
+        model: unwrapped; between passes it is left as it was.
         inventory: of the model.
         backend: of torch.compile.
 
     Raises:
-        UnsupportedOptionError: nothing to compile, or other trained parameters in the blocks; names all.
+        UnsupportedOptionError: there is nothing to compile, or other parameters are trained in the blocks; names all.
     """
 
     def __init__(self, model: nn.Module, inventory: Sequence[Row], backend: str = "inductor") -> None:
@@ -107,7 +106,9 @@ class CompiledBlocks:
             )
         self._own = [list(blocks) for blocks in self._blocks]
         compiled = partial(torch.compile, dynamic=True, backend=backend)
-        self._compiled: list[list[Any]] = [list(map(compiled, own)) for own in self._own]
+        self._compiled: list[list[nn.Module]] = [
+            [cast(nn.Module, compiled(block)) for block in own] for own in self._own
+        ]
 
     def __call__(
         self, model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int
@@ -124,14 +125,11 @@ class CompiledBlocks:
 
     @contextmanager
     def _lent(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Puts compiled blocks and stand-ins into the model, and takes them out whatever happens; parameter -> its
-        anchor.
-        """
+        """Puts compiled blocks and stand-ins into the model, and always takes them out; parameter -> its anchor."""
         anchors = {}
         try:
             for name, parent, key, module, stand_in in self._leaves:
-                wide = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-                zero = torch.zeros((), dtype=wide, device=module.weight.device)
+                zero = torch.zeros((), dtype=wide(module.weight), device=module.weight.device)
                 stand_in.weight = module.weight.detach()
                 stand_in.anchor = anchors[name] = zero.expand(batch_size, *module.weight.shape).requires_grad_()
                 parent._modules[key] = stand_in
@@ -168,7 +166,7 @@ def _leaves(model: nn.Module, inside: set[int]) -> Iterator[_Leaf]:
 
 
 def _others(model: nn.Module, inside: set[int], known: set[str]) -> Iterator[str]:
-    """Names of parameters trained in the blocks that are not known, or have a second place somewhere."""
+    """Names of parameters trained in the blocks that are not `known`, or that are tied to another place."""
     places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules():
         for key, p in module.named_parameters(recurse=False):

@@ -1,13 +1,13 @@
-"""Layers that PyTorch computes in one operation -> the same out of operations with rules: attention, and recurrent
-layers.
+"""Layers that PyTorch computes in one operation -> the same, composed of operations that have rules: attention, LSTM,
+...
 
-Both may come with the positions first, [T, B, d]: examples lead inside, and the result goes back to the caller's
-layout.
+Both kinds may be called with the positions in front, [T, B, d]. Inside, the examples are in front; the result is
+brought back to the caller's layout.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from hf_dp.per_example.operations import linear
 from hf_dp.per_example.proxy import ParameterProxy, proxies_in
 
 
-def _project(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
-    """y = x W^T + b, through a tap where a trainable parameter is in it."""
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + b, through a tap if weight or bias is trained."""
     result = linear(x, weight, bias) if proxies_in((weight, bias)) else F.linear(x, weight, bias)
     assert result is not None
     return result
@@ -30,22 +30,22 @@ def multi_head_attention(
     value: Tensor,
     embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight: Any,
-    in_proj_bias: Any,
-    bias_k: Any,
-    bias_v: Any,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
     add_zero_attn: bool,
     dropout_p: float,
-    out_proj_weight: Any,
-    out_proj_bias: Any,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
     training: bool = True,
     key_padding_mask: Tensor | None = None,
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
     use_separate_proj_weight: bool = False,
-    q_proj_weight: Any = None,
-    k_proj_weight: Any = None,
-    v_proj_weight: Any = None,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
     static_k: Tensor | None = None,
     static_v: Tensor | None = None,
     average_attn_weights: bool = True,
@@ -57,17 +57,17 @@ def multi_head_attention(
     if extra or add_zero_attn or (is_causal and attn_mask is None) or proxies_in(data) or query.dim() != 3:
         return None
     size, batch = embed_dim_to_check, query.shape[1]
-    weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else (in_proj_weight,) * 3
-    biases: tuple[Any, ...] = (in_proj_bias,) * 3
+    separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+    weights = cast(tuple[Tensor, ...], separate if use_separate_proj_weight else (in_proj_weight,) * 3)
     known: dict[int, Tensor] = {}
     projected = []
     for i, (x, weight) in enumerate(zip(data, weights, strict=True)):
         if use_separate_proj_weight:
             y = _project(x.transpose(0, 1), weight)
-            y = y if biases[i] is None else y + biases[i][i * size : (i + 1) * size]
-        else:  # the packed weight as a whole, once for each distinct input: its rows for q, k and v are cut from the output
+            y = y if in_proj_bias is None else y + in_proj_bias[i * size : (i + 1) * size]
+        else:  # one product with the whole packed weight for each distinct input; q, k and v are cut from the output
             if id(x) not in known:
-                known[id(x)] = _project(x.transpose(0, 1), weight, biases[i])
+                known[id(x)] = _project(x.transpose(0, 1), weight, in_proj_bias)
             y = known[id(x)][..., i * size : (i + 1) * size]
         projected.append(y.unflatten(2, (num_heads, -1)).transpose(1, 2))
     q, k, v = projected
@@ -86,7 +86,7 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
-State = tuple[Tensor, ...]
+State: TypeAlias = tuple[Tensor, ...]  # of a recurrent layer: h, and for an LSTM c
 
 
 def _lstm_cell(ours: Tensor, before: Tensor, state: State) -> State:
@@ -120,8 +120,8 @@ CELLS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
 def recurrent(
     kind: str,
     input: Tensor,
-    hx: Any,
-    params: Sequence[Any],
+    hx: Tensor | State,
+    params: Sequence[Tensor],
     has_biases: bool,
     num_layers: int,
     dropout: float,

@@ -1,16 +1,18 @@
-"""The one cost model: sizes of a linear use -> keep its per-example gradients, or keep it factored.
+"""The cost model: sizes of a linear map and its use -> whether to keep its per-example gradients, or to keep it
+factored.
 
-For one example of a linear map d -> r used at T positions (multiply-adds; a number moved through memory counts as
-`MOVE` of them):
+For one example of a linear map d -> r used at T positions, in multiply-adds, where moving one number through memory
+counts as `MOVE` of them:
 
-    materialise and keep   T d r          + MOVE * 3 d r    (write, read for the norm, read for the sum);  holds d r numbers
-    keep factored          T d r (sum)    + MOVE * T (d + r)  + norm;                                      holds T (d + r) numbers
-        norm by Gram       T^2 (d + r)    + MOVE * 2 T^2
-        norm by product    T d r          + MOVE * 2 d r    (formed a few examples at a time and dropped)
+                           work                                                  numbers held, until weights are known
+    materialise and keep   T d r + MOVE * 3 d r (write, read for norm and sum)   d r
+    keep factored          T d r (sum) + MOVE * T (d + r) + norm                 T (d + r)
+        norm by Gram       T^2 (d + r) + MOVE * 2 T^2
+        norm by product    T d r + MOVE * 2 d r (formed a few examples at a time, then dropped)
 
-LoRA: r is small, so d r is far under T (d + r): materialise. Wide layers in full fine-tuning: d r is far over, and the
-[B, r, d] that would have to be held until every layer's norm is known is a copy of the layer for each example: keep
-factored. `scripts/bench_cost` checks the choice against measured times.
+For LoRA r is small, so d r is far below T (d + r): materialise. For wide layers in full fine-tuning d r is far above:
+[B, r, d], a copy of the layer for each example, would be held until every layer's norm is known: keep factored.
+`scripts/bench_cost` compares the choice with measured times.
 """
 
 MOVE = 16.0  # multiply-adds in the time of one float32 moved; CPU cores and GPUs lie between 8 and 60

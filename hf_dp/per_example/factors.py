@@ -1,15 +1,18 @@
-"""Per-example gradients of one parameter, dense or factored -> squared norms and weighted sums. Pure mathematics.
+"""Per-example gradients of one parameter, dense or factored -> their weighted sums. Pure mathematics.
 
-Legend: B examples, T positions, d inputs, r outputs, V rows of a table. A gradient *per example* has shape [B,
-*parameter].
+Legend: B examples, T positions, d inputs, r outputs, V rows of a table. A gradient *per example* has the shape
+[B, *parameter]. It is kept in one of three forms:
 
     Dense    [B, *shape]                      the gradients themselves
     Outer    x [B, T, d], g [B, T, r]         G_b = g_b^T x_b, shape [r, d]       (a linear map used at T positions)
-    Rows     index [B, T], g [B, T, d]        G_b[v] = sum of g_b[t] with index_b[t] = v   (a lookup in a table)
+    Rows     index [B, T], g [B, T, d]        G_b[v] = sum of g_b[t] over index_b[t] = v   (a lookup in a table)
 
-The norm of an Outer needs no gradient: |G_b|^2 = sum_{s,t} (x_s . x_t)(g_s . g_t)  (Goodfellow 2015, eq. 1 for T = 1; Li et al. 2021,
-section 4.1 for T > 1): see `norms`. Once the weights c_b are known, sum_b c_b G_b is one matrix product (book-keeping, Bu et al. 2023).
-Sums are formed in float32, or in float64 where the inputs are, or where an example's terms cancel.
+The norm of an Outer can be computed without forming the gradient (see `norms`):
+
+    |G_b|^2 = sum_{s,t} (x_s . x_t) (g_s . g_t)     (Goodfellow 2015, eq. 1 for T = 1; Li et al. 2021, section 4.1)
+
+Once the weights c_b are known, sum_b c_b G_b is one matrix product ("book-keeping", Bu et al. 2023). Sums are formed in
+float32, or in float64 if the inputs are float64 or if an example's terms cancel.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,9 +48,14 @@ class Rows(NamedTuple):
 Factor: TypeAlias = Dense | Outer | Rows
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype in which numbers of x are added up: float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def exact(x: Tensor) -> Tensor:
-    """float32 or better: lower precisions are widened, float64 stays."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    """x in float32 or better: lower precisions are widened, float64 stays."""
+    return x.to(wide(x))
 
 
 def per_example_product(grads: Tensor, inputs: Tensor) -> Tensor:
@@ -67,7 +75,7 @@ def materialise(factor: Factor) -> Tensor:
 
 
 def merge(factors: Sequence[Factor]) -> list[Factor]:
-    """Several uses of one parameter -> at most one factor of each kind, standing for the sum of them all."""
+    """Several uses of one parameter -> at most one factor of each form, which together stand for their sum."""
     dense = [f for f in factors if isinstance(f, Dense)]
     outer = [f for f in factors if isinstance(f, Outer)]
     rows = [f for f in factors if isinstance(f, Rows)]
@@ -92,11 +100,15 @@ def merge(factors: Sequence[Factor]) -> list[Factor]:
 def add_weighted_sum(
     factors: Sequence[Factor], weights: Tensor, into: Tensor, in_float64_too: Sequence[int] = ()
 ) -> None:
-    """into += sum_b weights_b G_b, in place. `weights` [B]; `into` has the parameter's shape, float32 or better.
+    """into += sum_b weights_b G_b, in place.
 
-    The gradients of the examples `in_float64_too`, whose terms cancel, are formed in float64 and rounded once. In
-    float32 the products of an Outer's T positions may be off by (T + 1) 2**-24 of the size of their terms, at worst
-    (`norms`: M <= 64 |G|).
+    Args:
+        factors: stand for G_b, [B, *shape].
+        weights: [B].
+        into: [*shape], float32 or better.
+        in_float64_too: examples whose terms cancel. Their gradients are formed in float64 and rounded once: in float32
+            the products over an Outer's T positions may be off by (T + 1) 2**-24 times the size of their terms (for the
+            other examples that size is at most 64 |G|, see `norms`).
     """
     for example in in_float64_too:
         for rows, block in in_float64(factors, example):
@@ -117,23 +129,23 @@ def add_weighted_sum(
 
 
 def toward_zero(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights of 0 or more in another precision, none of them greater than before."""
+    """Weights (0 or more) in another precision, none of them greater than before."""
     rounded = weights.to(dtype)
     return torch.where(rounded > weights, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
 
 
 def matrix_shape(factors: Sequence[Factor]) -> tuple[int, int]:
-    """(r, d) of the gradient of a parameter that is not kept dense alone."""
+    """(r, d) of the gradient of a parameter with at least one Outer or Rows."""
     for factor in factors:
         if isinstance(factor, Outer):
             return factor.grads.shape[-1], factor.inputs.shape[-1]
         if isinstance(factor, Rows):
             return factor.num_rows, factor.grads.shape[-1]
-    raise AssertionError("dense gradients have no terms that cancel")
+    raise AssertionError("gradients that are all dense have no terms that cancel")
 
 
 def in_float64(factors: Sequence[Factor], example: int) -> Iterator[tuple[slice, Tensor]]:
-    """One example's gradient as a matrix, formed in float64, a few of its rows at a time: (which, [rows, d])."""
+    """One example's gradient as a matrix in float64, a few rows at a time: yields (which rows, [rows, d])."""
     r, d = matrix_shape(factors)
     for rows in chunks(r, max(1, CHUNK_ELEMENTS // 8 // d)):
         block = torch.zeros(rows.stop - rows.start, d, dtype=torch.float64, device=_device(factors[0]))

@@ -1,12 +1,10 @@
-"""A model and a batch -> its forward pass as training needs it: next-token losses without needless logits, a decoder's
-inputs.
-"""
+"""A model and a batch -> its losses over a vocabulary without logits that no loss needs; and what a decoder reads."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,19 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_dp.per_example import losses
-from hf_dp.per_example.batches import Batch
+from hf_dp.per_example.batches import Batch, Leaf
 from hf_dp.per_example.operations import autocast
 
-# Of an output layer that was seen at work: whether its logits came out as the model's. Only a guess at the next pass,
-# which is looked at.
+Inputs: TypeAlias = tuple[Tensor, ...]  # a module's positional arguments
+# Output layer -> whether, in an earlier pass, its logits came out of the model unchanged. It is only a guess for the
+# next pass, and is checked there.
 _comes_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
-    """One forward pass: position t predicts label t + 1; the mean cross entropy over each example's own targets, [B].
+    """One forward pass in which position t predicts label t + 1: the mean cross entropy over an example's targets, [B].
 
-    Logits are formed as `at_targets` does, if nothing of the output layer is trained; otherwise from the first target
-    on, where the model takes `logits_to_keep` and has no virtual tokens in front; else all.
+    Which logits are formed: if nothing of the output layer is trained, those that `at_targets` forms. Otherwise, if the
+    model takes `logits_to_keep` and has no virtual tokens in front, those from the first target on. Otherwise all.
     """
     labels = losses.predictable(labels, inputs.get("attention_mask"))
     if losses.are_spelt_out():
@@ -43,7 +42,7 @@ def next_token_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: 
 
 
 def aligned_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
-    """As `next_token_losses`, where position t predicts label t."""
+    """As `next_token_losses`, but position t predicts label t."""
     head = None if losses.are_spelt_out() else frozen_head(base)
     if (
         head is None or labels.dim() != 2 or "labels" in inputs
@@ -53,7 +52,7 @@ def aligned_losses(model: nn.Module, base: nn.Module, inputs: Batch, labels: Ten
     return losses.aligned_tokens(outputs, labels, smoothing) if found is None else found
 
 
-# Kinds of losses over a vocabulary, of which most logits need not be.
+# Losses over a vocabulary, which can do without most of the logits.
 OVER_VOCABULARY = {
     "ForCausalLM": next_token_losses,
     "ForConditionalGeneration": aligned_losses,
@@ -63,12 +62,23 @@ OVER_VOCABULARY = {
 
 def at_targets(
     model: nn.Module, head: nn.Linear, inputs: Batch, targets: Tensor, smoothing: float
-) -> tuple[Any, Tensor | None]:
-    """The model's outputs, and losses [B] of logits that are formed where there is a target [B, T] and nowhere else.
+) -> tuple[Leaf, Tensor | None]:
+    """Runs the model, with logits formed only at positions that have a target.
 
-    Once a pass has shown that nothing comes after the head, later ones hold logits of a few rows at a time, as long as
-    the very tensor that the head gives is what the model returns; a pass where it is not is made again with logits. No
-    losses, but outputs with all logits, where the head is not called as a module is, or not on [B, T, d].
+    If an earlier pass has shown that nothing comes after the head, the head gives losses instead of logits, which exist
+    for a few rows at a time. That pass counts only if the very tensor that the head gave is what the model returns;
+    otherwise it is made again with logits at the targets.
+
+    Args:
+        model: as it is called.
+        head: its frozen output layer.
+        inputs: of the model.
+        targets: [B, T].
+        smoothing: of labels.
+
+    Returns:
+        The outputs and the losses [B]. If the head is not called as a module, or not on [B, T, d]: outputs with all
+        logits, and None.
     """
     where = (targets.flatten() != losses.IGNORED).nonzero().flatten()
     if _comes_last.get(head, False) and is_plain(head):
@@ -89,39 +99,45 @@ def at_targets(
 
 
 def frozen_head(base: nn.Module) -> nn.Linear | None:
-    """The output layer, where it is a linear map of each position by itself and none of it is trained."""
+    """The output layer, if it is a linear map of each position by itself and none of it is trained; else None."""
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
     frozen = isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters())
     return cast(nn.Linear, head) if frozen else None
 
 
 def is_plain(head: nn.Linear) -> bool:
-    """Whether calling the module is the linear map of its weight and nothing else: no subclass, hook, quantised or
-    sharded weight.
+    """Whether calling the module computes the linear map of its weight and bias and nothing else.
+
+    That excludes subclasses, hooks, and quantised or sharded weights.
     """
     own = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
     return own and not head._forward_hooks and not head._forward_pre_hooks and head.out_features > 1
 
 
 def caps_logits(model: nn.Module) -> bool:
-    """Whether the config speaks of soft caps: near zero, and in few bits, capped logits look like those of the head."""
-    config = cast(Any, model).config.get_text_config().to_dict()
+    """Whether the config mentions soft caps: near zero, and in low precision, capped logits equal uncapped ones."""
+    config = cast(PreTrainedModel, model).config.get_text_config().to_dict()
     return any(value for name, value in config.items() if "softcap" in name or "soft_cap" in name)
 
 
 @contextmanager
 def head_at(head: nn.Linear, positions: Tensor, shape: tuple[int, ...]) -> Iterator[list[Tensor]]:
-    """While it lasts, `head` gets the hidden states [B, T, d], B and T as in `shape`, at `positions` [N] of the B T:
-    [1, N, d].
+    """Within, `head` is given only the hidden states at `positions`: [1, N, d] instead of [B, T, d].
 
-    Yields copies of what it gives, of an `is_plain` one, until it is known what comes of that.
+    Yields copies of what an `is_plain` head gives, as long as it is not known whether the model changes that
+    afterwards.
+
+    Args:
+        head: the output layer.
+        positions: [N], of the B T.
+        shape: (B, T).
     """
     made: list[Tensor] = []
 
-    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def pick(module: nn.Module, args: Inputs) -> Inputs | None:
         return (_rows(args[0], positions).unsqueeze(0), *args[1:]) if args[0].shape[:-1] == shape else None
 
-    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+    def note(module: nn.Module, args: Inputs, output: Tensor) -> None:
         made.append(output.detach().clone())
 
     unknown = head not in _comes_last and is_plain(head)
@@ -139,14 +155,13 @@ def head_at(head: nn.Linear, positions: Tensor, shape: tuple[int, ...]) -> Itera
 def losses_for_logits(
     head: nn.Linear, positions: Tensor, targets: Tensor, smoothing: float
 ) -> Iterator[list[tuple[Tensor, int]]]:
-    """While it lasts, `head` gives for hidden states [B, T, d] the losses at `positions` [N], [1, N, 1], and holds no
-    logits.
+    """Within, `head` gives the losses at `positions`, [1, N, 1], instead of the logits of hidden states [B, T, d].
 
-    Yields what it gives, each with its version then.
+    Yields what it gives, each tensor with its version at that time.
 
     Args:
         head: an `is_plain` one.
-        positions: of the B T.
+        positions: [N], of the B T.
         targets: [B, T].
         smoothing: of labels.
     """
@@ -175,38 +190,39 @@ def _rows(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def _untouched(given: list[tuple[Tensor, int]], logits: Tensor) -> bool:
-    """Whether the head was called once, and what it gave is the tensor that came out, with nothing done to it or to its
-    gradient.
+    """Whether the model returned the very tensor that the head gave.
+
+    The head must have been called once, and neither the tensor nor its gradient may have been changed afterwards.
     """
     return len(given) == 1 and logits is given[0][0] and logits._version == given[0][1] and not logits._backward_hooks
 
 
 def _alone(made: list[Tensor], logits: Tensor) -> bool:
-    """Whether the head was called once, and what it gave came out unchanged but for its type."""
+    """Whether the head was called once, and the model returned its result unchanged, up to the dtype."""
     return len(made) == 1 and torch.equal(made[0].to(logits.dtype), logits)
 
 
 def can_leave_out_logits(model: nn.Module, base: nn.Module) -> bool:
-    """Whether the forward takes `logits_to_keep`, and no virtual tokens shift its positions."""
+    """Whether the model's forward takes `logits_to_keep`, and no virtual tokens shift its positions."""
     shifts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    return not shifts and "logits_to_keep" in _forward_arguments(cast(Any, type(base)))
+    return not shifts and "logits_to_keep" in _forward_arguments(cast(Hashable, type(base)))
 
 
 @cache
-def _forward_arguments(model_class: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
+def _forward_arguments(model_class: Hashable) -> frozenset[str]:
+    return frozenset(inspect.signature(cast(type[nn.Module], model_class).forward).parameters)
 
 
-def decoder_inputs(model: nn.Module, inputs: Batch, labels: Any) -> Batch:
-    """What an encoder-decoder's decoder reads: the labels shifted right, as its own forward would make them; {} for
-    other models.
+def decoder_inputs(model: nn.Module, inputs: Batch, labels: Leaf) -> Batch:
+    """What the decoder of an encoder-decoder reads: the labels shifted right, as its own forward would shift them.
 
-    Where the model has no method that shifts them, the labels themselves: its forward shifts them then, and the loss
-    that it computes beside is not used. Labels that are no tokens, as a classifier's, make no decoder's inputs.
+    {} for other models, and for labels that are not tokens, such as a classifier's. If the model has no method that
+    shifts labels, it is given the labels themselves; its forward shifts them then, and the loss that it also computes
+    is not used.
     """
     tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
     own = getattr(model, "config", None)
     if not getattr(own, "is_encoder_decoder", False) or "decoder_input_ids" in inputs or not tokens:
         return {}
-    shift_right: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    shift_right = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     return {"labels": labels} if shift_right is None else {"decoder_input_ids": shift_right(labels=labels)}

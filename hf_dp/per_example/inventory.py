@@ -1,9 +1,7 @@
-"""Which trainable parameter is used by which operation, and whether its per-example gradient is exact: found by
-watching one pass.
-"""
+"""One watched pass -> which operations use each trainable parameter, and how its per-example gradient is formed."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +9,10 @@ from torch import Tensor, nn
 from hf_dp.errors import UnsupportedParameterError
 from hf_dp.per_example.batches import Batch, MicroBatch
 from hf_dp.per_example.capture import Capture, per_example_factors, refusal_message
-from hf_dp.per_example.factors import Dense, Outer, Rows
+from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
 from hf_dp.per_example.outside import nothing_outside, refuse_hooks
 
-ExampleLosses = Callable[[nn.Module, Batch], Tensor]
+ExampleLosses: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # one loss an example, [B]
 
 _FORMS = {
     Dense: "per-example gradients",
@@ -24,7 +22,14 @@ _FORMS = {
 
 
 class Row(NamedTuple):
-    """One trainable parameter: name, shape, how it is used, how its per-example gradients are formed (or why not)."""
+    """One trainable parameter.
+
+    Attributes:
+        parameter: its name.
+        shape: of the parameter.
+        operations: the operations that use it.
+        rule: how its per-example gradient is formed.
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -33,15 +38,15 @@ class Row(NamedTuple):
 
 
 def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses) -> list[Row]:
-    """Every trainable parameter with the operations that use it and the form of its per-example gradients.
+    """Every trainable parameter, with the operations that use it and the form of its per-example gradient.
 
-    One forward and backward on `batch`, which is synthetic. A parameter that this batch does not use is listed as such:
-    it gets noise alone. With one example in the batch, as where each has a pass of its own, it is that of
+    Runs one forward and backward pass on `batch`, which is made up. A parameter that this batch does not use is listed
+    as unused; in training it gets noise alone unless a record uses it. A batch of one example is left to
     `inventory_of_one`.
 
     Raises:
-        UnsupportedParameterError: naming all parameters that are used without an exact rule, with the remedy; hooks on
-            gradients; or leaves outside the model that get a gradient.
+        UnsupportedParameterError: parameters are used without an exact rule, gradients have hooks, or leaves outside of
+            the model get a gradient. Names all of them, with a remedy.
     """
     if batch.size == 1:
         return inventory_of_one(model, batch, example_losses)
@@ -61,8 +66,12 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
 
 
 def inventory_of_one(model: nn.Module, one: Batch, example_losses: ExampleLosses) -> list[Row]:
-    """As `take_inventory` where each pass holds one example, on a batch of one: autograd's gradient is its, whatever
-    the layer.
+    """The inventory of passes with one example each, on a batch of one.
+
+    Autograd's gradient is the example's own then, whatever the layer.
+
+    Raises:
+        UnsupportedParameterError: gradients have hooks, or leaves outside of the model get a gradient.
     """
     refuse_hooks(model)
     with torch.random.fork_rng(devices=_cuda_devices(model)), nothing_outside(model, torch.zeros(())):
@@ -74,7 +83,7 @@ def inventory_of_one(model: nn.Module, one: Batch, example_losses: ExampleLosses
     ]
 
 
-def _rule(factors: Sequence[Any]) -> str:
+def _rule(factors: Sequence[Factor]) -> str:
     return " + ".join(_FORMS[type(f)] for f in factors) or "not used by this batch"
 
 

@@ -1,40 +1,42 @@
-"""Factors of per-example gradients -> an upper bound of each example's squared norm: what clips must never be too
-small.
+"""Factors of per-example gradients -> an upper bound of each example's squared norm, which clipping relies on.
 
-Legend as in `factors`; n numbers of a gradient, u = 2**-53 (float64), v the unit roundoff of the factors themselves
-(2**-24 in float32).
+Legend as in `factors`. Also: n numbers in a gradient; u = 2**-53, the unit roundoff of float64; v, the unit roundoff of
+the factors themselves (2**-24 in float32).
 
-**Claim.** Let G_b be example b's gradient: what its factors stand for, in exact arithmetic on the numbers that they
-hold. Then `squared_norms` gives at least |G_b|^2, whatever the numbers and in whatever order sums are formed, or NaN or
-infinity, with which `clipping` drops the example. Its root is at most 1e-5 above |G_b|, relatively, unless the terms of
-G_b cancel to a millionth of their size, or the gradient is so small that squares underflow: then it is still above, and
-far under any C.
+**Claim.** Let G_b be example b's gradient, that is what its factors stand for, in exact arithmetic on the numbers that
+they hold. Then `squared_norms` gives at least |G_b|^2, whatever the numbers are and in whatever order sums are formed;
+or it gives NaN or infinity, and `clipping` drops the example. The root of the bound exceeds |G_b| by at most 1e-5,
+relatively, except where the terms of G_b cancel to a millionth of their size, or where the gradient is so small that
+squares underflow: there the bound still holds, and is far below any C.
 
-**Size of the terms.** M bounds what a factor's terms add up to when none cancel:
+**Size of the terms.** M bounds what a factor's terms would add up to if none cancelled:
 
-    Dense  M = |G|            Outer  M = sum_t |x_t| |g_t|            Rows  M^2 = sum_v (sum of |g_t| with index t = v)^2
+    Dense  M   = |G|
+    Outer  M   = sum_t |x_t| |g_t|
+    Rows   M^2 = sum_v (sum of |g_t| over index_t = v)^2
 
-For the sum of several factors M is the sum. |G| <= M, and <A, B> of two factors, as a sum of products, has terms whose
-absolute values add up to at most M_A M_B (Cauchy-Schwarz, for each position or each row).
+For a sum of several factors, M is the sum of theirs. |G| <= M. For two factors A and B, the products whose sum is
+<A, B> have absolute values that add up to at most M_A M_B (Cauchy-Schwarz, for each position or each row).
 
-**Proof.** A sum of k products computed in any order is wrong by at most gamma_k = k u / (1 - k u) times the sum of the
-products' absolute values (Higham 2002, section 3.1), and float32 numbers become float64 ones exactly. Nested sums add
-their lengths up.
+**Proof.** A sum of k products computed in any order has an error of at most gamma_k = k u / (1 - k u) times the sum of
+the products' absolute values (Higham 2002, section 3.1). float32 numbers become float64 numbers exactly. For nested
+sums, the lengths add up.
 
-1. *Dense.* Blocks of 128 in the gradient's own precision, then float64. All terms are positive: the true square is at
-   most (128 + 16) v + 2 (n / 128) u above the computed one, relatively, and twice the smallest normal number for each
-   square that underflows.
-2. *Gram*, |G|^2 = sum_st (x_s . x_t) (g_s . g_t): sums of length d, r, T, T, so the error is at most gamma_(d + r + 2T)
-    M^2.
-3. *Product* and *Rows*: G itself is formed with an error of norm at most gamma_T M, so its square is wrong by at most
-   gamma_T M (2 + gamma_T) M, and by gamma_k |G|^2 for its sum.
-4. *Cross terms* are sums no longer than those of their factors together: gamma_k M_A M_B.
+1. *Dense.* Blocks of 128 are summed in the gradient's own precision, then float64 takes over. All terms are positive:
+   relatively, the true square exceeds the computed one by at most (128 + 16) v + 2 (n / 128) u. Each square that
+   underflows adds at most twice the smallest normal number.
+2. *Gram*, |G|^2 = sum_st (x_s . x_t) (g_s . g_t): nested sums of lengths d, r, T and T, so the error is at most
+   gamma_(d + r + 2T) M^2.
+3. *Product* and *Rows*: G itself is formed with an error of norm at most gamma_T M. So its square has an error of at
+   most gamma_T M (2 + gamma_T) M, and the sum of squares adds gamma_k |G|^2.
+4. *Cross terms* are sums no longer than those of their two factors together: gamma_k M_A M_B.
 
-So with k, the lengths of all sums together, the float64 part of the error is at most 2 k u M^2 (twice gamma_k's k u
-makes up for the rounding of M and of these lines, as k u < 0.01). It is added. Where the terms cancel, M > 64 |G|, that
-may say little: for those examples and parameters G is formed in float64, a few rows at a time (`factors.in_float64`),
-and (|G| + 2 k u M)^2 taken instead, which is never too small. A computed square below zero is not mended: it is seen to
-cancel.
+Let k be the lengths of all sums together. The float64 part of the error is at most 2 k u M^2. (The factor 2 over
+gamma_k's k u covers the rounding of M and of these few lines, as k u < 0.01.) It is added to the computed square.
+
+Where the terms cancel, M > 64 |G|, this bound may be loose. For those examples and parameters G is formed in float64, a
+few rows at a time (`factors.in_float64`), and (|G| + 2 k u M)^2 is taken instead, which is never too small. A computed
+square below zero needs no case of its own: it is one where the terms cancel.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,11 +55,12 @@ UNIT = 2.0**-53
 
 
 class Measured(NamedTuple):
-    """What the norms of a pass are.
+    """The norms of a pass.
 
     Attributes:
-        squares: at least |G_b|^2 over all parameters together, [B], float64. NaN or infinite: not to be bounded.
-        cancelling: parameter -> the examples whose terms cancel there; their sum needs float64 as their norm did.
+        squares: at least |G_b|^2 over all parameters together, [B], float64. NaN or infinite if there is no bound.
+        cancelling: parameter -> the examples whose terms cancel there; their sum has to be formed in float64, as their
+            norm was.
     """
 
     squares: Tensor
@@ -78,8 +81,10 @@ class Bound(NamedTuple):
 
 
 def squared_norms(factors: Mapping[str, Sequence[Factor]]) -> Measured:
-    """Upper bounds of |G_b|^2 over all parameters; `factors` by parameter, at least one, each as `factors.merge`
-    returns them.
+    """Upper bounds of |G_b|^2 over all parameters.
+
+    Args:
+        factors: by parameter, at least one, each as from `factors.merge`.
     """
     bounds = {name: bound(uses) for name, uses in factors.items()}
     squares = torch.stack([b.square + b.error for b in bounds.values()])  # [parameters, B]
@@ -107,14 +112,14 @@ def bound(factors: Sequence[Factor]) -> Bound:
 
 
 def square_in_float64(factors: Sequence[Factor], example: int, rough: Bound) -> Tensor:
-    """The upper bound for one example with G formed, as a number."""
+    """The upper bound for one example, from its gradient in float64; a number."""
     blocks = [(block.square().sum(), block.numel()) for _, block in fx.in_float64(factors, example)]
     square = torch.stack([s for s, _ in blocks]).sum() * (1 + 2 * (sum(n for _, n in blocks) + 8) * UNIT)
     return (square.sqrt() + 2 * rough.length * UNIT * rough.terms[example]).square()
 
 
 def gram_is_cheaper(factor: Outer) -> bool:
-    """T^2 (d + r) against T d r multiply-adds, for one example."""
+    """Compares T^2 (d + r) with T d r multiply-adds, for one example."""
     _, positions, d = factor.inputs.shape
     r = factor.grads.shape[-1]
     return positions * (d + r) < d * r
@@ -128,7 +133,7 @@ def by_gram(factor: Outer) -> Bound:
         x, g = _gram(factor.inputs[rows]), _gram(factor.grads[rows])
         squares.append((x * g).sum(2).sum(1))
         terms.append((x.diagonal(0, 1, 2) * g.diagonal(0, 1, 2)).sqrt().sum(1))
-    return _without_own_error(torch.cat(squares), torch.cat(terms), d + factor.grads.shape[-1] + 2 * positions)
+    return _formed_in_float64(torch.cat(squares), torch.cat(terms), d + factor.grads.shape[-1] + 2 * positions)
 
 
 def by_product(factor: Outer) -> Bound:
@@ -140,7 +145,7 @@ def by_product(factor: Outer) -> Bound:
         x, g = factor.inputs[rows].double(), factor.grads[rows].double()
         squares.append(torch.bmm(g.transpose(1, 2), x).square_().sum(2).sum(1))
         terms.append((_lengths(x) * _lengths(g)).sum(1))
-    return _without_own_error(torch.cat(squares), torch.cat(terms), 3 * positions + d + r)
+    return _formed_in_float64(torch.cat(squares), torch.cat(terms), 3 * positions + d + r)
 
 
 def _measured(factor: Factor) -> Bound:
@@ -159,11 +164,11 @@ def _dense(flat: Tensor) -> Bound:
     if whole < numbers:
         square = square + torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square_()
     error = square * ((BLOCK + 16) * precision.eps / 2 + 2 * numbers / BLOCK * UNIT) + 2 * numbers * precision.tiny
-    return Bound(square, error, (square + error).sqrt(), 0)  # its part of a cross term is no longer than the other's
+    return Bound(square, error, (square + error).sqrt(), 0)  # in a cross term, its sums are no longer than the other's
 
 
 def _rows(factor: Rows) -> Bound:
-    """Rows looked up twice add up before they are squared: each row is gathered at its first position."""
+    """A row looked up twice is added up before it is squared: all its lookups are gathered at its first position."""
     batch, positions, width = factor.grads.shape
     squares, terms = [], []
     for rows in chunks(batch, max(1, _room() // max(1, positions * (positions + 2 * width)))):
@@ -173,10 +178,11 @@ def _rows(factor: Rows) -> Bound:
         squares.append(summed.square_().sum(2).sum(1))
         lengths = _lengths(grads)
         terms.append(_lengths(torch.zeros_like(lengths).scatter_add_(1, first, lengths)))
-    return _without_own_error(torch.cat(squares), torch.cat(terms), 4 * positions + width)
+    return _formed_in_float64(torch.cat(squares), torch.cat(terms), 4 * positions + width)
 
 
-def _without_own_error(square: Tensor, terms: Tensor, length: int) -> Bound:
+def _formed_in_float64(square: Tensor, terms: Tensor, length: int) -> Bound:
+    """Without an error of its own: `bound` adds that of all float64 sums at once."""
     return Bound(square, torch.zeros_like(square), terms, length)
 
 
@@ -203,7 +209,7 @@ def _inner(a: Factor, b: Factor) -> Tensor:
     batch = len(b.grads) if not isinstance(b, Dense) else 0
     numbers = sum(x.numel() for factor in (a, b) for x in factor if isinstance(x, Tensor))
     step = max(1, _room() * batch // max(1, 2 * numbers))
-    return torch.cat([_inner_of(_part(a, rows), _part(b, rows)) for rows in chunks(batch, step)])
+    return torch.cat([_inner_in_float64(_part(a, rows), _part(b, rows)) for rows in chunks(batch, step)])
 
 
 def _part(factor: Factor, rows: slice) -> Factor:
@@ -214,10 +220,9 @@ def _part(factor: Factor, rows: slice) -> Factor:
     return Rows(factor.rows[rows], factor.grads[rows].double(), factor.num_rows)
 
 
-def _inner_of(a: Factor, b: Factor) -> Tensor:
-    if isinstance(
-        a, Rows
-    ):  # a tied table: sum_{t,s} (e_t . x_s) g_s[index_t], e the lookup's gradients and (x, g) the head's
+def _inner_in_float64(a: Factor, b: Factor) -> Tensor:
+    if isinstance(a, Rows):
+        # a tied table: sum_{t,s} (e_t . x_s) g_s[index_t], with e the lookup's gradients and (x, g) the head's
         assert isinstance(b, Outer)
         dots = torch.bmm(a.grads, b.inputs.transpose(1, 2))  # [B, T, S]
         index = a.rows.unsqueeze(1).expand(-1, b.grads.shape[1], -1)  # [B, S, T]
@@ -232,5 +237,5 @@ def _inner_of(a: Factor, b: Factor) -> Tensor:
 
 
 def _room() -> int:
-    """The largest temporary in float64, in elements, beside one example's own."""
+    """The largest temporary in float64, in elements, besides one example's own."""
     return max(1, fx.CHUNK_ELEMENTS // 8)

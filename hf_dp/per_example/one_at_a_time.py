@@ -1,32 +1,31 @@
 """A user's loss of outputs and labels -> one loss an example, each computed from its own rows alone.
 
-So nothing that the function does (a mean, a sort, a term over the batch, the largest losses left out) can make one
-example's loss depend on another's: there is never another one in its arguments.
+The function never has another example in its arguments. So whatever it does (a mean, a sort, a term over the batch, the
+largest losses left out) cannot make one example's loss depend on another.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_dp.errors import CaptureError
-from hf_dp.per_example import MicroBatch, is_tied
+from hf_dp.per_example import Leaf, MicroBatch, is_tied
 
 
-def each_alone(function: Callable[[Any, Any], Tensor], outputs: Any, labels: Any, size: int) -> Tensor:
-    """`function(outputs, labels)` of each of `size` examples by itself, [size].
+def each_alone(function: Callable[[Leaf, Leaf], Tensor], outputs: Leaf, labels: Leaf, size: int) -> Tensor:
+    """`function(outputs, labels)` for each of `size` examples by itself, [size].
 
     Args:
-        function: gets outputs and labels of one example, with a leading dimension of 1, and returns its loss, [1] or a
-            scalar.
-        outputs: of the model. With several examples, members that are not one row an example (a cache, an auxiliary
-            loss) are left out.
-        labels: a tensor, or a mapping or tuple of tensors, of one row an example.
-        size: how many examples there are.
+        function: is given outputs and labels of one example, with a leading dimension of 1, and returns its loss, [1]
+            or a scalar.
+        outputs: of the model. With several examples, members without one row an example (a cache, an auxiliary loss)
+            are left out.
+        labels: a tensor, or a mapping or tuple of tensors, with one row an example.
+        size: number of examples.
 
     Raises:
-        CaptureError: labels that are not one row an example, or another number of losses than one.
+        CaptureError: labels without one row an example, or another number of losses than one.
     """
     if size == 1:
         return _single(function(outputs, labels))
@@ -41,20 +40,22 @@ def each_alone(function: Callable[[Any, Any], Tensor], outputs: Any, labels: Any
     return torch.cat(losses)
 
 
-def _tied_members(outputs: Any, size: int) -> dict[Any, Any]:
+def _tied_members(outputs: Leaf, size: int) -> dict[str, Leaf]:
+    """The members of the outputs that have one row an example, by name, or by position in a tuple."""
     if isinstance(outputs, Mapping):
-        members: Any = outputs.items()
+        members = dict(outputs)
     else:
-        members = enumerate(outputs if isinstance(outputs, tuple) else (outputs,))
-    return {name: value for name, value in members if value is not None and is_tied({name: value}, size)}
+        members = {str(i): value for i, value in enumerate(outputs if isinstance(outputs, tuple) else (outputs,))}
+    return {name: value for name, value in members.items() if value is not None and is_tied({name: value}, size)}
 
 
-def _as(outputs: Any, members: dict[Any, Any]) -> Any:
-    """The members in a container of the outputs' own kind; what was left out of a tuple is None there."""
+def _as(outputs: Leaf, members: Mapping[str, Leaf]) -> Leaf:
+    """The members in a container of the same kind as the outputs; members left out of a tuple are None."""
     if isinstance(outputs, Mapping):
         return type(outputs)(**members)
-    values = tuple(members.get(i) for i in range(len(outputs))) if isinstance(outputs, tuple) else (members[0],)
-    return values if isinstance(outputs, tuple) else values[0]
+    if isinstance(outputs, tuple):
+        return tuple(members.get(str(i)) for i in range(len(outputs)))
+    return members["0"]
 
 
 def _single(loss: Tensor) -> Tensor:

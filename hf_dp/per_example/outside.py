@@ -1,8 +1,8 @@
-"""A model and its pass -> errors where gradients reach what is not the model's, or would have gone through hooks that
-never run.
+"""A model and a pass over it -> errors for gradients that reach tensors outside of the model, and for hooks on
+gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,10 @@ from hf_dp.per_example.proxy import tensors_in
 
 
 def hooks_in(model: nn.Module) -> Iterator[str]:
-    """Each hook on gradients in the model, by the name of what it hangs on: none would see what it is meant to see.
+    """The names of everything in the model that has a hook on gradients: none of these hooks would work as intended.
 
-    On a trainable parameter none would run, since another tensor stands in for it in every pass. On a module it would
-    run on the gradients of a whole micro-batch, and could mix its examples or keep them.
+    A hook on a trainable parameter would not run, because another tensor stands in for the parameter in every pass. A
+    hook on a module would see the gradients of a whole micro-batch, and could mix or keep those of its examples.
     """
     for name, p in model.named_parameters():
         hooks = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
@@ -32,19 +32,19 @@ def hooks_in(model: nn.Module) -> Iterator[str]:
         yield "all modules (register_module_full_backward_hook)"
 
 
-def _averages(hook: Any) -> bool:
-    """Whether it is the hook with which Trainer averages gradients over the processes of a sharded model.
+def _averages(hook: object) -> bool:
+    """Whether this is the hook by which Trainer averages gradients over the processes of a sharded model.
 
-    It need not run, and never does: the sums of all processes are added up in the release.
+    It is not needed and never runs: the release adds up the sums of all processes.
     """
     return getattr(hook, "__module__", "") == "transformers.trainer"
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """Before a pass.
+    """To be called before a pass.
 
     Raises:
-        UnsupportedParameterError: naming all that have hooks on gradients.
+        UnsupportedParameterError: naming everything that has hooks on gradients.
     """
     if hooked := list(hooks_in(model)):
         raise UnsupportedParameterError(
@@ -56,20 +56,18 @@ def refuse_hooks(model: nn.Module) -> None:
 
 
 class _Leaves(TorchDispatchMode):
-    """Notes every foreign leaf that asks for a gradient and goes into an operation, and sets aside the gradient that it
-    had.
-    """
+    """Notes every leaf outside of the model that requires a gradient and is used; sets aside its gradient."""
 
     def __init__(self, model: nn.Module, anchor: Tensor) -> None:
         super().__init__()
         self._model = model
         self._own = {id(anchor)}
-        self._made: dict[int, Tensor] = {}  # what the pass computes is no parameter, even where it is made a leaf
+        self._made: dict[int, Tensor] = {}  # results of the pass are no parameters, even if they are made leaves
         self._seen: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        in_backward = torch._C._current_graph_task_id() != -1  # where checkpointing makes leaves of its own
+        in_backward = torch._C._current_graph_task_id() != -1  # there, checkpointing makes leaves of its own
         for t in () if in_backward else tensors_in([args, kwargs]):
             if t.requires_grad and t.is_leaf and id(t) not in self._seen and not self._is_own(t):
                 self._seen[id(t)] = t, t.grad
@@ -79,7 +77,10 @@ class _Leaves(TorchDispatchMode):
         return result
 
     def _is_own(self, leaf: Tensor) -> bool:
-        """Whether the model holds it now: during a pass other tensors stand in for its parameters."""
+        """Whether the pass made the leaf, or the model holds it now.
+
+        During a pass the model holds stand-ins in the place of its parameters.
+        """
         if id(leaf) in self._made:
             return True
         if id(leaf) not in self._own:
@@ -87,7 +88,7 @@ class _Leaves(TorchDispatchMode):
         return id(leaf) in self._own
 
     def give_back(self) -> list[Tensor]:
-        """Puts all gradients back as they were; returns the leaves that got one since."""
+        """Puts all gradients back as they were; returns the leaves that got one in the pass."""
         self._made = {}
         reached = [t for t, _ in self._seen.values() if t.grad is not None]
         for t, grad in self._seen.values():
@@ -97,13 +98,12 @@ class _Leaves(TorchDispatchMode):
 
 @contextmanager
 def nothing_outside(model: nn.Module, anchor: Tensor) -> Iterator[None]:
-    """Around a pass, forward and backward: every leaf that gets a gradient in it is the model's, or its `Capture`'s
-    anchor.
+    """Around a forward and backward pass: only leaves of the model, or the `Capture`'s anchor, may get a gradient.
 
-    A leaf that is used without getting a gradient (a teacher under `no_grad`) is let through.
+    A leaf that is used but gets no gradient is allowed, for example a teacher's weight under `no_grad`.
 
     Raises:
-        UnsupportedParameterError: naming leaves outside the model that got a gradient; after the pass.
+        UnsupportedParameterError: naming leaves outside of the model that got a gradient; raised after the pass.
     """
     leaves = _Leaves(model, anchor)
     try:
@@ -122,7 +122,7 @@ def nothing_outside(model: nn.Module, anchor: Tensor) -> Iterator[None]:
 
 
 def _name(model: nn.Module, leaf: Tensor) -> str:
-    """Where the model keeps a tensor that is not registered with it, or else its shape."""
+    """Where the model keeps a tensor that is not registered with it; if nowhere, the tensor's shape."""
     for prefix, module in model.named_modules():
         for key, value in vars(module).items():
             for at, held in _members(value):
@@ -133,9 +133,13 @@ def _name(model: nn.Module, leaf: Tensor) -> str:
     return f"one of shape {list(leaf.shape)}"
 
 
-def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    """A value, or what a plain list, tuple or dict of them holds, each with its place."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+def _members(value: object) -> Iterator[tuple[str, object]]:
+    """The value itself; or, of a plain list, tuple or dict, what it holds, each with its place."""
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
     yield from ((f"[{key!r}]", item) for key, item in items)
     if not items:
         yield "", value

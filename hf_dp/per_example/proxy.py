@@ -1,17 +1,20 @@
-"""A stand-in for a trainable parameter during one pass: each operation that uses it has an exact rule, or is an error.
+"""A stand-in for a trainable parameter during one pass: every operation that uses it has an exact rule, or is an error.
 
-While a pass is captured, `capture` puts a `ParameterProxy` where the model keeps the parameter. Whatever the layer's
-class, every function of PyTorch that meets the proxy arrives in `__torch_function__`, so that no use goes unseen:
+During a pass, `capture` puts a `ParameterProxy` where the model keeps the parameter. Whatever the layer's class, every
+PyTorch function that is given the proxy arrives in `__torch_function__`, so no use is missed. What happens there
+depends on the other arguments:
 
-    asking (shape, dtype, ...)      answered
-    under no_grad                   computed plainly (the first forward of reentrant checkpointing, generation)
-    with the examples' data         `rules`: a tap computes the result and, in backward, hands over each example's gradient
-    with constants alone            the parameter's own side: casts, transposes, scalings, fixed positions of a table. The result is
-                                    a proxy again, which knows how to pull a gradient back to the parameter
-    anything else                   an error that names the parameter and the operation
+    a question (shape, dtype, ...)     is answered
+    any use under no_grad              is computed plainly (first forward of reentrant checkpointing, generation)
+    use with the examples' data        a rule computes the result through a tap, which in backward gives out each
+                                       example's gradient (see `rules`)
+    use with constants alone           is on the parameter's own side: casts, transposes, scalings, fixed positions of a
+                                       table. The result is a proxy again, which can pull a gradient back to the
+                                       parameter
+    anything else                      is an error that names the parameter and the operation
 
-A proxy is a leaf that requires a gradient: if autograd itself ever delivers one to it, a use was hidden inside
-somebody's own autograd function, and the pass ends with an error.
+A proxy is a leaf that requires a gradient. If autograd itself ever delivers a gradient to it, some autograd function
+used it without PyTorch's functions, and the pass ends with an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +29,7 @@ from hf_dp.per_example.factors import Dense, Factor, Outer, materialise
 Pullback: TypeAlias = Callable[[Factor], Factor]
 Origins: TypeAlias = "Sequence[tuple[ParameterProxy, Pullback]]"
 
+# Operations that only ask for a property of the tensor.
 ASKING = frozenset(
     "size dim numel stride storage_offset is_floating_point is_complex element_size is_contiguous __len__ __hash__ "
     "__repr__ __format__ data_ptr get_device is_same_size nelement ndimension is_inference is_signed untyped_storage "
@@ -37,14 +41,14 @@ _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined
 
 
 class ParameterProxy(torch.Tensor):
-    """The parameter's values under the parameter's name, watched. Built by `ParameterProxy.of` alone.
+    """The parameter's values under the parameter's name, with every use watched. Made by `ParameterProxy.of`.
 
     Attributes:
         parameter: the name of the parameter, as in `model.named_parameters()`.
-        capture: the `Capture` in progress (typed Any, because that module imports this one).
+        capture: the `Capture` under way.
         plain_values: the same memory as an ordinary tensor without gradient.
-        origins: what this was computed from, each with the pullback of a factor of this gradient to one of that; empty
-            for the parameter itself.
+        origins: the proxies that this one was computed from, each with the pullback that turns a factor of this
+            gradient into a factor of that one. Empty for the parameter itself.
     """
 
     parameter: str
@@ -62,7 +66,7 @@ class ParameterProxy(torch.Tensor):
         return proxy
 
     def sink(self, factor: Factor | None) -> None:
-        """Receives the factor of one use, in backward; None where the examples do not lead the gradient."""
+        """Receives the factor of one use, in backward; None if the examples are not in front."""
         if factor is None:
             self.capture.refuse([self.parameter], "an operation on values that every example shares", lambda: None)
         elif not self.origins:
@@ -91,7 +95,7 @@ class ParameterProxy(torch.Tensor):
 
 
 def operation_name(func: Callable[..., Any]) -> str:
-    """'mul' for torch.mul, Tensor.__rmul__ and Tensor.mul_ alike; '__len__' for any attribute that only asks."""
+    """'mul' for torch.mul, Tensor.__rmul__ and Tensor.mul_; '__len__' for an attribute that only asks for a property."""
     name = func.__name__
     if name == "__get__":
         attribute = str(func.__self__.__name__)  # type: ignore[attr-defined]
@@ -103,7 +107,7 @@ def operation_name(func: Callable[..., Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The same arguments with the values in place of proxies."""
+    """The arguments with each proxy replaced by its plain values."""
     if isinstance(value, ParameterProxy):
         return value.plain_values
     if isinstance(value, (tuple, list)):
@@ -114,17 +118,17 @@ def plain(value: Any) -> Any:
 
 
 def derive(proxy: ParameterProxy, function: Callable[[Tensor], Tensor], pullback: Pullback) -> ParameterProxy:
-    """`function(parameter)`, all else constant, as a proxy; `pullback` is its adjoint on factors."""
+    """`function(parameter)`, with everything else constant, as a proxy; `pullback` is its adjoint on factors."""
     with torch.no_grad():
         result = function(proxy.plain_values)
     return ParameterProxy.of(result, proxy.parameter, proxy.capture, [(proxy, pullback)])
 
 
 def derive_any(proxies: Sequence[ParameterProxy], function: Callable[..., Tensor]) -> ParameterProxy:
-    """`function(*parameters)`, all else constant and nothing random in it, as a proxy.
+    """`function(*parameters)`, with everything else constant and nothing random in it, as a proxy.
 
-    Gradients are materialised and come back through `function`'s own vector-Jacobian product, example by example
-    (vmap).
+    In backward, gradients are materialised and pulled back by `function`'s own vector-Jacobian product, for each
+    example (vmap).
     """
     with torch.no_grad():
         result = function(*[p.plain_values for p in proxies])
@@ -133,7 +137,7 @@ def derive_any(proxies: Sequence[ParameterProxy], function: Callable[..., Tensor
 
 
 def unchanged(factor: Factor) -> Factor:
-    """The pullback of a cast, and of a reshaping that only renames the rows of a matrix."""
+    """The pullback of a cast, and of a reshaping that keeps a matrix's entries in their order."""
     return factor
 
 
@@ -147,7 +151,7 @@ def transposed(factor: Factor) -> Factor:
 def _vector_jacobian(
     function: Callable[..., Tensor], proxies: Sequence[ParameterProxy], which: int, factor: Factor
 ) -> Factor:
-    """[B, *output] -> [B, *parameter]: the adjoint of `function` in its argument number `which`, for each example."""
+    """[B, *output] -> [B, *parameter]: for each example, the adjoint of `function` in its argument number `which`."""
     gradient = materialise(factor)
     values = [p.plain_values.to(gradient.dtype) for p in proxies]
 

@@ -1,13 +1,11 @@
-"""Autograd functions that compute as the plain operation does and, in backward, hand over the factor of each example's
-gradient.
+"""Autograd functions that compute what the plain operation does and, in backward, give out each example's gradient.
 
-Each takes its parameters *detached* and an `anchor`, a leaf without values that makes the output require a gradient
-even where the input does not: so backward runs, no gradient reaches the parameter itself, and no hook of DDP or FSDP
-fires. `sink` receives one `Factor` each time backward is executed (once a use, also under both kinds of checkpointing),
-or None where the examples do not lead the gradient's shape.
+Each takes its parameters *detached*, and an `anchor`: a leaf without values that makes the output require a gradient
+even if the input does not. So backward always runs, no gradient reaches the parameter itself, and no hook of DDP or
+FSDP fires. `sink` receives one `Factor` each time backward is executed (once for each use, under both kinds of
+checkpointing too), or None if the leading dimension of the gradient is not that of the examples.
 
-Legend: B examples, T positions, d inputs, r outputs. Anything between the leading B and the last dimension counts as
-positions.
+Legend: B examples, T positions, d inputs, r outputs. All dimensions between B and the last one count as positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
+from hf_dp.per_example.factors import Dense, Factor, Outer, Rows, wide
 
 Sink: TypeAlias = Callable[[Factor | None], None]
+Context: TypeAlias = Any  # of an autograd function: forward keeps in it, as attributes, what backward needs
 
 
 def by_example(x: Tensor, batch: int) -> Tensor | None:
-    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k]; None where the examples do not lead."""
+    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k]; None if the examples are not in front."""
     if x.shape[0] == batch or (x.dim() == 2 and x.shape[0] % batch == 0):
         return x.reshape(batch, -1, x.shape[-1])
     return None
@@ -34,7 +33,7 @@ class LinearTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, batch: int, *sinks: Sink | None
+        ctx: Context, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, batch: int, *sinks: Sink | None
     ) -> Tensor:
         """`sinks`: of the weight and of the bias, None where that one is frozen."""
         ctx.batch, (ctx.weight_sink, ctx.bias_sink) = batch, sinks
@@ -43,7 +42,7 @@ class LinearTap(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # an in-place activation may follow
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over the factors and returns the input's gradient."""
         (g,) = grads
         x, weight = ctx.saved_tensors
@@ -53,7 +52,7 @@ class LinearTap(torch.autograd.Function):
             unknown = x_by_example is None or g_by_example is None
             ctx.weight_sink(None if unknown else Outer(x_by_example, g_by_example))  # type: ignore[arg-type]
         if ctx.bias_sink:
-            ctx.bias_sink(None if g_by_example is None else Dense(g_by_example.sum(1, dtype=_wide(g))))
+            ctx.bias_sink(None if g_by_example is None else Dense(g_by_example.sum(1, dtype=wide(g))))
         return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None, None
 
 
@@ -61,14 +60,14 @@ class EmbeddingTap(torch.autograd.Function):
     """y = table[index]. Gradient per example: the rows of g, added up by index (Rows); the padding row gets none."""
 
     @staticmethod
-    def forward(ctx: Any, index: Tensor, anchor: Tensor, table: Tensor, padding: int | None, sink: Sink) -> Tensor:
+    def forward(ctx: Context, index: Tensor, anchor: Tensor, table: Tensor, padding: int | None, sink: Sink) -> Tensor:
         """`padding`: the row whose gradient torch.nn.Embedding drops, or None."""
         ctx.padding, ctx.sink, ctx.num_rows = padding, sink, table.shape[0]
         ctx.save_for_backward(index)
         return F.embedding(index, table)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[None, ...]:
         """Hands over the rows."""
         (g,) = grads
         (index,) = ctx.saved_tensors
@@ -83,14 +82,14 @@ class MultiplyTap(torch.autograd.Function):
     """y = x * w with w broadcast over examples. Gradient per example: g * x, summed where w was broadcast (Dense)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, batch: int, sink: Sink) -> Tensor:
+    def forward(ctx: Context, x: Tensor, anchor: Tensor, w: Tensor, batch: int, sink: Sink) -> Tensor:
         """`x` leads with the examples; `w` is what multiplies it."""
         ctx.sink, ctx.shape, ctx.batch = sink, w.shape, batch
         ctx.save_for_backward(x, w)
         return x * w
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over sum(g * x) and returns g * w."""
         (g,) = grads
         x, w = ctx.saved_tensors
@@ -104,13 +103,13 @@ class AddTap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, w: Tensor, scale: float, batch: int, sink: Sink) -> Tensor:
+    def forward(ctx: Context, x: Tensor, anchor: Tensor, w: Tensor, scale: float, batch: int, sink: Sink) -> Tensor:
         """`x` leads with the examples, or the result does."""
         ctx.sink, ctx.shape, ctx.x_shape, ctx.scale, ctx.batch = sink, w.shape, x.shape, scale, batch
         return x + scale * w if scale != 1 else x + w
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over the sum of g and returns g."""
         (g,) = grads
         ctx.sink(summed(g * ctx.scale, ctx.shape, ctx.batch))
@@ -122,7 +121,7 @@ class LayerNormTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         anchor: Tensor,
         weight: Tensor,
@@ -140,7 +139,7 @@ class LayerNormTap(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over both sums and returns the input's gradient."""
         (g,) = grads
         x, mean, rstd, weight, *rest = ctx.saved_tensors
@@ -157,13 +156,11 @@ class LayerNormTap(torch.autograd.Function):
 
 
 class AnyTap(torch.autograd.Function):
-    """y = f(data, parameters) for any f that maps example by example: the gradients are f's own, taken for each example
-    (vmap).
-    """
+    """y = f(data, parameters) for any f that maps each example by itself: f's own gradients, by vmap over examples."""
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, function: Callable[..., Tensor], sinks: Sequence[Sink], *tensors: Tensor
+        ctx: Context, anchor: Tensor, function: Callable[..., Tensor], sinks: Sequence[Sink], *tensors: Tensor
     ) -> Tensor:
         """`tensors`: first one parameter a sink, then the data, each [B, ...]; `function` takes them in this order."""
         ctx.function, ctx.sinks = function, sinks
@@ -171,7 +168,7 @@ class AnyTap(torch.autograd.Function):
         return function(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over each parameter's gradients and returns those of the data."""
         count = len(ctx.sinks)
         parameters, data = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
@@ -183,16 +180,16 @@ class AnyTap(torch.autograd.Function):
 
         found = torch.func.vmap(of_one)(grads[0], *data)
         for sink, gradient in zip(ctx.sinks, found[:count], strict=True):
-            sink(Dense(gradient.to(_wide(gradient))))
+            sink(Dense(gradient.to(wide(gradient))))
         inputs = [g.squeeze(1) for g in found[count:]]
         return None, None, None, *([None] * count), *inputs
 
 
 def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
-    """[B, ...] -> [B, *shape]: sums over the positions along which a tensor of `shape` was broadcast, in float32 or
-    better.
+    """[B, ...] -> [B, *shape]: the sum over the positions along which a tensor of `shape` was broadcast.
 
-    `g` may also be [B*T, k], flattened example by example. None where the examples do not lead.
+    The sum is in float32 or better. `g` may also be [B*T, k], flattened example by example. None if the examples are
+    not in front.
     """
     if g.shape[0] != batch:
         flattened = by_example(g, batch)
@@ -201,9 +198,5 @@ def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
         g = flattened
     padded = (1,) * (g.dim() - len(shape)) + tuple(shape)
     axes = [i for i in range(1, g.dim()) if padded[i] == 1 and g.shape[i] != 1]
-    total = g.sum(axes, dtype=_wide(g)) if axes else g.to(_wide(g))
+    total = g.sum(axes, dtype=wide(g)) if axes else g.to(wide(g))
     return Dense(total.reshape(g.shape[0], *shape))
-
-
-def _wide(g: Tensor) -> torch.dtype:
-    return torch.float64 if g.dtype == torch.float64 else torch.float32

@@ -37,7 +37,7 @@ class Groups(NamedTuple):
         return len(self.starts) - 1
 
     def one_of_each(self, groups: NDArray[np.int64], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-        """One record of each of these groups, chosen by a uniform number from [0, 1): all its records are equally likely."""
+        """One record of each of these groups, by a uniform number from [0, 1): a group's records are equally likely."""
         sizes = self.starts[groups + 1] - self.starts[groups]
         return self.records[self.starts[groups] + (uniforms * sizes).astype(np.int64)]
 

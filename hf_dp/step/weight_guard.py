@@ -109,7 +109,7 @@ class WeightGuard:
             )
 
     def _switch(self, mode: str) -> None:
-        """Calls `optimizer.train()` or `.eval()` if it has them, as schedule-free ones do, which may exchange weights."""
+        """Calls `optimizer.train()` or `.eval()` if it has them (schedule-free ones do); that may exchange weights."""
         assert self._model is not None
         switch = getattr(self._optimizer, mode, None)
         if callable(switch):

@@ -1,15 +1,16 @@
-"""An `AuditConfig` and a run's secret key -> canaries among its records, by fair coins; what the run gives away of each
--> scores.
+"""An `AuditConfig` and a run's secret key -> canaries among its records, by fair coins; what the run reveals -> their
+scores.
 
-The m canaries are public, synthetic slots behind the N records: the mechanism has N + m of them, each drawn with q = B
-/ (N + m), so that its claim holds in an audited run as in any other. A canary whose coin says out keeps its slot and
-contributes nothing, as its neighbour does under the zero-out relation. Coins and scores stay in memory. What follows
-from them is computed from noisy sums, or from the finished model, and made-up canaries: nothing in it was computed on a
-record without noise.
+The m canaries are public, synthetic slots behind the N records. The mechanism has N + m units, each drawn with
+q = B / (N + m), so its claim holds in an audited run as in any other. A canary whose coin says "out" keeps its slot and
+contributes nothing, as its neighbour under the zero-out relation does. Coins and scores stay in memory. What the audit
+reports is computed from noisy sums, or from the finished model, and from made-up canaries: no number in it was computed
+on a record without noise.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,29 +18,30 @@ import torch
 from torch import Tensor
 
 from hf_dp.audit import Counts, Floats, counted, log_likelihood_ratio
-from hf_dp.config import AuditConfig
+from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import AuditError, ConfigError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import IGNORED, Record, public_sizes
 from hf_dp.randomness import Key, Role, keyed_stream
 from hf_dp.sampling import Container, Draw, LogicalBatchCollator, Reader, Records, read_records
+from hf_dp.training.host import PrivateTrainer
 
-SLOTS = "canaries"  # of a container: the gradient canaries that were drawn and are in
+SLOTS = "canaries"  # key of a container: the gradient canaries that were drawn, and whose coins say "in"
 LENGTH = 6  # tokens of a random-token canary
-COINS, DIRECTIONS, TOKENS = range(3)  # streams under the run's key
+COINS, DIRECTIONS, TOKENS = range(3)  # numbers of streams under the run's key
 
 
 class Slot(int):
-    """A gradient canary in a draw, among records."""
+    """A gradient canary in a draw, among the records."""
 
 
 class Canaries:
-    """The canaries of one trainer; none without a config, and then nothing here does anything.
+    """The canaries of one trainer. Without a config there are none, and all methods do nothing.
 
     Attributes:
         num: m.
-        included: the coins, [m]; all out before the first toss.
-        rows: the records of token canaries, in or out; [] for gradient canaries.
+        included: the coins, [m]; all "out" before the first toss.
+        rows: the records of token canaries, whether in or out; [] for gradient canaries.
     """
 
     def __init__(self, config: AuditConfig | None) -> None:
@@ -56,23 +58,21 @@ class Canaries:
     # ---- before the first step -------------------------------------------------------------------------------------
 
     def toss(self, key: Key) -> None:
-        """Fair coins from the run's secret key, which is fresh from the operating system; once in the life of a
-        trainer.
-        """
+        """Tosses fair coins under the run's key, which comes from the operating system; once in a trainer's life."""
         if self.num and self._key is None:
             self._key = key
             self.included = self._uniforms(COINS, self.num) < 0.5
 
     def make_rows(self, record: Mapping[str, Any], vocabulary: int, known: int | None) -> None:
-        """Token canaries with the columns of `record`, of which only the names and kinds are looked at.
+        """Makes token canaries up, with the columns of `record`.
 
         Args:
-            record: any one of the data set.
-            vocabulary: token ids that the model has.
-            known: those that the tokenizer gives, if there is one: what lies behind them are new tokens.
+            record: any one of the data set; only the names and types of its columns are used.
+            vocabulary: how many token ids the model has.
+            known: how many of them the tokenizer produces, if there is one; the ids above are new tokens.
 
         Raises:
-            ConfigError: columns other than those of a causal language model, or too few new tokens.
+            ConfigError: the columns are not those of a causal language model, or there are too few new tokens.
         """
         if self.config is None or self.config.kind == "gradient" or self.rows:
             return
@@ -104,11 +104,11 @@ class Canaries:
     # ---- in the data loader ----------------------------------------------------------------------------------------
 
     def among(self, dataset: Records) -> Records:
-        """The data set with m more slots behind it."""
+        """The data set, followed by m slots."""
         return WithCanaries(dataset, self) if self.num else dataset
 
     def collated(self, cut: LogicalBatchCollator) -> LogicalBatchCollator:
-        """The collator of logical batches, which hands gradient canaries on by their numbers."""
+        """The collator of logical batches; with canaries, one that passes gradient canaries on by their numbers."""
         if not self.num:
             return cut
         return WithSlots(cut.collate, cut.max_examples, cut.max_tokens, cut.pass_cost, cut.length_of)
@@ -116,27 +116,28 @@ class Canaries:
     # ---- in a step -------------------------------------------------------------------------------------------------
 
     def add_to(self, clipped_sum: Tensor, container: Mapping[str, Any], clip_norm: float) -> None:
-        """Adds to this process's part the gradient canaries drawn in it: each a vector of norm C in a direction of its
-        own.
-        """
+        """Adds the gradient canaries drawn in this process's part: each a vector of norm C in a direction of its own."""
         slots = container.get(SLOTS, [])
         if slots:
             part, signs = self._columns(clipped_sum)
             part[:, slots] += clip_norm / math.sqrt(len(part)) * signs[:, slots]
 
     def observe(self, noisy_sum: Tensor, mechanism: Mechanism) -> None:
-        """Looks at what a step released, as an attacker would who sees every step and knows the canaries."""
+        """Scores canaries by what a step released, as an attacker would who sees every step and knows the canaries."""
         if self.config is None or self.config.kind != "gradient":
             return
         part, signs = self._columns(noisy_sum)
         seen = (part * signs).sum(0, dtype=torch.float64) / (math.sqrt(len(part)) * mechanism.clip_norm)
-        sigma = mechanism.noise_multiplier or 1.0  # without noise any value ranks by how often a canary was there
+        sigma = (
+            mechanism.noise_multiplier or 1.0
+        )  # without noise, any value ranks canaries by how often they were drawn
         self._scores += log_likelihood_ratio(seen.cpu().numpy()[None], mechanism.sample_rate, sigma)
         self._seen += 1
 
     def _columns(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """The vector as [k, m], and signs of the same shape: canary j points along the j-th column, so all are
-        orthogonal.
+        """The vector as [k, m], and signs of the same shape.
+
+        Canary j points along the j-th column, so the directions of all canaries are orthogonal.
         """
         k = len(flat) // self.num
         if k == 0:
@@ -151,7 +152,7 @@ class Canaries:
     # ---- before and after a training -------------------------------------------------------------------------------
 
     def weigh(self, losses: Callable[[list[dict[str, Any]]], Floats]) -> None:
-        """Scores token canaries by how much the model's loss on them fell since the first call."""
+        """Scores token canaries by how much the model's loss on them has fallen since the first call."""
         if self.rows:
             found = losses(self.rows)
             self._before = found if self._before is None else self._before
@@ -159,7 +160,7 @@ class Canaries:
             self._seen += 1
 
     def counts(self) -> Counts | None:
-        """What the audit saw, or None where there is none, or no step yet.
+        """What the audit saw; None without an audit, or before the first step.
 
         Raises:
             AuditError: see `counted`.
@@ -175,7 +176,10 @@ class Canaries:
 
 
 class WithCanaries(Reader):
-    """Records, then m slots: of a canary that is in its row, or its `Slot`; of one that is out nothing."""
+    """Records, followed by m slots.
+
+    The slot of a canary that is in holds its row, or its `Slot`; that of a canary that is out holds nothing.
+    """
 
     def __init__(self, dataset: Records, canaries: Canaries) -> None:
         self._dataset, self._canaries = dataset, canaries
@@ -196,20 +200,20 @@ class WithCanaries(Reader):
 
 
 class WithSlots(LogicalBatchCollator):
-    """Micro-batches of the records alone; the slots among them are left beside."""
+    """Makes micro-batches of the records alone, and puts the slots among them beside these."""
 
     def __call__(self, features: list[Record]) -> Container:
-        """As of the records, with `SLOTS` beside."""
+        """The container of the records, with the slots under `SLOTS`."""
         assert isinstance(features, Draw), "canaries come in draws"
         records = Draw((f for f in features if not isinstance(f, Slot)), features.number)
         return {**super().__call__(records), SLOTS: [int(f) for f in features if isinstance(f, Slot)]}
 
 
-def refuse_audit(config: AuditConfig | None, privacy: Any) -> None:
-    """What an audited run can't have.
+def refuse_audit(config: AuditConfig | None, privacy: PrivacyConfig) -> None:
+    """Refuses settings that an audited run cannot have.
 
     Raises:
-        ConfigError: naming all of it.
+        ConfigError: naming all of them.
     """
     if config is None:
         return
@@ -228,14 +232,16 @@ def refuse_audit(config: AuditConfig | None, privacy: Any) -> None:
         raise ConfigError("Cannot audit this run: " + "; ".join(wrong) + ".")
 
 
-def begin_audit(trainer: Any, canaries: Canaries, checkpoint: Any) -> Callable[[list[dict[str, Any]]], Floats]:
-    """Tosses the coins of a trainer's canaries and weighs them for the first time, just before its first step.
+def begin_audit(
+    trainer: PrivateTrainer, canaries: Canaries, checkpoint: Path | None
+) -> Callable[[list[dict[str, Any]]], Floats]:
+    """Tosses the coins of a trainer's canaries and weighs them for the first time, just before the first step.
 
     Returns:
-        What weighs them again: rows -> the model's loss on each.
+        A function rows -> the model's loss on each, to weigh them again with.
 
     Raises:
-        ConfigError: a training that resumes, or canaries that can't be made up for its data or model.
+        ConfigError: the training resumes, or canaries cannot be made up for its data or model.
     """
     if canaries.num and checkpoint is not None:
         raise ConfigError(
@@ -255,6 +261,7 @@ def begin_audit(trainer: Any, canaries: Canaries, checkpoint: Any) -> Callable[[
         return np.concatenate(found)
 
     if canaries.num:
+        assert trainer._run is not None
         canaries.toss(trainer._run.sampling_key)
         base, tokenizer = trainer._base_model(), trainer.processing_class
         vocabulary, _ = public_sizes(type(base).__name__, base.config)
@@ -265,7 +272,7 @@ def begin_audit(trainer: Any, canaries: Canaries, checkpoint: Any) -> Callable[[
 
 
 def _row(record: Mapping[str, Any], ids: list[int]) -> dict[str, Any]:
-    """A record of these tokens; where the data set has labels, the last token alone is the target."""
+    """A record of these tokens. If the data set has labels, only the last token is a target."""
     columns = {
         "input_ids": ids,
         "attention_mask": [1] * len(ids),

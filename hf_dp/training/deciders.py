@@ -1,24 +1,21 @@
-"""A trainer's callbacks -> those that decide by numbers on evaluation data: refused unless these were declared public.
+"""A trainer's callbacks -> those that decide by numbers on evaluation data. They are refused unless it is declared
+public.
 
-Found in two ways: by what their code names, before the first step; and by what has changed when an evaluation is over.
+They are found in two ways: before the first step by the names in their code, and after each evaluation by what has
+changed in the course of the training.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType
-from typing import Any
+from typing import TypeAlias
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_dp.errors import UnsupportedOptionError
 
-READS = {
-    "log_history",
-    "best_metric",
-    "evaluate",
-    "predict",
-    "metrics",
-}  # exact numbers, by the names that Trainer has for them
+Callback: TypeAlias = TrainerCallback | type[TrainerCallback]
+READS = {"log_history", "best_metric", "evaluate", "predict", "metrics"}  # Trainer's names for exact numbers
 STOPS = {"should_training_stop", "should_epoch_stop"}
 REMEDY = (
     "what is kept, or when training ends, would follow exact numbers on data that nobody declared public: declare the "
@@ -26,30 +23,27 @@ REMEDY = (
 )
 
 
-def deciders(callbacks: Iterable[Any]) -> Iterator[str]:
-    """The callbacks, instances or classes, that stop training and read metrics; those of transformers' early stopping
-    first of all.
-    """
+def deciders(callbacks: Iterable[Callback]) -> Iterator[str]:
+    """Each callback, instance or class, that stops training and reads metrics, as transformers' early stopping does."""
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
         if issubclass(kind, EarlyStoppingCallback) or (_names(kind) & STOPS and _names(kind) & READS):
             yield f"callback {kind.__name__}: {REMEDY}"
 
 
-def refuse_deciders(callbacks: Iterable[Any], *, public_eval: bool) -> None:
-    """Before they are asked anything.
+def refuse_deciders(callbacks: Iterable[Callback], *, public_eval: bool) -> None:
+    """To be called before any callback is asked anything.
 
     Raises:
-        UnsupportedOptionError: naming all that decide by evaluation data that were not declared public.
+        UnsupportedOptionError: naming all callbacks that decide by evaluation data, unless that was declared public.
     """
     if not public_eval and (found := list(deciders(callbacks))):
         raise UnsupportedOptionError("cannot be combined with differential privacy: " + "; ".join(found))
 
 
 @contextmanager
-def nothing_decided(trainer: Any) -> Iterator[None]:
-    """Around an evaluation in a training, on data not declared public: afterwards training goes on just as it would
-    have.
+def nothing_decided(trainer: Trainer) -> Iterator[None]:
+    """Around an evaluation during training, on data not declared public: it must not change the course of the training.
 
     Raises:
         UnsupportedOptionError: a callback stopped training, asked for a checkpoint, or changed a learning rate.
@@ -60,7 +54,8 @@ def nothing_decided(trainer: Any) -> Iterator[None]:
         raise UnsupportedOptionError(f"a callback changed {', '.join(changed)} in an evaluation: {REMEDY}")
 
 
-def _course(trainer: Any) -> dict[str, Any]:
+def _course(trainer: Trainer) -> dict[str, object]:
+    """What a callback may change to decide something: whether training stops or saves, its length, learning rates."""
     control, optimizer = trainer.control, trainer.optimizer
     return {
         **{name: getattr(control, name) for name in ("should_training_stop", "should_epoch_stop", "should_save")},
@@ -70,7 +65,7 @@ def _course(trainer: Any) -> dict[str, Any]:
 
 
 def _names(kind: type) -> set[str]:
-    """What the class's own methods name: attributes, variables and arguments, those of functions within them too."""
+    """All names in the code of the class's own methods, and in functions defined inside of them."""
     own = [k for k in kind.__mro__ if issubclass(k, TrainerCallback) and not k.__module__.startswith("transformers.")]
     codes = [value.__code__ for k in own for value in vars(k).values() if callable(value) and _has_code(value)]
     found: set[str] = set()
@@ -81,5 +76,5 @@ def _names(kind: type) -> set[str]:
     return found
 
 
-def _has_code(value: Any) -> bool:
+def _has_code(value: object) -> bool:
     return isinstance(getattr(value, "__code__", None), CodeType)

@@ -1,17 +1,17 @@
-"""Evaluations of a private trainer -> numbers that say, wherever they are written, whether they are covered; and
-nothing decided by them.
+"""Evaluations of a private trainer -> numbers marked as not covered by privacy wherever they are written; no decisions.
 
-An exact number on records that nobody declared public carries a mark beside it: in logs and trackers, in
+An exact number on records that were not declared public carries a mark beside it: in logs and trackers, in
 trainer_state.json, in what `evaluate` and `predict` return, and in the files of `save_metrics`. Its name does not
-matter: what is not known to be harmless is marked.
+matter: every number that is not known to be harmless is marked.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import METRICS
 from hf_dp.training.deciders import nothing_decided, refuse_deciders
 
@@ -19,39 +19,40 @@ if TYPE_CHECKING:
     _Host = Trainer  # what a mixin may count on
 else:
     _Host = object
+Metrics: TypeAlias = dict[str, Any]  # name -> number, as Trainer keeps them
 EVAL_MARK = "eval_not_covered_by_privacy"
-# Epsilon as if the number of steps so far had been fixed beforehand; beside "epsilon", which is the plan's.
+# Epsilon as if the number of steps so far had been fixed beforehand. It stands beside "epsilon", which is the plan's.
 STEPS_TAKEN = "epsilon_of_steps_taken"
-# Numbers that tell nothing of a record: of the schedule, the clock, or the mechanism.
+# Numbers that tell nothing about a record: they follow from the schedule, the clock or the mechanism.
 HARMLESS = {"epsilon", STEPS_TAKEN, "epoch", "step", "learning_rate", "grad_norm", "loss", "train_samples", *METRICS}
 CLOCK = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time", "_compilation_time")
 
 
-def mark(metrics: dict[str, Any], *, public_eval: bool) -> None:
-    """Puts the mark among metrics that hold any other number than harmless ones, or evaluation on data declared public."""
+def mark(metrics: Metrics, *, public_eval: bool) -> None:
+    """Adds the mark, unless each metric is harmless, or is of an evaluation on data declared public."""
     telling = [name for name in metrics if name not in HARMLESS and not name.endswith(CLOCK)]
     if any(not (public_eval and name.startswith("eval_")) for name in telling):
         metrics[EVAL_MARK] = 1.0
 
 
 class MarkedEvaluation(_Host):
-    """What `DPTrainerMixin` does about evaluation: its own part of a `Trainer`."""
+    """The part of `DPTrainerMixin` that deals with evaluation."""
 
-    privacy: Any
+    privacy: PrivacyConfig
     _evaluates_public = False
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`, marked unless it is on the trainer's own `eval_dataset`, and that was declared public."""
+        """As `Trainer.evaluate`; marked unless it is on the trainer's own `eval_dataset` and that was declared public."""
         with self._on(eval_dataset):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.predict`; its metrics are marked as those of `evaluate`."""
+        """As `Trainer.predict`; its metrics are marked like those of `evaluate`."""
         with self._on(test_dataset):
             return super().predict(test_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`, which `evaluate` and `predict` go through."""
+        """As `Trainer.evaluation_loop`, through which `evaluate` and `predict` go."""
         self._before_evaluation()
         output = super().evaluation_loop(*args, **kwargs)
         if output.metrics and not self._evaluates_public:
@@ -59,19 +60,19 @@ class MarkedEvaluation(_Host):
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, with the mark where it belongs."""
+        """As `Trainer.log`, with the mark if it is needed."""
         mark(logs, public_eval=self.privacy.public_eval)
         super().log(logs, *args, **kwargs)
 
-    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
-        """As `Trainer.log_metrics`, with the mark where it belongs."""
+    def log_metrics(self, split: str, metrics: Metrics) -> None:
+        """As `Trainer.log_metrics`, with the mark if it is needed."""
         super().log_metrics(split, self._marked(metrics))
 
-    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
-        """As `Trainer.save_metrics`, with the mark where it belongs."""
+    def save_metrics(self, split: str, metrics: Metrics, combined: bool = True) -> None:
+        """As `Trainer.save_metrics`, with the mark if it is needed."""
         super().save_metrics(split, self._marked(metrics), combined)
 
-    def add_callback(self, callback: Any) -> None:
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As `Trainer.add_callback`.
 
         Raises:
@@ -81,15 +82,15 @@ class MarkedEvaluation(_Host):
         super().add_callback(callback)
 
     def _before_evaluation(self) -> None:
-        """For the trainer's own: the weights are about to be read."""
+        """To be overridden: called before an evaluation reads the weights."""
 
-    def _marked(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def _marked(self, metrics: Metrics) -> Metrics:
         marked = dict(metrics)
         mark(marked, public_eval=self.privacy.public_eval)
         return marked
 
     @contextmanager
-    def _on(self, dataset: Any) -> Iterator[None]:
+    def _on(self, dataset: object) -> Iterator[None]:
         """An evaluation on `dataset`, as `evaluate` takes it."""
         own = self.eval_dataset
         members = list(own.values()) if isinstance(own, dict) else [own]

@@ -1,4 +1,4 @@
-"""A folder that Trainer uploads -> the Hub, of its files those that `leaving` lets go."""
+"""A folder that Trainer uploads -> on the Hub, only those of its files that `card.leaving` lets go."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,10 @@ from hf_dp.errors import ConfigError
 
 
 class ModelOnly(HfApi):
-    """`HfApi` whose `upload_folder` sends what `leaving` says, whatever its caller chose, and tells once what it left
-    behind.
-    """
+    """`HfApi` whose `upload_folder` sends only what `leaving` allows, whatever its caller chose, and says what stayed."""
 
     def upload_folder(self, *, folder_path: str | Path, path_in_repo: str | None = None, **kwargs: Any) -> Any:
-        """As `HfApi.upload_folder`. To a folder in the repository goes a checkpoint, with what resuming needs."""
+        """As `HfApi.upload_folder`. A checkpoint (uploaded to a folder in the repository) keeps what resuming needs."""
         found = leaving(Path(folder_path), resumable=path_in_repo is not None)
         if found.behind:
             _tell_once(f"{folder_path}: {found.words}")
@@ -34,14 +32,14 @@ def _tell_once(words: str) -> None:
 
 @contextmanager
 def only_the_model_leaves() -> Iterator[None]:
-    """While it lasts, Trainer's uploads go through `ModelOnly`.
+    """Within, Trainer's uploads go through `ModelOnly`.
 
-    A work-around: Trainer uploads its whole output folder, and has no option for what stays (transformers 5.0 to 5.23,
-    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py, `push_to_hub` and
-    `_push_from_checkpoint`).
+    This is a work-around: Trainer uploads its whole output folder, and has no option for leaving files out
+    (transformers 5.0 to 5.23, `push_to_hub` and `_push_from_checkpoint` in
+    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py).
 
     Raises:
-        ConfigError: Trainer uploads in a way that is not known here; nothing was uploaded.
+        ConfigError: this version of Trainer uploads in an unknown way; nothing was uploaded.
     """
     import transformers.trainer
 

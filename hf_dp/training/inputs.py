@@ -1,6 +1,6 @@
-"""A trainer's data set, collator and model -> how its records become micro-batches, and the made-up records of its checks."""
+"""A trainer's data set, collator and model -> its micro-batches, and the made-up records that its checks run on."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 from peft import PeftModel
@@ -11,6 +11,7 @@ from hf_dp.per_example import LENGTHS, MANY, MicroBatch, Record, longest_taken, 
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collate, Collation, Records
 from hf_dp.step import largest_micro_batch
+from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.look_through import complete_record
 from hf_dp.training.passes import subject_of
 
@@ -21,7 +22,7 @@ else:
 
 
 class CollatedRecords(_Host):
-    """What `DPTrainerMixin` does about records: its own part of a `Trainer`."""
+    """The part of `DPTrainerMixin` that deals with records."""
 
     model: Any  # always there once the host is built
     train_dataset: Any
@@ -34,13 +35,13 @@ class CollatedRecords(_Host):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _columns_for_model(self) -> tuple[Records, Collate]:
-        """The training set and collator, reduced to the columns that the model takes, as Trainer does."""
+        """The training set and the collator, reduced to the columns that the model takes, as Trainer reduces them."""
         if isinstance(self.train_dataset, datasets.Dataset):
             return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
         return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
 
     def _collation(self) -> Collation:
-        """How records become micro-batches; learnt on made-up ones whenever the collator is another."""
+        """How records become micro-batches; learnt on made-up ones, and again if the collator was replaced."""
         _, collate = self._columns_for_model()
         if self._learnt is None or self._learnt[0] is not self.data_collator:
             lengths = (*LENGTHS, 1, longest_taken(self._base_model()) or MANY)
@@ -48,8 +49,8 @@ class CollatedRecords(_Host):
         return self._learnt[1]
 
     def _synthetic_batches(self) -> list[MicroBatch]:
-        """Made-up records shaped like the user's: the whole batch first, then each record collated alone."""
-        return subject_of(self).batches()
+        """Made-up records of the user's schema: all in one batch first, then each collated alone."""
+        return subject_of(cast(PrivateTrainer, self)).batches()
 
     def _made_up_records(self, lengths: tuple[int, ...] = LENGTHS) -> list[Record]:
         if self._check_records is not None:
@@ -59,11 +60,11 @@ class CollatedRecords(_Host):
         return synthetic_records(complete_record(self._columns_for_model()[0]), lengths=lengths, **sizes)
 
     def _most_examples(self) -> int:
-        """Of one pass."""
+        """The most examples of one pass."""
         return 1 if self.alone_because else int(self.args.per_device_train_batch_size)
 
     def _largest_batch(self) -> MicroBatch:
         dataset, _ = self._columns_for_model()
         bounds = self._most_examples(), self.micro_batch_tokens
-        with fork_forward_rng([self.args.device]):  # a collator may draw
+        with fork_forward_rng([self.args.device]):  # a collator may draw random numbers
             return self._collation()(largest_micro_batch(dataset, self._made_up_records, bounds, self._base_model()))[0]

@@ -1,8 +1,8 @@
 """Model, optimizer, loss and a plan -> private steps of an ordinary PyTorch loop on any `nn.Module`, without Trainer.
 
 `PrivateLoop.draws` yields Poisson draws, `backward` takes the place of `loss.backward()`, and the optimizer steps as
-ever. What is out of order (a step without a release, two releases in one step, gradients from elsewhere) is an error
-before the weights change.
+usual. What is done in the wrong order (a step without a release, two releases in one step, gradients from elsewhere) is
+an error before the weights change.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,16 +56,16 @@ from hf_dp.step import (
 from hf_dp.training.cards import write_card
 from hf_dp.training.passes import Subject, examined, written_by
 
-BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw waits for
+BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw may wait for
 
 
 def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1) -> Mechanism:
-    """What a loop over `num_examples` records will run: as `accounting.plan` says, with sigma calibrated where a target
-    is given.
+    """The mechanism of a loop over `num_examples` records, with sigma calibrated if a target epsilon is given.
+
+    It is what `accounting.plan` makes of the settings.
 
     Raises:
-        ConfigError: settings that do not fit the data, a `budget_file` or a `unit_column`, which a mechanism does not
-            hold.
+        ConfigError: settings that do not fit the data; a `budget_file` or a `unit_column`, which loops do not support.
         AccountingError: a target out of reach.
     """
     for name, value in (("budget_file", privacy.budget_file), ("unit_column", privacy.unit_column)):
@@ -75,28 +75,31 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
 
 
 class PrivateLoop:
-    """One private training in a loop of your own: `for draw in loop.draws(data): loop.backward(draw);
-    optimizer.step()`.
+    """One private training in a loop of your own:
 
-    Guarantee: that of `mechanism`, for the weights that the optimizer leaves, as long as nothing else computes them
-    from the records. One process; a loop does not resume: another training on the same records adds up.
+        for draw in loop.draws(data):
+            loop.backward(draw)
+            optimizer.step()
+
+    Guarantee: that of `mechanism`, for the weights that the optimizer leaves, as long as nothing else computes weights
+    from the records. A loop runs in one process and does not resume. Another training on the same records adds to what
+    was spent.
 
     Args:
-        model: in training mode during every pass; parameters with `requires_grad` are trained, all of them by
-            `optimizer`.
-        optimizer: a torch optimizer whose `step` takes no closure. From now on it steps on what this loop released
-            alone.
+        model: parameters with `requires_grad` are trained, all of them by `optimizer`. Every pass is in training mode.
+        optimizer: a torch optimizer whose `step` takes no closure. From now on it steps only on what this loop
+            released.
         example_losses: (model, batch) -> one loss an example, [B], each a function of its example alone. The batch is
-            what `collate` makes of records: a mapping, or a tuple, of tensors that lead with the examples.
+            what `collate` makes of records: a mapping, or a tuple, of tensors with one row an example.
         mechanism: from `hf_dp.plan(PrivacyConfig(...), num_examples, num_train_epochs=...)`.
-        output_dir: where the ledger is kept, one training in each.
+        output_dir: where the ledger is kept; each training needs a folder of its own.
 
     Attributes:
-        alone_because: why each example has a pass of its own, known when `draws` begins; "" where a pass may hold many.
+        alone_because: why each example has a pass of its own, known when `draws` begins; "" if a pass may hold many.
 
     Raises:
-        ConfigError: several processes, a mechanism with more than the gradient in it, or trainable parameters that the
-            optimizer does not hold, and the reverse. Names all of them.
+        ConfigError: several processes; a mechanism that releases more than the gradient; trainable parameters that the
+            optimizer does not hold, or the reverse. Names all of them.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class PrivateLoop:
         self._failure: str | None = None
         self.alone_because = ""
         self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
-        self._waits = False  # for backward
+        self._waits = False  # whether the draw under way still waits for `backward`
         self._guard = WeightGuard()
         self._guard.watch(model, optimizer)
 
@@ -135,26 +138,26 @@ class PrivateLoop:
         max_examples: int = 256,
         check_records: list[Record] | None = None,
     ) -> Iterator[Draw[MicroBatch]]:
-        """T draws, fewer where one more would exceed the target epsilon: each keeps every record with probability q, by
-        itself.
+        """T draws, or fewer if one more would exceed the target epsilon.
 
-        First the inventory, and the self-check on made-up records; then the ledger is opened. A draw may be empty.
+        Each keeps every record independently with probability q; it may be empty. First come the inventory and the
+        self-check, on made-up records; then the ledger is opened.
 
         Args:
-            dataset: with `len` and integer indices; as many records as the mechanism was planned for.
-            collate: records -> batch, one row a record; it is given one record at a time, but for torch's
+            dataset: with `len` and integer indices; it has as many records as the mechanism was planned for.
+            collate: records -> a batch with one row a record. It is given one record at a time, unless it is torch's
                 `default_collate`.
-            max_examples: the most records of one pass: memory and speed, never the result.
-            check_records: a few public records for the self-check, where none can be made up from the shapes of the
-                first.
+            max_examples: the most records of one pass. It affects memory and speed, never the result.
+            check_records: a few public records for the self-check, if none can be made up from the shapes of the first
+                record.
 
         Raises:
-            ConfigError: another number of records than planned, records that can't be made up, or a budget that is
+            ConfigError: another number of records than planned, records that cannot be made up, or a budget that is
                 spent.
             UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
             SelfCheckError: something couples the examples of a batch.
             LedgerError: `output_dir` holds the ledger of another training.
-            ReleaseError: the last draw is still without its release or its step.
+            ReleaseError: the last draw still lacks its release or its step.
         """
         m = self.mechanism
         if len(dataset) != m.num_examples:
@@ -189,12 +192,14 @@ class PrivateLoop:
             run.close()
 
     def backward(self, draw: Draw[MicroBatch]) -> None:
-        """p.grad = (clipped sum + noise) / B for every trainable parameter, whatever was there before; charged first,
-        on disk.
+        """Writes p.grad = (clipped sum + noise) / B for every trainable parameter. The step is charged first, on disk.
+
+        Whatever was in `p.grad` before is replaced.
 
         Raises:
             ReleaseError: not the draw that `draws` yielded last, or a second time. Nothing is charged or released.
-            CaptureError: not one loss an example, or another number of rows than were drawn. Charged, nothing released.
+            CaptureError: not one loss an example, or another number of rows than were drawn. Charged; nothing is
+                released.
         """
         if self._run is None or draw is not self._draw or not self._waits:
             raise ReleaseError(
@@ -207,13 +212,15 @@ class PrivateLoop:
         self._waits = False
 
     def privacy_spent(self) -> PrivacySpent:
-        """(epsilon, delta) of every step charged so far; 0 before the first."""
+        """(epsilon, delta) that is claimed of the training so far; 0 before the first draw."""
         return PrivacySpent(0.0, self.mechanism.delta, 0) if self._run is None else self._run.spent()
 
     def write_card(self, folder: str | Path, *, public_eval: bool = False) -> None:
-        """The privacy section in `folder`/README.md, and privacy.json beside it, from what was charged.
+        """Writes the privacy section of `folder`/README.md, and privacy.json beside it, from what was charged.
 
-        `public_eval` declares that the data of any evaluation beside them are public.
+        Args:
+            folder: made if it is missing.
+            public_eval: declares that the data of any evaluation reported beside them are public.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         if self._run is not None:
@@ -225,7 +232,7 @@ class PrivateLoop:
         return self._example_losses(model, tuple(batch.values()) if all(k.isdigit() for k in batch) else batch)
 
     def _check(self, collation: Collation) -> None:
-        """Inventory, proof and self-check; settles whether each example has a pass of its own."""
+        """Inventory, proof and self-check; decides whether each example has a pass of its own."""
         self.model.train()
         subject = Subject(self.model, self._losses, collation, collation.tried, self._on_device)
         with taken_by_the_model():
@@ -240,7 +247,7 @@ class PrivateLoop:
         return cast(Batch, send_to_device(batch, self._device))
 
     def _checked(self, draw: Draw[MicroBatch]) -> Draw[MicroBatch]:
-        """The draw itself, unless its records could not be collated, or are not all there."""
+        """The draw, after checking that its records could be collated and are all there."""
         if self._failure is not None:
             raise CaptureError(self._failure)
         _refuse_other_examples(draw, self._size)
@@ -275,7 +282,9 @@ def _wrong_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ite
     if not trainable:
         yield "the model has no trainable parameter"
     if missing:
-        yield f"the optimizer does not hold {', '.join(missing)}: freeze them (requires_grad_(False)), or give them to it"
+        yield (
+            f"the optimizer does not hold {', '.join(missing)}: freeze them (requires_grad_(False)), or give them to it"
+        )
     yield from foreign_parameters(model, optimizer)
     if hooked := list(hooks_in(model)):
         yield f"hooks on gradients of {', '.join(hooked)}, which would not run: remove them"

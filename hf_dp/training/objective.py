@@ -21,6 +21,7 @@ from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.per_example import (
     OVER_VOCABULARY,
     Batch,
+    Leaf,
     MicroBatch,
     decoder_inputs,
     each_alone,
@@ -30,6 +31,7 @@ from hf_dp.per_example import (
     precision,
     undisturbed,
 )
+from hf_dp.training.host import Objective, PrivateTrainer
 from hf_dp.training.overrides import host_of, owns
 
 YOURS, FUNCTION, OWN, HOST = "example_losses", "compute_loss_func", "the model's own", "the host's compute_loss"
@@ -45,13 +47,6 @@ ROUNDING = {
 REMEDY = "override DPTrainer.example_losses(model, inputs), which returns one loss an example, [batch]"
 
 
-class Objective(NamedTuple):
-    """What is trained: `kind` is a key of `losses.LOSSES`, or YOURS, FUNCTION, OWN or HOST; `rule` says why, for the plan."""
-
-    kind: str
-    rule: str
-
-
 DRAWS = 5
 UNTOLD = Objective(OWN, "it is not finite on any made-up record")
 
@@ -63,7 +58,7 @@ class Measured(NamedTuple):
     gradient: dict[str, Tensor]
 
 
-def choose(trainer: Any) -> Objective:
+def choose(trainer: PrivateTrainer) -> Objective:
     """The objective of a trainer, on made-up records, each collated by itself. The model is left as it was.
 
     Raises:
@@ -92,7 +87,7 @@ def refused_records(error: Exception, batch: Batch) -> ConfigError:
 
 
 @contextmanager
-def as_in_training(trainer: Any) -> Iterator[None]:
+def as_in_training(trainer: PrivateTrainer) -> Iterator[None]:
     """Around passes that only check: training's precision. Accelerate wraps the model's forward in it later, in `train`."""
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         yield
@@ -104,7 +99,7 @@ def first_line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:300] + "..."
 
 
-def _chosen(trainer: Any, alone: Sequence[Batch]) -> Objective:
+def _chosen(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
     if owns(type(trainer), "example_losses"):
         return Objective(YOURS, "overridden")
     if trainer.compute_loss_func is not None:
@@ -115,7 +110,7 @@ def _chosen(trainer: Any, alone: Sequence[Batch]) -> Objective:
     return found if _host_agrees(trainer, found, alone[0]) else _of_the_host(trainer)
 
 
-def losses_of(trainer: Any, kind: str, model: nn.Module, inputs: Batch) -> Tensor:
+def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batch) -> Tensor:
     """One loss an example, [B], times its class's weight where the trainer has weights."""
     if kind == YOURS:  # an override that calls ours
         kind = FUNCTION if trainer.compute_loss_func is not None else _kind_of_class(trainer) or OWN
@@ -136,7 +131,7 @@ def losses_of(trainer: Any, kind: str, model: nn.Module, inputs: Batch) -> Tenso
     )
 
 
-def mean_of_the_users(trainer: Any, model: nn.Module, inputs: Batch) -> tuple[Tensor, Any]:
+def mean_of_the_users(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> tuple[Tensor, Leaf]:
     """For evaluation: the mean over the batch of what `compute_loss_func` returns, and the model's outputs."""
     inputs = dict(inputs)
     labels = _taken(inputs, trainer.label_names)
@@ -147,7 +142,7 @@ def mean_of_the_users(trainer: Any, model: nn.Module, inputs: Batch) -> tuple[Te
 # ---- the losses ------------------------------------------------------------------------------------------------------------
 
 
-def _taken(inputs: Batch, names: Sequence[str]) -> Any:
+def _taken(inputs: Batch, names: Sequence[str]) -> Leaf:
     """The labels, taken out of the inputs: `labels`, or where there is none all that `label_names` name, as a tuple.
 
     Raises:
@@ -164,11 +159,11 @@ def _taken(inputs: Batch, names: Sequence[str]) -> Any:
     return found
 
 
-def _decoder_reads(trainer: Any, inputs: Batch, labels: Any) -> Batch:
+def _decoder_reads(trainer: PrivateTrainer, inputs: Batch, labels: Leaf) -> Batch:
     return decoder_inputs(trainer._base_model(), inputs, labels)
 
 
-def _from_labels(trainer: Any, kind: str, model: nn.Module, inputs: Batch, labels: Any) -> Tensor:
+def _from_labels(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batch, labels: Leaf) -> Tensor:
     inputs.update(_decoder_reads(trainer, inputs, labels))
     smoothing = trainer.args.label_smoothing_factor
     if kind in OVER_VOCABULARY:
@@ -184,20 +179,20 @@ def _one_by_one(loss: Callable[[Batch], Tensor], inputs: Batch) -> Tensor:
     return torch.cat([loss(one).reshape(1) for one in each])
 
 
-def _own_loss(trainer: Any, model: nn.Module, inputs: Batch) -> Tensor:
+def _own_loss(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> Tensor:
     loss = own_loss(model(**inputs))
     if loss is None:
         raise ConfigError(f"{type(model).__name__} returned no loss: {REMEDY}")
     return loss
 
 
-def of_a_batch(trainer: Any) -> Callable[[nn.Module, Batch], Tensor]:
+def of_a_batch(trainer: PrivateTrainer) -> Callable[[nn.Module, Batch], Tensor]:
     """What is asked for, for several examples at once: the model's own loss is then one of them all."""
     own = trainer.objective.kind == OWN
     return partial(_own_loss, trainer) if own else lambda model, batch: trainer.example_losses(model, batch)
 
 
-def _hosts_loss(trainer: Any, model: nn.Module, inputs: Batch) -> Tensor:
+def _hosts_loss(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> Tensor:
     """The host's `compute_loss`, of which nothing stays but the loss: what it notes of private examples would be logged."""
     host: Any = host_of(type(trainer), "compute_loss")
     with _books_put_back(trainer):
@@ -205,7 +200,7 @@ def _hosts_loss(trainer: Any, model: nn.Module, inputs: Batch) -> Tensor:
     return loss
 
 
-def own_loss(outputs: Any) -> Tensor | None:
+def own_loss(outputs: Leaf) -> Tensor | None:
     """The loss in a model's outputs, a number; None where there is none."""
     found = outputs.get("loss") if isinstance(outputs, dict) else outputs[0] if isinstance(outputs, tuple) else None
     return found if isinstance(found, Tensor) and found.numel() == 1 else None
@@ -223,7 +218,7 @@ def _weight_of_each(weights: Tensor, inputs: Batch) -> Tensor:
 # ---- what was asked for ----------------------------------------------------------------------------------------------------
 
 
-def _known_or_own(trainer: Any, alone: Sequence[Batch]) -> Objective:
+def _known_or_own(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
     name, found = type(trainer._base_model()).__name__, UNTOLD
     for batch in alone:
         theirs = _measured(trainer.model, partial(_own_or_none, trainer.model, batch))
@@ -245,12 +240,12 @@ def _known_or_own(trainer: Any, alone: Sequence[Batch]) -> Objective:
     return found
 
 
-def _kind_of_class(trainer: Any) -> str | None:
+def _kind_of_class(trainer: PrivateTrainer) -> str | None:
     base = trainer._base_model()
     return losses.loss_kind(type(base).__name__, getattr(base, "config", None))
 
 
-def _known(trainer: Any, kind: str, batch: Batch) -> Tensor | None:
+def _known(trainer: PrivateTrainer, kind: str, batch: Batch) -> Tensor | None:
     """A known loss as the model itself would take it, without smoothing or weights; None where it can't be formed."""
     inputs, model = dict(batch), trainer.model
     try:
@@ -271,7 +266,7 @@ def _own_or_none(model: nn.Module, batch: Batch) -> Tensor | None:
     return None if loss is None else loss.reshape(1)
 
 
-def _host_agrees(trainer: Any, chosen: Objective, batch: Batch) -> bool:
+def _host_agrees(trainer: PrivateTrainer, chosen: Objective, batch: Batch) -> bool:
     """Whether a host's `compute_loss` (trl's, for supervised fine-tuning: `overrides` refuses all others) is what is chosen."""
     if host_of(type(trainer), "compute_loss").__module__.startswith("transformers."):
         return True
@@ -281,7 +276,7 @@ def _host_agrees(trainer: Any, chosen: Objective, batch: Batch) -> bool:
     return same(ours, theirs, precision(model))
 
 
-def _of_the_host(trainer: Any) -> Objective:
+def _of_the_host(trainer: PrivateTrainer) -> Objective:
     name, setting = host_of(type(trainer), "compute_loss").__name__, vars(trainer.args).get("loss_type")
     rule = f"{name}'s{f' with loss_type={setting!r}' if setting else ''} is not the mean cross entropy over a record's own targets"
     if trainer.args.world_size > 1:
@@ -292,7 +287,7 @@ def _of_the_host(trainer: Any) -> Objective:
 
 
 @contextmanager
-def _books_put_back(trainer: Any) -> Iterator[None]:
+def _books_put_back(trainer: PrivateTrainer) -> Iterator[None]:
     """trl's trainers keep averages of what their `compute_loss` has seen, and log them."""
     kept = {
         name: copy.deepcopy(value)
@@ -305,7 +300,7 @@ def _books_put_back(trainer: Any) -> Iterator[None]:
         vars(trainer).update(kept)
 
 
-def _refuse_settings(trainer: Any, chosen: Objective) -> None:
+def _refuse_settings(trainer: PrivateTrainer, chosen: Objective) -> None:
     if chosen.kind == OWN and trainer.args.label_smoothing_factor:
         raise ConfigError(
             f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into the model's own loss, which is trained here "

@@ -1,8 +1,8 @@
-"""Trainer options -> the ones that would void the guarantee, all at once, each with its remedy.
+"""Trainer options -> those that would void the guarantee, all at once, each with its remedy.
 
-Every field of `TrainingArguments` has a verdict here: REFUSED (at some values), HANDLED (it does something else than in
-a plain Trainer, or something beside training that must be seen to) or SAFE. A test fails when a new transformers brings
-one that has none.
+Every field of `TrainingArguments` has a verdict here: REFUSED (at some values), HANDLED (it works differently than in a
+plain Trainer, or it has an effect besides training that has to be controlled) or SAFE. A test fails if a new version of
+transformers brings a field without a verdict.
 """
 
 import copy
@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import transformers
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.sampling import REMEDY, own_generators
@@ -20,9 +20,8 @@ from hf_dp.step import COARSE, coarse_products, sharding
 from hf_dp.training.deciders import deciders
 from hf_dp.training.overrides import ignored
 
-DEFAULT_MAX_GRAD_NORM = (
-    1.0  # Trainer's default, which nobody chose; it rescaled private updates 12-fold, so it is switched off
-)
+# Trainer's default, which nobody chose. It rescaled private updates 12-fold in an experiment, so it is switched off.
+DEFAULT_MAX_GRAD_NORM = 1.0
 
 COMPILED = (
     "torch.compile cannot trace the stand-ins that watch the trainable parameters; pass the model as it was before "
@@ -108,7 +107,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "padding_free": (bool, "it joins the records of a batch in one row; leave it off"),
 }
 
-# option -> what becomes of it
+# option -> what it does in a private training
 HANDLED: dict[str, str] = {
     "output_dir": "the ledger and its fingerprint key lie there; another training's ledger there is refused",
     "per_device_train_batch_size": "examples of a micro-batch: memory and speed, never the result",
@@ -119,7 +118,7 @@ HANDLED: dict[str, str] = {
     "bf16": "autocast; norms, factors, sums and noise stay float32",
     "gradient_checkpointing": "recomputed under the same random state as the forward pass",
     "activation_checkpointing": "as gradient_checkpointing",
-    "logging_strategy": "losses of private examples are left out, or noised (PrivacyConfig.log_loss_up_to); epsilon is put in",
+    "logging_strategy": "private losses are left out, or noised (PrivacyConfig.log_loss_up_to); epsilon is added",
     "logging_first_step": "as logging_strategy",
     "logging_nan_inf_filter": "no training loss is logged that it could filter: a noised one is finite",
     "report_to": "gets what is logged, and no more",
@@ -146,26 +145,27 @@ HANDLED: dict[str, str] = {
     "length_column_name": "only for grouping by length, which is refused",
 }
 
-# options that neither see private examples nor touch the sum, the noise or what is counted
+# options that see no private examples and have no effect on the sum, the noise or the ledger
 SAFE = frozenset(
     """
     learning_rate lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon
     optim_args optim_target_modules
     activation_checkpointing_kwargs gradient_checkpointing_kwargs use_cache torch_empty_cache_steps
-    bf16_full_eval fp16_full_eval eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_do_concat_batches
-    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics do_train do_eval do_predict
+    bf16_full_eval fp16_full_eval eval_steps eval_delay per_device_eval_batch_size prediction_loss_only
+    eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+    do_train do_eval do_predict
     predict_with_generate generation_max_length generation_num_beams generation_config
     logging_steps logging_dir log_on_each_node log_level log_level_replica disable_tqdm run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id
     save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
     hub_private_repo hub_model_id hub_always_push hub_revision
-    use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
-    fsdp_config dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph fsdp_config dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context remove_unused_columns label_names
     """.split()
 )
 
-# what `accelerate launch` and its config file say by way of the environment -> (is this value unsafe?, remedy)
+# environment variable, set by `accelerate launch` or its config file -> (is this value unsafe?, remedy)
 ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
     "ACCELERATE_USE_DEEPSPEED": (lambda v: v.lower() in ("1", "true"), REFUSED["deepspeed"][1]),
     "ACCELERATE_USE_FSDP": (lambda v: v.lower() in ("1", "true"), REFUSED["fsdp"][1]),
@@ -175,30 +175,30 @@ ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
 }
 
 
-def check_options(args: Any, *, public_eval: bool, **others: Any) -> None:
-    """Raises one error that names every option of `TrainingArguments`, and every other argument, that cannot be
-    allowed.
+def check_options(args: TrainingArguments, *, public_eval: bool, **others: Any) -> None:
+    """Raises one error that names every option, and every other argument of the trainer, that cannot be allowed.
 
     Args:
         args: the `TrainingArguments`.
         public_eval: whether the evaluation data were declared public.
         others: the trainer's other arguments by name (model, train_dataset, data_collator, optimizers, model_init,
-            ...), and `trainer`, its class.
+            ...), and its class as `trainer`.
 
     Raises:
         UnsupportedOptionError: with one line an option.
     """
-    problems = [*_of_training_arguments(args, public_eval), *_of_surroundings(), *_of_data(others)]
-    problems += ignored(others.get("trainer", transformers.Trainer))
-    problems += [*_of_model(others.get("model")), *(() if public_eval else deciders(others.get("callbacks") or ()))]
+    problems = [*_wrong_arguments(args, public_eval), *_wrong_environment(), *_wrong_data(others)]
+    problems += ignored(others.get("trainer", Trainer))
+    problems += [*_wrong_model(others.get("model")), *(() if public_eval else deciders(others.get("callbacks") or ()))]
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")
 
 
 def positional_names(trainer: type, *, after: type) -> list[str]:
-    """What the positional arguments of `trainer`'s bases after `after` are called; one that hands its `*args` on takes
-    them as the next.
+    """The names of the positional arguments of `trainer`'s bases after `after`.
+
+    A base whose `__init__` passes `*args` on has those of the next one.
     """
     hosts = trainer.__mro__[trainer.__mro__.index(after) + 1 :]
     for init in (host.__dict__["__init__"] for host in hosts if "__init__" in host.__dict__):
@@ -208,14 +208,14 @@ def positional_names(trainer: type, *, after: type) -> list[str]:
     return []
 
 
-def without_batch_clipping(args: Any) -> Any:
-    """A copy of the `TrainingArguments` with `max_grad_norm` 0: the caller's own stay as they are."""
+def without_batch_clipping(args: TrainingArguments) -> TrainingArguments:
+    """A copy of the `TrainingArguments` with `max_grad_norm` 0; the caller's own are not changed."""
     args = copy.copy(args)
     args.max_grad_norm = 0.0
     return args
 
 
-def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
+def _wrong_arguments(args: TrainingArguments, public_eval: bool) -> Iterator[str]:
     given = vars(args)
     for name, (unsafe, remedy) in REFUSED.items():
         if name in given and unsafe(given[name]):
@@ -239,7 +239,8 @@ def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
         if config.get(name):
             yield f"accelerator_config.{name}: batches must be Poisson samples of the whole data set; drop it"
     if "num_steps" in (config.get("gradient_accumulation_kwargs") or {}):
-        yield f"accelerator_config.gradient_accumulation_kwargs['num_steps']: {REFUSED['gradient_accumulation_steps'][1]}"
+        remedy = REFUSED["gradient_accumulation_steps"][1]
+        yield f"accelerator_config.gradient_accumulation_kwargs['num_steps']: {remedy}"
     chooses = given.get("load_best_model_at_end") or str(getattr(args.save_strategy, "value", "")) == "best"
     if chooses and not public_eval:
         yield (
@@ -253,22 +254,25 @@ def _of_training_arguments(args: Any, public_eval: bool) -> Iterator[str]:
         )
 
 
-def _of_surroundings() -> Iterator[str]:
+def _wrong_environment() -> Iterator[str]:
     for name, (unsafe, remedy) in ENVIRONMENT.items():
         if unsafe(os.environ.get(name, "")):
             yield f"{name}={os.environ[name]} (from accelerate's launcher or config file): {remedy}"
     yield from coarse_products()
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[object]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _of_data(others: dict[str, Any]) -> Iterator[str]:
+def _wrong_data(others: dict[str, Any]) -> Iterator[str]:
     dataset, collator = others.get("train_dataset"), others.get("data_collator")
     if isinstance(dataset, dict):
         splits = ", ".join(map(str, dataset))
-        yield f"train_dataset is a {type(dataset).__name__} of the splits {splits}: give one of them, as train_dataset=data['train']"
+        yield (
+            f"train_dataset is a {type(dataset).__name__} of the splits {splits}: give one of them, as "
+            "train_dataset=data['train']"
+        )
     elif dataset is not None and not _has_length(dataset):
         yield (
             f"train_dataset of type {type(dataset).__name__}: Poisson sampling needs its length and random access; "
@@ -297,7 +301,7 @@ def _has_length(dataset: Any) -> bool:
         return False
 
 
-def _of_model(model: Any) -> Iterator[str]:
+def _wrong_model(model: object) -> Iterator[str]:
     if not isinstance(model, nn.Module):
         return
     compiled = [n or type(m).__name__ for n, m in model.named_modules() if _is_compiled(m)]
@@ -312,15 +316,16 @@ def _of_model(model: Any) -> Iterator[str]:
     config = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
         yield "config.output_router_logits=True: the router's auxiliary loss mixes examples; set it to False"
-    yield from _of_shared_memory(model)
+    yield from _shared_memory(model)
     yield from sharding.problems(model)
-    yield from _of_eight_bit_layers(model)
-    yield from _of_adapters(model)
+    yield from _eight_bit_outliers(model)
+    yield from _wrong_adapters(model)
 
 
-def _of_shared_memory(model: nn.Module) -> Iterator[str]:
-    """Tied weights are one parameter; two over one memory would each be stepped, and neither by what the other's
-    gradient says.
+def _shared_memory(model: nn.Module) -> Iterator[str]:
+    """Two trained parameters over one memory (other than tied weights, which are one parameter).
+
+    Both would be stepped, each on a gradient that ignores the other's.
     """
     seen: dict[int, str] = {}
     for name, p in model.named_parameters():
@@ -328,15 +333,18 @@ def _of_shared_memory(model: nn.Module) -> Iterator[str]:
             continue
         first = seen.setdefault(p.data_ptr(), name)
         if first != name:
-            yield f"{first} and {name} are two trained parameters over one memory, stepped twice: tie them as one, or train one of them"
+            yield (
+                f"{first} and {name} are two trained parameters over one memory, stepped twice: tie them as one, or "
+                "train one of them"
+            )
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
-def _of_eight_bit_layers(model: nn.Module) -> Iterator[str]:
-    """LLM.int8 keeps the columns in which *any* row of the batch has an outlier apart from the rest."""
+def _eight_bit_outliers(model: nn.Module) -> Iterator[str]:
+    """LLM.int8 treats a column apart if *any* row of the batch has an outlier in it, which couples the rows."""
     states = {n: vars(m).get("state") for n, m in model.named_modules() if type(m).__name__ == "Linear8bitLt"}
     coupled = {n: s.threshold for n, s in states.items() if getattr(s, "threshold", 0.0) > 0}
     if coupled:
@@ -348,14 +356,17 @@ def _of_eight_bit_layers(model: nn.Module) -> Iterator[str]:
         )
 
 
-def _of_adapters(model: Any) -> Iterator[str]:
+def _wrong_adapters(model: nn.Module) -> Iterator[str]:
     merged = [
         n
         for n, m in model.named_modules()
         if getattr(m, "merged", False) is True and getattr(m, "active_adapters", None)
     ]
     if merged:
-        yield f"merged adapters in {', '.join(merged[:3])}: their weights are not used while training; call unmerge_adapter()"
+        yield (
+            f"merged adapters in {', '.join(merged[:3])}: their weights are not used while training; call "
+            "unmerge_adapter()"
+        )
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         init = getattr(config, "init_lora_weights", True)
         if str(init).lower() in ("eva", "corda", "lora_ga"):
@@ -365,8 +376,11 @@ def _of_adapters(model: Any) -> Iterator[str]:
             yield f"adapter {name!r} of type {kind}: {_UNFIT[kind]}; use another, such as LoRA"
 
 
-_UNFIT = {  # peft_type -> what it does that no norm or check sees
+_UNFIT = {  # peft_type -> why neither norms nor checks see what it does
     "OSF": "it projects gradients in hooks of its own, after they would be clipped",
-    "PVERA": "it draws random numbers in each forward pass, so that a batch can't be compared with its examples; VeRA draws none",
+    "PVERA": (
+        "it draws random numbers in each forward pass, so that a batch can't be compared with its examples; VeRA "
+        "draws none"
+    ),
     "CPT": "it scales gradients in a hook of its own, and projects its weights in each forward pass",
 }

@@ -1,6 +1,4 @@
-"""A trainer's class -> the methods of Trainer that it overrides and that a private training never calls, each with its
-remedy.
-"""
+"""A trainer's class -> methods of Trainer that it overrides and that private training never calls, each with a remedy."""
 
 from collections.abc import Iterator
 
@@ -12,7 +10,7 @@ NEVER_CALLED = {
         "returns [batch], and compute_loss then serves evaluation alone (for weights of classes: "
         "DPTrainer(class_weights=[...]))"
     ),
-    "get_train_dataloader": f"{_DRAWS}; drop it, and choose records in train_dataset, what becomes of them in data_collator",
+    "get_train_dataloader": f"{_DRAWS}; drop it, choose records in train_dataset, and transform them in data_collator",
     "_get_train_sampler": f"{_DRAWS}; drop it, and choose records in train_dataset",
     "get_batch_samples": f"{_DRAWS}; drop it",
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
@@ -24,7 +22,7 @@ PREFERENCES = (
 
 
 def ignored(trainer: type) -> Iterator[str]:
-    """One line for each method that `trainer`, or a Trainer that it is built on, overrides for nothing."""
+    """One line for each method that `trainer`, or a Trainer among its bases, overrides in vain."""
     classes = trainer.__mro__
     private = next((i for i, c in enumerate(classes) if c.__name__ == "DPTrainerMixin"), len(classes))
     for method, remedy in NEVER_CALLED.items():
@@ -32,20 +30,20 @@ def ignored(trainer: type) -> Iterator[str]:
         if _stock(owner) or (method == "compute_loss" and owns(trainer, "example_losses")):
             continue
         if method == "training_step" and classes.index(owner) < private:
-            continue  # around the private step, which it calls
+            continue  # it wraps the private step, and calls it
         theirs = owner.__module__.startswith("trl.")
         if theirs and method == "training_step":
-            continue  # one that only moves activations, or of a trainer whose compute_loss is named anyway
+            continue  # it only offloads activations, or its trainer's compute_loss is refused anyway
         yield f"{owner.__name__}.{method}: it would never be called while training: {PREFERENCES if theirs else remedy}"
 
 
 def owns(trainer: type, method: str) -> bool:
-    """Whether a class outside this library defines the method that `trainer` has."""
+    """Whether the method that `trainer` has is defined outside of this library."""
     return not _ours(next(c for c in trainer.__mro__ if method in vars(c)))
 
 
 def host_of(trainer: type, method: str) -> type:
-    """The class outside this library whose method `trainer` would have."""
+    """The class outside of this library whose method `trainer` would have without this library."""
     return next(c for c in trainer.__mro__ if method in vars(c) and not _ours(c))
 
 
@@ -54,7 +52,5 @@ def _ours(owner: type) -> bool:
 
 
 def _stock(owner: type) -> bool:
-    """Trainer itself; and trl's for supervised fine-tuning, whose loss is held against what is trained (see
-    `objective`).
-    """
+    """Trainer itself; and trl's SFTTrainer, whose loss is compared with the one that is trained (see `objective`)."""
     return owner.__module__.startswith("transformers.") or owner.__module__ == "trl.trainer.sft_trainer"

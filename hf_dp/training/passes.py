@@ -2,12 +2,12 @@
 
 One example a pass is exact for any layer and any loss: autograd's gradient is the example's. It is slower than many at once, so it is
 taken where many can't be: the loss is the model's own, the collator mixes records, an operation has no rule for each example's gradient,
-or it is not proved that the examples of a pass are independent.
+it is not proved that the examples of a pass are independent, or padding changes what an example's gradient is.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from hf_dp.per_example import (
     Batch,
     MicroBatch,
     Proof,
+    Record,
     Row,
     inventory_of_one,
+    is_coupled,
     per_example_factors,
     prove,
     take_inventory,
@@ -27,8 +29,14 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
-from hf_dp.training.beside import PADDED, padding_matters, refuse_comparing
+from hf_dp.training.beside import refuse_comparing
+from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.objective import ALONE, as_in_training, first_line, of_a_batch, refused_records
+
+COUPLED = (
+    "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left padding with absolute "
+    "positions, numbers drawn for the whole batch)"
+)
 
 
 class Subject(NamedTuple):
@@ -37,17 +45,17 @@ class Subject(NamedTuple):
     model: nn.Module
     example_losses: Callable[[nn.Module, Batch], Tensor]
     collation: Collation
-    records: Sequence[Any]
+    records: Sequence[Record]
     to_device: Callable[[Batch], Batch]
 
-    def batches(self, records: Sequence[Any] | None = None) -> list[MicroBatch]:
+    def batches(self, records: Sequence[Record] | None = None) -> list[MicroBatch]:
         """All the records, its own if none are given, in one batch, if they ever are, else the first; then each alone."""
         with fork_forward_rng():  # a collator may draw
             made = self.collation.together_and_alone(list(self.records if records is None else records))
         return [batch.mapped(self.to_device) for batch in made]
 
 
-def inventory_and_reason(trainer: Any) -> tuple[list[Row], str]:
+def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
     """How each parameter's per-example gradient is formed, and why a pass holds one example; "" where it may hold many.
 
     Raises:
@@ -55,10 +63,18 @@ def inventory_and_reason(trainer: Any) -> tuple[list[Row], str]:
     """
     trainer.model.train()
     with as_in_training(trainer):
-        return examined(subject_of(trainer), _known_beforehand(trainer), of_a_batch(trainer))
+        subject = subject_of(trainer)
+        rows, reason = examined(subject, _known_beforehand(trainer), of_a_batch(trainer))
+        if reason:
+            return rows, reason
+        batches = subject.batches()
+        if not is_coupled(subject.model, batches, subject.example_losses):
+            return rows, ""
+        refuse_comparing(subject.model, of_a_batch(trainer), batches[1:])
+        return inventory_of_one(subject.model, batches[1], subject.example_losses), COUPLED
 
 
-def subject_of(trainer: Any) -> Subject:
+def subject_of(trainer: PrivateTrainer) -> Subject:
     """A trainer's model, losses, collator and made-up records."""
     losses = lambda model, batch: trainer.example_losses(model, batch)  # noqa: E731
     return Subject(trainer.model, losses, trainer._collation(), trainer._made_up_records(), trainer._prepare_inputs)
@@ -106,7 +122,7 @@ def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], 
     proof = proof_of(subject)
     if not proof.independent:
         return rows, f"not proved that its examples are independent: {proof.reasons[0]}"
-    return rows, PADDED if padding_matters(subject.model, subject.example_losses, whole, alone) else ""
+    return rows, ""
 
 
 def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:
@@ -136,10 +152,10 @@ def proof_of(subject: Subject) -> Proof:
     return proof
 
 
-def _known_beforehand(trainer: Any) -> str:
+def _known_beforehand(trainer: PrivateTrainer) -> str:
     if trainer.objective.kind in ALONE:
         return f"{trainer.objective.kind} is of its whole batch"
-    if trainer.mechanism.is_discrete:
+    if trainer._planned().is_discrete:
         return "noise='discrete'"
     alone = trainer.args.per_device_train_batch_size == 1 and not trainer.args.torch_compile
     return "per_device_train_batch_size=1" if alone else ""

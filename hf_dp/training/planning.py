@@ -1,11 +1,10 @@
-"""What a trainer is given (settings, options, records) -> its mechanism, its passes; and whether the records it made
-are still those.
-"""
+"""A trainer's settings, options and records -> its mechanism and its passes, and a check that records stay as planned."""
 
 from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import TrainingArguments
 
 from hf_dp import accounting
 from hf_dp.config import PrivacyConfig
@@ -15,15 +14,23 @@ from hf_dp.per_example import CompiledBlocks, Pass, Row, per_example_factors
 from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import Groups, groups_by
 from hf_dp.step import is_sharded
+from hf_dp.training.host import PrivateTrainer
 
 
 def plan_training(
-    privacy: PrivacyConfig, args: Any, dataset: Any, groups: Groups | None, num_canaries: int
+    privacy: PrivacyConfig, args: TrainingArguments, dataset: Any, groups: Groups | None, num_canaries: int
 ) -> Mechanism | None:
-    """The mechanism of a training on `dataset`, or its groups, with so many canaries' slots; None without a data set.
+    """The mechanism of a training on `dataset`, with room for `num_canaries`; None without a data set.
+
+    Args:
+        privacy: what the run must guarantee.
+        args: the `TrainingArguments`.
+        dataset: the training set.
+        groups: of its records, if groups are protected as one.
+        num_canaries: slots that the draw has besides the records.
 
     Raises:
-        ConfigError, AccountingError: as `accounting.plan`, or the noise needs a library that is not installed.
+        ConfigError, AccountingError: as `accounting.plan`; or the noise needs a library that is not installed.
     """
     if dataset is None:
         return None
@@ -33,11 +40,13 @@ def plan_training(
     return accounting.plan(privacy, units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
 
 
-def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> None:
-    """Trainers that prepare their data may pack, filter or sort them.
+def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups | None) -> None:
+    """Compares the records that a trainer has prepared with those that were planned for.
+
+    Some trainers pack, filter or sort their records.
 
     Raises:
-        ConfigError: `trainer.train_dataset` has another number of records than `planned`, or other groups.
+        ConfigError: `trainer.train_dataset` does not have `planned` records, or they form other groups.
     """
     name, found = type(trainer).__name__, len(trainer.train_dataset)
     if found != planned:
@@ -54,11 +63,11 @@ def refuse_other_records(trainer: Any, planned: int, groups: Groups | None) -> N
         )
 
 
-def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, alone_because: str) -> Pass:
-    """What forms the per-example factors: the blocks compiled where `TrainingArguments` ask for it.
+def passes_for(model: nn.Module, inventory: list[Row], args: TrainingArguments, *, alone_because: str) -> Pass:
+    """What forms the per-example factors; with compiled blocks if `TrainingArguments` ask for them.
 
     Raises:
-        UnsupportedOptionError: as `CompiledBlocks`, or where nothing would be compiled or could be.
+        UnsupportedOptionError: as `CompiledBlocks`; or an option does not go together with compiling.
     """
     if not args.torch_compile:
         return per_example_factors
@@ -71,4 +80,4 @@ def passes_for(model: nn.Module, inventory: list[Row], args: Any, *, alone_becau
     if any(against.values()):
         names = ", ".join(name for name, there in against.items() if there)
         raise UnsupportedOptionError(f"torch_compile cannot be combined with {names}: leave one of them off")
-    return CompiledBlocks(model, inventory, args.torch_compile_backend)
+    return CompiledBlocks(model, inventory, args.torch_compile_backend or "inductor")

@@ -1,37 +1,45 @@
-"""What a person sees: the plan with its rules before the first step, and epsilon beside the progress bar."""
+"""A trainer -> what a person sees: the plan with its rules before the first step, and epsilon beside the progress bar."""
 
 import math
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dp import accounting
+from hf_dp.training.host import PrivateTrainer
 
 
 class EpsilonProgress(ProgressCallback):
     """Trainer's progress bar, with the epsilon spent so far behind it."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Puts epsilon on the bar, then prints the logs as usual."""
         if self.training_bar is not None and logs and "epsilon" in logs:
             self.training_bar.set_postfix_str(f"epsilon {logs['epsilon']:.3f}")
         super().on_log(args, state, control, logs=logs, **kwargs)
 
 
-def show_epsilon(trainer: Any) -> None:
-    """Replaces Trainer's own progress bar; a user's callback of another kind stays."""
+def show_epsilon(trainer: PrivateTrainer) -> None:
+    """Replaces Trainer's own progress bar by one with epsilon; a progress bar of the user's stays."""
     if any(type(c) is ProgressCallback for c in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(EpsilonProgress)
 
 
-def print_summary(trainer: Any) -> None:
-    """Every derived number with the rule that it came from, on the main process."""
+def print_summary(trainer: PrivateTrainer) -> None:
+    """Prints every derived number with the rule that it came from, on the main process."""
     if not trainer.is_world_process_zero():
         return
-    args, mechanism = trainer.args, trainer.mechanism
+    args, mechanism = trainer.args, trainer._planned()
     table = Table(title="Private training", title_justify="left")
     for column in ("", "value", "rule"):
         table.add_column(column)
@@ -39,7 +47,7 @@ def print_summary(trainer: Any) -> None:
         trainer.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
     ):
         table.add_row(*row)
-    for name, value, rule in _of_the_machine(trainer):
+    for name, value, rule in _rows_of_passes(trainer):
         table.add_row(name, value, rule)
     console = Console()
     console.print(table)
@@ -49,8 +57,9 @@ def print_summary(trainer: Any) -> None:
         )
 
 
-def _of_the_machine(trainer: Any) -> list[tuple[str, str, str]]:
-    args, mechanism = trainer.args, trainer.mechanism
+def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:
+    """What is trained, and in which passes: (name, value, rule)."""
+    args, mechanism = trainer.args, trainer._planned()
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     share = mechanism.largest.expected_batch_size / args.world_size
     most = trainer._most_examples()

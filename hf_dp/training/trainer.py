@@ -49,10 +49,10 @@ from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, write_card
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
 from hf_dp.training.guarded import GuardedWeights
+from hf_dp.training.host import Objective
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
-from hf_dp.training.objective import Objective
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
 from hf_dp.training.passes import inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
