@@ -1,9 +1,9 @@
 """Losses of made-up examples, alone and beside copies of themselves -> an error if the loss compares examples.
 
-One example a pass does not help a loss that compares examples, as contrastive losses do. Alone, an example has nobody to
-be compared with: its loss is 0, or not a number, or lacks the part that pushes examples apart, so something else would
-be trained than was asked for. Copies of one record show such a loss. A loss of each example is the same for copies as for
-the record alone, and so is a mean over examples or tokens.
+One example a pass does not help a loss that compares examples, as contrastive losses do. Alone, an example has nobody
+to be compared with: its loss is 0, or not a number, or lacks the part that pushes examples apart, so something else
+would be trained than was asked for. Copies of one record show such a loss. A loss of each example is the same for
+copies as for the record alone, and so is a mean over examples or tokens.
 """
 
 from collections.abc import Callable, Sequence

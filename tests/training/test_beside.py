@@ -1,4 +1,4 @@
-"""An example beside others: a loss that compares examples is refused; one that padding changes takes one example a pass."""
+"""A loss that compares examples is refused; one that padding changes takes one example a pass."""
 
 from collections.abc import Callable
 from pathlib import Path
