@@ -144,7 +144,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             return PrivacySpent(0.0, mechanism.delta, 0)
         return self._run.spent()
 
-    def audit_result(self) -> dict[str, Any]:
+    def audit_result(self) -> dict[str, object]:
         """What the canaries show, as in privacy.json: a lower bound on epsilon, its confidence, ceiling, and counts.
 
         Raises:
