@@ -22,7 +22,7 @@ def longest_taken(model: Any) -> int | None:
     """How many tokens a model's config has positions for, if it says so; XLNet's says -1, for any number."""
     config = getattr(model, "config", None)
     taken = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    return taken if taken is not None and taken > 0 else None
+    return taken if isinstance(taken, int) and taken > 0 else None
 
 
 SAMPLES = 400  # of sound, where a text would have a token: what reads waveforms takes windows of hundreds

@@ -20,6 +20,7 @@ from hf_dp.per_example import (
     Proof,
     Record,
     Row,
+    State,
     inventory_of_one,
     is_coupled,
     per_example_factors,
@@ -29,8 +30,9 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
+from hf_dp.training.beside import refuse_comparing
 from hf_dp.training.host import PrivateTrainer
-from hf_dp.training.objective import ALONE, as_in_training, first_line, refused_records
+from hf_dp.training.objective import ALONE, as_in_training, first_line, of_a_batch, refused_records
 
 COUPLED = (
     "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left padding with absolute "
@@ -54,6 +56,28 @@ class Subject(NamedTuple):
         return [batch.mapped(self.to_device) for batch in made]
 
 
+class Settled:
+    """What the findings about a trainer rest on, as it is when this is made: its model's memory, loss, records, options."""
+
+    def __init__(self, trainer: PrivateTrainer) -> None:
+        self._objects, self._settings, self._state = _objects(trainer), _settings(trainer), State(trainer.model)
+
+    def holds(self, trainer: PrivateTrainer) -> bool:
+        """Whether all of it is as it was."""
+        same_objects = all(a is b for a, b in zip(self._objects, _objects(trainer), strict=True))
+        return same_objects and self._settings == _settings(trainer) and not self._state.changes()
+
+
+def _objects(trainer: PrivateTrainer) -> list[object]:
+    names = "model data_collator train_dataset compute_loss_func class_weights _check_records".split()
+    losses = [vars(trainer).get("example_losses"), vars(trainer).get("compute_loss"), type(trainer).example_losses]
+    return [*(getattr(trainer, name) for name in names), *losses]
+
+
+def _settings(trainer: PrivateTrainer) -> tuple[object, ...]:
+    return trainer.args.to_dict(), list(trainer.label_names)
+
+
 def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
     """How each parameter's per-example gradient is formed, and why a pass holds one example; "" where it may hold many.
 
@@ -63,12 +87,13 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
     trainer.model.train()
     with as_in_training(trainer):
         subject = subject_of(trainer)
-        rows, reason = examined(subject, _known_beforehand(trainer))
+        rows, reason = examined(subject, _known_beforehand(trainer), of_a_batch(trainer))
         if reason:
             return rows, reason
         batches = subject.batches()
         if not is_coupled(subject.model, batches, subject.example_losses):
             return rows, ""
+        refuse_comparing(subject.model, of_a_batch(trainer), batches[1:])
         return _of_one(subject, batches[1], COUPLED), COUPLED
 
 
@@ -78,14 +103,33 @@ def subject_of(trainer: PrivateTrainer) -> Subject:
     return Subject(trainer.model, losses, trainer._collation(), trainer._made_up_records(), trainer._prepare_inputs)
 
 
-def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
+def examined(
+    subject: Subject, known: str = "", of_several: Callable[[nn.Module, Batch], Tensor] | None = None
+) -> tuple[list[Row], str]:
     """The inventory, and why a pass holds one example: `known` where that is known beforehand, else what is found; "" for no reason.
+
+    Args:
+        subject: what is examined.
+        known: a reason.
+        of_several: the loss, where it is not `example_losses` that meets several examples.
 
     Raises:
         UnsupportedParameterError, CaptureError: what one example a pass can't help either.
+        ConfigError: nor a loss that compares examples.
     """
-    whole, one, *_ = subject.batches()
-    reason = known or subject.collation.apart or ""
+    whole, *alone = subject.batches()
+    try:
+        rows, reason = _examined(subject, whole, alone, known)
+    except Exception:
+        refuse_comparing(subject.model, of_several or subject.example_losses, alone)
+        raise
+    if reason:
+        refuse_comparing(subject.model, of_several or subject.example_losses, alone)
+    return rows, reason
+
+
+def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], known: str) -> tuple[list[Row], str]:
+    one, reason = alone[0], known or subject.collation.apart or ""
     if reason:
         return _of_one(subject, one, reason), reason
     try:
@@ -95,8 +139,8 @@ def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
     except Exception as error:  # of whatever kind: stand-ins for parameters meet code that was not written for them
         try:
             rows = inventory_of_one(subject.model, one, subject.example_losses)
-        except Exception as alone:
-            raise error if isinstance(error, HfDpError) else refused_records(alone, one) from None
+        except Exception as alone_too:
+            raise error if isinstance(error, HfDpError) else refused_records(alone_too, one) from None
         return rows, first_line(error)
     proof = proof_of(subject)
     if proof.independent:

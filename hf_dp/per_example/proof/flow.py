@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hf_dp.per_example.proof.labels import Labels
+from hf_dp.per_example.proof.labels import Labels, distinct
 
 
 def axes(dims: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
@@ -23,17 +23,9 @@ def over(labels: Labels, dims: int | Sequence[int] | None, keepdim: bool = False
     where = axes(dims, labels.ndim)
     if not where:
         return labels
-    if _is_one_number(labels):  # such as a weight's, of which nothing is noted
-        shape = tuple(1 if i in where else n for i, n in enumerate(labels.shape))
-        total = np.broadcast_to(labels[(slice(0, 1),) * labels.ndim], shape)
-        return np.asarray(total if keepdim else total.squeeze(where))
-    total = np.bitwise_or.reduce(labels, axis=where, keepdims=True, initial=0)
-    return np.asarray(total if keepdim else total.squeeze(where))
-
-
-def _is_one_number(labels: Labels) -> bool:
-    """Whether one byte stands for all, as `np.broadcast_to` makes them."""
-    return labels.size > 0 and not any(s for s, n in zip(labels.strides, labels.shape, strict=True) if n > 1)
+    total = np.bitwise_or.reduce(distinct(labels), axis=where, keepdims=True, initial=0)
+    kept = np.broadcast_to(total, [1 if d in where else n for d, n in enumerate(labels.shape)])
+    return np.asarray(kept if keepdim else kept.squeeze(where))
 
 
 def along(labels: Labels, dims: int | Sequence[int] | None) -> Labels:
