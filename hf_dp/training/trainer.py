@@ -1,4 +1,4 @@
-"""`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
+"""`DPTrainer`: Trainer with a private `training_step`. This file wires; each formula is in the module that it calls."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,28 +66,29 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     Args:
         *args: as the host class takes them.
         privacy: what the run must guarantee.
-        micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
-            examples. A matter of speed and memory: it never changes the result.
-        check_records: a few public records for the self-check, where none can be made up from the data set's columns.
-        class_weights: a public number a class: in training each example's loss is multiplied by that of its label,
-            before clipping.
-        audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
-        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with one example at a
-            time, whose rows are alone in both, and returns its loss, [1] or a scalar.
+        micro_batch_tokens: the most padded tokens of one micro-batch, which also holds at most
+            `per_device_train_batch_size` examples. It affects speed and memory, never the result.
+        check_records: a few public records for the self-check, if none can be made up from the data set's columns.
+        audit: puts canaries among the records; `audit_result` then gives the lower bound on epsilon that they show.
+        class_weights: one public number a class. In training, each example's loss is multiplied by the number of its
+            label, before clipping.
+        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with the outputs and
+            labels of one example at a time, with a leading dimension of 1, and returns its loss: [1] or a scalar.
 
     Attributes:
         mechanism: what will be run, calibrated; None without a training set.
-        private_step: takes each step; there is one where there is a training set.
-        objective: which loss of an example is trained, and why; alone_because: why a pass holds one example, "" where
-            more.
+        private_step: takes each step; exists if there is a training set.
+        objective: which loss of an example is trained, and why.
+        alone_because: why each example has a pass of its own; "" if a pass may hold several.
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
-        UnsupportedParameterError: trainable parameters that one example a pass does not help.
-        ConfigError: no example's loss is known, or a plan that is impossible, such as q > 1 or an epsilon out of reach.
+        UnsupportedParameterError: trainable parameters whose gradients are not exact, even with one example a pass.
+        ConfigError: no loss of an example is known, or the plan is impossible, such as q > 1 or an epsilon out of
+            reach.
     """
 
-    step_class: type[PrivateStep] = PrivateStep  # takes the steps; the audit's broken controls put their own here
+    step_class: type[PrivateStep] = PrivateStep  # the audit's broken controls put a class of their own here
     private_step: PrivateStep
     model: Any  # always there once the host is built
     optimizer: Any
@@ -135,16 +136,15 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
     def privacy_spent(self) -> PrivacySpent:
-        """(epsilon, delta) that is claimed of the training in this output folder: 0 before the first step, then the
-        plan's.
-        """
+        """(epsilon, delta) claimed of the training in this output folder: 0 before the first step, then the plan's."""
         mechanism = self._planned()
         if self._run is None:
             return PrivacySpent(0.0, mechanism.delta, 0)
         return self._run.spent()
 
     def audit_result(self) -> dict[str, Any]:
-        """What the canaries show, as in privacy.json: a lower bound on epsilon, its confidence, ceiling, and counts.
+        """What the canaries show, as in privacy.json: a lower bound on epsilon with its confidence, its ceiling, and
+        counts.
 
         Raises:
             AuditError: no audit was asked for, or nothing was trained yet.
@@ -155,12 +155,12 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         """Each trainable parameter, the operations that use it, and how its per-example gradient is formed.
 
         Raises:
-            UnsupportedParameterError: naming all that have no exact rule.
+            UnsupportedParameterError: naming all parameters without an exact rule.
         """
         return inventory_and_reason(self)[0]
 
     def self_check(self) -> Report:
-        """Compares a batch of synthetic records with each of them alone; runs at the start of every training.
+        """Compares a batch of made-up records with each record alone. Runs at the start of every training.
 
         Raises:
             SelfCheckError: something couples the examples of a batch.
@@ -173,7 +173,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     # ---- the loss --------------------------------------------------------------------------------------------------
 
     def example_losses(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """One loss an example, [B]. Override it for a task of your own: each must be a function of its example alone.
+        """One loss an example, [B]. Override it for a task of your own; each loss must be a function of its example
+        alone.
 
         Raises:
             ConfigError: the batch has no labels.
@@ -183,9 +184,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the host's, for evaluation alone; with `compute_loss_func` the mean of the losses that it returns, one an
-        example.
-        """
+        """As the host's, but used in evaluation only. With `compute_loss_func`: the mean of its losses, one an example."""
         if self.compute_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = objectives.mean_of_the_users(self, model, inputs)
@@ -201,7 +200,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     # ---- seams of Trainer ------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Poisson logical batches, this process's slice, cut into micro-batches by the collator; never re-sharded."""
+        """Poisson draws: this process's slice of each, cut into micro-batches by the collator, and not sharded again."""
         mechanism = self._planned()
         dataset, _ = self._columns_for_model()
         sampler = PoissonSampler(
@@ -220,13 +219,13 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any
     ) -> TrainOutput:
-        """As `Trainer.train`; first the self-check, then the ledger is opened and what will happen is printed.
+        """As `Trainer.train`. First the self-check runs, the ledger is opened, and the plan is printed.
 
         Raises:
             SelfCheckError: something couples examples.
-            LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
-            ConfigError: the target epsilon is already spent, or `trial` is given; a BudgetError: the budget file does
-                not hold this run.
+            LedgerError: the output folder holds the ledger of another run, or lacks the one that a resumed run needs.
+            ConfigError: the target epsilon is already spent, or `trial` is given.
+            BudgetError: the budget file does not hold this run.
         """
         if trial is not None:
             raise ConfigError(
@@ -255,8 +254,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         return output._replace(training_loss=float("nan"), metrics=metrics)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which
-        is private.
+        """One private step: `PrivateStep` holds the algorithm and writes `p.grad`. Returns 0, because the loss is
+        private.
         """
         run, step = self._running(), self.private_step
         self._begin_pass()
@@ -271,9 +270,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         return torch.zeros((), device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with
-        epsilon so far.
-        """
+        """As `Trainer.log`, without numbers that were not released, and with those that were, and epsilon so far."""
         released = self._released_metrics.take() if self._released_metrics is not None and "loss" in logs else {}
         for name in NOT_RELEASED:
             logs.pop(name, None)
@@ -288,12 +285,12 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._write_card(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`; the privacy section is put back after whoever rewrote the card."""
+        """As `Trainer.create_model_card`; the privacy section is written again after the card was rewritten."""
         super().create_model_card(*args, **kwargs)
         self._write_card(Path(self.args.output_dir))
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """The expected logical batch over all processes."""
+        """B, the expected batch size over all processes."""
         return self.privacy.expected_batch_size
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -301,8 +298,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, but what leaves is the model, whole and of one step: sealed before, and waited for before the
-        ledger grows.
+        """As Trainer's, but only the model is uploaded, whole and of one step.
+
+        The checkpoint is sealed before, and the upload is waited for before the ledger grows.
         """
         self._seal(Path(checkpoint_folder))
         self._write_card(Path(self.args.output_dir))
@@ -311,7 +309,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._finish_current_push()
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.push_to_hub`; of the output folder only what a model is made of."""
+        """As `Trainer.push_to_hub`; of the output folder only the files of a model are uploaded."""
         with only_the_model_leaves():
             return super().push_to_hub(*args, **kwargs)
 
@@ -340,7 +338,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def _passes(self) -> Passes:
         """How a step's passes are made."""
         return Passes(
-            example_losses=lambda model, batch: self.example_losses(model, batch),  # looked up then: it may be replaced
+            example_losses=lambda model, batch: self.example_losses(model, batch),  # looked up late: it may be replaced
             device=self.args.device,
             to_device=self._prepare_inputs,
             precision=self.compute_loss_context_manager,
