@@ -17,15 +17,18 @@ from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.per_example import (
     Batch,
+    Record,
     Report,
     Row,
     self_check,
 )
 from hf_dp.sampling import (
     DRAW_NUMBER,
+    Container,
     DrawnRecords,
     LogicalBatchCollator,
     PoissonSampler,
+    Records,
     groups_by,
     logical_batches,
     micro_batches,
@@ -94,14 +97,14 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     optimizer: Any
     args: Any
     compute_loss_func: Any
-    objective: Any  # an Objective, chosen at construction with a train_dataset
+    objective: Objective  # chosen at construction with a train_dataset
 
     def __init__(
         self,
         *args: Any,
         privacy: PrivacyConfig,
         micro_batch_tokens: int | None = None,
-        check_records: list[dict[str, Any]] | None = None,
+        check_records: list[Record] | None = None,
         audit: AuditConfig | None = None,
         class_weights: Sequence[float] | None = None,
         **kwargs: Any,
@@ -130,7 +133,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             refuse_foreign_parameters(self.model, self.optimizer)
         show_epsilon(self)
         if self.mechanism is not None:
-            refuse_other_records(self, len(cast(Any, given_data)), self._groups)
+            refuse_other_records(self, len(cast(Records, given_data)), self._groups)
             self._settle(objectives.choose(self))
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
@@ -143,8 +146,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         return self._run.spent()
 
     def audit_result(self) -> dict[str, Any]:
-        """What the canaries show, as in privacy.json: a lower bound on epsilon with its confidence, its ceiling, and
-        counts.
+        """What the canaries show, as in privacy.json: a lower bound on epsilon, its confidence and ceiling, and counts.
 
         Raises:
             AuditError: no audit was asked for, or nothing was trained yet.
@@ -173,8 +175,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     # ---- the loss --------------------------------------------------------------------------------------------------
 
     def example_losses(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """One loss an example, [B]. Override it for a task of your own; each loss must be a function of its example
-        alone.
+        """One loss an example, [B]. Override it for a task of your own.
+
+        Each loss must be a function of its example alone.
 
         Raises:
             ConfigError: the batch has no labels.
@@ -184,7 +187,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the host's, but used in evaluation only. With `compute_loss_func`: the mean of its losses, one an example."""
+        """As the host's, but for evaluation only. With `compute_loss_func`: the mean of its losses, one an example."""
         if self.compute_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = objectives.mean_of_the_users(self, model, inputs)
@@ -199,8 +202,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
 
     # ---- seams of Trainer ------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Poisson draws: this process's slice of each, cut into micro-batches by the collator, and not sharded again."""
+    def get_train_dataloader(self) -> DataLoader[Container]:
+        """Poisson draws: this process's slice of each, in micro-batches. The loader must not be sharded again."""
         mechanism = self._planned()
         dataset, _ = self._columns_for_model()
         sampler = PoissonSampler(
@@ -217,7 +220,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         return logical_batches(records, sampler, cut, self.args, self.accelerator.device)
 
     def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any
+        self, resume_from_checkpoint: str | bool | None = None, trial: object = None, **kwargs: Any
     ) -> TrainOutput:
         """As `Trainer.train`. First the self-check runs, the ledger is opened, and the plan is printed.
 
@@ -253,10 +256,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         metrics = {k: v for k, v in output.metrics.items() if k not in NOT_RELEASED}
         return output._replace(training_loss=float("nan"), metrics=metrics)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One private step: `PrivateStep` holds the algorithm and writes `p.grad`. Returns 0, because the loss is
-        private.
-        """
+    def training_step(self, model: nn.Module, inputs: Container, num_items_in_batch: object = None) -> Tensor:
+        """One private step: see `PrivateStep`, which writes `p.grad`. Returns 0, because the loss is private."""
         run, step = self._running(), self.private_step
         self._begin_pass()
         add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
@@ -293,7 +294,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         """B, the expected batch size over all processes."""
         return self.privacy.expected_batch_size
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
         self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
