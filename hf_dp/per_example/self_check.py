@@ -18,6 +18,7 @@ from hf_dp.per_example.batches import Batch, MicroBatch
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors
 from hf_dp.per_example.factors import Factor, add_weighted_sum, exact
 from hf_dp.per_example.inventory import ExampleLosses
+from hf_dp.per_example.proof import state_put_back, untouched
 
 # The relative difference that rounding alone may make, by the dtype of the activations: bf16 has 8 bits, and the shapes of a batch and
 # of an example alone take different kernels. A coupling moves the sum by 0.1 or more.
@@ -69,13 +70,14 @@ def self_check(
     was_training = model.training
     model.train()
     try:
-        with _state_put_back(model), torch.random.fork_rng(devices=_devices(model)), ExitStack() as stack:
+        with torch.random.fork_rng(devices=_devices(model)), ExitStack() as stack:
             if factors_of is per_example_factors or _draws(model, alone[0], example_losses):
                 stack.enter_context(_NoDropout())
             _refuse_what_is_written(model, alone, example_losses)
             if one_a_pass:
                 return Report(difference=0.0, tolerance=0.0, sensitivity=1.0)
-            return _compare(model, batch, alone, example_losses, clip_norm, factors_of)
+            with untouched(model) if factors_of is per_example_factors else state_put_back(model):
+                return _compare(model, batch, alone, example_losses, clip_norm, factors_of)
     finally:
         model.train(was_training)
 
@@ -86,7 +88,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.train()
     try:
-        with _state_put_back(model), torch.random.fork_rng(devices=_devices(model)), _NoDropout():
+        with untouched(model), torch.random.fork_rng(devices=_devices(model)), _NoDropout():
             yield
     finally:
         model.train(was_training)
@@ -96,58 +98,30 @@ def _draws(model: nn.Module, batch: Batch, example_losses: ExampleLosses) -> boo
     """Whether a pass takes random numbers. Where it does not, a compiled model is checked in the very graphs that will be trained."""
     devices = _devices(model)
     before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-    with _state_put_back(model):
+    with untouched(model):
         per_example_factors(model, lambda: example_losses(model, batch), 1)
     after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
     return not all(map(torch.equal, before, after))
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """What a forward pass might write to and a checkpoint would keep: trainable parameters and buffers."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return trained | dict(model.named_buffers())
-
-
-@contextmanager
-def _state_put_back(model: nn.Module) -> Iterator[None]:
-    before = {name: value.detach().clone() for name, value in _state(model).items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in _state(model).items():
-                if not torch.equal(value, before[name]):
-                    value.copy_(before[name])
-
-
 def _refuse_what_is_written(model: nn.Module, alone: Sequence[Batch], example_losses: ExampleLosses) -> None:
     """An error where forward and backward leave something of the example in the model: it would be saved without noise."""
-    kept = set(model.state_dict(keep_vars=True))
+    saved = set(model.state_dict(keep_vars=True))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     ends = []
     for one in alone[:2]:
-        versions = {name: p._version for name, p in model.named_parameters() if not p.requires_grad}
-        with _state_put_back(model):
+        with untouched(model) as state:
             per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
-            ends.append({name: value.detach().clone() for name, value in _state(model).items()})
-        written = [name for name, p in model.named_parameters() if versions.get(name, p._version) != p._version]
-    written = _changed(model, written, alone[0], example_losses)
+            ends.append({k: v.detach().clone() for k, v in state.changed().items() if k in saved})
     first, last = ends[0], ends[-1]
-    written += [name for name in first if name in kept and not torch.equal(first[name], last[name])]
+    names = dict.fromkeys([*first, *last])
+    written = [n for n in names if n in frozen or n not in first or n not in last or not torch.equal(first[n], last[n])]
     if written:
         raise SelfCheckError(
             f"the forward or backward pass writes to {', '.join(written)}, which then holds something of the private examples and is "
             "saved without noise: freeze these statistics (module.eval(), momentum=0) or replace the layer (BatchNorm by "
             "GroupNorm or LayerNorm)."
         )
-
-
-def _changed(model: nn.Module, written: list[str], one: Batch, example_losses: ExampleLosses) -> list[str]:
-    """Of the frozen parameters that a pass wrote to, those that it left with other values than before."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in written}
-    if before:
-        with _state_put_back(model):
-            per_example_factors(model, lambda: example_losses(model, one), 1)
-    return [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
 
 
 def _compare(

@@ -6,11 +6,9 @@ private, so whatever is found with them stays in this process: it decides how th
 no message, log or file shows it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import datasets
-import torch
 from torch import nn
 
 from hf_dp.per_example import LENGTHS, Record, longest_taken
@@ -41,19 +39,6 @@ def largest_micro_batch(
     examples, tokens = bounds
     size = min(examples, len(dataset), max(1, tokens // max(1, longest)) if tokens else examples)
     return [_cut(record, greatest) for record in make((max(1, longest),) * size)]
-
-
-@contextmanager
-def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Restores the buffers afterwards. Parameters are not copied: that would take the memory to be measured."""
-    before = {name: value.detach().clone() for name, value in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in model.named_buffers():
-                if not torch.equal(value, before[name]):
-                    value.copy_(before[name])
 
 
 def greatest_lengths(dataset: Records) -> dict[str, int]:

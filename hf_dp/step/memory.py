@@ -15,8 +15,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
-from hf_dp.per_example import MicroBatch, unambiguous
-from hf_dp.step.dry_run import buffers_put_back
+from hf_dp.per_example import MicroBatch, state_put_back, unambiguous
 
 REMEDY = (
     "truncate the records when they are tokenized, set gradient_checkpointing=True or bf16=True, train fewer "
@@ -91,7 +90,7 @@ class MemoryLimit:
         if self._tried or self._fixed or not refuses_memory(model):
             return
         self._tried = True
-        with buffers_put_back(model), suppress(Exception):
+        with state_put_back(model), suppress(Exception):
             batch = make()
             while not self._fits(batch, sum_all) and self._part[0] > 1:
                 self._halve()

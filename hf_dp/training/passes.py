@@ -20,6 +20,7 @@ from hf_dp.per_example import (
     Proof,
     Record,
     Row,
+    State,
     inventory_of_one,
     per_example_factors,
     prove,
@@ -46,6 +47,28 @@ class Subject(NamedTuple):
         with fork_forward_rng():  # a collator may draw
             made = self.collation.together_and_alone(list(self.records if records is None else records))
         return [batch.mapped(self.to_device) for batch in made]
+
+
+class Settled:
+    """What the findings about a trainer rest on, as it is when this is made: the model's memory, the loss, the records, the options."""
+
+    def __init__(self, trainer: PrivateTrainer) -> None:
+        self._objects, self._settings, self._state = _objects(trainer), _settings(trainer), State(trainer.model)
+
+    def holds(self, trainer: PrivateTrainer) -> bool:
+        """Whether all of it is as it was."""
+        same_objects = all(a is b for a, b in zip(self._objects, _objects(trainer), strict=True))
+        return same_objects and self._settings == _settings(trainer) and not self._state.changes()
+
+
+def _objects(trainer: PrivateTrainer) -> list[object]:
+    names = "model data_collator train_dataset compute_loss_func class_weights _check_records".split()
+    losses = [vars(trainer).get("example_losses"), vars(trainer).get("compute_loss"), type(trainer).example_losses]
+    return [*(getattr(trainer, name) for name in names), *losses]
+
+
+def _settings(trainer: PrivateTrainer) -> tuple[object, ...]:
+    return trainer.args.to_dict(), list(trainer.label_names)
 
 
 def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:

@@ -56,7 +56,7 @@ from hf_dp.training.host import Objective
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
-from hf_dp.training.passes import inventory_and_reason, written_by
+from hf_dp.training.passes import Settled, inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
 
@@ -121,6 +121,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._check_records = check_records
         self.class_weights = objectives.class_weights(class_weights)
         self.alone_because = ""
+        self._settled: Settled | None = None
         self._run: PrivateRun | None = None
         self._guard = WeightGuard()
         self._released_metrics: ReleasedMetrics | None = None
@@ -134,7 +135,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         show_epsilon(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Records, given_data)), self._groups)
-            self._settle(objectives.choose(self))
+            self._settle()
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
@@ -159,7 +160,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         Raises:
             UnsupportedParameterError: naming all parameters without an exact rule.
         """
-        return inventory_and_reason(self)[0]
+        self._settle()
+        return self._inventory
 
     def self_check(self) -> Report:
         """Compares a batch of made-up records with each record alone. Runs at the start of every training.
@@ -193,12 +195,15 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         loss, outputs = objectives.mean_of_the_users(self, model, inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _settle(self, objective: Objective) -> None:
-        """What is trained, and the passes that it takes."""
-        self.objective, self.alone_because = objective, ""
-        inventory, self.alone_because = inventory_and_reason(self)
-        self._factors_of = passes_for(self.model, inventory, self.args, alone_because=self.alone_because)
+    def _settle(self) -> None:
+        """Finds which loss is trained and the passes that it takes: at construction, and again where what they rest on changed."""
+        if self._settled is not None and self._settled.holds(self):
+            return
+        self.objective, self.alone_because = objectives.choose(self), ""
+        self._inventory, self.alone_because = inventory_and_reason(self)
+        self._factors_of = passes_for(self.model, self._inventory, self.args, alone_because=self.alone_because)
         self.private_step = self.step_class(self.model, self._planned(), self._passes())
+        self._settled = Settled(self)
 
     # ---- seams of Trainer ------------------------------------------------------------------------------------------
 
@@ -234,8 +239,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             raise ConfigError(
                 "hyperparameter search spends privacy that nobody accounts for: train once, with fixed settings"
             )
-        if (now := objectives.choose(self)) != self.objective:  # the model was changed since
-            self._settle(now)
+        self._settle()
         self._refuse_side_doors()
         self.self_check()
         folder = Path(self.args.output_dir)

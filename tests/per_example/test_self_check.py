@@ -201,15 +201,23 @@ def test_the_model_and_the_generators_are_left_as_they_were() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+UNDER_AUTOCAST: set[bool] = (
+    set()
+)  # of the module: what a hook's closure holds is put back after a check, as all of a model
+
+
+def note_autocast(*_: Any) -> None:
+    UNDER_AUTOCAST.add(torch.is_autocast_enabled("cpu"))
+
+
 def test_a_trainer_checks_in_the_precision_of_its_training_however_often_it_trains(tmp_path: Path) -> None:
     """Accelerate puts the forward under autocast within `train`: the check before it runs in that precision too."""
-    seen: list[bool] = []
     model = M.with_lora(M.llama)
     trainer = runs.trainer(tmp_path, model, bf16=True)
-    layer = model.get_base_model().model.layers[0]
-    layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    UNDER_AUTOCAST.clear()
+    model.get_base_model().model.layers[0].register_forward_hook(note_autocast)
     trainer.self_check()
-    assert seen
-    assert all(seen)
+    assert len(UNDER_AUTOCAST) == 1
+    assert all(UNDER_AUTOCAST)
     trainer.train()
     assert trainer.self_check()["tolerance"] == 0.08  # that of bfloat16, after training too

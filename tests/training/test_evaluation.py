@@ -143,7 +143,7 @@ class Prints(TrainerCallback):
 DECIDERS = [EarlyStoppingCallback, Patience(2), Stops(), ReadsHistory, LooksForItself()]
 
 
-@pytest.mark.parametrize("callback", DECIDERS, ids=str)
+@pytest.mark.parametrize("callback", DECIDERS, ids=lambda given: getattr(given, "__name__", type(given).__name__))
 def test_callbacks_that_decide_by_private_numbers_are_refused_wherever_they_come_in(
     callback: Any, tmp_path: Path
 ) -> None:

@@ -401,6 +401,32 @@ def adapted(config: Any) -> nn.Module:
     return M.stirred(get_peft_model(M.llama(), config))
 
 
+class WithTheBatchsMean(nn.Module):
+    """A layer that reads a little of the other examples' rows, too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(x + 0.1 * x.mean((0, 1)), *args, **kwargs)
+
+
+def test_what_changes_after_construction_is_looked_at_again_before_the_first_step(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path, M.with_lora(M.llama))
+    assert trainer.alone_because == ""
+    step = trainer.private_step
+    trainer.inventory()
+    assert trainer.private_step is step  # nothing changed: nothing is found out again
+    layers = trainer.model.get_base_model().model.layers
+    layers[0] = WithTheBatchsMean(layers[0])
+    trainer.train()
+    assert "mixed by mean" in trainer.alone_because
+    trainer.args.label_smoothing_factor = 0.1
+    trainer.inventory()
+    assert trainer.private_step is not step
+
+
 QV: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 NO_RULE = {
     "boft": lambda: adapted(peft.BOFTConfig(**QV, boft_block_size=4)),

@@ -2,6 +2,6 @@
 
 from hf_dp.per_example.proof.labels import SIZE
 from hf_dp.per_example.proof.prove import Proof, prove
-from hf_dp.per_example.proof.state import State, state_put_back
+from hf_dp.per_example.proof.state import State, state_put_back, untouched
 
-__all__ = ["SIZE", "Proof", "State", "prove", "state_put_back"]
+__all__ = ["SIZE", "Proof", "State", "prove", "state_put_back", "untouched"]

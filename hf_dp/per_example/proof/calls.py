@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_dp.per_example.proof.labels import NOTHING, Book, Labels
+from hf_dp.per_example.proof.labels import NOTHING, Book, Labels, distinct
 
 
 class Call:
@@ -46,8 +46,7 @@ class Call:
 
     def written(self) -> list[Tensor]:
         """The tensors among the arguments that the operation writes to."""
-        writes = (a.name for a in self._schema if a.alias_info is not None and a.alias_info.is_write)
-        return [t for name in writes for t in tensors_in(self.arguments[name])]
+        return _written(self.func, self.arguments)
 
     def replay(self, changed: dict[str, Any]) -> Any:
         """The operation itself, on other values for some of its arguments, on the CPU."""
@@ -60,6 +59,16 @@ def plain_name(func: Any) -> str:
     space, name = func._schema.name.split("::")
     name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     return name if space in ("aten", "prims") else f"{space}::{name}"
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation, as it is about to be called, writes to."""
+    return _written(func, bound(func, args, kwargs))
+
+
+def _written(func: Any, arguments: dict[str, Any]) -> list[Tensor]:
+    writes = (a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return [t for name in writes for t in tensors_in(arguments[name])]
 
 
 def bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def all_of(labels: Labels) -> np.uint8:
     """The union over all numbers."""
-    return np.uint8(np.bitwise_or.reduce(labels, axis=None, initial=0))
+    return np.uint8(np.bitwise_or.reduce(distinct(labels), axis=None, initial=0))
 
 
 def as_tensor(labels: Labels) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hf_dp.per_example.proof.labels import Labels
+from hf_dp.per_example.proof.labels import Labels, distinct
 
 
 def axes(dims: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
@@ -23,8 +23,9 @@ def over(labels: Labels, dims: int | Sequence[int] | None, keepdim: bool = False
     where = axes(dims, labels.ndim)
     if not where:
         return labels
-    total = np.bitwise_or.reduce(labels, axis=where, keepdims=True, initial=0)
-    return np.asarray(total if keepdim else total.squeeze(where))
+    total = np.bitwise_or.reduce(distinct(labels), axis=where, keepdims=True, initial=0)
+    kept = np.broadcast_to(total, [1 if d in where else n for d, n in enumerate(labels.shape)])
+    return np.asarray(kept if keepdim else kept.squeeze(where))
 
 
 def along(labels: Labels, dims: int | Sequence[int] | None) -> Labels:

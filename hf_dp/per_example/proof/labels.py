@@ -21,6 +21,13 @@ UNWRITTEN = 0b1000_0000  # memory whose content no operation that was seen has w
 NOTHING = np.zeros((), dtype=np.uint8)
 
 
+def distinct(labels: Labels) -> Labels:
+    """The labels without a broadcast's repetitions: each dimension along which one byte is repeated has length 1."""
+    if 0 not in labels.strides:
+        return labels
+    return labels[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in labels.strides)]
+
+
 def bits_of(number: int) -> Labels:
     """The bit of each example of pass 0 or 1, [SIZE]."""
     return np.left_shift(1, np.arange(SIZE) + SIZE * (number % PASSES)).astype(np.uint8)
@@ -81,7 +88,7 @@ class Book:
 
     def of_examples(self, tensor: Tensor) -> bool:
         """Whether anything in the tensor depends on an example, or cannot be told."""
-        return bool((self.read(tensor) & (EXAMPLES | UNWRITTEN)).any())
+        return bool((distinct(self.read(tensor)) & (EXAMPLES | UNWRITTEN)).any())
 
     def write(self, tensor: Tensor, labels: Labels, fresh: bool) -> None:
         """New bytes for a tensor; with `fresh`, its memory is new and whatever lay at its address is forgotten."""
@@ -91,7 +98,7 @@ class Book:
         if fresh:
             self._shadows.pop(key, None)
         if key not in self._shadows:
-            if not labels.any():
+            if not distinct(labels).any():
                 return
             self._shadows[key] = _Shadow(tensor)
         self._shadows[key].write(tensor, labels)

@@ -92,7 +92,7 @@ def _undisturbed(model: nn.Module) -> Iterator[State]:
         p.grad = None
     try:
         with (
-            state_put_back(model, State(model, [n for n, _ in model.named_parameters()])) as state,
+            state_put_back(model, State(model)) as state,
             torch.random.fork_rng(devices),
         ):
             yield state

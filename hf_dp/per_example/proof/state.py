@@ -5,7 +5,8 @@
     the tensors among them: their memory, shape, type, values
 
 Parameters are the exception: their values change by every step, rightly, and are too large to copy before every pass. A pass that
-writes to one is found by its version, and named; those that are known to be written can be given as `copied`, and are put back too.
+writes to one is found by its version, and named. It can be put back where it was given as `copied`, or where the operations of the
+pass are followed, so that it is copied just before the first write to it (`untouched`).
 """
 
 import itertools
@@ -20,9 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
+from hf_dp.per_example.proof.calls import written
 from hf_dp.per_example.proof.harmless import is_harmless_setting
+from hf_dp.per_example.proof.labels import address
 
 DEPTH = (
     3  # objects within objects that are no modules; a model's configuration, adapters' settings and caches are within
@@ -68,6 +72,12 @@ class _KeptTensor:
             self._copy = self._alias.clone() if self.copied else None
         self._version, self._grad = self.tensor._version, self.tensor.requires_grad
 
+    def copy(self) -> None:
+        """Takes a copy of values that are still those noted; nothing where there is one."""
+        if self._copy is None:
+            with torch.no_grad():
+                self._copy = self._alias.clone()
+
     def changes(self) -> list[str]:
         return [] if self._in_place() and self._unwritten() and self.tensor.requires_grad == self._grad else [self.name]
 
@@ -105,6 +115,7 @@ class State:
     def __init__(self, model: nn.Module, copied: Collection[str] = ()) -> None:
         self._containers: list[_Kept] = []
         self._tensors: list[_KeptTensor] = []
+        self._at: dict[int, list[_KeptTensor]] = {}
         self._copied = frozenset(copied)
         self._seen: dict[int, Any] = {}
         modules = list(model.named_modules())
@@ -114,12 +125,16 @@ class State:
         for name, module in modules:
             self._module(module, name, lambda key: key.endswith("_hooks"))
 
-    def copy(self, tensor: Tensor) -> None:
-        """Takes a copy of a parameter that is about to be written to."""
-        for kept in self._tensors:
-            if kept.tensor is tensor and not kept.copied:
-                kept.copied = True
-                kept.note()
+    def copy(self, about_to_be_written: Tensor) -> None:
+        """Takes a copy of the parameters in the memory that is about to be written to, where there is none yet."""
+        if about_to_be_written.layout is not torch.strided:
+            return
+        for kept in self._at.get(address(about_to_be_written), ()):
+            kept.copy()
+
+    def changed(self) -> dict[str, Tensor]:
+        """The tensors that differ from what was noted, by name, as they are now; no copies."""
+        return {kept.name: kept.tensor for kept in self._tensors if kept.changes()}
 
     def begin(self) -> None:
         """Notes anew what may rightly have changed since: the parameters' values."""
@@ -153,6 +168,7 @@ class State:
             if value.layout is torch.strided:
                 copied = not isinstance(value, nn.Parameter) or name in self._copied
                 self._tensors.append(_KeptTensor(name, value, copied))
+                self._at.setdefault(address(_local(value)), []).append(self._tensors[-1])
         elif isinstance(value, nn.Module):
             self._module(value, name, lambda key: True)
         elif depth < DEPTH:
@@ -232,6 +248,32 @@ def state_put_back(model: nn.Module, state: State | None = None) -> Iterator[Sta
         yield noted
     finally:
         noted.put_back()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[State]:
+    """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as they are written."""
+    state = State(model)
+    try:
+        with torch.compiler.set_stance("force_eager"), _CopyBeforeWrite(state):
+            yield state
+    finally:
+        state.put_back()
+
+
+class _CopyBeforeWrite(TorchDispatchMode):
+    """Tells a state which memory the operation to come writes to."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self._state = state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            with torch._C.DisableTorchFunction():
+                for tensor in written(func, args, kwargs or {}):
+                    self._state.copy(tensor)
+        return func(*args, **(kwargs or {}))
 
 
 def _same(a: Any, b: Any) -> bool:

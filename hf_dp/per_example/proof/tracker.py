@@ -16,9 +16,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in
+from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in, written
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
-from hf_dp.per_example.proof.labels import EXAMPLES, SHAPED, SIZE, UNWRITTEN, Book, Labels, address, bits_of
+from hf_dp.per_example.proof.labels import (
+    EXAMPLES,
+    NOTHING,
+    SHAPED,
+    SIZE,
+    UNWRITTEN,
+    Book,
+    Labels,
+    address,
+    bits_of,
+    distinct,
+)
 from hf_dp.per_example.proof.rules import RULES, rule_of
 
 NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
@@ -60,7 +71,6 @@ class Tracker:
 
     def __init__(self, model: nn.Module, before_write: Callable[[Tensor], None] = lambda tensor: None) -> None:
         self._before_write = before_write
-        self._tensors = {address(t): t for t in (*model.parameters(), *model.buffers())}
         self.book = Book()
         self.mixes: dict[str, None] = {}
         self.found: dict[str, None] = {}
@@ -105,11 +115,10 @@ class Tracker:
             self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tells of a write to one of the model's tensors, before it is done."""
+        """Tells of a write before it is done."""
         if func._schema.is_mutable:
-            for tensor in Call(func, args, kwargs, None, self.book).written():
-                if _key(tensor) in self._tensors:
-                    self._before_write(self._tensors[_key(tensor)])
+            for tensor in written(func, args, kwargs):
+                self._before_write(tensor)
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Follows one operation that has been done."""
@@ -131,8 +140,7 @@ class Tracker:
     def _note_writes(self, call: Call) -> None:
         hidden = HIDDEN_WRITES.get(call.name, ())
         training = call.arguments.get("training", True)
-        written = [*call.written(), *tensors_in([call.arguments[n] for n in hidden] if training else [])]
-        for tensor in written:
+        for tensor in [*call.written(), *tensors_in([call.arguments[n] for n in hidden] if training else [])]:
             key = address(tensor) if tensor.layout is torch.strided else 0
             if key in self._kept:
                 self.written[self._kept[key]] = None
@@ -149,7 +157,7 @@ class Tracker:
             return
         for tensor in inputs:
             labels = call.read(tensor)
-            if (labels & (EXAMPLES | UNWRITTEN)).any() and not self.own(labels, leading=True):
+            if (distinct(labels) & (EXAMPLES | UNWRITTEN)).any() and not self.own(labels, leading=True):
                 self.crossed = True
                 self.note(self.found, f"trained parameters meet rows that are not the examples' own ({call.name})")
 
@@ -187,7 +195,7 @@ class Tracker:
         targets = call.results or call.written()
         rule = rule_of(call)
         if not present and inputs and call.name not in RULES:
-            return [np.zeros(tuple(t.shape), dtype=np.uint8) for t in targets]
+            return [np.broadcast_to(NOTHING, tuple(t.shape)) for t in targets]
         try:
             if rule is None or not call.results:
                 raise NotImplementedError(call.name)
@@ -204,7 +212,7 @@ class Tracker:
     def _note_mixture(self, call: Call, inputs: list[Tensor], labels: Iterable[Labels]) -> None:
         if self.in_backward or is_harmless_file(_reader()[0]) or len(self.mixes) >= LONGEST:
             return
-        if any(_MIXED[part].any() for part in labels) and not any(_MIXED[call.read(t)].any() for t in inputs):
+        if any(_mixed(part) for part in labels) and not any(_mixed(call.read(t)) for t in inputs):
             self.note(self.mixes, f"examples are mixed by {call.name}")
 
     def _place(self) -> str:
@@ -292,6 +300,11 @@ class _Leaving(TorchFunctionMode):
                 )
 
         Tensor.register_hook(tensor, look)
+
+
+def _mixed(labels: Labels) -> bool:
+    """Whether a number depends on several examples."""
+    return bool(_MIXED[distinct(labels)].any())
 
 
 def _is_composite(func: Any) -> bool:
