@@ -78,9 +78,7 @@ class TokenCrossEntropy(torch.autograd.Function):
             chunk = logits[rows].to(losses.dtype)
             log_z[rows] = chunk.logsumexp(-1)
             there = labels[rows]
-            losses[rows] = (log_z[rows] - _aim(chunk, there.clamp_min(0), smoothing)).masked_fill_(
-                there == IGNORED, 0.0
-            )
+            losses[rows] = (log_z[rows] - _aim(chunk, _targets(there), smoothing)).masked_fill_(there == IGNORED, 0.0)
         ctx.save_for_backward(logits, labels, log_z)
         ctx.smoothing = smoothing
         return losses
@@ -94,7 +92,7 @@ class TokenCrossEntropy(torch.autograd.Function):
         result = torch.empty_like(logits) if covered else torch.zeros_like(logits)
         for rows in ctx.chunks:
             chunk = torch.sub(logits[rows].to(log_z.dtype), log_z[rows].unsqueeze(1)).exp_()
-            chunk = _minus_target_(chunk, labels[rows].clamp_min(0), ctx.smoothing).mul_(grad_losses[rows].unsqueeze(1))
+            chunk = _minus_target_(chunk, _targets(labels[rows]), ctx.smoothing).mul_(grad_losses[rows].unsqueeze(1))
             if bool((labels[rows] == IGNORED).any()):
                 chunk[labels[rows] == IGNORED] = 0.0
             result[rows] = chunk.to(result.dtype)
@@ -134,6 +132,11 @@ class HeadCrossEntropy(torch.autograd.Function):
         """The gradient with respect to the hidden states, [N, d]."""
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None
+
+
+def _targets(labels: Tensor) -> Tensor:
+    """Labels that can be looked up: any class for what is no target. Others below 0 stay, and are an error there."""
+    return labels.masked_fill(labels == IGNORED, 0)
 
 
 def _aim(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:

@@ -21,7 +21,8 @@ MANY = 512  # tokens, where a model's config does not say how many it takes
 def longest_taken(model: Any) -> int | None:
     """How many tokens a model's config has positions for, if it says so."""
     config = getattr(model, "config", None)
-    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None  # -1 where there is no end, as XLNet's says
 
 
 SAMPLES = 400  # of sound, where a text would have a token: what reads waveforms takes windows of hundreds

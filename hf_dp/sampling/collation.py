@@ -39,6 +39,7 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling.compact import unpacked
+from hf_dp.sampling.reading import INPUTS
 
 Collate: TypeAlias = Callable[[list[Record]], Any]  # what it returns is made a mapping by `as_mapping`
 KNOWN = (
@@ -54,6 +55,8 @@ WHY_ROWS = (
 
 FOR_CHECKS = "made up for the checks, or given as check_records"
 PASS_RECORDS = "pass check_records=[...], a few public records of different lengths that it takes"
+
+NUMBER_LABELS = "its label is a text: make labels numbers (for classes, dataset.class_encode_column)"
 
 
 class Collation:
@@ -183,9 +186,9 @@ def as_mapping(batch: object) -> Batch:
 
 
 def is_empty(batch: Batch) -> bool:
-    """Whether a record's batch has nothing to train on: no leaf at all, or `input_ids` without a single token."""
-    tokens = batch.get("input_ids")
-    return not batch or (isinstance(tokens, Tensor) and not tokens.numel())
+    """Whether a record's batch has nothing to train on: no leaf at all, no token, or an empty sound or picture."""
+    about = next((batch[name] for name in INPUTS if name in batch), None)
+    return not batch or (isinstance(about, Tensor) and not about.numel())
 
 
 def several_lengths(records: Sequence[Record]) -> list[Record]:
@@ -210,9 +213,8 @@ def _tried(collate: Collate, made_up: Sequence[Record]) -> tuple[list[Record], l
         except Exception as error:
             if not last:
                 continue
-            raise ConfigError(
-                f"the collator failed on a record {FOR_CHECKS} ({_said(error)}): {PASS_RECORDS}"
-            ) from error
+            remedy = NUMBER_LABELS if any(map(_has_text_for_label, records)) else PASS_RECORDS
+            raise ConfigError(f"the collator failed on a record {FOR_CHECKS} ({_said(error)}): {remedy}") from error
         for batch in alone:
             _refuse_other_rows(batch, ConfigError)
         kept = [i for i, batch in enumerate(alone) if not is_empty(batch)]
@@ -236,6 +238,10 @@ def _refuse_other_rows(batch: Batch, error: type[Exception]) -> None:
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() and len(labels) != 1:
         raise error(f"the collator made {'several rows' if len(labels) else 'no row'} of one record: {WHY_ROWS}")
+
+
+def _has_text_for_label(record: Record) -> bool:
+    return isinstance(record, Mapping) and any(isinstance(record.get(name), str) for name in ("labels", "label"))
 
 
 def _padding(whole: Leaf, parts: list[Leaf], *, is_drawn: bool) -> Padding | None:

@@ -3,8 +3,8 @@
 How a draw is cut into micro-batches is a matter of speed and memory alone: the sum over its examples stays the same.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from hf_dp.per_example import MicroBatch, Record
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling.compact import narrowed, widened
 from hf_dp.sampling.poisson import Draw
-from hf_dp.sampling.reading import Failure
+from hf_dp.sampling.reading import INPUTS, Failure
 
 Container: TypeAlias = dict[str, Any]  # a draw on its way to a step: the keys below
 MICRO_BATCHES = "micro_batches"
@@ -77,8 +77,13 @@ def micro_batches(container: Mapping[str, Any]) -> Iterator[MicroBatch]:
 
 
 def feature_length(feature: Record) -> int:
-    """Number of `input_ids` of a record, or 1 for a record without any."""
-    return len(feature["input_ids"]) if isinstance(feature, Mapping) and "input_ids" in feature else 1
+    """Number of `input_ids` of a record; of a record without any, 0 if its sound or picture is empty, else 1."""
+    if not isinstance(feature, Mapping):
+        return 1
+    if "input_ids" in feature:
+        return len(cast(Sized, feature["input_ids"]))
+    about = next((feature[name] for name in INPUTS if name in feature), None)
+    return min(1, len(about)) if isinstance(about, Sized) else 1
 
 
 class LogicalBatchCollator:

@@ -14,6 +14,7 @@ from hf_dp.sampling.compact import packed
 from hf_dp.sampling.poisson import Draw
 
 READ_AT_ONCE = 256  # records; then they are packed
+INPUTS = ("input_ids", "input_values", "input_features", "pixel_values")  # what a record is about: the first of these
 CHARGED = "The step is charged, nothing was released"
 
 
@@ -36,7 +37,7 @@ class Reader(Records):
 
 
 class Failure(str):
-    """Stands in for records that could not be read or collated: an error message that quotes nothing of a record."""
+    """Stands in for records that could not be read, collated or brought to a loss: a message without their content."""
 
     @classmethod
     def of(cls, error: Exception, doing: str) -> "Failure":

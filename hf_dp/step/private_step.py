@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_dp.errors import CaptureError
+from hf_dp.errors import CaptureError, HfDpError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import Batch, MicroBatch, Pass, State, per_example_factors, state_put_back, views
 from hf_dp.randomness import fork_forward_rng
+from hf_dp.sampling import Failure
 from hf_dp.step import sharding
 from hf_dp.step.memory import MemoryLimit
 from hf_dp.step.run import PrivateRun
@@ -94,8 +95,9 @@ class PrivateStep:
             What was released, float32 [P], or [P + 2] with metrics.
 
         Raises:
-            ReleaseError: as `PrivateRun.release`. If a pass fails, its error: the step is charged, nothing was
-                released.
+            ReleaseError: as `PrivateRun.release`.
+            CaptureError: the model or its loss failed on an example; its message is left out, for it may quote the
+                example. The step is charged, nothing was released. So it is with errors of `add`.
         """
         self.prepare()
         with run.told_to_all(self.sum.flat, draw_number, waiting_in_release=not self.sharded):
@@ -104,7 +106,7 @@ class PrivateStep:
                 self._memory.try_out(
                     self.model, self.passes.largest, lambda some: self.sum_up(some, run.forward_seed())
                 )
-            self._memory.until_it_fits(lambda: self.sum_up(batches(), run.forward_seed()))
+            self._sum_up_untold(batches, run)
             if beside is not None:
                 beside(self.sum.flat)
         released = run.release(self.sum.flat, draw_number)
@@ -145,6 +147,20 @@ class PrivateStep:
         kept = nullcontext() if self._state is None else state_put_back(self.model, self._state)
         with self.passes.precision(), kept:
             self.sum.add(self.model, lambda: self.passes.example_losses(self.model, batch), batch.size, self.level)
+
+    def _sum_up_untold(self, batches: Batches, run: PrivateRun) -> None:
+        """Sums up all examples. The message of an error in the model or the loss may quote one, so it is left out."""
+        failure = None
+        try:
+            self._memory.until_it_fits(lambda: self.sum_up(batches(), run.forward_seed()))
+        except HfDpError:
+            raise
+        except Exception as error:
+            failure = Failure.of(error, "brought to a loss")
+        if (
+            failure is not None
+        ):  # raised out here, because an exception raised above would keep the other as its context
+            raise CaptureError(failure)
 
     def write_gradients(self, released: Tensor) -> None:
         """p.grad = released / B, with the public B. Whatever was in `p.grad` before is replaced."""

@@ -12,6 +12,7 @@ from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collate, Collation, Records
 from hf_dp.step import largest_micro_batch
 from hf_dp.training.host import PrivateTrainer
+from hf_dp.training.look_through import complete_record
 from hf_dp.training.passes import subject_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class CollatedRecords(_Host):
             return self._check_records
         base = self._base_model()
         sizes = losses.sizes_of_records(type(base).__name__, getattr(base, "config", None))
-        return synthetic_records(self._columns_for_model()[0][0], lengths=lengths, **sizes)
+        return synthetic_records(complete_record(self._columns_for_model()[0]), lengths=lengths, **sizes)
 
     def _most_examples(self) -> int:
         """The most examples of one pass."""

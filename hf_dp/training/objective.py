@@ -186,6 +186,12 @@ def _own_loss(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> Tenso
     return loss
 
 
+def of_a_batch(trainer: PrivateTrainer) -> Callable[[nn.Module, Batch], Tensor]:
+    """What is asked for, for several examples at once: the model's own loss is then one of them all."""
+    own = trainer.objective.kind == OWN
+    return partial(_own_loss, trainer) if own else lambda model, batch: trainer.example_losses(model, batch)
+
+
 def _hosts_loss(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> Tensor:
     """The host's `compute_loss`, of which nothing stays but the loss: what it notes of private examples would be logged."""
     host: Any = host_of(type(trainer), "compute_loss")
@@ -206,7 +212,7 @@ def _weight_of_each(weights: Tensor, inputs: Batch) -> Tensor:
         raise ConfigError(
             f"class_weights need one label of a class in each record, as `labels`: leave them out, and {REMEDY}"
         )
-    return weights.to(labels.device)[labels.clamp_min(0)]
+    return weights.to(labels.device)[labels.masked_fill(labels == losses.IGNORED, 0)]
 
 
 # ---- what was asked for ----------------------------------------------------------------------------------------------------

@@ -29,8 +29,9 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
+from hf_dp.training.beside import PADDED, padding_matters, refuse_comparing
 from hf_dp.training.host import PrivateTrainer
-from hf_dp.training.objective import ALONE, as_in_training, first_line, refused_records
+from hf_dp.training.objective import ALONE, as_in_training, first_line, of_a_batch, refused_records
 
 
 class Subject(NamedTuple):
@@ -79,7 +80,7 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
     """
     trainer.model.train()
     with as_in_training(trainer):
-        return examined(subject_of(trainer), _known_beforehand(trainer))
+        return examined(subject_of(trainer), _known_beforehand(trainer), of_a_batch(trainer))
 
 
 def subject_of(trainer: PrivateTrainer) -> Subject:
@@ -88,14 +89,33 @@ def subject_of(trainer: PrivateTrainer) -> Subject:
     return Subject(trainer.model, losses, trainer._collation(), trainer._made_up_records(), trainer._prepare_inputs)
 
 
-def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
+def examined(
+    subject: Subject, known: str = "", of_several: Callable[[nn.Module, Batch], Tensor] | None = None
+) -> tuple[list[Row], str]:
     """The inventory, and why a pass holds one example: `known` where that is known beforehand, else what is found; "" for no reason.
+
+    Args:
+        subject: what is examined.
+        known: a reason.
+        of_several: the loss, where it is not `example_losses` that meets several examples.
 
     Raises:
         UnsupportedParameterError, CaptureError: what one example a pass can't help either.
+        ConfigError: nor a loss that compares examples.
     """
-    whole, one, *_ = subject.batches()
-    reason = known or subject.collation.apart or ""
+    whole, *alone = subject.batches()
+    try:
+        rows, reason = _examined(subject, whole, alone, known)
+    except Exception:
+        refuse_comparing(subject.model, of_several or subject.example_losses, alone)
+        raise
+    if reason:
+        refuse_comparing(subject.model, of_several or subject.example_losses, alone)
+    return rows, reason
+
+
+def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], known: str) -> tuple[list[Row], str]:
+    one, reason = alone[0], known or subject.collation.apart or ""
     if reason:
         return inventory_of_one(subject.model, one, subject.example_losses), reason
     try:
@@ -105,11 +125,13 @@ def examined(subject: Subject, known: str = "") -> tuple[list[Row], str]:
     except Exception as error:  # of whatever kind: stand-ins for parameters meet code that was not written for them
         try:
             rows = inventory_of_one(subject.model, one, subject.example_losses)
-        except Exception as alone:
-            raise error if isinstance(error, HfDpError) else refused_records(alone, one) from None
+        except Exception as alone_too:
+            raise error if isinstance(error, HfDpError) else refused_records(alone_too, one) from None
         return rows, first_line(error)
     proof = proof_of(subject)
-    return rows, "" if proof.independent else f"not proved that its examples are independent: {proof.reasons[0]}"
+    if not proof.independent:
+        return rows, f"not proved that its examples are independent: {proof.reasons[0]}"
+    return rows, PADDED if padding_matters(subject.model, subject.example_losses, whole, alone) else ""
 
 
 def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:

@@ -55,6 +55,7 @@ from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.host import Objective
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.inputs import CollatedRecords
+from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
 from hf_dp.training.passes import Settled, inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
@@ -241,6 +242,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             )
         self._settle()
         self._refuse_side_doors()
+        refuse_unusable_records(self)
         self.self_check()
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
