@@ -49,10 +49,20 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
 
 
 def matmul(input: Any, other: Any) -> Tensor | None:
-    """X W with a matrix W."""
-    if isinstance(input, ParameterProxy) or other.dim() != 2:
+    """X W and W X with a matrix W; one matrix a head, [H, k, m] or [1, H, k, m], is repeated for each example."""
+    data, w = (other, input) if isinstance(input, ParameterProxy) else (input, other)
+    if isinstance(data, ParameterProxy) or data.dim() == 1:
         return None
-    return linear(input, _transpose(other))
+    if w.dim() == 2 and w is other:
+        return linear(data, _transpose(w))
+    if w.dim() == 2:
+        result = linear(data.transpose(-1, -2), w) if data.dim() > 2 else None
+        return None if result is None else result.transpose(-1, -2)
+    batch = w.capture.batch_size
+    if data.shape[0] != batch or not (2 < w.dim() < data.dim() or (w.dim() == data.dim() and w.shape[0] == 1)):
+        return None
+    wide = expand(w, batch, *[1] * (data.dim() - w.dim() - 1), *(w.shape if w.dim() < data.dim() else w.shape[1:]))
+    return None if wide is None else torch.matmul(data, wide) if w is other else torch.matmul(wide, data)
 
 
 def _transpose(weight: Tensor) -> Tensor:
@@ -81,6 +91,14 @@ def embedding(
         result: Tensor = EmbeddingTap.apply(input, capture.anchor, weight.plain_values, padding, weight.sink)
         return result
     return derive_any([weight], lambda table: F.embedding(input, table, padding_idx))
+
+
+def getitem(input: Any, index: Any) -> Tensor | None:
+    """w[index] with a row of whole numbers for each example, [B, T]: a lookup."""
+    rows = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) and index.dim() > 1
+    if not rows or not isinstance(input, ParameterProxy) or input.dim() != 2 or len(index) != input.capture.batch_size:
+        return None
+    return embedding(index % len(input), input)
 
 
 def embedding_bag(input: Tensor, weight: Any, offsets: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -157,28 +175,38 @@ def _shift(data: Tensor, w: ParameterProxy, scale: float) -> Tensor:
 
 
 def expand(input: Any, *sizes: Any) -> Tensor | None:
-    """One value for all examples, repeated for each: class tokens, prompts. x.expand(B, ...) and x.repeat(B, 1, ...)."""
-    if not isinstance(input, ParameterProxy):
-        return None
-    shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
-    batch = input.capture.batch_size
-    grows = len(shape) > input.dim() or (len(shape) == input.dim() and input.shape[0] == 1)
-    if not shape or shape[0] != batch or not grows:
-        return None
-    trailing = (1,) * (input.dim() - (len(shape) == input.dim()))
-    result = _shift(input.plain_values.new_zeros(batch, *trailing), input, 1.0)
-    return result if _same_positions(shape[1:], result.shape[1:]) else None
+    """x.expand(B, ...): one value for all examples, repeated for each (class tokens, prompts, attention's sinks)."""
+    shape = _sizes(sizes)
+    wide = _for_each(input, len(shape)) if shape and _leads(input, shape) else None
+    return None if wide is None else wide.expand(-1, *shape[1:])
 
 
 def repeat(input: Any, *sizes: Any) -> Tensor | None:
-    """As `expand`; and w [h, ...] repeated to [B*h, ...], example by example, as attention with B*h heads wants it."""
-    expanded = expand(input, *sizes)
-    if expanded is not None or not isinstance(input, ParameterProxy):
-        return expanded
-    shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
-    if shape != (input.capture.batch_size, *(1,) * (input.dim() - 1)):
+    """x.repeat(B, ...); and w [h, ...] repeated to [B*h, ...], example by example, as attention with B*h heads wants it."""
+    shape = _sizes(sizes)
+    if not shape or not _leads(input, shape):
         return None
-    return _shift(input.plain_values.new_zeros(shape[0], *(1,) * input.dim()), input, 1.0).flatten(0, 1)
+    wide = _for_each(input, len(shape))
+    if wide is not None:
+        return wide.repeat(1, *shape[1:])
+    heads = _for_each(input, len(shape) + 1) if shape[1:] == (1,) * (input.dim() - 1) else None
+    return None if heads is None else heads.flatten(0, 1)
+
+
+def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
+
+
+def _leads(input: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the first of the sizes that a parameter is repeated to is the number of examples."""
+    return isinstance(input, ParameterProxy) and shape[0] == input.capture.batch_size and len(shape) >= input.dim()
+
+
+def _for_each(w: ParameterProxy, dims: int) -> Tensor | None:
+    """A parameter's values once an example, [B, ..., *w.shape], in so many dimensions; None where `w` takes the first one itself."""
+    if dims < w.dim() or (dims == w.dim() and (dims == 0 or w.shape[0] != 1)):
+        return None
+    return _shift(w.plain_values.new_zeros(w.capture.batch_size, *(1,) * (dims - 1)), w, 1.0)
 
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
@@ -187,11 +215,6 @@ def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = F
         return None
     mask = F.dropout(torch.ones_like(input.plain_values), p, training)
     return derive_any([input], lambda values: values * mask)
-
-
-def _same_positions(asked: tuple[int, ...], shape: torch.Size) -> bool:
-    """Whether the other sizes of an expand or repeat leave things as they are: -1, 1 or the size itself."""
-    return len(asked) == len(shape) and all(a in (-1, 1, s) for a, s in zip(asked, shape, strict=True))
 
 
 def conv2d(
@@ -222,6 +245,12 @@ def example_by_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> T
     data = [t for t in tensors if t.dim() and t.shape[0] == capture.batch_size and (t.requires_grad or t is tensors[0])]
     if not data or any(t.requires_grad and not any(t is d for d in data) for t in tensors):
         return None
+    return _through_any_tap(func, args, kwargs, data)
+
+
+def _through_any_tap(func: Callable[..., Any], args: Any, kwargs: Any, data: list[Tensor]) -> Tensor:
+    """`func` with what its parameters' gradients need recorded; `data`: those of its arguments that lead with the examples."""
+    proxies = proxies_in((args, kwargs))
     slots = [*proxies, *data]
 
     def function(*values: Tensor) -> Any:
@@ -229,12 +258,31 @@ def example_by_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> T
         return func(*[known.get(id(a), a) for a in args], **{k: known.get(id(v), v) for k, v in kwargs.items()})
 
     sinks = [p.sink for p in proxies]
-    result: Tensor = AnyTap.apply(capture.anchor, function, sinks, *[p.plain_values for p in proxies], *data)
+    result: Tensor = AnyTap.apply(proxies[0].capture.anchor, function, sinks, *[p.plain_values for p in proxies], *data)
     return result
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def einsum(equation: Any, *operands: Any) -> Tensor | None:
+    """Products and sums over letters, where the first letter of each operand with the examples, and of the result, is theirs alone."""
+    values = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return None
+    terms, result = equation.replace(" ", "").split("->")
+    batch, letter = proxies_in(list(values))[0].capture.batch_size, result[:1]
+    for term, value in zip(terms.split(","), values, strict=True):
+        own = not isinstance(value, ParameterProxy) and term[:1] == letter and len(value) == batch
+        if not letter or (
+            not own and (letter in term or (value.requires_grad and not isinstance(value, ParameterProxy)))
+        ):
+            return None
+        if own and letter in term[1:]:
+            return None
+    data = [v for v, term in zip(values, terms.split(","), strict=True) if letter in term]
+    return _through_any_tap(torch.einsum, (equation, *values), {}, data) if data else None
 
 
 def index_copy(input: Any, dim: int, index: Tensor, source: Any) -> Tensor | None:
@@ -255,9 +303,9 @@ def index_copy(input: Any, dim: int, index: Tensor, source: Any) -> Tensor | Non
 
 
 def cast(input: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """A change of dtype alone: the gradient keeps its factored form."""
+    """A change of dtype alone: the gradient keeps its factored form. Data that take a parameter's dtype know nothing of its values."""
     if not isinstance(input, ParameterProxy):
-        return None
+        return input.to(*plain(args), **plain(kwargs)) if isinstance(input, Tensor) else None
     result = input.plain_values.to(*plain(args), **plain(kwargs))
     return input if result is input.plain_values else derive(input, lambda v: result, unchanged)
 
@@ -268,12 +316,17 @@ def to_float(input: Any) -> Tensor | None:
 
 
 def _meets_data(data: Any, w: Any) -> bool:
-    """Whether an elementwise operand carries the examples: it is larger than `w` and leads with B, or with B*T for [B*T, k]."""
+    """Whether an elementwise operand carries the examples: it leads with B where `w` has one row or none, or with B*T for [B*T, k]."""
     if not isinstance(w, ParameterProxy) or not isinstance(data, Tensor) or isinstance(data, ParameterProxy):
         return False
     shape, batch = torch.broadcast_shapes(data.shape, w.shape), w.capture.batch_size
-    flattened = len(shape) == 2 and w.dim() == 1 and shape[0] % batch == 0
-    return shape != w.shape and data.shape == shape and (shape[0] == batch or flattened)
+    if len(shape) == 2 and w.dim() == 1 and data.shape == shape and shape[0] % batch == 0:
+        return True
+    return (
+        data.dim() == len(shape)
+        and shape[:1] == data.shape[:1] == (batch,)
+        and (w.dim() < len(shape) or w.shape[0] == 1)
+    )
 
 
 def for_each_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

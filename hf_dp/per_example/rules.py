@@ -79,6 +79,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "matmul": ops.matmul,
     "embedding": ops.embedding,
     "embedding_bag": ops.embedding_bag,
+    "getitem": ops.getitem,
+    "einsum": ops.einsum,
     "layer_norm": ops.layer_norm,
     "rms_norm": ops.rms_norm,
     "conv2d": ops.conv2d,

@@ -82,6 +82,21 @@ def self_check(
         model.train(was_training)
 
 
+def is_coupled(model: nn.Module, collated: Sequence[Batch], example_losses: ExampleLosses) -> bool:
+    """Whether an example's gradient in the batch is another than alone, by more than rounding, or is not finite.
+
+    Args:
+        model: unwrapped; left as it was.
+        collated: as `self_check`, of several examples in the whole.
+        example_losses: (model, batch) -> one loss an example.
+    """
+    whole, *alone = collated
+    batch = whole if isinstance(whole, MicroBatch) else MicroBatch(whole, len(alone))
+    with undisturbed(model):
+        difference = _difference(model, batch, alone, example_losses, per_example_factors)
+    return not difference <= TOLERANCE[precision(model)]
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Passes in training mode without dropout, which leave no trace in the model, or in anybody's random numbers."""
@@ -132,9 +147,7 @@ def _compare(
     clip_norm: float,
     factors_of: Pass,
 ) -> Report:
-    differences, sizes = _squared_differences(model, batch, alone, example_losses, factors_of)
-    tiny = torch.finfo(sizes.dtype).tiny
-    difference = float((differences.max() / sizes.max().clamp_min(tiny)).sqrt())
+    difference = _difference(model, batch, alone, example_losses, factors_of)
     tolerance = TOLERANCE[precision(model)]
     if not difference <= tolerance:
         raise SelfCheckError(_explanation(difference, tolerance))
@@ -144,6 +157,14 @@ def _compare(
             f"removing one example moved the clipped sum by {sensitivity:.3f} x C; at most 1 is allowed."
         )
     return Report(difference=difference, tolerance=tolerance, sensitivity=sensitivity)
+
+
+def _difference(
+    model: nn.Module, batch: MicroBatch, alone: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass
+) -> float:
+    """The greatest |g_b in the batch - g_b alone|, relative to the greatest |g_b alone|."""
+    differences, sizes = _squared_differences(model, batch, alone, example_losses, factors_of)
+    return float((differences.max() / sizes.max().clamp_min(torch.finfo(sizes.dtype).tiny)).sqrt())
 
 
 def _squared_differences(

@@ -19,10 +19,10 @@ MANY = 512  # tokens, where a model's config does not say how many it takes
 
 
 def longest_taken(model: Any) -> int | None:
-    """How many tokens a model's config has positions for, if it says so."""
+    """How many tokens a model's config has positions for, if it says so; XLNet's says -1, for any number."""
     config = getattr(model, "config", None)
     found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None  # -1 where there is no end, as XLNet's says
+    return found if isinstance(found, int) and found > 0 else None
 
 
 SAMPLES = 400  # of sound, where a text would have a token: what reads waveforms takes windows of hundreds
@@ -150,7 +150,7 @@ def _numbers(
         return np.asarray(made, like.dtype)
     if like.dtype.kind == "b" or "mask" in name:
         return np.ones(shape, like.dtype)
-    if "type_ids" in name:
+    if "type_ids" in name or "task_id" in name:  # there may be one type, or task, alone
         return np.zeros(shape, like.dtype)
     first = 3 if limit > 10 and shape else 0  # below it a vocabulary's special tokens usually lie
     return np.asarray(generator.integers(first, max(limit, first + 1), size=shape), like.dtype)

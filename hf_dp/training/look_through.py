@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -115,7 +115,7 @@ def _limits(trainer: PrivateTrainer) -> Limits:
         return Limits({}, None)
     tokens, labels = losses.public_sizes(type(base).__name__, config)
     with suppress(AttributeError, NotImplementedError):  # such as of a model of pictures
-        tokens = base.get_input_embeddings().num_embeddings
+        tokens = cast(Any, base).get_input_embeddings().num_embeddings
     below = {TOKENS: tokens}
     if trainer.objective.kind != "regression":
         below |= dict.fromkeys(LABELS, labels)

@@ -2,7 +2,7 @@
 
 One example a pass is exact for any layer and any loss: autograd's gradient is the example's. It is slower than many at once, so it is
 taken where many can't be: the loss is the model's own, the collator mixes records, an operation has no rule for each example's gradient,
-or it is not proved that the examples of a pass are independent.
+it is not proved that the examples of a pass are independent, or padding changes what an example's gradient is.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from hf_dp.per_example import (
     Row,
     State,
     inventory_of_one,
+    is_coupled,
     per_example_factors,
     prove,
     take_inventory,
@@ -32,6 +33,11 @@ from hf_dp.sampling import Collation
 from hf_dp.training.beside import PADDED, padding_matters, refuse_comparing
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.objective import ALONE, as_in_training, first_line, of_a_batch, refused_records
+
+COUPLED = (
+    "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left padding with absolute "
+    "positions, numbers drawn for the whole batch)"
+)
 
 
 class Subject(NamedTuple):
@@ -80,7 +86,14 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
     """
     trainer.model.train()
     with as_in_training(trainer):
-        return examined(subject_of(trainer), _known_beforehand(trainer), of_a_batch(trainer))
+        subject = subject_of(trainer)
+        rows, reason = examined(subject, _known_beforehand(trainer), of_a_batch(trainer))
+        if reason:
+            return rows, reason
+        batches = subject.batches()
+        if not is_coupled(subject.model, batches, subject.example_losses):
+            return rows, ""
+        return inventory_of_one(subject.model, batches[1], subject.example_losses), COUPLED
 
 
 def subject_of(trainer: PrivateTrainer) -> Subject:

@@ -346,7 +346,56 @@ class _Crossed(nn.Module):
         ).contiguous()
 
 
+class _Weighted(nn.Module):
+    """A parameter of its own, and what it does with the input."""
+
+    def __init__(self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.randn(*shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.weight, x)
+
+
+def _positions(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1]).repeat(len(x), 1)
+
+
+WEIGHTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "matrix-from-the-left": (lambda: _Weighted((3, 4), lambda w, x: (w @ x.transpose(1, 2)).contiguous()), (5, 4)),
+    "matrix-from-the-left-of-heads": (lambda: _Weighted((3, 5), lambda w, x: torch.matmul(w, x)), (2, 5, 4)),
+    "a-matrix-a-head": (lambda: _Weighted((2, 4, 3), lambda w, x: x @ w), (2, 5, 4)),
+    "a-matrix-a-head-from-the-left": (lambda: _Weighted((1, 2, 3, 5), lambda w, x: w @ x), (2, 5, 4)),
+    "decay-over-states": (
+        lambda: _Weighted((4, 3), lambda w, x: torch.exp(-w.exp()[None, :, None] * x.transpose(1, 2)[..., None])),
+        (5, 4),
+    ),
+    "shift-over-states": (lambda: _Weighted((1, 4, 3), lambda w, x: x[..., None] + w), (5, 4)),
+    "difference-over-states": (lambda: _Weighted((4, 3), lambda w, x: w - x[..., None]), (4,)),
+    "positions-of-a-table": (lambda: _Weighted((7, 4), lambda w, x: x * w[_positions(x)]), (5, 4)),
+    "positions-from-the-end": (lambda: _Weighted((7, 4), lambda w, x: x + w[-1 - _positions(x)]), (5, 4)),
+    "class-token-of-a-vector": (
+        lambda: _Weighted((4,), lambda w, x: torch.cat([w.expand(len(x), 1, -1), x], 1)),
+        (5, 4),
+    ),
+    "attention-sinks": (
+        lambda: _Weighted(
+            (2,), lambda w, x: torch.cat([x, w.reshape(1, -1, 1, 1).expand(len(x), -1, x.shape[2], -1)], -1)
+        ),
+        (2, 5, 4),
+    ),
+    "prompt-repeated-along-positions": (lambda: _Weighted((1, 1, 4), lambda w, x: x * w.repeat(len(x), 5, 1)), (5, 4)),
+    "a-dtype-to-follow": (lambda: _Weighted((4,), lambda w, x: x.type_as(w) * w), (5, 4)),
+    "einsum-linear": (lambda: _Weighted((3, 4), lambda w, x: torch.einsum("btd,rd->btr", x, w)), (5, 4)),
+    "einsum-of-heads": (lambda: _Weighted((2, 4, 3), lambda w, x: torch.einsum("bhtd,hdk->bthk", x, w)), (2, 5, 4)),
+    "einsum-of-two": (lambda: _Weighted((4, 4), lambda w, x: torch.einsum("bsi,btj,ij->bst", x, x.sin(), w)), (5, 4)),
+    "einsum-with-a-constant": (
+        lambda: _Weighted((4,), lambda w, x: torch.einsum("btd,d,td->bd", [x, w, torch.ones(5, 4).double()])),
+        (5, 4),
+    ),
+}
 LAYERS = {
+    **WEIGHTED,
     "attention": (lambda: _Outputs(nn.MultiheadAttention(6, 2, batch_first=True), 3), (5, 6)),
     "attention-per-head": (
         lambda: _Outputs(nn.MultiheadAttention(6, 3, bias=False, batch_first=True), 3, average_attn_weights=False),
@@ -387,6 +436,21 @@ def test_plain_layers_are_exact_on_their_own(row: str, first: bool) -> None:
     clipped_gradient_sum(model, lambda: model(x).square().flatten(1).sum(1), 5, 1.0, into)
     slow = reference.clipped_sum(model, {"x": x, "labels": x}, lambda m, one: m(one["x"]).square().sum(), 1.0)
     assert reference.relative_difference(into, slow) < EXACT
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: torch.einsum("tbd,rd->tbr", x.transpose(0, 1), w),
+        lambda w, x: torch.einsum("btd,rd->r", x, w),
+        lambda w, x: torch.einsum("b...d,rd->b...r", x, w),
+        lambda w, x: w @ x[0].t(),
+    ],
+)
+def test_operations_whose_rows_are_not_the_examples_have_no_rule(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), _Weighted((3, 4), function)), torch.randn(5, 6, 4)
+    with pytest.raises(UnsupportedParameterError, match=r"1\.weight \(used by"):
+        per_example_factors(model, lambda: model(x).sum() * torch.ones(5), 5)
 
 
 class _Bag(nn.Module):

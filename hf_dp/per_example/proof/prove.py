@@ -14,7 +14,8 @@ depends on nothing else. Autograd functions written in Python, and hooks on grad
 its backward is followed too.
 
 The library's own fast losses over tokens pick the rows that have targets, which no rule can tell from a coupling: in their place
-stand the losses spelt out (`losses.spelt_out`), the same numbers by PyTorch's own operations, which tests hold them to.
+stand the losses spelt out (`losses.spelt_out`), the same numbers by PyTorch's own operations, which tests hold them to. So it is with
+Transformers' experts, which sort a batch's tokens (`experts.spelt_out`).
 
 What is not shown, and stays with the numeric check (`self_check`): the influence of sizes themselves, of the number of examples in
 a pass and of the padded length, where Python takes them from `shape`; padding that is not masked; the gradient rules' exactness.
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from hf_dp.per_example.batches import Batch
 from hf_dp.per_example.losses import spelt_out
+from hf_dp.per_example.proof import experts
 from hf_dp.per_example.proof.calls import tensors_in
 from hf_dp.per_example.proof.labels import PASSES, SIZE
 from hf_dp.per_example.proof.state import State, state_put_back
@@ -116,7 +118,7 @@ def _follow(
 ) -> bool:
     """One pass. Answers whether its backward has to be followed too."""
     try:
-        with torch.enable_grad(), spelt_out(), tracker.watching(backward):
+        with torch.enable_grad(), spelt_out(), experts.spelt_out(), tracker.watching(backward):
             losses = losses_of()
             if backward and losses.requires_grad:
                 tracker.in_backward = True
