@@ -23,7 +23,7 @@ a pass and of the padded length, where Python takes them from `shape`; padding t
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from hf_dp.per_example.batches import Batch
 from hf_dp.per_example.losses import spelt_out
 from hf_dp.per_example.proof import experts
-from hf_dp.per_example.proof.calls import tensors_in
+from hf_dp.per_example.proof.calls import Value, tensors_in
 from hf_dp.per_example.proof.labels import PASSES, SIZE
 from hf_dp.per_example.proof.state import State, state_put_back
 from hf_dp.per_example.proof.tracker import Tracker
@@ -139,9 +139,9 @@ def _follow(
     return written_in_python
 
 
-def _graph(losses: Tensor) -> Iterator[Any]:
+def _graph(losses: Tensor) -> Iterator[Value]:
     """All nodes of the graph behind the losses."""
-    seen: set[Any] = set()
+    seen: set[Value] = set()
     waiting = [losses.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -151,6 +151,6 @@ def _graph(losses: Tensor) -> Iterator[Any]:
             waiting.extend(following for following, _ in node.next_functions)
 
 
-def _only_saves(node: Any) -> bool:
+def _only_saves(node: Value) -> bool:
     """Whether a node is checkpointing's own, which computes nothing."""
     return type(node).__name__ == "_NoopSaveInputsBackward"

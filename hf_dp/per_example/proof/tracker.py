@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in, written
+from hf_dp.per_example.proof.calls import Call, Value, plain_name, tensors_in, written
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
 from hf_dp.per_example.proof.labels import (
     EXAMPLES,
@@ -114,13 +113,13 @@ class Tracker:
         if not is_harmless(file, function):
             self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
 
-    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
         """Tells of a write before it is done."""
         if func._schema.is_mutable:
             for tensor in written(func, args, kwargs):
                 self._before_write(tensor)
 
-    def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def after(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], out: Value) -> None:
         """Follows one operation that has been done."""
         call = Call(func, args, kwargs, out, self.book)
         inputs, present = call.inputs, int(call.everything)
@@ -237,7 +236,7 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self._tracker = tracker
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         kwargs = kwargs or {}
         if plain_name(func) not in RULES and _is_composite(func):
             with self:
@@ -259,7 +258,7 @@ class _Leaving(TorchFunctionMode):
         super().__init__()
         self._tracker, self._backward = tracker, backward
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in LEAVES or name in FROM_PYTHON or name in INDEXING:
@@ -275,7 +274,7 @@ class _Leaving(TorchFunctionMode):
                 self._watch(tensor, name)
         return out
 
-    def _look(self, name: str, arguments: list[Any]) -> None:
+    def _look(self, name: str, arguments: list[Value]) -> None:
         book = self._tracker.book
         if name in ("as_tensor", "asarray") and isinstance(arguments[0], Tensor):
             return  # the tensor itself, or an operation that is followed
@@ -307,11 +306,11 @@ def _mixed(labels: Labels) -> bool:
     return bool(_MIXED[distinct(labels)].any())
 
 
-def _is_composite(func: Any) -> bool:
+def _is_composite(func: Value) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
-def _listed(arguments: list[Any]) -> list[Any]:
+def _listed(arguments: list[Value]) -> list[Value]:
     """The argument that indexes, and what stands in it if it is a tuple."""
     return [part for a in arguments for part in (a if isinstance(a, tuple) else (a,))]
 
