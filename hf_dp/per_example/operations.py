@@ -1,6 +1,8 @@
-"""Each operation in which a parameter may meet the examples' data -> its result, computed through a tap: the exact per-example rules.
+"""Operations in which a parameter may meet the examples' data -> their results through taps: the exact per-example
+rules.
 
-A rule receives the operation's arguments, proxies among them, and answers None where the operation has no data in it.
+A rule is given the operation's arguments, proxies among them. It returns None if the operation is not one that it
+covers, for example because no data is in it.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,7 @@ def _sink(value: Value) -> Sink | None:
 
 
 def autocast(*operands: Value) -> tuple[Value, ...]:
-    """The floating operands in autocast's dtype where autocast is on: the taps run below it and would not cast themselves."""
+    """The floating-point operands in autocast's dtype, if autocast is on: taps run below autocast and would not cast."""
     device = next(v for v in operands if isinstance(v, Tensor)).device.type
     if not torch.is_autocast_enabled(device):
         return operands
@@ -31,7 +33,7 @@ def _to_dtype(dtype: torch.dtype, *operands: Value) -> tuple[Value, ...]:
 
 
 def linear(input: Value, weight: Value, bias: Value = None) -> Tensor | None:
-    """y = x W^T + b, in any layout that leads with the examples."""
+    """y = x W^T + b, in any layout with the examples in front."""
     if isinstance(input, ParameterProxy) or (input.dim() > 2 and input.shape[0] == 1):
         return None  # one input for all examples: the result is on the parameters' side too
     x, w, b = autocast(input, weight, bias)
@@ -77,7 +79,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
-    """A lookup. Positions that every example shares (leading dimension not B) stay on the parameter's side."""
+    """A lookup in a table. Positions that all examples share (leading dimension not B) stay on the parameter's side."""
     if not isinstance(weight, ParameterProxy):
         return None
     capture = weight.capture
@@ -101,7 +103,7 @@ def getitem(input: Value, index: Value) -> Tensor | None:
 
 
 def embedding_bag(input: Tensor, weight: Value, offsets: Value = None, *args: Value, **kwargs: Value) -> Tensor | None:
-    """A sum or mean of looked-up rows, for bags [B, T] of one size; anything else has no rule."""
+    """A sum or mean of looked-up rows, for bags [B, T] of one size; other bags have no rule."""
     names = (
         "max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights include_last_offset padding_idx".split()
     )
@@ -117,7 +119,7 @@ def embedding_bag(input: Tensor, weight: Value, offsets: Value = None, *args: Va
 def layer_norm(
     input: Value, normalized_shape: Value, weight: Value = None, bias: Value = None, eps: float = 1e-5
 ) -> Tensor | None:
-    """LayerNorm with a trainable scale, shift, or both; in float32 under autocast, as PyTorch has it."""
+    """LayerNorm with a trainable scale, shift, or both; in float32 under autocast, as in PyTorch."""
     if isinstance(input, ParameterProxy) or weight is None:
         return None
     x, w, b = input, weight, bias
@@ -131,7 +133,7 @@ def layer_norm(
 
 
 def rms_norm(input: Value, normalized_shape: Value, weight: Value = None, eps: float | None = None) -> Tensor | None:
-    """RMSNorm: the parameterless norm, times the scale."""
+    """RMSNorm: the norm without parameters, times the scale."""
     if isinstance(input, ParameterProxy):
         return None
     return multiply(F.rms_norm(input, normalized_shape, None, eps), weight)
@@ -160,7 +162,7 @@ def add(input: Value, other: Value, *, alpha: float = 1) -> Tensor | None:
 
 
 def subtract(input: Value, other: Value, *, alpha: float = 1) -> Tensor | None:
-    """x - w, and w - x as (-x) + w."""
+    """x - w; and w - x as (-x) + w."""
     if alpha != 1:
         return None
     if isinstance(other, ParameterProxy):
@@ -174,14 +176,16 @@ def _shift(data: Tensor, w: ParameterProxy, scale: float) -> Tensor:
 
 
 def expand(input: Value, *sizes: Value) -> Tensor | None:
-    """x.expand(B, ...): one value for all examples, repeated for each (class tokens, prompts, attention's sinks)."""
+    """One value repeated for each example (class tokens, prompts): x.expand(B, ...), x.repeat(B, 1, ...)."""
     shape = _sizes(sizes)
     wide = _for_each(input, len(shape)) if shape and _leads(input, shape) else None
     return None if wide is None else wide.expand(-1, *shape[1:])
 
 
 def repeat(input: Value, *sizes: Value) -> Tensor | None:
-    """x.repeat(B, ...); and w [h, ...] repeated to [B*h, ...], example by example, as attention with B*h heads wants it."""
+    """x.repeat(B, ...); and w [h, ...] repeated to [B*h, ...], example by example, as attention with B*h heads wants
+    it.
+    """
     shape = _sizes(sizes)
     if not shape or not _leads(input, shape):
         return None
@@ -202,14 +206,16 @@ def _leads(input: Value, shape: tuple[int, ...]) -> bool:
 
 
 def _for_each(w: ParameterProxy, dims: int) -> Tensor | None:
-    """A parameter's values once an example, [B, ..., *w.shape], in so many dimensions; None where `w` takes the first one itself."""
+    """A parameter's values once an example, [B, ..., *w.shape], in so many dimensions; None where `w` takes the first
+    one itself.
+    """
     if dims < w.dim() or (dims == w.dim() and (dims == 0 or w.shape[0] != 1)):
         return None
     return _shift(w.plain_values.new_zeros(w.capture.batch_size, *(1,) * (dims - 1)), w, 1.0)
 
 
 def dropout(input: Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
-    """One mask for a value that all examples share."""
+    """Dropout of a value that all examples share: one mask for all."""
     if not isinstance(input, ParameterProxy):
         return None
     mask = F.dropout(torch.ones_like(input.plain_values), p, training)
@@ -225,7 +231,7 @@ def conv2d(
     dilation: Value = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """A convolution is a linear map of its patches: x unfolded to [B, L, C kh kw]."""
+    """A convolution, as a linear map of its patches: x unfolded to [B, L, C kh kw]."""
     if isinstance(input, ParameterProxy) or input.dim() != 4:
         return None
     if isinstance(padding, str) or groups != 1:
@@ -243,7 +249,7 @@ def conv2d(
 
 
 def example_by_example(func: Callable[..., Value], *args: Value, **kwargs: Value) -> Tensor | None:
-    """An operation that maps each example by itself, on data that lead with the examples: the generic exact rule."""
+    """The generic exact rule, for operations that map each example by itself, with the examples in front."""
     proxies = proxies_in((args, kwargs))
     capture = proxies[0].capture
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not isinstance(v, ParameterProxy)]
@@ -254,7 +260,9 @@ def example_by_example(func: Callable[..., Value], *args: Value, **kwargs: Value
 
 
 def _through_any_tap(func: Callable[..., Value], args: Value, kwargs: Value, data: list[Tensor]) -> Tensor:
-    """`func` with what its parameters' gradients need recorded; `data`: those of its arguments that lead with the examples."""
+    """`func` with what its parameters' gradients need recorded; `data`: those of its arguments that lead with the
+    examples.
+    """
     proxies = proxies_in((args, kwargs))
     slots = [*proxies, *data]
 
@@ -272,7 +280,9 @@ def _pair(value: Value) -> tuple[int, int]:
 
 
 def einsum(equation: Value, *operands: Value) -> Tensor | None:
-    """Products and sums over letters, where the first letter of each operand with the examples, and of the result, is theirs alone."""
+    """Products and sums over letters, where the first letter of each operand with the examples, and of the result, is
+    theirs alone.
+    """
     values = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
     if not isinstance(equation, str) or "->" not in equation or "." in equation:
         return None
@@ -291,7 +301,7 @@ def einsum(equation: Value, *operands: Value) -> Tensor | None:
 
 
 def index_copy(input: Value, dim: int, index: Tensor, source: Value) -> Tensor | None:
-    """A frozen table with some rows trained (trainable tokens): the other rows' gradients are dropped."""
+    """A frozen table with some trained rows (trainable tokens): gradients of the other rows are dropped."""
     if dim != 0 or isinstance(input, ParameterProxy) or not isinstance(source, ParameterProxy):
         return None
 
@@ -308,7 +318,7 @@ def index_copy(input: Value, dim: int, index: Tensor, source: Value) -> Tensor |
 
 
 def cast(input: Value, *args: Value, **kwargs: Value) -> Tensor | None:
-    """A change of dtype alone: the gradient keeps its factored form. Data that take a parameter's dtype know nothing of its values."""
+    """A change of dtype only: the gradient keeps its factored form."""
     if not isinstance(input, ParameterProxy):
         return input.to(*plain(args), **plain(kwargs)) if isinstance(input, Tensor) else None
     result = input.plain_values.to(*plain(args), **plain(kwargs))
@@ -321,7 +331,9 @@ def to_float(input: Value) -> Tensor | None:
 
 
 def _meets_data(data: Value, w: Value) -> bool:
-    """Whether an elementwise operand carries the examples: it leads with B where `w` has one row or none, or with B*T for [B*T, k]."""
+    """Whether an elementwise operand carries the examples: it leads with B where `w` has one row or none, or with B*T
+    for [B*T, k].
+    """
     if not isinstance(w, ParameterProxy) or not isinstance(data, Tensor) or isinstance(data, ParameterProxy):
         return False
     shape, batch = torch.broadcast_shapes(data.shape, w.shape), w.capture.batch_size
@@ -335,7 +347,7 @@ def _meets_data(data: Value, w: Value) -> bool:
 
 
 def for_each_example(func: Callable[..., Value], *args: Value, **kwargs: Value) -> Value:
-    """Masking, joining, attending: a parameter's [1, ...] becomes [B, ...], and the operation is left as it is."""
+    """Masking, joining, attention: a parameter of shape [1, ...] is expanded to [B, ...], then the operation is done."""
 
     def widen(value: Value) -> Value:
         if isinstance(value, (tuple, list)):

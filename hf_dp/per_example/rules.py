@@ -1,4 +1,4 @@
-"""An operation's name -> its per-example rule, or the parameters' own side (no data in it); what is in neither table is
+"""An operation's name -> its per-example rule, or the parameters' own side, which has no data in it; else it is
 refused.
 """
 
@@ -17,7 +17,7 @@ IN_PLACE = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __imatmul__ __iflo
 
 
 def apply_rule(name: str, func: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-    """The result of an operation on proxies: through the rule of that name, on the parameters' side, or refused."""
+    """The result of an operation on proxies: by the rule of that name, on the parameters' own side, or refused."""
     proxies = proxies_in((args, kwargs))
     owner = proxies[0]
     in_place = func.__name__ in IN_PLACE or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
@@ -37,7 +37,7 @@ def apply_rule(name: str, func: Callable[..., Value], args: tuple[Value, ...], k
 
 
 def _in_place(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Tensor | None:
-    """x.mul_(w) as x.copy_(x * w): the tensor itself changes, and whoever else holds it sees that."""
+    """x.mul_(w) as x.copy_(x * w): the tensor itself changes, which everything that shares its memory sees."""
     target = args[0]
     if name not in RULES or isinstance(target, ParameterProxy):
         return None
@@ -46,14 +46,14 @@ def _in_place(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> T
 
 
 def _carries_a_gradient(value: Value) -> bool:
-    """Whether a tensor among (nested) arguments is computed from trained values: then it is not a constant."""
+    """Whether any tensor in (nested) arguments was computed from trained values, and so is not a constant."""
     return any(t.requires_grad and not isinstance(t, ParameterProxy) for t in tensors_in(value))
 
 
 def _on_the_parameters_side(
     proxies: list[ParameterProxy], func: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
 ) -> ParameterProxy:
-    """An operation among parameters and constants: a proxy again."""
+    """An operation of parameters and constants alone: its result is a proxy again."""
     if len(proxies) == 1 and func in (torch.t, Tensor.t):
         return derive(proxies[0], torch.t, transposed)
 

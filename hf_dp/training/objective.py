@@ -1,9 +1,10 @@
-"""A trainer (its class, arguments and model) -> the loss of an example that training takes, held against the one that was asked for.
+"""A trainer (its class, arguments and model) -> the loss of an example that training takes, held against the one that
+was asked for.
 
-What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; what the model itself returns as its loss for
-one example, to which the host's `compute_loss` comes. A class of models whose loss is known has a fast form, for many examples a pass; it
-is taken where, on made-up records, its loss and gradient are the model's own. Everywhere else the model's own loss is trained, one example
-a pass, which is that example's alone by construction.
+What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; what the model itself returns
+as its loss for one example, to which the host's `compute_loss` comes. A class of models whose loss is known has a fast
+form, for many examples a pass; it is taken where, on made-up records, its loss and gradient are the model's own.
+Everywhere else the model's own loss is trained, one example a pass, which is that example's alone by construction.
 """
 
 import copy
@@ -37,7 +38,8 @@ from hf_dp.training.overrides import host_of, owns
 YOURS, FUNCTION, OWN, HOST = "example_losses", "compute_loss_func", "the model's own", "the host's compute_loss"
 ALONE = (OWN, HOST)  # for one example a pass
 RECORDS = 2  # made-up ones that losses are compared on
-# What rounding may make of a loss and of its gradient (relative), by the dtype of the activations: both come of the same forward pass.
+# What rounding may make of a loss and of its gradient (relative), by the dtype of the activations: both come of the
+# same forward pass.
 ROUNDING = {
     torch.float64: (1e-9, 1e-8),
     torch.float32: (5e-5, 5e-4),
@@ -62,8 +64,9 @@ def choose(trainer: PrivateTrainer) -> Objective:
     """The objective of a trainer, on made-up records, each collated by itself. The model is left as it was.
 
     Raises:
-        ConfigError: no loss of an example is known or comes from the model, the host's `compute_loss` is another than the one that would be
-            trained, or settings that only a known loss can follow, or the model can't take the made-up records. With the remedy.
+        ConfigError: no loss of an example is known or comes from the model, the host's `compute_loss` is another than
+            the one that would be trained, or settings that only a known loss can follow, or the model can't take the
+            made-up records. With the remedy.
     """
     alone = trainer._synthetic_batches()[1:]
     try:
@@ -80,15 +83,17 @@ def choose(trainer: PrivateTrainer) -> Objective:
 def refused_records(error: Exception, batch: Batch) -> ConfigError:
     """The one error for made-up records that a model, or a loss, can't take."""
     return ConfigError(
-        f"the model does not take made-up records with {', '.join(sorted(batch))} ({type(error).__name__}: {first_line(error)}). Pass "
-        "check_records=[...], a few public records like yours; columns that the model's forward does not name are dropped unless "
-        "TrainingArguments(remove_unused_columns=False)"
+        f"the model does not take made-up records with {', '.join(sorted(batch))} ({type(error).__name__}: "
+        f"{first_line(error)}). Pass check_records=[...], a few public records like yours; columns that the model's "
+        "forward does not name are dropped unless TrainingArguments(remove_unused_columns=False)"
     )
 
 
 @contextmanager
 def as_in_training(trainer: PrivateTrainer) -> Iterator[None]:
-    """Around passes that only check: training's precision. Accelerate wraps the model's forward in it later, in `train`."""
+    """Around passes that only check: training's precision. Accelerate wraps the model's forward in it later, in
+    `train`.
+    """
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         yield
 
@@ -139,7 +144,8 @@ def mean_of_the_users(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) 
     return trainer.compute_loss_func(outputs, labels).mean(), outputs
 
 
-# ---- the losses ------------------------------------------------------------------------------------------------------------
+# ---- the losses
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _taken(inputs: Batch, names: Sequence[str]) -> Leaf:
@@ -153,8 +159,8 @@ def _taken(inputs: Batch, names: Sequence[str]) -> Leaf:
     found = tuple(inputs.pop(name) for name in names if name in inputs)
     if not found:
         raise ConfigError(
-            f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}): name the target column `labels`, name the columns "
-            f"in TrainingArguments(label_names=[...]), or {REMEDY}"
+            f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}): name the target column "
+            f"`labels`, name the columns in TrainingArguments(label_names=[...]), or {REMEDY}"
         )
     return found
 
@@ -193,7 +199,9 @@ def of_a_batch(trainer: PrivateTrainer) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _hosts_loss(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> Tensor:
-    """The host's `compute_loss`, of which nothing stays but the loss: what it notes of private examples would be logged."""
+    """The host's `compute_loss`, of which nothing stays but the loss: what it notes of private examples would be
+    logged.
+    """
     host: Any = host_of(type(trainer), "compute_loss")
     with _books_put_back(trainer):
         loss: Tensor = host.compute_loss(trainer, model, dict(inputs))
@@ -215,7 +223,8 @@ def _weight_of_each(weights: Tensor, inputs: Batch) -> Tensor:
     return weights.to(labels.device)[labels.masked_fill(labels == losses.IGNORED, 0)]
 
 
-# ---- what was asked for ----------------------------------------------------------------------------------------------------
+# ---- what was asked for
+# ----------------------------------------------------------------------------------------------------
 
 
 def _known_or_own(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
@@ -267,7 +276,9 @@ def _own_or_none(model: nn.Module, batch: Batch) -> Tensor | None:
 
 
 def _host_agrees(trainer: PrivateTrainer, chosen: Objective, batch: Batch) -> bool:
-    """Whether a host's `compute_loss` (trl's, for supervised fine-tuning: `overrides` refuses all others) is what is chosen."""
+    """Whether a host's `compute_loss` (trl's, for supervised fine-tuning: `overrides` refuses all others) is what is
+    chosen.
+    """
     if host_of(type(trainer), "compute_loss").__module__.startswith("transformers."):
         return True
     model = trainer.model
@@ -303,8 +314,8 @@ def _books_put_back(trainer: PrivateTrainer) -> Iterator[None]:
 def _refuse_settings(trainer: PrivateTrainer, chosen: Objective) -> None:
     if chosen.kind == OWN and trainer.args.label_smoothing_factor:
         raise ConfigError(
-            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into the model's own loss, which is trained here "
-            f"({chosen.rule}): leave it at 0, or {REMEDY}"
+            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into the model's own loss, "
+            f"which is trained here ({chosen.rule}): leave it at 0, or {REMEDY}"
         )
     if chosen.kind == YOURS and trainer.class_weights is not None:
         raise ConfigError("class_weights are not for an example_losses of your own: multiply its losses by them there")
@@ -324,11 +335,14 @@ def class_weights(given: Sequence[float] | None) -> Tensor | None:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-# ---- on one record ---------------------------------------------------------------------------------------------------------
+# ---- on one record
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _measured(model: nn.Module, compute: Callable[[], Tensor | None]) -> Measured | None:
-    """The loss and gradient of one record, with dropout off and the same random numbers for everybody; None where there is no loss."""
+    """The loss and gradient of one record, with dropout off and the same random numbers for everybody; None where there
+    is no loss.
+    """
     seen: list[Tensor | None] = []
 
     def loss() -> Tensor:

@@ -1,8 +1,10 @@
-"""A model, its loss and made-up records -> the inventory of a training, and why a pass holds one example, where it does.
+"""A model, its loss and made-up records -> the inventory of a training, and why a pass holds one example, where it
+does.
 
-One example a pass is exact for any layer and any loss: autograd's gradient is the example's. It is slower than many at once, so it is
-taken where many can't be: the loss is the model's own, the collator mixes records, an operation has no rule for each example's gradient,
-it is not proved that the examples of a pass are independent, or padding changes what an example's gradient is.
+One example a pass is exact for any layer and any loss: autograd's gradient is the example's. It is slower than many at
+once, so it is taken where many can't be: the loss is the model's own, the collator mixes records, an operation has no
+rule for each example's gradient, it is not proved that the examples of a pass are independent, or padding changes what
+an example's gradient is.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +37,8 @@ from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.objective import ALONE, as_in_training, first_line, of_a_batch, refused_records
 
 COUPLED = (
-    "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left padding with absolute "
-    "positions, numbers drawn for the whole batch)"
+    "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left "
+    "padding with absolute positions, numbers drawn for the whole batch)"
 )
 
 
@@ -57,7 +59,9 @@ class Subject(NamedTuple):
 
 
 class Settled:
-    """What the findings about a trainer rest on, as it is when this is made: the model's memory, the loss, the records, the options."""
+    """What the findings about a trainer rest on, as it is when this is made: the model's memory, the loss, the records,
+    the options.
+    """
 
     def __init__(self, trainer: PrivateTrainer) -> None:
         self._objects, self._settings, self._state = _objects(trainer), _settings(trainer), State(trainer.model)
@@ -82,7 +86,8 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
     """How each parameter's per-example gradient is formed, and why a pass holds one example; "" where it may hold many.
 
     Raises:
-        UnsupportedParameterError, CaptureError: a trained parameter or a loss that one example a pass can't help either.
+        UnsupportedParameterError, CaptureError: a trained parameter or a loss that one example a pass can't help
+            either.
     """
     trainer.model.train()
     with as_in_training(trainer):
@@ -105,7 +110,8 @@ def subject_of(trainer: PrivateTrainer) -> Subject:
 def examined(
     subject: Subject, known: str = "", of_several: Callable[[nn.Module, Batch], Tensor] | None = None
 ) -> tuple[list[Row], str]:
-    """The inventory, and why a pass holds one example: `known` where that is known beforehand, else what is found; "" for no reason.
+    """The inventory, and why a pass holds one example: `known` where that is known beforehand, else what is found; ""
+    for no reason.
 
     Args:
         subject: what is examined.
@@ -168,8 +174,8 @@ def proof_of(subject: Subject) -> Proof:
     proof = prove(subject.model, subject.example_losses, batches)
     if proof.foreign:
         raise UnsupportedParameterError(
-            f"parameters that are not the model's receive gradients ({', '.join(proof.foreign)}): nothing would clip them. Make the module "
-            "that holds them a submodule of the model, or freeze them (requires_grad_(False))"
+            f"parameters that are not the model's receive gradients ({', '.join(proof.foreign)}): nothing would clip "
+            "them. Make the module that holds them a submodule of the model, or freeze them (requires_grad_(False))"
         )
     return proof
 

@@ -197,7 +197,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         return (loss, outputs) if return_outputs else loss
 
     def _settle(self) -> None:
-        """Finds which loss is trained and the passes that it takes: at construction, and again where what they rest on changed."""
+        """Finds which loss is trained and the passes that it takes: at construction, and again where what they rest on
+        changed.
+        """
         if self._settled is not None and self._settled.holds(self):
             return
         self.objective, self.alone_because = objectives.choose(self), ""

@@ -1,7 +1,9 @@
-"""The reads of example-dependent values into Python that change no result, each with its reason. A short list, and each has a test.
+"""The reads of example-dependent values into Python that change no result, each with its reason. A short list, and each
+has a test.
 
-A read is named by the end of the file's path, the function that reads, and what is read through. Anything else that a pass reads
-from an example's values, or from values made of the padded length, can decide what is computed, and leaves the pass unproved.
+A read is named by the end of the file's path, the function that reads, and what is read through. Anything else that a
+pass reads from an example's values, or from values made of the padded length, can decide what is computed, and leaves
+the pass unproved.
 """
 
 from typing import Any, NamedTuple

@@ -1,8 +1,9 @@
-"""Which examples each number of a tensor depends on: one byte a number, kept beside the tensor's memory and never in the tensor.
+"""Which examples each number of a tensor depends on: one byte a number, kept beside the tensor's memory and never in
+the tensor.
 
-A byte is a set of bits (`EXAMPLES`, one bit an example; `SHAPED`, `UNWRITTEN`). Bytes belong to memory, not to tensor objects, so
-views share them as they share numbers, and an operation in place is seen by whoever else looks at the same memory. Memory without
-bytes is the same for all examples: weights, buffers, constants.
+A byte is a set of bits (`EXAMPLES`, one bit an example; `SHAPED`, `UNWRITTEN`). Bytes belong to memory, not to tensor
+objects, so views share them as they share numbers, and an operation in place is seen by whoever else looks at the same
+memory. Memory without bytes is the same for all examples: weights, buffers, constants.
 """
 
 from typing import Any

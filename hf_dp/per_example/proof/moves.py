@@ -1,7 +1,7 @@
 """Rules of operations that move numbers about or add them up at given places: indexing, gathering, scattering, joining.
 
-Where the places are the same for all examples, the very operation is done on the bytes. Where an example's own numbers say the
-place, whatever might have been taken from, or put to, counts.
+Where the places are the same for all examples, the very operation is done on the bytes. Where an example's own numbers
+say the place, whatever might have been taken from, or put to, counts.
 """
 
 from collections.abc import Callable

@@ -1,24 +1,26 @@
-"""A model, its losses and two public batches -> whether the examples of a pass are independent, or why that is not shown.
+"""A model, its losses and two public batches -> whether the examples of a pass are independent, or why that is not
+shown.
 
-What is shown. Every number of a pass carries the set of examples that it may depend on (`labels`), through a rule an operation
-(`rules`); the result of one without a rule depends on everything. Where then
+What is shown. Every number of a pass carries the set of examples that it may depend on (`labels`), through a rule an
+operation (`rules`); the result of one without a rule depends on everything. Where then
 
     the loss of example b depends on example b alone,
     nothing that depends on examples, or on the padded length, is read into Python, and no size is made of such values,
     wherever trained values meet the examples, row b is example b's (what the per-example rules take for granted), and
     a second pass, with other bits, depends on nothing of the first, nor does either write to anything that outlives it,
 
-the loss of b is a function of the parameters and example b alone, whatever values the examples have, since no rule looks at values.
-Then its gradient is as well: an operation of PyTorch's own returns in backward the derivative of what it computed, and a derivative
-depends on nothing else. Autograd functions written in Python, and hooks on gradients, may return anything: where a pass has such,
-its backward is followed too.
+the loss of b is a function of the parameters and example b alone, whatever values the examples have, since no rule
+looks at values. Then its gradient is as well: an operation of PyTorch's own returns in backward the derivative of what
+it computed, and a derivative depends on nothing else. Autograd functions written in Python, and hooks on gradients, may
+return anything: where a pass has such, its backward is followed too.
 
-The library's own fast losses over tokens pick the rows that have targets, which no rule can tell from a coupling: in their place
-stand the losses spelt out (`losses.spelt_out`), the same numbers by PyTorch's own operations, which tests hold them to. So it is with
-Transformers' experts, which sort a batch's tokens (`experts.spelt_out`).
+The library's own fast losses over tokens pick the rows that have targets, which no rule can tell from a coupling: in
+their place stand the losses spelt out (`losses.spelt_out`), the same numbers by PyTorch's own operations, which tests
+hold them to. So it is with Transformers' experts, which sort a batch's tokens (`experts.spelt_out`).
 
-What is not shown, and stays with the numeric check (`self_check`): the influence of sizes themselves, of the number of examples in
-a pass and of the padded length, where Python takes them from `shape`; padding that is not masked; the gradient rules' exactness.
+What is not shown, and stays with the numeric check (`self_check`): the influence of sizes themselves, of the number of
+examples in a pass and of the padded length, where Python takes them from `shape`; padding that is not masked; the
+gradient rules' exactness.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,8 @@
-"""An operation's name -> what each of its results depends on. What is in no table has no rule, and counts as a mixture of everything.
+"""An operation's name -> what each of its results depends on. What is in no table has no rule, and counts as a mixture
+of everything.
 
-Rules are of memory alone, so that views need none. An operation that PyTorch itself tags as pointwise needs none either.
+Rules are of memory alone, so that views need none. An operation that PyTorch itself tags as pointwise needs none
+either.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +56,9 @@ def overwritten(call: Call) -> Labels:
 
 
 def chance(call: Call) -> Labels | Sequence[Labels]:
-    """Random numbers: in place, of their parameters alone; else of the tensors that hold the parameters, number by number."""
+    """Random numbers: in place, of their parameters alone; else of the tensors that hold the parameters, number by
+    number.
+    """
     if not call.written():
         return pointwise(call)
     return np.broadcast_to(call.read(call.arguments.get("p")) | SHAPED, tuple(call.results[0].shape))
@@ -248,10 +252,10 @@ RULES: dict[str, Rule] = {
     **_named(
         pointwise,
         "native_dropout _to_copy nan_to_num masked_fill tril triu clone contiguous lift_fresh_copy _conj_physical "
-        "fused_dropout threshold_backward gelu_backward silu_backward tanh_backward sigmoid_backward native_dropout_backward "
-        "hardtanh_backward leaky_relu_backward elu_backward softplus_backward hardswish_backward hardsigmoid_backward "
-        "floor_divide log_sigmoid_forward log_sigmoid_backward polar complex bucketize rrelu_with_noise prelu _prelu_kernel "
-        "poisson",
+        "fused_dropout threshold_backward gelu_backward silu_backward tanh_backward sigmoid_backward "
+        "native_dropout_backward hardtanh_backward leaky_relu_backward elu_backward softplus_backward "
+        "hardswish_backward hardsigmoid_backward floor_divide log_sigmoid_forward log_sigmoid_backward polar complex "
+        "bucketize rrelu_with_noise prelu _prelu_kernel poisson",
     ),
     **_named(
         born, "zeros_like ones_like full_like rand_like randn_like randint_like new_zeros new_ones new_full lift_fresh"
@@ -263,21 +267,21 @@ RULES: dict[str, Rule] = {
     **_named(overwritten, "copy fill"),
     **_named(
         reduced,
-        "sum nansum mean nanmean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin "
-        "median nanmedian mode aminmax count_nonzero",
+        "sum nansum mean nanmean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm "
+        "logsumexp argmax argmin median nanmedian mode aminmax count_nonzero",
     ),
     **_named(
         scanned,
-        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort "
-        "_softmax_backward_data _log_softmax_backward_data _fft_c2c",
+        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cummax cummin logcumsumexp sort "
+        "argsort _softmax_backward_data _log_softmax_backward_data _fft_c2c",
     ),
     **_named(selected, "topk kthvalue"),
     "glu": halved,
     **_named(
         moves.moved,
-        "flip roll repeat cat stack constant_pad_nd expand_copy view_copy _unsafe_view _reshape_copy slice_scatter select_scatter "
-        "diagonal_scatter diag_embed select_backward slice_backward unfold_backward permute_copy squeeze_copy unsqueeze_copy "
-        "diagonal_backward rot90",
+        "flip roll repeat cat stack constant_pad_nd expand_copy view_copy _unsafe_view _reshape_copy slice_scatter "
+        "select_scatter diagonal_scatter diag_embed select_backward slice_backward unfold_backward permute_copy "
+        "squeeze_copy unsqueeze_copy diagonal_backward rot90",
     ),
     **_named(moves.scatter, "scatter scatter_add scatter_reduce"),
     **_named(moves.index_add, "index_add index_copy index_reduce"),
@@ -302,10 +306,11 @@ RULES: dict[str, Rule] = {
     **_named(of_matrices, "linalg_solve_triangular linalg_inv_ex"),
     **_named(
         by_rows,
-        "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d max_pool2d_with_indices "
-        "max_pool3d_with_indices max_pool1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d "
-        "upsample_bicubic2d upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa reflection_pad1d reflection_pad2d "
-        "replication_pad1d replication_pad2d pixel_shuffle pixel_unshuffle grid_sampler_2d grid_sampler_3d channel_shuffle",
+        "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
+        "max_pool2d_with_indices max_pool3d_with_indices max_pool1d upsample_nearest1d upsample_nearest2d "
+        "upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d "
+        "_upsample_bicubic2d_aa _upsample_bilinear2d_aa reflection_pad1d reflection_pad2d replication_pad1d "
+        "replication_pad2d pixel_shuffle pixel_unshuffle grid_sampler_2d grid_sampler_3d channel_shuffle",
     ),
     **_named(convolution, "convolution _convolution cudnn_convolution mkldnn_convolution"),
     **_named(layer_norm, "native_layer_norm _fused_rms_norm"),
@@ -323,8 +328,8 @@ RULES: dict[str, Rule] = {
     **_named(mixed, "embedding_dense_backward native_batch_norm_backward"),
     **_named(
         by_rows,
-        "avg_pool2d_backward _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward upsample_nearest2d_backward "
-        "upsample_bilinear2d_backward upsample_bicubic2d_backward",
+        "avg_pool2d_backward _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward "
+        "upsample_nearest2d_backward upsample_bilinear2d_backward upsample_bicubic2d_backward",
     ),
     **_named(pointwise, "mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward"),
     "_ctc_loss": temporal_classification,

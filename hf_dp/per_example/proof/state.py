@@ -4,9 +4,9 @@
     lists, dicts, sets, arrays, objects and closures that these hold, modules outside of the registry too
     the tensors among them: their memory, shape, type, values
 
-Parameters are the exception: their values change by every step, rightly, and are too large to copy before every pass. A pass that
-writes to one is found by its version, and named. It can be put back where it was given as `copied`, or where the operations of the
-pass are followed, so that it is copied just before the first write to it (`untouched`).
+Parameters are the exception: their values change by every step, rightly, and are too large to copy before every pass. A
+pass that writes to one is found by its version, and named. It can be put back where it was given as `copied`, or where
+the operations of the pass are followed, so that it is copied just before the first write to it (`untouched`).
 """
 
 import itertools
@@ -251,7 +251,9 @@ def state_put_back(model: nn.Module, state: State | None = None) -> Iterator[Sta
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[State]:
-    """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as they are written."""
+    """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as
+    they are written.
+    """
     state = State(model)
     try:
         with torch.compiler.set_stance("force_eager"), _CopyBeforeWrite(state):

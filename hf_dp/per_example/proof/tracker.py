@@ -1,7 +1,9 @@
-"""A pass, operation by operation -> what each result depends on, and everything by which one example could reach another.
+"""A pass, operation by operation -> what each result depends on, and everything by which one example could reach
+another.
 
-A `TorchDispatchMode` sees each operation below autograd, those within autograd functions, checkpointed blocks and backward too; a
-`TorchFunctionMode` above it sees what leaves PyTorch (`tolist`, `numpy`, an address for a foreign kernel).
+A `TorchDispatchMode` sees each operation below autograd, those within autograd functions, checkpointed blocks and
+backward too; a `TorchFunctionMode` above it sees what leaves PyTorch (`tolist`, `numpy`, an address for a foreign
+kernel).
 """
 
 import sys
@@ -32,7 +34,8 @@ from hf_dp.per_example.proof.labels import (
 from hf_dp.per_example.proof.rules import RULES, rule_of
 
 NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
-    "_fused_sdp_choice sym_size sym_numel sym_stride sym_storage_offset sym_is_contiguous size stride dim numel is_same_size "
+    "_fused_sdp_choice sym_size sym_numel sym_stride sym_storage_offset sym_is_contiguous size stride dim numel "
+    "is_same_size "
     "is_pinned is_contiguous is_strides_like_format is_non_overlapping_and_dense _has_same_storage_numel result_type".split()
 )
 SIZED_BY_VALUES = frozenset(
@@ -60,7 +63,8 @@ class Tracker:
     Attributes:
         book: what each tensor depends on.
         mixes: operations whose results depend on several examples, though none of their inputs did.
-        found: what leaves a pass unproved wherever its result goes: reads into Python, sizes made of values, crossed rows.
+        found: what leaves a pass unproved wherever its result goes: reads into Python, sizes made of values, crossed
+            rows.
         written: parameters, buffers and other memory from before the pass that were written to.
         gradients_mended: a hook on gradients was registered.
         function: the function of PyTorch's that is at work.
@@ -90,7 +94,9 @@ class Tracker:
         self._pass = number
 
     def own(self, labels: Labels, leading: bool) -> bool:
-        """Whether row b depends on example b of this pass alone; with `leading`, rows of B in equal parts of the first dimension."""
+        """Whether row b depends on example b of this pass alone; with `leading`, rows of B in equal parts of the first
+        dimension.
+        """
         if labels.ndim == 0 or (labels.shape[0] % SIZE if leading else labels.shape[0] != SIZE):
             return False
         rows = labels.reshape(SIZE, -1) & (EXAMPLES | UNWRITTEN)
