@@ -21,7 +21,7 @@ def _sink(value: Value) -> Sink | None:
 
 
 def autocast(*operands: Value) -> tuple[Value, ...]:
-    """The floating-point operands in autocast's dtype, if autocast is on: taps run below autocast and would not cast."""
+    """The floating-point operands in autocast's dtype, if autocast is on: taps run below it and would not cast."""
     device = next(v for v in operands if isinstance(v, Tensor)).device.type
     if not torch.is_autocast_enabled(device):
         return operands
@@ -347,7 +347,7 @@ def _meets_data(data: Value, w: Value) -> bool:
 
 
 def for_each_example(func: Callable[..., Value], *args: Value, **kwargs: Value) -> Value:
-    """Masking, joining, attention: a parameter of shape [1, ...] is expanded to [B, ...], then the operation is done."""
+    """Masking, joining, attention: a parameter of shape [1, ...] is expanded to [B, ...] before the operation."""
 
     def widen(value: Value) -> Value:
         if isinstance(value, (tuple, list)):

@@ -96,7 +96,7 @@ class ParameterProxy(torch.Tensor):
 
 
 def operation_name(func: Callable[..., Value]) -> str:
-    """'mul' for torch.mul, Tensor.__rmul__ and Tensor.mul_; '__len__' for an attribute that only asks for a property."""
+    """'mul' for torch.mul, Tensor.__rmul__ and Tensor.mul_; '__len__' for attributes that only ask for a property."""
     name = func.__name__
     if name == "__get__":
         attribute = str(func.__self__.__name__)  # type: ignore[attr-defined]

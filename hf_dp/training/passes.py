@@ -1,10 +1,9 @@
-"""A model, its loss and made-up records -> the inventory of a training, and why a pass holds one example, where it
-does.
+"""A model, its loss and made-up records -> the inventory of a training, and why each example needs a pass of its own.
 
-One example a pass is exact for any layer and any loss: autograd's gradient is the example's. It is slower than many at
-once, so it is taken where many can't be: the loss is the model's own, the collator mixes records, an operation has no
-rule for each example's gradient, it is not proved that the examples of a pass are independent, or padding changes what
-an example's gradient is.
+One example a pass is exact for any layer and any loss, because autograd's gradient is the example's. It is slower than
+many examples a pass, so it is used only where these are not possible: the loss is the model's own, the collator mixes
+records, an operation has no rule for each example's gradient, or it is not proved that the examples of a pass are
+independent.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +42,7 @@ COUPLED = (
 
 
 class Subject(NamedTuple):
-    """What is examined: a model in training mode, its losses, and public records with the ways to bring them there."""
+    """What is examined: a model in training mode, its losses, and public records with the way to bring them there."""
 
     model: nn.Module
     example_losses: Callable[[nn.Module, Batch], Tensor]
@@ -52,7 +51,10 @@ class Subject(NamedTuple):
     to_device: Callable[[Batch], Batch]
 
     def batches(self, records: Sequence[Record] | None = None) -> list[MicroBatch]:
-        """All the records, its own if none are given, in one batch, if they ever are, else the first; then each alone."""
+        """The records, or the subject's own if none are given: together in one batch, then each alone.
+
+        If records never share a batch, the first one stands for all of them together.
+        """
         with fork_forward_rng():  # a collator may draw
             made = self.collation.together_and_alone(list(self.records if records is None else records))
         return [batch.mapped(self.to_device) for batch in made]
@@ -83,11 +85,10 @@ def _settings(trainer: PrivateTrainer) -> tuple[object, ...]:
 
 
 def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
-    """How each parameter's per-example gradient is formed, and why a pass holds one example; "" where it may hold many.
+    """How each parameter's per-example gradient is formed, and why each example has a pass of its own, or "".
 
     Raises:
-        UnsupportedParameterError, CaptureError: a trained parameter or a loss that one example a pass can't help
-            either.
+        UnsupportedParameterError, CaptureError: a parameter or a loss that is not exact even with one example a pass.
     """
     trainer.model.train()
     with as_in_training(trainer):
@@ -154,7 +155,7 @@ def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], 
 
 
 def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:
-    """Names of the parameters that a pass over one example writes to, if only to write them back."""
+    """Names of the parameters that a pass over one example writes to, even if it writes the same values back."""
     before = {name: p._version for name, p in model.named_parameters()}
     with undisturbed(model):
         per_example_factors(model, lambda: example_losses(model, one), 1)
@@ -162,7 +163,7 @@ def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Te
 
 
 def proof_of(subject: Subject) -> Proof:
-    """Whether the examples of a pass are independent, shown on passes over public records.
+    """Follows passes over public records to show that the examples of a pass are independent.
 
     Raises:
         UnsupportedParameterError: parameters outside of the model receive gradients, which nothing would clip.

@@ -1,4 +1,4 @@
-"""A trainer's settings, options and records -> its mechanism and its passes, and a check that records stay as planned."""
+"""A trainer's settings, options and records -> its mechanism and its passes; a check that records stay as planned."""
 
 from typing import Any
 

@@ -28,9 +28,15 @@ HARMLESS = (
 )
 
 
-SETTINGS = {  # what a first pass sets once, whatever its data: the name of an attribute, or the module whose functions are installed
-    "problem_type": "a classifier's configuration notes whether labels are whole numbers, from their type and the number of classes",
-    "_output_capturing_hooks_installed": "Transformers notes that its hooks stand, which hand out layers' outputs when asked",
+# What a first pass sets once, whatever its data: the name of an attribute, or of the module whose functions are
+# installed.
+SETTINGS = {
+    "problem_type": (
+        "a classifier's configuration notes whether labels are whole numbers, from their type and the number of classes"
+    ),
+    "_output_capturing_hooks_installed": (
+        "Transformers notes that its hooks are installed, which give out layers' outputs when asked"
+    ),
     "transformers.utils.output_capturing": "those hooks themselves",
 }
 

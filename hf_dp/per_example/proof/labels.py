@@ -17,8 +17,9 @@ Labels = npt.NDArray[np.uint8]
 
 PASSES, SIZE = 2, 3  # two passes are followed, of three examples each: six bits of a byte
 EXAMPLES = 0b0011_1111
-SHAPED = 0b0100_0000  # made within the pass: its sizes, and so its values, follow the padded length and the number of examples
-UNWRITTEN = 0b1000_0000  # memory whose content no operation that was seen has written
+# Made within the pass: its sizes, and so its values, depend on the padded length and the number of examples.
+SHAPED = 0b0100_0000
+UNWRITTEN = 0b1000_0000  # memory that no observed operation has written to
 NOTHING = np.zeros((), dtype=np.uint8)
 
 

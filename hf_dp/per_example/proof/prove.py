@@ -25,6 +25,7 @@ gradient rules' exactness.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ def prove(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor]
         for number, batch in enumerate(batches):
             if not _marked(tracker, batch, number):
                 break
-            backward = _follow(tracker, model, lambda batch=batch: example_losses(model, batch), backward, foreign)  # type: ignore[misc]
+            backward = _follow(tracker, model, partial(example_losses, model, batch), backward, foreign)
         written = tuple(dict.fromkeys([*tracker.written, *state.changes()]))
     reasons = [
         *(tracker.mixes if tracker.crossed else ()),
