@@ -255,7 +255,7 @@ def _kind_of_class(trainer: PrivateTrainer) -> str | None:
 
 
 def _known(trainer: PrivateTrainer, kind: str, batch: Batch) -> Tensor | None:
-    """A known loss as the model itself would compute it, without smoothing or weights; None if it cannot be computed."""
+    """A known loss as the model would compute it, without smoothing or weights; None if it cannot be computed."""
     inputs, model = dict(batch), trainer.model
     try:
         labels = _taken(inputs, ("labels",))

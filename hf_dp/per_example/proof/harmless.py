@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def is_harmless_setting(key: Any, value: Any) -> bool:
-    """Whether an attribute, or a hook, that a pass sets is one that any first pass sets alike."""
+    """Whether an attribute, or a hook, that a pass sets is one that any first pass would set in the same way."""
     return key in SETTINGS or getattr(value, "__module__", None) in SETTINGS
 
 
@@ -53,5 +53,5 @@ def is_harmless(file: str, function: str) -> bool:
 
 
 def is_harmless_file(file: str) -> bool:
-    """Whether the reads of a file are looked through: what it mixes for them is no news."""
+    """Whether this file's reads are known to be harmless, so that mixtures made for them are not reported."""
     return any(file.replace("\\", "/").endswith(read.file) for read in HARMLESS)

@@ -36,7 +36,7 @@ def bits_of(number: int) -> Labels:
 
 
 class _Shadow:
-    """The bytes of one piece of memory, and that memory itself, so that no other can take its address meanwhile."""
+    """The bytes of one piece of memory. It keeps that memory alive, so that no other memory gets its address meanwhile."""
 
     def __init__(self, like: Tensor) -> None:
         self.unit = like.element_size()
@@ -71,7 +71,7 @@ class _Shadow:
 
 
 def address(tensor: Tensor) -> int:
-    """What tells one piece of memory from another."""
+    """Identifies a piece of memory."""
     return int(tensor.untyped_storage()._cdata)
 
 

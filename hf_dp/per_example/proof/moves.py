@@ -69,7 +69,7 @@ def index(call: Call) -> Labels:
         return np.full(call.results[0].shape, call.everything | UNWRITTEN, dtype=np.uint8)
     open_dims, fixed = _open(call, where)
     taken = _array(aten.index.Tensor(as_tensor(flow.along(labels, open_dims) if open_dims else labels), fixed))
-    return np.asarray(taken | _of_indices(call, where, taken.ndim))
+    return np.asarray(taken | _index_labels(call, where, taken.ndim))
 
 
 def index_put(call: Call) -> Labels:
@@ -79,7 +79,7 @@ def index_put(call: Call) -> Labels:
         return _masked_put(call, labels, where)
     open_dims, fixed = _open(call, where)
     ndim = _array(aten.index.Tensor(torch.zeros(labels.shape, dtype=torch.uint8), fixed)).ndim
-    values = np.asarray(call.labels("values") | _of_indices(call, where, ndim))
+    values = np.asarray(call.labels("values") | _index_labels(call, where, ndim))
     start = np.zeros_like(labels) if open_dims or call.arguments.get("accumulate") else labels
     put = _by_bit(lambda s, v: aten.index_put(s, fixed, v, True), np.zeros_like(labels), values)
     if open_dims:
@@ -165,7 +165,7 @@ def _open(call: Call, where: Value) -> tuple[list[int], list[Tensor | None]]:
     return open_dims, fixed
 
 
-def _of_indices(call: Call, where: Value, ndim: int) -> Labels:
+def _index_labels(call: Call, where: Value, ndim: int) -> Labels:
     """The bytes of the indices themselves, where their dimensions stand in the result."""
     given = [k for k, i in enumerate(where) if i is not None]
     if any(_is_mask(i) for i in where):

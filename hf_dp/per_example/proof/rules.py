@@ -35,22 +35,22 @@ def pointwise(call: Call) -> Sequence[Labels]:
 
 
 def born(call: Call) -> Sequence[Labels]:
-    """arange, zeros, noise: values of sizes and chance alone."""
+    """arange, zeros, random numbers: values that depend on sizes and chance only."""
     return [np.full(tuple(r.shape), SHAPED, dtype=np.uint8) for r in call.results]
 
 
 def unwritten(call: Call) -> Sequence[Labels]:
-    """Memory that awaits its content."""
+    """Memory whose content is still to be written."""
     return [np.full(tuple(r.shape), SHAPED | UNWRITTEN, dtype=np.uint8) for r in call.results]
 
 
 def resized(call: Call) -> Labels:
-    """Memory that may have grown by what nothing has written."""
+    """Memory that may have grown by a part that nothing has written."""
     return np.full(tuple(call.results[0].shape), call.everything | UNWRITTEN, dtype=np.uint8)
 
 
 def overwritten(call: Call) -> Labels:
-    """copy, fill: what was there is gone."""
+    """copy, fill: what was there before does not matter any more."""
     source = call.arguments.get("src", call.arguments.get("value"))
     return np.broadcast_to(call.read(source) | SHAPED, tuple(call.results[0].shape))
 
@@ -79,7 +79,7 @@ def scanned(call: Call) -> Sequence[Labels]:
 
 
 def selected(call: Call) -> Sequence[Labels]:
-    """topk, kthvalue: some of those along `dim`."""
+    """topk, kthvalue: some of the numbers along `dim`."""
     labels, dim = call.labels("self"), call.arguments.get("dim", -1)
     keep = flow.over(labels, dim, True)
     return [
@@ -114,7 +114,7 @@ def vector_product(a: str, b: str, *more: str) -> Rule:
     return rule
 
 
-def of_matrices(call: Call) -> Sequence[Labels]:
+def matrix_wise(call: Call) -> Sequence[Labels]:
     """Solutions and inverses: everything within a matrix."""
     matrices = flow.union(flow.over(call.read(t), (-2, -1), True) for t in call.inputs)
     return [np.broadcast_to(matrices, tuple(r.shape)) for r in call.results[:1]]
@@ -217,7 +217,7 @@ def _everything(call: Call, start: int) -> list[Labels]:
     return [np.full(tuple(r.shape), call.everything) for r in call.results[start:]]
 
 
-def of_reduction(call: Call) -> Labels:
+def reduced_as_told(call: Call) -> Labels:
     """mse_loss and others that reduce where they are told to."""
     each = flow.union(call.read(t) for t in call.inputs)
     return each if call.arguments["reduction"] == 0 else flow.over(each, None)
@@ -240,7 +240,7 @@ def among(call: Call) -> Labels:
 
 
 def mixed(call: Call) -> Sequence[Labels]:
-    """Everything reaches everything."""
+    """Every result depends on every input."""
     return [np.full(tuple(r.shape), call.everything, dtype=np.uint8) for r in call.results]
 
 
@@ -303,7 +303,7 @@ RULES: dict[str, Rule] = {
     "addmv": vector_product("mat", "vec", "self"),
     "dot": vector_product("self", "tensor"),
     "linear": linear,
-    **_named(of_matrices, "linalg_solve_triangular linalg_inv_ex"),
+    **_named(matrix_wise, "linalg_solve_triangular linalg_inv_ex"),
     **_named(
         by_rows,
         "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
@@ -319,7 +319,7 @@ RULES: dict[str, Rule] = {
     **_named(batch_norm, "_native_batch_norm_legit_no_training"),
     **_named(negative_log_likelihood, "nll_loss_forward nll_loss2d_forward"),
     **_named(
-        of_reduction,
+        reduced_as_told,
         "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss",
     ),
     **_named(likelihood_backward, "nll_loss_backward nll_loss2d_backward"),

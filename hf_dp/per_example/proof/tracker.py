@@ -36,13 +36,16 @@ from hf_dp.per_example.proof.rules import RULES, rule_of
 NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
     "_fused_sdp_choice sym_size sym_numel sym_stride sym_storage_offset sym_is_contiguous size stride dim numel "
     "is_same_size "
-    "is_pinned is_contiguous is_strides_like_format is_non_overlapping_and_dense _has_same_storage_numel result_type".split()
+    "is_pinned is_contiguous is_strides_like_format is_non_overlapping_and_dense _has_same_storage_numel "
+    "result_type".split()
 )
 SIZED_BY_VALUES = frozenset(
-    "nonzero masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive repeat_interleave bincount".split()
+    "nonzero masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive "
+    "repeat_interleave bincount".split()
 )
 LEAVES = frozenset(
-    "tolist numpy __array__ data_ptr storage untyped_storage _typed_storage __dlpack__ __deepcopy__ __reduce_ex__ __repr__".split()
+    "tolist numpy __array__ data_ptr storage untyped_storage _typed_storage __dlpack__ __deepcopy__ "
+    "__reduce_ex__ __repr__".split()
 )
 FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
 INDEXING = frozenset("__getitem__ __setitem__".split())
@@ -54,7 +57,7 @@ HIDDEN_WRITES = {  # arguments that are written to though the schema does not sa
 _MIXED = np.array([bin(byte & EXAMPLES).count("1") > 1 for byte in range(256)])
 _OWN = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
-LONGEST = 12  # reasons of a kind that are kept
+LONGEST = 12  # how many reasons of a kind are kept
 
 
 class Tracker:
@@ -62,14 +65,14 @@ class Tracker:
 
     Attributes:
         book: what each tensor depends on.
-        mixes: operations whose results depend on several examples, though none of their inputs did.
+        mixes: operations whose results depend on several examples, while none of their inputs did.
         found: what leaves a pass unproved wherever its result goes: reads into Python, sizes made of values, crossed
             rows.
         written: parameters, buffers and other memory from before the pass that were written to.
-        gradients_mended: a hook on gradients was registered.
-        function: the function of PyTorch's that is at work.
-        crossed: trained parameters met rows that are not the examples' own.
-        in_backward: what follows are gradients, which add up over examples where they reach trained parameters.
+        gradients_mended: whether a hook on gradients was registered.
+        function: the name of the PyTorch function under way.
+        crossed: whether trained parameters met rows that are not the examples' own.
+        in_backward: what follows are gradients, which are summed over examples where they reach trained parameters.
     """
 
     def __init__(self, model: nn.Module, before_write: Callable[[Tensor], None] = lambda tensor: None) -> None:
@@ -109,12 +112,12 @@ class Tracker:
             yield
 
     def note(self, into: dict[str, None], what: str) -> None:
-        """One finding, with its place."""
+        """Notes one finding, with the place in the model or in the code."""
         if len(into) < LONGEST:
             into[f"{what} in {self._place()}"] = None
 
     def read_into_python(self, what: str) -> None:
-        """A value of the examples that Python sees."""
+        """Notes that Python reads a value that depends on examples, unless the read is known to be harmless."""
         file, function = _reader()
         if not is_harmless(file, function):
             self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
@@ -236,7 +239,7 @@ class Tracker:
 
 
 class _Operations(TorchDispatchMode):
-    """Hands each operation to the tracker; one that PyTorch composes of others is taken apart first."""
+    """Passes each operation to the tracker; one that PyTorch composes of others is taken apart first."""
 
     def __init__(self, tracker: Tracker) -> None:
         super().__init__()
@@ -326,7 +329,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _reader() -> tuple[str, str]:
-    """File and function of the innermost frame that is neither PyTorch's nor this package's."""
+    """File and function of the innermost frame that is neither in PyTorch nor in this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_OWN, _TORCH)):
         frame = frame.f_back
