@@ -22,7 +22,7 @@ SORTING = "grouped_mm"
 
 @contextmanager
 def spelt_out() -> Iterator[None]:
-    """Within, Transformers' own form of grouped experts is `every_expert`; a form that somebody else registered stays."""
+    """Within, Transformers' own grouped experts are `every_expert`; a form that somebody else registered stays."""
     functions = moe.ALL_EXPERTS_FUNCTIONS
     if functions.get(SORTING) is not moe.grouped_mm_experts_forward:
         yield

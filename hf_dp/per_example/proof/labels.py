@@ -36,7 +36,7 @@ def bits_of(number: int) -> Labels:
 
 
 class _Shadow:
-    """The bytes of one piece of memory. It keeps that memory alive, so that no other memory gets its address meanwhile."""
+    """The bytes of one piece of memory. It keeps that memory alive, so that no other gets its address meanwhile."""
 
     def __init__(self, like: Tensor) -> None:
         self.unit = like.element_size()

@@ -46,13 +46,11 @@ class Proof(NamedTuple):
     Attributes:
         independent: shown to be.
         reasons: what was found, each with module and function; of no private content.
-        foreign: what receives gradients though it is no parameter of the model: such a training is to be refused.
         written: what a pass writes to: parameters, buffers, attributes, by name.
     """
 
     independent: bool
     reasons: tuple[str, ...]
-    foreign: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
 
 
@@ -69,22 +67,20 @@ def prove(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor]
     """
     if len(batches) != PASSES:
         raise ValueError(f"expected {PASSES} batches, of {SIZE} examples each; got {len(batches)}")
-    foreign: dict[str, None] = {}
     with _undisturbed(model) as state:
         tracker = Tracker(model, state.copy)
         backward = False
         for number, batch in enumerate(batches):
             if not _marked(tracker, batch, number):
                 break
-            backward = _follow(tracker, model, partial(example_losses, model, batch), backward, foreign)
+            backward = _follow(tracker, model, partial(example_losses, model, batch), backward)
         written = tuple(dict.fromkeys([*tracker.written, *state.changes()]))
     reasons = [
         *(tracker.mixes if tracker.crossed else ()),
         *tracker.found,
         *(f"the pass changes what outlives it: {name}" for name in written),
     ]
-    reasons += [f"a parameter outside of the model receives gradients: {name}" for name in foreign]
-    return Proof(not reasons, tuple(reasons), tuple(foreign), written)
+    return Proof(not reasons, tuple(reasons), written)
 
 
 @contextmanager
@@ -116,9 +112,7 @@ def _marked(tracker: Tracker, batch: Batch, number: int) -> bool:
     return True
 
 
-def _follow(
-    tracker: Tracker, model: nn.Module, losses_of: Callable[[], Tensor], backward: bool, foreign: dict[str, None]
-) -> bool:
+def _follow(tracker: Tracker, model: nn.Module, losses_of: Callable[[], Tensor], backward: bool) -> bool:
     """One pass. Answers whether its backward has to be followed too."""
     try:
         with torch.enable_grad(), spelt_out(), experts.spelt_out(), tracker.watching(backward):
@@ -132,12 +126,8 @@ def _follow(
     if not tracker.own(tracker.book.read(losses), leading=False):
         tracker.found["a loss depends on more than its own example"] = None
         tracker.crossed = True
-    known = {id(p) for p in model.parameters()}
     written_in_python = tracker.gradients_mended
     for node in _graph(losses):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and id(leaf) not in known and not tracker.book.read(leaf).any():
-            foreign[f"shape {list(leaf.shape)}"] = None
         written_in_python |= isinstance(node, torch.autograd.function.BackwardCFunction) and not _only_saves(node)
     return written_in_python
 
