@@ -70,8 +70,9 @@ def refuse_comparing(model: nn.Module, losses: Losses, alone: Sequence[MicroBatc
         again = _measured(model, losses, one, seed=1)
         if bool(single.losses.isfinite().all()) and not _close(single.losses, again.losses, model):
             continue
-        # a mean over the batch, its sum, or a sum over what the batch holds of tokens
-        usual = any(_close(several.losses, single.losses * f, model) for f in (1.0, float(COPIES), 1.0 / COPIES))
+        # of a batch: its mean or sum; of an example: its own, or its share of what the batch holds of tokens
+        factor = float(COPIES) if several.losses.numel() == 1 else 1.0 / COPIES
+        usual = any(_close(several.losses, single.losses * f, model) for f in (1.0, factor))
         if not usual and _same_outputs(single.outputs, several.outputs, model):
             raise ConfigError(
                 COMPARES.format(how="beside copies of itself, a made-up record has another loss than alone")
