@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def _at(self, name: str, revision: str) -> tuple[Repo, str, dict[str, bytes]] | None:
-        """A readable repository, and commit id and files at a revision; where it is missing, the Hub's answer is sent."""
+        """A readable repository, with commit id and files of a revision; where there is none, the answer is sent."""
         repo = self._readable(name)
         if repo is None:
             return None
