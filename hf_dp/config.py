@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal, TypeGuard, get_args
@@ -14,15 +14,15 @@ Noise = Literal["gaussian", "gaussian-chacha20", "discrete"]
 NOISES: tuple[str, ...] = get_args(Noise)
 CanaryKind = Literal["gradient", "new-token", "random-token"]
 CANARY_KINDS: tuple[str, ...] = get_args(CanaryKind)
-_COLUMN = re.compile(r"\w([\w .-]*\w)?")  # it stands on the card
-MIN_DELTA = 1e-12  # below it the PLD accountant loses its footing (8.59 for a true 4.25 at 1e-14)
+_COLUMN = re.compile(r"\w([\w .-]*\w)?")  # the name is printed on the card
+MIN_DELTA = 1e-12  # below it the PLD accountant is too coarse: at 1e-14 it gives 8.59 for a true epsilon of 4.25
 
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """The privacy that a run must have. Nothing in it is a matter of speed, and nothing of speed is in it.
+    """The privacy that a run must have. Settings of speed and memory are not here: they never change the guarantee.
 
-    Exactly one of `target_epsilon` and `noise_multiplier` is given. Stands beside `TrainingArguments`, as in
+    Give exactly one of `target_epsilon` and `noise_multiplier`. The class stands beside `TrainingArguments`, as in
     `HfArgumentParser((TrainingArguments, PrivacyConfig))`.
 
     Raises:
@@ -41,7 +41,7 @@ class PrivacyConfig:
     )
     expected_batch_size: int = field(
         default=256,
-        metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B/N."},
+        metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B / N."},
     )
     clip_norm: float = field(default=1.0, metadata={"help": "C: no example moves the gradient sum by more than this."})
     log_loss_up_to: float | None = field(
@@ -53,8 +53,8 @@ class PrivacyConfig:
     noise: Noise = field(
         default="gaussian",
         metadata={
-            "help": "gaussian: random bits from numpy's Philox; gaussian-chacha20: from the cipher ChaCha20; discrete: on whole "
-            "numbers, from ChaCha20, one example a pass."
+            "help": "gaussian: random bits from numpy's Philox; gaussian-chacha20: from the cipher ChaCha20; discrete: "
+            "whole numbers, with bits from ChaCha20, one example a pass."
         },
     )
     unit_column: str | None = field(
@@ -64,12 +64,14 @@ class PrivacyConfig:
     noise_schedule: str | None = field(
         default=None,
         metadata={
-            "help": "sigma goes on in levels from its first value: SHAPE:RATIO, such as exponential:0.5 (ends at half)."
+            "help": "How sigma changes, in levels, from its first value: SHAPE:RATIO; exponential:0.5 ends at half."
         },
     )
-    clip_schedule: str | None = field(default=None, metadata={"help": "The same of clip_norm."})
+    clip_schedule: str | None = field(
+        default=None, metadata={"help": "How clip_norm changes, written as noise_schedule is."}
+    )
     batch_schedule: str | None = field(
-        default=None, metadata={"help": "The same of expected_batch_size; linear:4 ends at four times the first."}
+        default=None, metadata={"help": "How expected_batch_size changes; linear:4 ends at four times the first."}
     )
     public_eval: bool = field(
         default=False, metadata={"help": "Declare the evaluation data public, so that checkpoints may be chosen by it."}
@@ -77,27 +79,29 @@ class PrivacyConfig:
     budget_file: str | None = field(
         default=None,
         metadata={
-            "help": "Draw on this budget, which several runs on the same data share (`hf-dp budget` creates one)."
+            "help": "Spend from this budget, which several runs on the same data share (`hf-dp budget` creates one)."
         },
     )
     debug_seed: int | None = field(
-        default=None, metadata={"help": "For tests only: fixed sampling and noise. Card and ledger say NOT PRIVATE."}
+        default=None,
+        metadata={"help": "For tests only: sampling and noise are fixed. Card and ledger say NOT PRIVATE."},
     )
 
     @property
     def schedules(self) -> schedule.Schedules:
-        """How sigma, C and B go on."""
+        """How sigma, C and B change from their first values."""
         return schedule.Schedules(self.noise_schedule, self.clip_schedule, self.batch_schedule)
 
     def __post_init__(self) -> None:
-        wrong = list(_problems(self))
+        wrong = [*_broken(self, _RULES), *_contradictions(self)]
         if wrong:
             raise ConfigError("PrivacyConfig: " + "; ".join(wrong) + ".")
 
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Canaries in a run, from which a lower bound on its epsilon is measured. They are made up; no record is looked at for them.
+    """Canaries in a run, from which a lower bound on its epsilon is measured. They are made up, without any look at the
+    records.
 
     Raises:
         ConfigError: a value out of range. Names everything wrong at once.
@@ -105,78 +109,88 @@ class AuditConfig:
 
     num_canaries: int = field(
         default=300,
-        metadata={"help": "m: slots added to the N records. No audit of m canaries shows more than its ceiling."},
+        metadata={"help": "m: slots added to the N records. An audit of m canaries cannot show more than its ceiling."},
     )
     kind: CanaryKind = field(
         default="gradient",
         metadata={
-            "help": "gradient: vectors of norm C added to the clipped sum, scored by every noisy sum; new-token, random-token: "
-            "rows of tokens, scored by the finished model's loss."
+            "help": "gradient: vectors of norm C added to the clipped sum, scored by every noisy sum; new-token and "
+            "random-token: rows of tokens, scored by the finished model's loss."
         },
     )
     control: bool = field(
         default=False,
-        metadata={"help": "A positive control: canaries alone, no record is read; with noise_multiplier=0."},
+        metadata={
+            "help": "A positive control: train on the canaries alone, reading no record; needs noise_multiplier=0."
+        },
     )
     control_auc: float | None = field(
         default=None, metadata={"help": "Area under the curve of a positive control of the same kind."}
     )
 
     def __post_init__(self) -> None:
-        wrong = list(_audit_problems(self))
+        wrong = list(_broken(self, _AUDIT_RULES))
         if wrong:
             raise ConfigError("AuditConfig: " + "; ".join(wrong) + ".")
 
 
-def _audit_problems(a: AuditConfig) -> Iterator[str]:
-    m, area = a.num_canaries, a.control_auc
-    if not (isinstance(m, int) and not isinstance(m, bool) and 10 <= m <= 100_000):
-        yield f"num_canaries must be a whole number from 10 to 100,000 (got {m!r})"
-    if a.kind not in CANARY_KINDS:
-        yield f"kind must be one of {', '.join(CANARY_KINDS)} (got {a.kind!r})"
-    if not isinstance(a.control, bool):
-        yield f"control must be true or false (got {a.control!r})"
-    if area is not None and not (is_number(area) and 0 <= area <= 1):
-        yield f"control_auc must be a number from 0 to 1, or left out (got {area!r})"
+Rule = tuple[str, Callable[[object], bool]]  # what is expected, and whether a value is that
 
 
-def _problems(c: PrivacyConfig) -> Iterator[str]:
+def _is_whole(x: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and low <= x <= high
+
+
+_AUDIT_RULES: dict[str, Rule] = {
+    "num_canaries": ("a whole number from 10 to 100,000", lambda x: _is_whole(x, 10, 100_000)),
+    "kind": (f"one of {', '.join(CANARY_KINDS)}", lambda x: x in CANARY_KINDS),
+    "control": ("true or false", lambda x: isinstance(x, bool)),
+    "control_auc": ("a number from 0 to 1, or left out", lambda x: x is None or (is_number(x) and 0 <= x <= 1)),
+}
+_RULES: dict[str, Rule] = {
+    "target_epsilon": ("a finite number above 0", lambda x: x is None or (is_number(x) and x > 0)),
+    "noise_multiplier": ("a finite number, 0 or more", lambda x: x is None or (is_number(x) and x >= 0)),
+    "target_delta": (
+        f"a number, at least {MIN_DELTA} and below 1",
+        lambda x: x is None or (is_number(x) and MIN_DELTA <= x < 1),
+    ),
+    "expected_batch_size": ("a whole number, 1 or more", lambda x: is_number(x) and x >= 1 and x == int(x)),
+    "clip_norm": ("a finite number above 0", lambda x: is_number(x) and x > 0),
+    "log_loss_up_to": (
+        "a number from 0.001 to 1,000,000, or left out",
+        lambda x: x is None or (is_number(x) and 1e-3 <= x <= 1e6),
+    ),
+    "noise": (f"one of {', '.join(NOISES)}", lambda x: x in NOISES),
+    "unit_column": (
+        "a column's name, of letters, digits and _ . - or spaces, or left out",
+        lambda x: x is None or (isinstance(x, str) and _COLUMN.fullmatch(x) is not None),
+    ),
+    **{f"{name}_schedule": (schedule.EXPECTED, schedule.is_schedule) for name in schedule.Schedules._fields},
+    "public_eval": ("true or false", lambda x: isinstance(x, bool)),
+    "budget_file": ("a path as text, or left out", lambda x: x is None or (isinstance(x, str) and x != "")),
+    "debug_seed": ("a whole number, 0 or more, or left out", lambda x: x is None or _is_whole(x, 0)),
+}
+
+
+def _broken(settings: object, rules: dict[str, Rule]) -> Iterator[str]:
+    """A clause for each attribute of `settings` that breaks its rule: expected and got."""
+    for name, (expected, holds) in rules.items():
+        value = getattr(settings, name)
+        if not holds(value):
+            yield f"{name} must be {expected} (got {value!r})"
+
+
+def _contradictions(c: PrivacyConfig) -> Iterator[str]:
+    """A clause for each pair of settings that cannot stand together."""
     if (c.target_epsilon is None) == (c.noise_multiplier is None):
         given = "both" if c.target_epsilon is not None else "neither"
         yield f"give exactly one of target_epsilon and noise_multiplier (got {given})"
-    if c.target_epsilon is not None and not (is_number(c.target_epsilon) and c.target_epsilon > 0):
-        plain = "; for training without privacy take transformers.Trainer, or noise_multiplier=0 to debug"
-        yield f"target_epsilon must be a finite number above 0 (got {c.target_epsilon!r}{plain if c.target_epsilon == math.inf else ''})"
-    if c.noise_multiplier is not None and not (is_number(c.noise_multiplier) and c.noise_multiplier >= 0):
-        yield f"noise_multiplier must be a finite number, 0 or more (got {c.noise_multiplier!r})"
-    if c.target_delta is not None and not (is_number(c.target_delta) and MIN_DELTA <= c.target_delta < 1):
-        yield f"target_delta must be a number, at least {MIN_DELTA} and below 1 (got {c.target_delta!r})"
-    batch = c.expected_batch_size
-    if not (is_number(batch) and batch >= 1 and batch == int(batch)):
-        yield f"expected_batch_size must be a whole number, 1 or more (got {batch!r})"
-    if not (is_number(c.clip_norm) and c.clip_norm > 0):
-        yield f"clip_norm must be a finite number above 0 (got {c.clip_norm!r})"
-    if c.log_loss_up_to is not None and not (is_number(c.log_loss_up_to) and 1e-3 <= c.log_loss_up_to <= 1e6):
-        yield f"log_loss_up_to must be a number from 0.001 to 1,000,000, or left out (got {c.log_loss_up_to!r})"
-    if c.noise not in NOISES:
-        yield f"noise must be one of {', '.join(NOISES)} (got {c.noise!r})"
+    if c.target_epsilon == math.inf:
+        yield "for training without privacy use transformers.Trainer, or noise_multiplier=0 to debug"
     if c.noise == "discrete" and c.log_loss_up_to is not None:
         yield "log_loss_up_to has no place on the grid of noise='discrete': leave it out, or choose another noise"
-    if c.unit_column is not None and not (isinstance(c.unit_column, str) and _COLUMN.fullmatch(c.unit_column)):
-        yield f"unit_column must be a column's name, of letters, digits and _ . - or spaces, or left out (got {c.unit_column!r})"
-    for name, text in c.schedules._asdict().items():
-        expected = None if text is None else schedule.problem(text)
-        if expected:
-            yield f"{name}_schedule must be {expected} (got {text!r})"
     if c.noise == "discrete" and any(c.schedules):
         yield "noise='discrete' has one grid for the whole run: leave the schedules out, or choose another noise"
-    if not isinstance(c.public_eval, bool):
-        yield f"public_eval must be true or false (got {c.public_eval!r})"
-    if c.budget_file is not None and not (isinstance(c.budget_file, str) and c.budget_file):
-        yield f"budget_file must be a path as text, or left out (got {c.budget_file!r})"
-    seed = c.debug_seed
-    if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
-        yield f"debug_seed must be a whole number, 0 or more, or left out (got {seed!r})"
 
 
 def is_number(x: object) -> TypeGuard[float]:

@@ -1,14 +1,14 @@
-"""Bytes and a path -> a file that is whole, whatever happens in between: all of the old, or all of the new."""
+"""Bytes and a path -> a file that holds all of its old content or all of the new, whatever interrupts the writing."""
 
 import os
 from pathlib import Path
 
 
 def write_fully(descriptor: int, data: bytes) -> None:
-    """All of `data`, then fsync: on disk when this returns.
+    """Writes all of `data`, then calls fsync: it is on disk when this returns.
 
     Raises:
-        OSError: some of it may have been written.
+        OSError: the write failed; a part of `data` may have been written.
     """
     left = memoryview(data)
     while left:
@@ -17,7 +17,7 @@ def write_fully(descriptor: int, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names that were created, replaced or removed in `folder` last through a power failure."""
+    """Puts the folder's entries on disk, so that files created, renamed or removed in it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,9 +26,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def stage(path: Path, data: bytes, mode: int = 0o666) -> Path:
-    """Writes `data` beside `path`, under a name of this process that starts with an underscore; returns that name.
+    """Writes `data` beside `path`, under a temporary name that starts with an underscore; returns that name.
 
-    The umask narrows `mode`, as for any new file.
+    The umask applies to `mode`, as for any new file.
     """
     staged = path.with_name(f"_{path.name}.{os.getpid()}.new")
     descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
@@ -43,21 +43,20 @@ def stage(path: Path, data: bytes, mode: int = 0o666) -> Path:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Puts `data` at `path`, atomically and for good."""
+    """Replaces the file at `path` by `data`: atomically, and on disk when this returns."""
     os.replace(stage(path, data), path)
     sync_folder(path.parent)
 
 
 def create(path: Path, data: bytes, mode: int = 0o666) -> bool:
-    """Puts `data` at `path` unless something is there; whether it did. Of several processes that try, one does."""
+    """Creates the file at `path` unless there is one; returns whether it did. Of several processes, one succeeds."""
     staged = stage(path, data, mode)
     try:
         os.link(staged, path)
     except FileExistsError:
         return False
-    except (
-        OSError
-    ):  # a file system without hard links: not atomic there, so the users of `create` look again afterwards
+    except OSError:
+        # A file system without hard links: the two steps below are not atomic, so callers look again afterwards.
         if path.exists():
             return False
         os.replace(staged, path)

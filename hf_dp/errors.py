@@ -1,17 +1,17 @@
-"""The exception tree: what goes wrong, one class for each party that can mend it.
+"""The exception tree: what goes wrong, with one class for each party that can put it right.
 
 HfDpError
 ├── ConfigError (also ValueError)                the user asked for something impossible or unsafe
-│   ├── BudgetError                              ... more than a budget file holds for all runs, or of other data
+│   ├── BudgetError                              ... more than a budget file allows all runs together, or other data
 │   ├── RecipeError                              ... in a recipe file or its overrides
 │   └── UnsupportedOptionError                   ... by options that would void the guarantee; names all of them
-├── UnsupportedParameterError (also ValueError)  trainable parameters without an exact per-example rule; names all of them
-├── AccountingError (also ValueError)            an accountant's input or output is not a number one may trust
-├── AuditError (also ValueError)              scores or counts from which no bound on epsilon follows
+├── UnsupportedParameterError (also ValueError)  trainable parameters without an exact per-example rule; names them all
+├── AccountingError (also ValueError)            an accountant's input or output is not a number that can be trusted
+├── AuditError (also ValueError)                 scores or counts from which no bound on epsilon follows
 ├── LedgerError (also RuntimeError)              the record of what was spent is missing, damaged, or of another run
-├── ReleaseError (also RuntimeError)             a sum that may not leave: wrong arguments, a draw released twice, processes apart
-├── CaptureError (also RuntimeError)             a gradient was not seen example by example, in the middle of a pass
-└── SelfCheckError (also ValueError)             a batch is not the sum of its examples: something couples them
+├── ReleaseError (also RuntimeError)             a sum that must not be released: wrong arguments, or a second release
+├── CaptureError (also RuntimeError)             in a pass, a gradient was not seen example by example
+└── SelfCheckError (also ValueError)             a batch's gradient is not the sum of its examples': they are coupled
 """
 
 
@@ -24,11 +24,11 @@ class ConfigError(HfDpError, ValueError):
 
 
 class BudgetError(ConfigError):
-    """A run that a budget file does not hold, or a budget file that cannot be used."""
+    """A run that does not fit into its budget file, or a budget file that cannot be used."""
 
 
 class RecipeError(ConfigError):
-    """A recipe file, or an override of it, that cannot be read as one."""
+    """A recipe file, or an override of one, that is not valid."""
 
 
 class UnsupportedOptionError(ConfigError):
@@ -52,7 +52,9 @@ class LedgerError(HfDpError, RuntimeError):
 
 
 class ReleaseError(HfDpError, RuntimeError):
-    """A sum that may not leave: arguments out of range, a draw released before, or processes that are not together."""
+    """A sum that must not be released: arguments out of range, a draw that was released before, or processes out of
+    step.
+    """
 
 
 class CaptureError(HfDpError, RuntimeError):

@@ -1,8 +1,8 @@
-"""What will be run: the numbers of the subsampled Gaussian mechanism, all of them public, none of them changeable."""
+"""What will be run: the settings of the subsampled Gaussian mechanism, all of them public, in frozen objects."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -10,28 +10,103 @@ from hf_dp.schedule import Level
 
 UNIT = "record"  # one row of the training set
 GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
-METRIC_NOISE = 10.0  # a released metric's noise over its sensitivity, in units of the gradient's sigma
-METRICS = ("loss", "batch_size")  # what may be released beside the gradient, as further coordinates of the same vector
-DISCRETE = "discrete"  # the kind of noise that is drawn and added in whole numbers (`grid.py`)
-RELATION = "zero-out"  # neighbours: one record replaced by one that contributes nothing; N is public
+METRIC_NOISE = 10.0  # k: a released metric has k times the noise, over its own sensitivity, that the gradient has
+METRICS = ("loss", "batch_size")  # may be released with the gradient, as further coordinates of one vector
+DISCRETE = "discrete"  # the kind of noise that consists of whole numbers (see `randomness/grid.py`)
+RELATION = "zero-out"  # neighbours differ in one record, replaced by one that contributes nothing; N is public
 
 
 class Segment(NamedTuple):
-    """`num_steps` steps in a row of the Poisson-subsampled Gaussian mechanism with the same q, sigma and kind of noise."""
+    """`num_steps` consecutive steps of the Poisson-subsampled Gaussian mechanism: all that accounting needs to know of
+    them.
+
+    Attributes:
+        sample_rate: q.
+        joint_noise_multiplier: standard deviation of the noise over the sensitivity of everything that a step releases.
+            It
+            equals the gradient's sigma (`Mechanism.noise_multiplier`) where the gradient alone is released. In files it
+            is called `noise_multiplier`.
+        num_steps: how many steps.
+        noise: kind of noise, one of `config.NOISES`.
+    """
 
     sample_rate: float
-    noise_multiplier: float
+    joint_noise_multiplier: float
     num_steps: int
     noise: str = "gaussian"
 
+    @classmethod
+    def of(cls, stated: Mapping[str, object]) -> "Segment":
+        """Reads a segment from a file; other keys are ignored.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        q, sigma, steps = (stated[name] for name in ("sample_rate", "noise_multiplier", "num_steps"))
+        return cls(q, sigma, steps, stated.get("noise", "gaussian"))  # type: ignore[arg-type]  # `spent` checks them
+
+    def stated(self) -> dict[str, object]:
+        """Field -> value, as files have it."""
+        return {
+            "sample_rate": self.sample_rate,
+            "noise_multiplier": self.joint_noise_multiplier,
+            "num_steps": self.num_steps,
+            "noise": self.noise,
+        }
+
+
+def united(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Run-length encoding: neighbours that differ only in their number of steps become one; none has length 0."""
+    runs = groupby((s for s in segments if s.num_steps), key=lambda s: s._replace(num_steps=0))
+    return tuple(kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs)
+
 
 def first_steps(segments: Iterable[Segment], num_steps: int) -> tuple[Segment, ...]:
-    """The first so many steps of `segments`, or all where they have fewer; none of length 0."""
+    """The first `num_steps` steps of `segments`, or all of them where they have fewer; none has length 0."""
     found = []
     for s in segments:
         found.append(s._replace(num_steps=min(num_steps, s.num_steps)))
         num_steps -= found[-1].num_steps
     return tuple(s for s in found if s.num_steps)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The settings of one step: those of the whole run, or of the schedule's level that the step belongs to.
+
+    The attributes have the names and meanings of `Mechanism`'s.
+    """
+
+    expected_batch_size: int
+    sample_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    noise: str = "gaussian"
+    loss_bound: float | None = None
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the clipped *sum*: sigma x C."""
+        return self.noise_multiplier * self.clip_norm
+
+    @property
+    def sensitivity(self) -> float:
+        """The most, in Euclidean norm, by which one record moves what the step releases; C without metrics."""
+        return self.clip_norm * release_norm(self.loss_bound)
+
+    @property
+    def joint_noise_multiplier(self) -> float:
+        """Noise over the sensitivity of everything that the step releases; sigma without metrics."""
+        return self.noise_multiplier / release_norm(self.loss_bound)
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether sum and noise are whole numbers."""
+        return self.noise == DISCRETE
+
+    def steps(self, num_steps: int) -> Segment:
+        """The segment of `num_steps` steps with these settings."""
+        return Segment(self.sample_rate, self.joint_noise_multiplier, num_steps, self.noise)
 
 
 @dataclass(frozen=True)
@@ -50,11 +125,14 @@ class Mechanism:
         clip_norm: C.
         delta: of (epsilon, delta).
         target_epsilon: what sigma was calibrated to, or None where sigma was given.
-        loss_bound: L: training loss, clamped to [0, L], and batch size are released in the same vector (`metrics.py`);
-            None where the gradient alone is.
-        debug: the randomness came from a fixed seed; nothing about the run is private.
-        noise: its kind, one of `config.NOISES`.
-        levels: of a schedule, T steps in all: sigma, C and B above are then those of the first. Empty where they stay.
+        loss_bound: L: training loss, clamped to [0, L], and batch size are released in the same vector (see
+            `step/metrics.py`); None where the gradient alone is released.
+        unit: what is protected as one: "record", or a group of records.
+        relation: when two data sets are neighbours.
+        debug: the randomness comes from a fixed seed, so nothing about the run is private.
+        noise: the kind of noise, one of `config.NOISES`.
+        levels: the levels of a schedule, T steps in all; sigma, C and B above are those of the first level. Empty where
+            sigma, C and B are constant.
     """
 
     num_examples: int
@@ -73,7 +151,7 @@ class Mechanism:
 
     @property
     def sample_rate(self) -> float:
-        """Q = B / N, the probability with which a record enters a step."""
+        """q = B / N, the probability with which a record enters a step."""
         return self.expected_batch_size / self.num_examples
 
     @property
@@ -88,17 +166,17 @@ class Mechanism:
 
     @property
     def joint_noise_multiplier(self) -> float:
-        """Noise over the sensitivity of all that a step releases: what epsilon is computed from; sigma without metrics."""
+        """Noise over the sensitivity of everything that a step releases, from which epsilon is computed."""
         return self.noise_multiplier / release_norm(self.loss_bound)
 
     @property
     def generator(self) -> str:
-        """Where the random bits of draws and noise come from: "philox" or "chacha20"."""
+        """Where the random bits of sampling and noise come from: "philox" or "chacha20"."""
         return generator_of(self.noise)
 
     @property
     def is_discrete(self) -> bool:
-        """Whether sums and noise are whole numbers (`grid.py`), and each example has a pass of its own."""
+        """Whether sums and noise are whole numbers, and each example has a pass of its own."""
         return self.noise == DISCRETE
 
     @property
@@ -106,56 +184,63 @@ class Mechanism:
         """Whether any guarantee can be stated at all."""
         return self.noise_multiplier > 0 and not self.debug
 
-    def at(self, step: int) -> "Mechanism":
-        """The mechanism of step number `step`, from 0, and of the others in its level; behind the last step, of the last level."""
-        if not self.levels:
-            return self
+    def at(self, step: int) -> StepSettings:
+        """The settings of step number `step`, counted from 0. Steps after the last one have those of the last level."""
         ends = accumulate(level.num_steps for level in self.levels)
-        level = next((level for level, end in zip(self.levels, ends, strict=True) if step < end), self.levels[-1])
-        return replace(self, levels=(), **level._asdict())
+        level = next((level for level, end in zip(self.levels, ends, strict=True) if step < end), None)
+        level = level or (self.levels[-1] if self.levels else self._as_level())
+        return StepSettings(
+            expected_batch_size=level.expected_batch_size,
+            sample_rate=level.expected_batch_size / self.num_examples,
+            noise_multiplier=level.noise_multiplier,
+            clip_norm=level.clip_norm,
+            noise=self.noise,
+            loss_bound=self.loss_bound,
+        )
 
     @property
-    def largest(self) -> "Mechanism":
-        """Of the level with the greatest B."""
+    def largest(self) -> StepSettings:
+        """The settings of the steps with the greatest expected batch size."""
         sizes = [level.expected_batch_size for level in self.levels] or [0]
         return self.at(sum(level.num_steps for level in self.levels[: sizes.index(max(sizes))]))
 
     def segments(self, start: int = 0, num_steps: int | None = None) -> tuple[Segment, ...]:
-        """What so many steps from number `start` on release, run-length encoded; all T by default. The last level goes on and on."""
-        levels = self.levels or (
-            Level(self.num_steps, self.noise_multiplier, self.clip_norm, self.expected_batch_size),
-        )
+        """`num_steps` steps from step number `start` on, run-length encoded; by default all T.
+
+        Steps after the last one have the settings of the last level.
+        """
+        levels = self.levels or (self._as_level(),)
         left, found = self.num_steps if num_steps is None else num_steps, []
         for begin, level in zip(accumulate((x.num_steps for x in levels), initial=0), levels, strict=False):
             end = math.inf if level is levels[-1] else begin + level.num_steps
             taken = int(max(0, min(left, end - max(begin, start))))
             left -= taken
             found.append(self.at(begin).steps(taken))
-        runs = groupby((s for s in found if s.num_steps), key=lambda s: s._replace(num_steps=0))
-        return tuple(kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs)
+        return united(found)
 
-    def steps(self, num_steps: int) -> Segment:
-        """So many steps at the values above."""
-        return Segment(self.sample_rate, self.joint_noise_multiplier, num_steps, self.noise)
+    def _as_level(self) -> Level:
+        return Level(self.num_steps, self.noise_multiplier, self.clip_norm, self.expected_batch_size)
 
 
 def release_norm(loss_bound: float | None) -> float:
-    """Sensitivity of a step's release in units of C: 1, or sqrt(1 + 2 / 10**2) with both metrics (`metrics.py` has the proof)."""
+    """Sensitivity of a step's release in units of C: 1, or sqrt(1 + 2 / k²) with both metrics (proof:
+    `step/metrics.py`).
+    """
     return 1.0 if loss_bound is None else math.sqrt(1 + len(METRICS) / METRIC_NOISE**2)
 
 
 def unit_of(column: str | None) -> str:
-    """What is protected as one, as the card and the ledger name it."""
+    """What is protected as one, as card and ledger name it: a record, or all records with one value in `column`."""
     return UNIT if column is None else GROUP.format(column=column)
 
 
 def generator_of(noise: str) -> str:
-    """Where the random bits behind draws and noise of this kind come from: "philox" or "chacha20"."""
+    """Where the random bits of sampling and noise of this kind come from: "philox" or "chacha20"."""
     return "philox" if noise == "gaussian" else "chacha20"
 
 
 def steps_per_epoch(num_examples: int, expected_batch_size: float) -> int:
-    """round(N / B), at least 1: the logical batches that count as one pass over the data."""
+    """round(N / B), at least 1: how many logical batches count as one pass over the data."""
     return max(1, round(num_examples / expected_batch_size))
 
 

@@ -1,13 +1,13 @@
-"""A schedule in words ("exponential:0.5") and a number of steps -> levels: runs of steps with the same sigma, C and B.
+"""A schedule as text ("exponential:0.5") and a number of steps -> levels: runs of steps with the same sigma, C and B.
 
-A schedule is a staircase, so that what is executed is what is charged: each level is one segment of the ledger and one
-(q, sigma) of the accounting, exactly, and nothing is rounded on the way. Legend: x from 0 (first level) to 1 (last), r the last
-value over the first.
+A schedule is a staircase: the values are constant within a level. So the steps that are executed are exactly those that
+are charged, because each level is one segment of the ledger and one (q, sigma) of the accounting. Legend: x goes from 0
+(first level) to 1 (last); r is the last value over the first.
 
     linear       1 + (r - 1) x
     exponential  r^x
     cosine       r + (1 - r) (1 + cos(pi x)) / 2
-    step         as exponential, in two levels, or in as many as are asked for ("step:0.25:3" is 1, 1/2, 1/4)
+    step         as exponential, but in two levels, or in as many as the text says ("step:0.25:3" is 1, 1/2, 1/4)
 """
 
 import math
@@ -15,13 +15,17 @@ from collections.abc import Iterator
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-MOST_LEVELS = 8  # of one schedule: an evaluation of epsilon costs about a tenth of a second for each
+MOST_LEVELS = 8  # levels of one schedule; each adds about a tenth of a second to an evaluation of epsilon
 LEAST_RATIO, MOST_RATIO = 0.01, 100.0
 SHAPES = ("linear", "exponential", "cosine", "step")
+EXPECTED = (
+    f"SHAPE:RATIO, the shape one of {', '.join(SHAPES)}, the ratio of last to first value from {LEAST_RATIO:g} to "
+    f"{MOST_RATIO:g}, such as exponential:0.5; or step:RATIO:LEVELS, with 2 to {MOST_LEVELS} levels"
+)
 
 
 class Level(NamedTuple):
-    """`num_steps` steps in a row with the same noise multiplier, clip norm and expected batch size."""
+    """`num_steps` consecutive steps with the same noise multiplier (the gradient's sigma), clip norm and batch size."""
 
     num_steps: int
     noise_multiplier: float
@@ -30,30 +34,27 @@ class Level(NamedTuple):
 
 
 class Schedules(NamedTuple):
-    """How sigma, C and B go on from their first values, each in words, or None where it stays."""
+    """How sigma, C and B change from their first values: schedules as text, None where the value is constant."""
 
     noise: str | None = None
     clip: str | None = None
     batch: str | None = None
 
 
-def problem(text: object) -> str | None:
-    """What is wrong with a schedule in words; None where nothing is."""
+def is_schedule(text: object) -> bool:
+    """Whether `text` is a valid schedule, or None."""
     try:
-        factors(str(text) if isinstance(text, str) else "")
+        factors(text if isinstance(text, str) or text is None else "")
     except ValueError:
-        return (
-            f"SHAPE:RATIO, the shape one of {', '.join(SHAPES)}, the ratio of last to first value from {LEAST_RATIO:g} to "
-            f"{MOST_RATIO:g}, such as exponential:0.5; or step:RATIO:LEVELS, with 2 to {MOST_LEVELS} levels"
-        )
-    return None
+        return False
+    return True
 
 
 def factors(text: str | None, most: int = MOST_LEVELS) -> list[float]:
-    """Each level's value over the first one's; no more levels than `most`, the steps that there are.
+    """Each level's value over the first level's; there are at most `most` levels, the number of steps.
 
     Raises:
-        ValueError: no schedule, or a ratio or number of levels out of range.
+        ValueError: `text` is not a schedule, or its ratio or number of levels is out of range.
     """
     if text is None or most < 2:
         return [1.0]
@@ -76,16 +77,20 @@ def _factor(shape: str, r: float, x: float) -> float:
 
 
 def mean_batch(expected_batch_size: int, text: str | None) -> float:
-    """Mean of B over levels of equal length: what an epoch is counted by."""
+    """Mean of B over levels of equal length, which decides how many steps count as one epoch."""
     sizes = [_size(expected_batch_size * f) for f in factors(text)]
     return sum(sizes) / len(sizes)
 
 
 def levels(first: Level, schedules: Schedules) -> tuple[Level, ...]:
-    """The whole course, from `first` (its values those of the first level, its num_steps T); equal neighbours united.
+    """All levels of a run of T = `first.num_steps` steps; equal neighbours become one.
 
-    Step t of T is in level floor(t L / T) of a schedule with L levels. Sigma and C are rounded to five digits, B to a whole number
-    from 1 up, before anything is computed with them.
+    Step t is in level floor(t L / T) of a schedule with L levels. Sigma and C are rounded to five significant digits,
+    and B to a whole number of at least 1, before anything is computed with them.
+
+    Args:
+        first: T, and the values of the first level.
+        schedules: how the values change.
     """
     total = first.num_steps
     noise, clip, batch = (factors(text, total) for text in schedules)

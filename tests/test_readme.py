@@ -11,9 +11,8 @@ import torch
 import transformers
 import typer
 
-from hf_dp import cli
-from hf_dp.accounting import planned as accounting
-from hf_dp.card import record as card
+from hf_dp import accounting, cli
+from hf_dp.card import writing as card
 from hf_dp.demo.base import train_tokenizer
 from hf_dp.demo.records import write_records
 from hf_dp.mechanism import Segment
@@ -85,7 +84,9 @@ def test_the_example_trains_and_its_card_can_be_computed_again(gpt2, tmp_path, m
     assert ours_again == pytest.approx(stated, rel=5e-3)  # another grid than the card's
     segment = Segment(*(record["segments"][0][k] for k in ("sample_rate", "noise_multiplier", "num_steps")))
     assert (
-        accounting.spent([segment._replace(noise_multiplier=segment.noise_multiplier * 0.9)], record["delta"]).epsilon
+        accounting.spent(
+            [segment._replace(joint_noise_multiplier=segment.joint_noise_multiplier * 0.9)], record["delta"]
+        ).epsilon
         > 1.05 * stated
     )
 

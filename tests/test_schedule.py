@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import TrainerCallback
 
-from hf_dp import PrivacyConfig, PrivateLoop
-from hf_dp.accounting import planned as accounting
+from hf_dp import PrivacyConfig, PrivateLoop, accounting
 from hf_dp.accounting.epsilon import deltas, spent
 from hf_dp.card.verification import verify
 from hf_dp.errors import ConfigError
@@ -64,10 +63,12 @@ def test_levels_are_all_steps_in_order_of_nearly_equal_length(steps: int, texts:
 
 
 def test_a_schedule_that_goes_nowhere_is_none() -> None:
-    plain = accounting.plan(PrivacyConfig(target_epsilon=4.0, expected_batch_size=50), 1000, num_train_epochs=2)
+    plain = accounting.plan_mechanism(
+        PrivacyConfig(target_epsilon=4.0, expected_batch_size=50), 1000, num_train_epochs=2
+    )
     for text in ("linear:1", "step:1"):
         config = PrivacyConfig(target_epsilon=4.0, expected_batch_size=50, noise_schedule=text, batch_schedule=text)
-        assert accounting.plan(config, 1000, num_train_epochs=2) == plain
+        assert accounting.plan_mechanism(config, 1000, num_train_epochs=2) == plain
 
 
 @pytest.mark.parametrize(
@@ -96,18 +97,18 @@ def test_the_grid_of_discrete_noise_has_no_schedule() -> None:
 def test_a_batch_that_grows_beyond_the_data_is_refused() -> None:
     config = PrivacyConfig(target_epsilon=1.0, expected_batch_size=300, batch_schedule="linear:4")
     with pytest.raises(ConfigError, match=r"at most the number of examples, 1,000.*got 1,200, at its greatest"):
-        accounting.plan(config, 1000, num_train_epochs=1)
+        accounting.plan_mechanism(config, 1000, num_train_epochs=1)
 
 
 def test_a_sigma_out_of_range_at_its_end_is_refused() -> None:
     config = PrivacyConfig(noise_multiplier=0.05, noise_schedule="linear:0.1")
     with pytest.raises(ConfigError, match=r"got 0\.005"):
-        accounting.plan(config, 1000, num_train_epochs=1)
+        accounting.plan_mechanism(config, 1000, num_train_epochs=1)
 
 
 def test_epochs_are_passes_over_the_data() -> None:
     config = PrivacyConfig(noise_multiplier=1.0, expected_batch_size=100, batch_schedule="linear:3", target_delta=1e-6)
-    m = accounting.plan(config, 100_000, num_train_epochs=4)
+    m = accounting.plan_mechanism(config, 100_000, num_train_epochs=4)
     assert mean_batch(100, "linear:3") == pytest.approx(200, abs=1)
     assert m.num_steps == 2000
     assert sum(s.sample_rate * s.num_steps for s in m.segments()) == pytest.approx(4, rel=1e-3)
@@ -170,7 +171,7 @@ def test_epsilon_of_a_course_is_that_of_a_convolution_in_other_code() -> None:
     config = PrivacyConfig(
         noise_multiplier=1.2, expected_batch_size=100, noise_schedule="cosine:0.6", batch_schedule="linear:2"
     )
-    m = accounting.plan(config, 5000, num_train_epochs=2)
+    m = accounting.plan_mechanism(config, 5000, num_train_epochs=2)
     assert len(m.segments()) == MOST_LEVELS
     found = spent(m.segments(), m.delta).pld
     assert fft_accountant.epsilon([s[:3] for s in m.segments()], m.delta) == pytest.approx(found, rel=5e-3)
@@ -188,7 +189,7 @@ def test_epsilon_of_a_course_is_that_of_a_convolution_in_other_code() -> None:
 )
 def test_calibration_never_overshoots_and_wastes_little(target: float, steps: int, course: dict[str, Any]) -> None:
     config = PrivacyConfig(target_epsilon=target, expected_batch_size=64, target_delta=1e-5, **course)
-    m = accounting.plan(config, 2000, num_train_epochs=0.0, max_steps=steps)
+    m = accounting.plan_mechanism(config, 2000, num_train_epochs=0.0, max_steps=steps)
     assert m.levels[0].noise_multiplier == m.noise_multiplier
     assert target * 0.997 <= spent(m.segments(), m.delta).epsilon <= target
 
@@ -241,7 +242,7 @@ def test_every_step_has_its_own_noise_and_divisor(tmp_path: Path) -> None:
         # five standard errors, and the signal: a norm of at most 24 x 0.5 / 6 over all coordinates
         assert abs(float(noise.std()) / std - 1) < 5 / math.sqrt(2 * noise.numel()) + 0.005
     executed = read_ledger(tmp_path / LEDGER_NAME).executed
-    assert [(s.num_steps, s.noise_multiplier, s.clip_norm, s.expected_batch_size) for s in executed] == [
+    assert [(s.num_steps, s.joint_noise_multiplier, s.clip_norm, s.expected_batch_size) for s in executed] == [
         (2, 20.0, 0.5, 6),
         (2, 10.0, 0.3125, 9),
     ]
@@ -346,7 +347,7 @@ def test_a_plain_loop_follows_the_schedule(tmp_path: Path) -> None:
         clip_schedule="step:0.5",
         batch_schedule="step:2",
     )
-    mechanism = accounting.plan(config, 400, num_train_epochs=0.0, max_steps=12)
+    mechanism = accounting.plan_mechanism(config, 400, num_train_epochs=0.0, max_steps=12)
     loop = PrivateLoop(
         model,
         optimizer := torch.optim.SGD(model.parameters(), lr=0.1),
@@ -364,7 +365,7 @@ def test_a_plain_loop_follows_the_schedule(tmp_path: Path) -> None:
 
 def test_it_is_printed_level_by_level() -> None:
     config = PrivacyConfig(noise_multiplier=2.0, expected_batch_size=100, noise_schedule="step:0.5:3")
-    m = accounting.plan(config, 1000, num_train_epochs=3)
+    m = accounting.plan_mechanism(config, 1000, num_train_epochs=3)
     rows = {row.name: row for row in accounting.derivation(config, m, num_train_epochs=3)}
     assert rows["sigma, level by level"].value == "2, 1.4142, 1"
     assert "C, level by level" not in rows
@@ -373,7 +374,7 @@ def test_it_is_printed_level_by_level() -> None:
 
 def test_the_level_with_the_greatest_batch_is_what_memory_is_planned_for() -> None:
     first = Mechanism(1000, 10, 20, 1.0, 0.5, 1e-5)
-    assert first.largest is first
+    assert first.largest == first.at(0)
     for text, greatest in (("linear:4", 40), ("linear:0.5", 10), ("cosine:2", 20)):
         course = levels(Level(20, 1.0, 0.5, 10), Schedules(batch=text))
         assert replace(first, levels=course).largest.expected_batch_size == greatest

@@ -1,9 +1,10 @@
-"""Settings and the number of records go in, a calibrated `Mechanism` comes out; steps taken go in, epsilon comes out."""
+"""Settings and the number of records go in, a calibrated `Mechanism` comes out; steps go in, epsilon comes out."""
 
 from hf_dp.accounting import selection
 from hf_dp.accounting.calibration import round_up
+from hf_dp.accounting.curve import plot_epsilon
+from hf_dp.accounting.derivation import Derived, derivation
 from hf_dp.accounting.epsilon import (
-    MAX_SIGMA,
     Epsilon,
     delta_problems,
     deltas,
@@ -11,13 +12,11 @@ from hf_dp.accounting.epsilon import (
     spent,
     target_problems,
 )
-from hf_dp.accounting.picture import draw_epsilon
-from hf_dp.accounting.planned import Derived, affordable_steps, claimed, derivation, epoch_length, plan
-from hf_dp.accounting.selection import Selection, draw_number
+from hf_dp.accounting.plan import affordable_steps, claimed, epoch_length, plan_mechanism
+from hf_dp.accounting.selection import Selection, random_number
 from hf_dp.accounting.tradeoffs import PAIRS, RATES, Tradeoff, tradeoff, tradeoff_below
 
 __all__ = [
-    "MAX_SIGMA",
     "PAIRS",
     "RATES",
     "Derived",
@@ -29,10 +28,10 @@ __all__ = [
     "delta_problems",
     "deltas",
     "derivation",
-    "draw_epsilon",
-    "draw_number",
     "epoch_length",
-    "plan",
+    "plan_mechanism",
+    "plot_epsilon",
+    "random_number",
     "round_up",
     "segment_problems",
     "selection",

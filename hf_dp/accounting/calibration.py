@@ -18,7 +18,7 @@ from hf_dp.accounting.epsilon import (
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
 
-UNUSED = 1e-3  # this part of the target may stay unused
+UNUSED = 1e-3  # the part of the target epsilon that may stay unused
 
 
 def calibrate(
@@ -32,9 +32,17 @@ def calibrate(
 ) -> float:
     """The smallest sigma, to 0.1 % of epsilon and five digits, whose epsilon is within the target.
 
-    Searches on log sigma with a bracket. Only a sigma that was itself evaluated, as the float it is, and found within
-    the target is returned: it never overshoots. `sensitivity` is that of what a step releases, in units of C: with more in
-    the release than the gradient it is above 1, and epsilon is that of sigma / sensitivity.
+    The search runs on log sigma inside a bracket. It returns only a sigma that was evaluated itself and found within
+    the target, so it never overshoots.
+
+    Args:
+        target_epsilon: above 0.
+        sample_rate: q.
+        num_steps: T, at least 1.
+        delta: of (epsilon, delta).
+        sensitivity: sensitivity of what a step releases, in units of C; above 1 where a step releases more than the
+            gradient. Epsilon is then that of sigma / sensitivity.
+        noise: kind of noise.
 
     Raises:
         AccountingError: an invalid argument, or a target that no sigma in [MIN_SIGMA, MAX_SIGMA] meets.
@@ -47,7 +55,7 @@ def calibrate(
         raise AccountingError("Cannot calibrate the noise: " + "; ".join(wrong) + ".")
 
     def epsilon_of(sigma: float) -> float:
-        return spent([asked._replace(noise_multiplier=sigma / sensitivity)], delta).epsilon
+        return spent([asked._replace(joint_noise_multiplier=sigma / sensitivity)], delta).epsilon
 
     guess = _first_guess(float(target_epsilon), asked._replace(sample_rate=float(sample_rate)), float(delta))
     guess *= sensitivity
@@ -55,9 +63,12 @@ def calibrate(
 
 
 def calibrate_course(target_epsilon: float, course: Callable[[float], Sequence[Segment]], delta: float) -> float:
-    """The same for steps that differ: the smallest first sigma whose whole `course(sigma)` is within the target.
+    """The smallest first sigma with which a schedule stays within the target; see `calibrate`.
 
-    `course` gives the segments of all steps, each sigma in proportion to the first.
+    Args:
+        target_epsilon: above 0.
+        course: first sigma -> the segments of all steps. Every sigma in them is proportional to the first.
+        delta: of (epsilon, delta).
 
     Raises:
         AccountingError: an invalid argument, or a target that no sigma in [MIN_SIGMA, MAX_SIGMA] meets.
@@ -68,7 +79,7 @@ def calibrate_course(target_epsilon: float, course: Callable[[float], Sequence[S
     unit, steps = course(1.0), sum(s.num_steps for s in course(1.0))
     # a constant course that costs as much in the normal limit: the mean of q²/sigma² is the same
     q = math.sqrt(sum(s.num_steps * s.sample_rate**2 for s in unit) / steps)
-    scale = math.sqrt(sum(s.num_steps * (s.sample_rate / s.noise_multiplier) ** 2 for s in unit) / steps) / q
+    scale = math.sqrt(sum(s.num_steps * (s.sample_rate / s.joint_noise_multiplier) ** 2 for s in unit) / steps) / q
     guess = _first_guess(float(target_epsilon), Segment(q, 1.0, steps), float(delta)) * scale
     with suppress(AccountingError):  # quickly, on a coarse grid; one that only the fine grid may reach: as it stands
         guess = _smallest_within(target_epsilon, lambda sigma: rough_epsilon(course(sigma), delta), guess, unused=0.02)
@@ -78,7 +89,9 @@ def calibrate_course(target_epsilon: float, course: Callable[[float], Sequence[S
 def _smallest_within(
     target: float, epsilon_of: Callable[[float], float], guess: float, unused: float = UNUSED
 ) -> float:
-    """The search behind `calibrate`; `epsilon_of` falls as sigma rises."""
+    """The search of `calibrate`. `epsilon_of` falls as sigma rises; at most the part `unused` of the target stays
+    unused.
+    """
     points: list[_Point] = []
     best, x = math.inf, math.log(guess)
     for turn in range(200):
@@ -106,13 +119,15 @@ class _Point(NamedTuple):
 
 
 def _bracket(points: list[_Point]) -> tuple[float, float]:
-    """The nearest log sigma above the target and within it, infinite where there is none."""
+    """The nearest log sigma that exceeds the target and the nearest within it; infinite where there is none."""
     low = max((p.log_sigma for p in points if p.log_ratio > 0), default=-math.inf)
     return low, min((p.log_sigma for p in points if p.log_ratio <= 0), default=math.inf)
 
 
 def _next_guess(points: list[_Point], aim: float, low: float, high: float, *, bisect: bool) -> float:
-    """Secant through the two points nearest to the target, inside the bracket; else bisection, or a step outwards."""
+    """The secant through the two points nearest to the target, if it lies in the bracket; else bisection, or a step
+    outwards.
+    """
     one, two = sorted(points, key=lambda p: abs(p.log_ratio - aim))[:2] if len(points) > 1 else (points[0], None)
     slope = -2.0  # epsilon falls about as sigma**-2
     if two is not None and one.log_ratio != two.log_ratio:
@@ -126,21 +141,25 @@ def _next_guess(points: list[_Point], aim: float, low: float, high: float, *, bi
 
 
 def _first_guess(target_epsilon: float, s: Segment, delta: float) -> float:
-    """A place to start, on either side: sigma in the normal limit (mu sqrt(T) is one Gaussian's mu).
+    """A sigma to start from; it may be too large or too small.
 
-    Where a step's loss fills many grid cells the limit is far off and evaluations are slow (seconds), so the guess is
-    bettered on a coarse grid first.
+    It is sigma in the normal limit, where T steps with one step's mu are one Gaussian of mu sqrt(T). Where a step's
+    loss fills many grid cells, that limit is far off and an evaluation takes seconds, so the guess is first improved on
+    a coarse grid.
     """
     import dp_accounting as da
 
     total_mu = 1 / da.get_sigma_gaussian(min(max(target_epsilon, 1e-9), 1e4), delta)
     guess = math.log1p((total_mu / s.sample_rate) ** 2 / s.num_steps) ** -0.5
     guess = float(min(max(guess, MIN_SIGMA), MAX_SIGMA))
-    if step_cells(s._replace(noise_multiplier=guess)) < 20_000:
+    if step_cells(s._replace(joint_noise_multiplier=guess)) < 20_000:
         return guess
     with suppress(AccountingError):  # a target that only the fine grid may reach: start from the limit after all
         return _smallest_within(
-            target_epsilon, lambda sigma: rough_epsilon([s._replace(noise_multiplier=sigma)], delta), guess, unused=0.02
+            target_epsilon,
+            lambda sigma: rough_epsilon([s._replace(joint_noise_multiplier=sigma)], delta),
+            guess,
+            unused=0.02,
         )
     return guess
 
@@ -153,7 +172,7 @@ def _out_of_reach(target: float, expected: str, remedy: str) -> AccountingError:
 
 
 def round_up(x: float, digits: int = 5) -> float:
-    """Up to so many significant digits, so that the number that is printed is the number that is used."""
+    """Rounds up to `digits` significant digits, so that the number that is printed is the number that is used."""
     if x == 0 or not math.isfinite(x):
         return x
     unit = 10.0 ** (math.floor(math.log10(x)) - digits + 1)

@@ -1,12 +1,12 @@
 """Segments of steps and delta go in, an upper bound on epsilon comes out, by two accountants.
 
 Every number is dp-accounting's: privacy loss distributions (PLD, Koskela et al. 2020; connect-the-dots discretisation,
-Doroshenko et al. 2022) and Rényi DP (Mironov et al. 2019), each an upper bound, of which the smaller is reported.
-Discrete noise (`grid.py`) is accounted by Rényi DP at whole orders alone, and so is whatever it is composed with.
-Accountants fail open (a NaN gives epsilon 0), so inputs are checked before and answers after.
+Doroshenko et al. 2022) and Rényi DP (RDP, Mironov et al. 2019). Each is an upper bound; the smaller one is reported.
+Discrete noise (`randomness/grid.py`) is accounted by Rényi DP at whole orders alone, and so is whatever it is composed
+with. Accountants fail open (given a NaN they answer epsilon 0), so inputs are checked before and answers after.
 
-Symbols: q sample rate, T number of steps, sigma noise multiplier, h width of the PLD grid,
-mu = q sqrt(exp(1/sigma²) - 1), the standard deviation of one step's likelihood ratio.
+Symbols: q sample rate, T number of steps, sigma joint noise multiplier, h width of the PLD grid, mu = q
+sqrt(exp(1/sigma²) - 1), the standard deviation of one step's likelihood ratio.
 """
 
 import logging
@@ -16,7 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hf_dp.config import MIN_DELTA, is_number
 from hf_dp.errors import AccountingError
@@ -27,16 +30,29 @@ MAX_STEPS = 1_000_000  # dp-accounting computes size**T as an integer: seconds a
 GRID_FINEST, GRID_COARSEST = 1e-7, 1e-3
 PLD_ROUNDING = 2.0**-51  # a step: the FFT's T-th power moves the tail's mass by up to T x 2**-53 (measured; x 4 here)
 RDP_ROUNDING = 1e-13  # a step: log A sums 1,024 rounded terms; without it a lost divergence would pass for none
-# The sampler of discrete noise is within 2**-400 a coordinate of the exact law (`discrete.py`): with 2**60 of them in all and epsilon
-# up to 100 that costs (1 + e**100) 2**-340 < 2**-195 of delta, less than the last bit of any delta that is accounted. Beyond 100
-# nothing is claimed.
+# The sampler of discrete noise is within 2**-400 a coordinate of the exact law (`discrete.py`): with 2**60 of them in
+# all and epsilon up to 100 that costs (1 + e**100) 2**-340 < 2**-195 of delta, less than the last bit of any delta that
+# is accounted. Beyond 100 nothing is claimed.
 DISCRETE_MOST = 100.0
 
 
-class Epsilon(NamedTuple):
-    """Upper bounds on epsilon for one delta. `epsilon` is the smaller of the two and is what is claimed.
+Floats = NDArray[np.float64]
 
-    With discrete noise among the steps `pld` is infinite, and so is all of it where epsilon would be above DISCRETE_MOST.
+
+class _PrivacyLoss(Protocol):
+    """What dp-accounting's privacy loss distribution offers."""
+
+    def compose(self, other: "_PrivacyLoss") -> "_PrivacyLoss": ...
+    def self_compose(self, num_times: int) -> "_PrivacyLoss": ...
+    def get_epsilon_for_delta(self, delta: float) -> float: ...
+    def get_delta_for_epsilon(self, epsilon: Sequence[float]) -> Sequence[float]: ...
+
+
+class Epsilon(NamedTuple):
+    """Upper bounds on epsilon at one delta. `epsilon` is the smaller of the other two, and is what is claimed.
+
+    With discrete noise among the steps `pld` is infinite. All three are infinite where epsilon would exceed
+    DISCRETE_MOST.
     """
 
     epsilon: float
@@ -47,9 +63,9 @@ class Epsilon(NamedTuple):
 def spent(segments: Sequence[Segment], delta: float) -> Epsilon:
     """Epsilon of all steps of `segments` together, under the zero-out relation (REPLACE_SPECIAL, N public).
 
-    Order does not matter and equal segments may come in pieces: they are merged by (q, sigma) first. No steps cost 0,
-    and a step without noise costs infinity. What is costly about a (q, sigma) is remembered, so a further call with
-    another number of steps takes a few hundredths of a second: cheap enough for every logging step.
+    Order does not matter, and equal segments may come in pieces: they are merged by (q, sigma) first. No steps cost 0,
+    and a step without noise costs infinity. The costly part for each (q, sigma) is cached, so a further call with
+    another number of steps takes a few hundredths of a second and can be made at every logging step.
 
     Raises:
         AccountingError: q outside (0, 1], sigma neither 0 nor within [MIN_SIGMA, MAX_SIGMA], a number of steps that is
@@ -59,9 +75,10 @@ def spent(segments: Sequence[Segment], delta: float) -> Epsilon:
 
 
 def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float]:
-    """The least delta known at each of `epsilons`, an upper bound, at most 1; by privacy loss distributions; with discrete noise, Rényi DP.
+    """An upper bound on delta at each of `epsilons`, at most 1, by privacy loss distributions; with discrete noise by
+    Rényi DP.
 
-    No steps cost 0; a step without noise, or losses too far for any grid, cost 1.
+    No steps give 0. A step without noise, or losses too large for any grid, give 1.
 
     Raises:
         AccountingError: as in `spent`.
@@ -69,7 +86,7 @@ def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float
     merged = _merged(segments, ())
     if not merged:
         return [0.0] * len(epsilons)
-    if any(s.noise_multiplier == 0 for s in merged):
+    if any(s.joint_noise_multiplier == 0 for s in merged):
         return [1.0] * len(epsilons)
     if _is_discrete(merged):
         return [_discrete_delta(merged, e) for e in epsilons]
@@ -82,8 +99,9 @@ def deltas(segments: Sequence[Segment], epsilons: Sequence[float]) -> list[float
     return [min(1.0, float(d) + _rounding(merged)) for d in found]
 
 
-def divergences(segments: Sequence[Segment]) -> tuple[Any, Any]:
-    """Rényi orders, and the divergence of all steps together at each, an upper bound; with discrete noise the whole orders alone.
+def divergences(segments: Sequence[Segment]) -> tuple[Floats, Floats]:
+    """Rényi orders, and at each an upper bound on the divergence of all steps together; with discrete noise whole
+    orders only.
 
     Raises:
         AccountingError: as in `spent`, or there are no steps, or one without noise.
@@ -91,19 +109,19 @@ def divergences(segments: Sequence[Segment]) -> tuple[Any, Any]:
     from dp_accounting import rdp
 
     merged = _merged(segments, ())
-    if not merged or any(s.noise_multiplier == 0 for s in merged):
+    if not merged or any(s.joint_noise_multiplier == 0 for s in merged):
         raise AccountingError(f"Divergences are of steps with noise (got {tuple(segments)!r}).")
     if _is_discrete(merged):
         return _at_whole_orders(merged)
     orders = rdp.RdpAccountant().orders
-    return orders, sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+    return orders, _summed_rdp(merged)
 
 
 def _merged(segments: Sequence[Segment], problems: Iterable[str]) -> tuple[Segment, ...]:
-    """`segments` with equal (q, sigma) united, discrete ones apart, sorted, none without steps.
+    """`segments` with equal (q, sigma) merged, discrete noise kept apart, sorted; none without steps.
 
     Raises:
-        AccountingError: `problems`, or something wrong with the segments.
+        AccountingError: one of `problems`, or an invalid segment.
     """
     wrong = [*problems, *(p for s in segments for p in segment_problems(s))]
     counts: Counter[tuple[float, float, str]] = Counter()
@@ -119,10 +137,10 @@ def _merged(segments: Sequence[Segment], problems: Iterable[str]) -> tuple[Segme
 
 @lru_cache(maxsize=4096)
 def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
-    """The same for segments that are valid, merged, sorted and none of them without steps."""
+    """`spent` for segments that are valid, merged and sorted, none of them without steps."""
     if not merged:
         return Epsilon(0.0, 0.0, 0.0)
-    if any(s.noise_multiplier == 0 for s in merged):
+    if any(s.joint_noise_multiplier == 0 for s in merged):
         return Epsilon(math.inf, math.inf, math.inf)
     discrete = _is_discrete(merged)
     pld, rdp = math.inf if discrete else _pld_epsilon(merged, delta), _rdp_epsilon(merged, delta)
@@ -141,7 +159,7 @@ def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
 
 
 def segment_problems(segment: Segment) -> Iterator[str]:
-    """What is wrong with a segment, a clause each: expected and got."""
+    """What is wrong with a segment: a clause for each field, with what is expected and what it is."""
     q, sigma, steps, _ = segment
     if not (is_number(q) and 0 < q <= 1):
         yield f"sample_rate must be above 0 and at most 1 (got {q!r})"
@@ -152,7 +170,7 @@ def segment_problems(segment: Segment) -> Iterator[str]:
 
 
 def delta_problems(delta: float) -> Iterator[str]:
-    """What is wrong with a delta. Below MIN_DELTA the accountants' rounding is as large as delta."""
+    """What is wrong with a delta. Below MIN_DELTA the accountants' rounding errors are as large as delta."""
     if not (is_number(delta) and MIN_DELTA <= delta < 1):
         yield f"delta must be at least {MIN_DELTA} and below 1 (got {delta!r})"
 
@@ -164,12 +182,12 @@ def target_problems(target_epsilon: float) -> Iterator[str]:
 
 
 def is_whole(x: object) -> bool:
-    """Whether `x` is a whole number, NumPy's among them, and not a truth value."""
+    """Whether `x` is a whole number, of Python or NumPy, and not a truth value."""
     return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def _pld_epsilon(merged: tuple[Segment, ...], delta: float, coarser: float = 1.0) -> float:
-    """By privacy loss distributions on one grid, or in closed form where no step subsamples. May be infinite."""
+    """By privacy loss distributions on one grid, or in closed form where q is 1 in every step. It may be infinite."""
     import dp_accounting as da
 
     if all(s.sample_rate == 1 for s in merged):  # full batches compose to one Gaussian of precision sum T / sigma²
@@ -185,8 +203,8 @@ def _pld_epsilon(merged: tuple[Segment, ...], delta: float, coarser: float = 1.0
 
 
 def _one_gaussian(merged: tuple[Segment, ...]) -> float:
-    """Sigma of the one Gaussian mechanism that full batches compose to."""
-    return float(sum(s.num_steps / s.noise_multiplier**2 for s in merged) ** -0.5)
+    """Sigma of the one Gaussian mechanism that steps with q = 1 compose to."""
+    return float(sum(s.num_steps / s.joint_noise_multiplier**2 for s in merged) ** -0.5)
 
 
 def _gaussian_delta(sigma: float, epsilon: float) -> float:
@@ -198,13 +216,13 @@ def _gaussian_delta(sigma: float, epsilon: float) -> float:
 
 
 def _rounding(merged: tuple[Segment, ...]) -> float:
-    """What rounding may take from delta in composing."""
+    """The most that rounding errors in the composition may take from delta."""
     return PLD_ROUNDING * (sum(s.num_steps for s in merged) + 64 * len(merged))
 
 
 @lru_cache(maxsize=2)
-def _composed(merged: tuple[Segment, ...], h: float) -> Any:
-    """Privacy loss distribution of all steps together. The last ones are kept: a card asks for several deltas."""
+def _composed(merged: tuple[Segment, ...], h: float) -> "_PrivacyLoss":
+    """The privacy loss distribution of all steps. The latest two are cached: a card asks for several deltas."""
     first, *others = (_part(s, h) for s in merged)
     for part in others:
         first = first.compose(part)
@@ -212,21 +230,21 @@ def _composed(merged: tuple[Segment, ...], h: float) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _part(s: Segment, h: float) -> Any:
-    """Of one segment. Kept, since of a schedule's levels only the present one grows."""
-    return _step_loss(s.sample_rate, s.noise_multiplier, h).self_compose(s.num_steps)
+def _part(s: Segment, h: float) -> "_PrivacyLoss":
+    """The privacy loss distribution of one segment. Cached, since of a schedule only the current level grows."""
+    return _step_loss(s.sample_rate, s.joint_noise_multiplier, h).self_compose(s.num_steps)
 
 
 def rough_epsilon(segments: Sequence[Segment], delta: float) -> float:
-    """Epsilon on a grid 16 times as wide: quick, still an upper bound, only good for finding a start."""
+    """Epsilon on a grid 16 times as wide: quick, and still an upper bound, but only good enough to find a start."""
     merged = _merged(segments, delta_problems(delta))
     pld = _pld_epsilon(merged, delta, coarser=16.0)
     return pld if math.isfinite(pld) else _rdp_epsilon(merged, delta)
 
 
 @lru_cache(maxsize=16)
-def _step_loss(q: float, sigma: float, h: float) -> Any:
-    """Privacy loss distribution of one step, both directions of the neighbouring relation."""
+def _step_loss(q: float, sigma: float, h: float) -> "_PrivacyLoss":
+    """The privacy loss distribution of one step, in both directions of the neighbouring relation."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution
 
@@ -241,9 +259,9 @@ def _step_loss(q: float, sigma: float, h: float) -> Any:
 def grid(segments: Sequence[Segment]) -> float:
     """Width h of the PLD grid: clip(mu / 10, 1e-7, 1e-3), the finest that any segment needs.
 
-    A step's loss must spread over several cells, or rounding it up inflates epsilon: a fixed 1e-3 is 15 % loose at
-    small q. Where losses reach so far that the arrays would pass some millions of cells (weak noise over many steps),
-    h grows with them. Any h gives an upper bound.
+    One step's loss must spread over several cells, or rounding it up inflates epsilon: a fixed h of 1e-3 is 15 % loose
+    at small q. Where losses reach so far that arrays would exceed some millions of cells (weak noise over many steps),
+    h grows with them. Every h gives an upper bound.
     """
     finest = min(min(max(_mu(s) / 10, GRID_FINEST), GRID_COARSEST) for s in segments)
     step_reach = max(_step_reach(s) for s in segments)
@@ -252,23 +270,23 @@ def grid(segments: Sequence[Segment]) -> float:
 
 
 def step_cells(s: Segment) -> float:
-    """About how many grid cells the loss of one step fills: what an evaluation costs, at some 10 microseconds each."""
+    """About how many grid cells the loss of one step fills. An evaluation takes about 10 microseconds for each."""
     return _step_reach(s) / grid([s])
 
 
 def _mu(s: Segment) -> float:
-    return s.sample_rate * math.sqrt(math.expm1(min(s.noise_multiplier**-2, 700.0)))  # exp(710) overflows
+    return s.sample_rate * math.sqrt(math.expm1(min(s.joint_noise_multiplier**-2, 700.0)))  # exp(710) overflows
 
 
 def _step_reach(s: Segment) -> float:
-    """About the range of one step's loss, log(1 - q + q e^x), over ten standard deviations of x. Sizes arrays only."""
-    x = 0.5 * s.noise_multiplier**-2 + 10 / s.noise_multiplier
+    """About the range of one step's loss, log(1 - q + q e^x), over ten standard deviations of x. Only sizes arrays."""
+    x = 0.5 * s.joint_noise_multiplier**-2 + 10 / s.joint_noise_multiplier
     up = math.log1p(s.sample_rate * math.expm1(x)) if x < 700 else x
     return up - math.log1p(s.sample_rate * math.expm1(-min(x, 30.0)))
 
 
 def _total_reach(s: Segment) -> float:
-    """About the range of T steps' loss: the normal limit, or a participation count's tail. Sizes arrays only."""
+    """About the range of T steps' loss: the normal limit, or a participation count's tail. Only sizes arrays."""
     q, sigma, steps, _ = s
     taken = min(steps, q * steps + 8 * math.sqrt(q * steps) + 12)
     by_count = 0.5 * taken / sigma**2 + 8 * math.sqrt(taken) / sigma
@@ -277,19 +295,23 @@ def _total_reach(s: Segment) -> float:
 
 
 def _rdp_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
-    """By Rényi DP at dp-accounting's default orders, rounding charged to every step; with discrete noise at the whole ones."""
+    """By Rényi DP at dp-accounting's default orders, rounding charged to every step; with discrete noise at whole
+    orders.
+    """
     from dp_accounting import rdp
 
     if _is_discrete(merged):
         return float(rdp.compute_epsilon(*_at_whole_orders(merged), math.nextafter(delta, 0))[0])
     orders = rdp.RdpAccountant().orders
-    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+    total = _summed_rdp(merged)
     return float(rdp.compute_epsilon(orders, total, delta)[0])
 
 
 @lru_cache(maxsize=8192)
 def _discrete_delta(merged: tuple[Segment, ...], epsilon: float) -> float:
-    """Delta at an epsilon by Rényi DP at whole orders, its last bit charged to the sampler."""
+    """Delta at an epsilon by Rényi DP at whole orders; its last bit accounts for the sampler's distance from the exact
+    law.
+    """
     from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
 
     delta = compute_delta(*_at_whole_orders(merged), min(epsilon, DISCRETE_MOST))[0]
@@ -301,19 +323,25 @@ def _is_discrete(merged: tuple[Segment, ...]) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _at_whole_orders(merged: tuple[Segment, ...]) -> tuple[Any, Any]:
-    """The whole ones of dp-accounting's orders, all at least 2, and the divergence of all steps at each."""
+def _at_whole_orders(merged: tuple[Segment, ...]) -> tuple[Floats, Floats]:
+    """dp-accounting's orders that are whole, all at least 2, and the divergence of all steps at each."""
     from dp_accounting import rdp
 
     orders = rdp.RdpAccountant().orders
     whole = orders == orders.round()
-    total = sum(s.num_steps * _step_rdp(s.sample_rate, s.noise_multiplier) for s in merged)
+    total = _summed_rdp(merged)
     return orders[whole], total[whole]
 
 
+def _summed_rdp(merged: tuple[Segment, ...]) -> Floats:
+    """The divergence of all steps at each default order."""
+    parts = [s.num_steps * _step_rdp(s.sample_rate, s.joint_noise_multiplier) for s in merged]
+    return np.asarray(sum(parts))
+
+
 @lru_cache(maxsize=512)
-def _step_rdp(q: float, sigma: float) -> Any:
-    """Rényi divergence of one step at each default order, rounded up. Infinite where the series did not converge."""
+def _step_rdp(q: float, sigma: float) -> Floats:
+    """Rényi divergence of one step at each default order, rounded up; infinite where the series did not converge."""
     import dp_accounting as da
 
     accountant = da.rdp.RdpAccountant(neighboring_relation=da.NeighboringRelation.REPLACE_SPECIAL)
@@ -326,7 +354,9 @@ def _step_rdp(q: float, sigma: float) -> Any:
 
 @contextmanager
 def _without_convergence_warnings() -> Iterator[None]:
-    """An order whose series does not converge is left out, which is safe; dp-accounting prints a line for each."""
+    """Silences dp-accounting, which prints a line for each order whose series does not converge. Such orders are left
+    out, which is safe.
+    """
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -337,7 +367,7 @@ def _without_convergence_warnings() -> Iterator[None]:
 
 
 def _single_step_epsilon(s: Segment, delta: float) -> float:
-    """Exact epsilon of one step, in one direction: a lower bound for any number of them.
+    """Exact epsilon of one step, in one direction: a lower bound for any number of steps.
 
     The hockey-stick divergence of (1-q) N(0) + q N(1) from N(0) at e^eps is q times the Gaussian's at e^eps', where
     e^eps' = 1 + (e^eps - 1) / q (Balle et al. 2018, theorem 2).
@@ -347,5 +377,5 @@ def _single_step_epsilon(s: Segment, delta: float) -> float:
     q = s.sample_rate
     if delta >= q:
         return 0.0
-    gaussian = float(da.get_epsilon_gaussian(s.noise_multiplier, delta / q))
+    gaussian = float(da.get_epsilon_gaussian(s.joint_noise_multiplier, delta / q))
     return math.log1p(q * math.expm1(gaussian)) if gaussian < 700 else gaussian + math.log(q)

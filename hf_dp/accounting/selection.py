@@ -1,17 +1,22 @@
-"""A random number of runs of which the best is kept -> epsilon of the one that is kept, the selection itself included.
+"""The best of a random number of runs -> epsilon of the run that is kept, including the selection itself.
 
-The base mechanism Q draws a combination of settings from a fixed list and trains with it; the score is computed from its model.
-A draws a number K, runs Q so often with fresh randomness, and gives out the run with the best score alone. With Q of Rényi
-divergence R(a) at order a, A's divergence at order a is at most (Papernot and Steinke 2022)
+The base mechanism Q picks a combination of settings at random from a fixed list and trains with it; the score is
+computed from its model. The whole mechanism picks a random number K, runs Q that many times with fresh randomness, and
+outputs only the run with the best score. If Q has Rényi divergence R(a) at order a, the whole has at order a at most
+(Papernot and Steinke 2022)
 
-    R(a) + (1 + shape) ((1 - 1/b) R(b) + log(1/gamma) / b) + log(E K) / (a - 1)    for any order b; theorem 2, truncated
-                                                                                   negative binomial K of shape and gamma
-    R(a) + mean x d + log(mean) / (a - 1)                                          theorem 6, K of a Poisson distribution, where
-                                                                                   Q is (log(1 + 1 / (a - 1)), d)-DP
+    R(a) + (1 + shape) ((1 - 1/b) R(b) + log(1/gamma) / b) + log(E K) / (a - 1)      for any order b
 
-Which combination is drawn depends on no record, so R(a) is at most the largest divergence at a of all in the list, whatever the
-law of the draw. That curve is handed to dp-accounting, whose `RepeatAndSelectDpEvent` has the formulas. Equal scores are decided by
-order of running: the runs are exchangeable, so that is a coin that depends on no record either.
+        by theorem 2, for K of the truncated negative binomial distribution with this shape and gamma, and
+
+    R(a) + mean x d + log(mean) / (a - 1)
+
+        by theorem 6, for K of a Poisson distribution, where Q is (log(1 + 1 / (a - 1)), d)-DP.
+
+Which combination is picked depends on no record. So R(a) is at most the largest divergence at a among all in the list,
+whatever the distribution of the pick. dp-accounting's `RepeatAndSelectDpEvent` evaluates the formulas on that curve.
+Ties of the score are decided by the order of running: the runs are exchangeable, so the tie-break depends on no record
+either.
 """
 
 import math
@@ -19,11 +24,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 
-from hf_dp.accounting.epsilon import DISCRETE_MOST, delta_problems, divergences, target_problems
+from hf_dp.accounting.epsilon import DISCRETE_MOST, Floats, delta_problems, divergences, target_problems
 from hf_dp.accounting.epsilon import spent as spent_in_steps
 from hf_dp.config import is_number
 from hf_dp.errors import AccountingError
@@ -39,15 +44,24 @@ LEAST = 1e-3  # of the total; a run with less learns nothing
 Segments = tuple[Segment, ...]
 
 
+class _Stated(TypedDict):
+    """What `Selection.of` reads of a file."""
+
+    distribution: str
+    mean: float
+    target_epsilon: float
+    mechanisms: list[list[dict[str, object]]]
+
+
 @dataclass(frozen=True)
 class Selection:
-    """How the kept run was chosen. All of it public, and fixed before the first run.
+    """How the kept run was chosen. All of it is public, and fixed before the first run.
 
     Attributes:
-        distribution: of K, a key of SHAPES.
-        mean: of K, 1 or more.
-        mechanisms: what a run of each combination charges, planned; equal ones once.
-        target_epsilon: what the whole was to stay within.
+        distribution: of the number of runs K; a key of SHAPES.
+        mean: mean of K, at least 1.
+        mechanisms: the planned steps of a run, for each combination; equal ones once.
+        target_epsilon: the total that the selection was planned to stay within.
 
     Raises:
         AccountingError: a value out of range. Names everything wrong at once.
@@ -70,8 +84,8 @@ class Selection:
         """Whether a run may have discrete noise, which is accounted at whole orders."""
         return any(s.noise == DISCRETE for run in self.mechanisms for s in run)
 
-    def stated(self, delta: float) -> dict[str, Any]:
-        """As privacy.json has it."""
+    def stated(self, delta: float) -> dict[str, object]:
+        """The selection as privacy.json has it."""
         shape = SHAPES[self.distribution]
         return {
             "distribution": self.distribution,
@@ -80,18 +94,19 @@ class Selection:
             "method": METHOD,
             "target_epsilon": self.target_epsilon,
             "epsilon_of_one_run": epsilon_of_one_run(self, delta),
-            "mechanisms": [[s._asdict() for s in run] for run in self.mechanisms],
+            "mechanisms": [[s.stated() for s in run] for run in self.mechanisms],
         }
 
     @classmethod
-    def of(cls, stated: Mapping[str, Any]) -> "Selection":
-        """What `stated` says.
+    def of(cls, stated: Mapping[str, object]) -> "Selection":
+        """Reads what `stated` wrote.
 
         Raises:
             AccountingError: a value out of range.
         """
-        runs = tuple(tuple(Segment(**s) for s in run) for run in stated["mechanisms"])
-        return cls(stated["distribution"], stated["mean"], runs, stated["target_epsilon"])
+        said = cast(_Stated, stated)
+        runs = tuple(tuple(Segment.of(s) for s in run) for run in said["mechanisms"])
+        return cls(said["distribution"], said["mean"], runs, said["target_epsilon"])
 
 
 def distribution_problems(distribution: str, mean: float) -> list[str]:
@@ -105,10 +120,10 @@ def distribution_problems(distribution: str, mean: float) -> list[str]:
 
 
 def spent(selection: Selection, delta: float) -> float:
-    """Epsilon of the run that is kept, an upper bound, by Rényi accounting alone.
+    """An upper bound on epsilon of the run that is kept, by Rényi accounting alone.
 
     Raises:
-        AccountingError: invalid steps or delta, no finite answer, or one below what a single run costs.
+        AccountingError: invalid steps or delta, no finite answer, or an answer below the cost of a single run.
     """
     from dp_accounting import rdp
 
@@ -116,21 +131,22 @@ def spent(selection: Selection, delta: float) -> float:
     if wrong:
         raise AccountingError(f"Cannot account for this selection: {'; '.join(wrong)}.")
     orders, curve = _curve(selection)
-    # the last bit is for the sampler of discrete noise: of up to 2**10 runs on average it is still far above their distance
+    # the last bit is for the sampler of discrete noise: of up to 2**10 runs on average it is still far above their
+    # distance
     found = float(rdp.compute_epsilon(orders, curve, math.nextafter(delta, 0))[0])
     if selection.is_discrete and found > DISCRETE_MOST:
         found = math.inf
     least = epsilon_of_one_run(selection, delta)
     if not (math.isfinite(found) and found >= least * (1 - 1e-6)):  # written so that NaN fails too
         raise AccountingError(
-            f"No epsilon was found for the best of {selection.distribution} {selection.mean:g} runs: the accountant answered {found}, "
-            f"one run costs {least:.6g}. Use more noise"
+            f"No epsilon was found for the best of {selection.distribution} {selection.mean:g} runs: the accountant "
+            f"answered {found}, one run costs {least:.6g}. Use more noise"
         )
     return found
 
 
 def deltas(selection: Selection, epsilons: Sequence[float]) -> list[float]:
-    """The least delta known at each of `epsilons`, an upper bound, at most 1."""
+    """An upper bound on delta at each of `epsilons`, at most 1."""
     from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
 
     orders, curve = _curve(selection)
@@ -141,21 +157,22 @@ def deltas(selection: Selection, epsilons: Sequence[float]) -> list[float]:
 
 
 def epsilon_of_one_run(selection: Selection, delta: float) -> float:
-    """The largest epsilon of a run by itself, had it been the only one."""
+    """The largest epsilon of a single run, had it been the only one."""
     return max(spent_in_steps(run, delta).epsilon for run in selection.mechanisms)
 
 
 def target_of_one_run(total: float, delta: float, selection_at: Callable[[float], Selection]) -> float:
-    """The largest epsilon for a single run, five digits, with which the run that is kept uses `total` up to 1 %, and never more.
+    """The largest epsilon for a single run, to five digits, with which the kept run uses `total` up to 1 % and never
+    more.
 
     Args:
-        total: the target of the whole.
+        total: the target epsilon of the whole.
         delta: of both.
-        selection_at: epsilon of one run -> the selection among runs calibrated to it. Only one that was itself evaluated and
-            found within the total is returned.
+        selection_at: epsilon of one run -> the selection among runs that are calibrated to it. Only an epsilon that was
+            evaluated itself and found within the total is returned.
 
     Raises:
-        AccountingError: out of reach.
+        AccountingError: the target is out of reach.
     """
     low, high, one = 0.0, total, total / 2
     while high - low > UNUSED / 10 * high:
@@ -166,8 +183,8 @@ def target_of_one_run(total: float, delta: float, selection_at: Callable[[float]
         low, high = (one, high) if used <= 1 else (low, one)
         if high < total * LEAST:
             raise AccountingError(
-                f"target_epsilon is out of reach: {total:g} for the best of several runs leaves less than {high:.2g} for one. What to do: "
-                "raise the target, or lower the mean number of trials"
+                f"target_epsilon is out of reach: {total:g} for the best of several runs leaves less than {high:.2g} "
+                "for one. What to do: raise the target, or lower the mean number of trials"
             )
         one *= (1 - UNUSED / 2) / used  # the whole grows about as the part
         if not low < one < high:
@@ -175,7 +192,7 @@ def target_of_one_run(total: float, delta: float, selection_at: Callable[[float]
     return low
 
 
-def draw_number(distribution: str, mean: float) -> int:
+def random_number(distribution: str, mean: float) -> int:
     """K, from the operating system's randomness. Nobody may see it before the last run has ended."""
     generator = np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
     if distribution == "poisson":
@@ -185,9 +202,10 @@ def draw_number(distribution: str, mean: float) -> int:
 
 
 def halting(distribution: str, mean: float) -> float:
-    """Gamma of the geometric or logarithmic distribution with this mean, rounded up: the mean comes out no larger.
+    """Gamma of the geometric or logarithmic distribution with this mean, rounded up, so that the true mean is no
+    larger.
 
-    Logarithmic: P(k) = (1 - gamma)^k / (k log(1 / gamma)), of mean (1 / gamma - 1) / log(1 / gamma).
+    Logarithmic: P(k) = (1 - gamma)^k / (k log(1 / gamma)), with mean (1 / gamma - 1) / log(1 / gamma).
     """
     from scipy.optimize import brentq
 
@@ -200,19 +218,25 @@ def halting(distribution: str, mean: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _curve(selection: Selection) -> tuple[Any, Any]:
-    """Orders, and the divergence at each of the run that is kept."""
+def _curve(selection: Selection) -> tuple[Floats, Floats]:
+    """Orders, and the divergence of the kept run at each."""
     runs = [divergences(run) for run in selection.mechanisms]
     orders = min((found for found, _ in runs), key=len)  # with discrete noise in one of them the whole ones, of all
     curves = [curve[np.isin(found, orders)] for found, curve in runs]
     return orders, best_of(orders, curves, selection.distribution, selection.mean)
 
 
-def best_of(orders: Any, curves: Sequence[Any], distribution: str, mean: float) -> Any:
-    """Divergences of any base mechanisms, a curve each -> those of the best of K runs, each of one that is drawn.
+def best_of(orders: Floats, curves: Sequence[Floats], distribution: str, mean: float) -> Floats:
+    """Divergences of the kept run, at each of `orders`.
+
+    Args:
+        orders: Rényi orders.
+        curves: divergences of each base mechanism, at these orders.
+        distribution: of K.
+        mean: of K.
 
     Raises:
-        AccountingError: the accountant's answer is no divergence.
+        AccountingError: the accountant's answer is not a divergence.
     """
     from dp_accounting import NeighboringRelation
     from dp_accounting.dp_event import RepeatAndSelectDpEvent
@@ -226,8 +250,8 @@ def best_of(orders: Any, curves: Sequence[Any], distribution: str, mean: float) 
 
 
 @lru_cache(maxsize=1)
-def _known() -> Any:
-    """The class of events of which the divergences are known, one at each of the accountant's orders."""
+def _known() -> type:
+    """A class of dp-accounting events whose divergences are given, one at each of the accountant's orders."""
     from dp_accounting import DpEvent
 
     @dataclass(frozen=True)
@@ -238,16 +262,16 @@ def _known() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _accountant() -> Any:
-    """The class of dp-accounting's accountant that can also compose such an event."""
+def _accountant() -> type:
+    """dp-accounting's Rényi accountant, extended so that it can compose such an event."""
     from dp_accounting.rdp import RdpAccountant
 
     class Accountant(RdpAccountant):
-        def _maybe_compose(self, event: Any, count: int, do_compose: bool) -> Any:
+        def _maybe_compose(self, event: object, count: int, do_compose: bool) -> object:
             if not isinstance(event, _known()):
                 return super()._maybe_compose(event, count, do_compose)
             if do_compose:
-                self._rdp += count * np.array(event.curve)
+                self._rdp += count * np.array(event.curve)  # type: ignore[attr-defined]
             return None
 
     return Accountant

@@ -1,12 +1,12 @@
-"""Segments of steps go in, how well the best attacker can do comes out: true positives against false positives.
+"""Segments of steps go in, an upper bound on every attacker comes out: true positives against false positives.
 
-The attacker sees the model, knows every other record, and must say whether one record was trained on. If (epsilon, delta) holds
-for a curve of pairs, a test with false-positive rate a has a true-positive rate of at most
+The attacker sees the model, knows every other record, and must say whether one record was trained on. If (epsilon,
+delta)-DP holds for each pair on a curve, a test with false-positive rate a has a true-positive rate of at most
 
     min over the pairs of  min(delta + e^epsilon a,  1 - e^-epsilon (1 - delta - a))
 
-(Wasserman and Zhou 2010; as a trade-off function: Dong, Roth, Su 2022). Pairs are dp-accounting's upper bounds, so every subset of them
-gives an upper bound too.
+(Wasserman and Zhou 2010; as a trade-off function: Dong, Roth, Su 2022). The pairs are dp-accounting's upper bounds, so
+every subset of them gives an upper bound too.
 """
 
 import math
@@ -20,14 +20,14 @@ RATES = (
     *(0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45),
     *(0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0),
 )
-PAIRS = 2_000  # of epsilon and delta, evenly from 0: with twice as many no rate changes by 1e-4
+PAIRS = 2_000  # (epsilon, delta) pairs, evenly spaced from 0; twice as many change no rate by 1e-4
 
 
 class Tradeoff(NamedTuple):
     """Upper bounds on any attacker.
 
-    `true_positive_rates[i]` goes with `RATES[i]` of false positives; `advantage` is the largest difference of the two rates at any
-    threshold, and (1 + advantage) / 2 the best guesser's chance of being right about a fair coin.
+    `true_positive_rates[i]` belongs to the false-positive rate `RATES[i]`. `advantage` is the largest difference of the
+    two rates at any threshold; (1 + advantage) / 2 is the best guesser's chance of being right about a fair coin.
     """
 
     advantage: float
@@ -44,7 +44,7 @@ def tradeoff(segments: Sequence[Segment], delta: float) -> Tradeoff:
 
 
 def tradeoff_below(top: float, delta: float, deltas_at: Callable[[Sequence[float]], Sequence[float]]) -> Tradeoff:
-    """The same of any mechanism that is (top, delta)-DP, and (e, deltas_at([e]))-DP for each e below."""
+    """The trade-off curve of any mechanism that is (top, delta)-DP, and (e, deltas_at([e]))-DP for each e below top."""
     if math.isinf(top):
         return Tradeoff(1.0, (1.0,) * len(RATES))
     epsilons = [top * i / PAIRS for i in range(PAIRS)]

@@ -2,14 +2,15 @@
 
 from hf_dp.audit.exposure import CHANCE, are_given_away, exposures
 from hf_dp.audit.membership import FEWEST_MODELS, Attack, Coins, ceilings, is_refuted, lira_scores, measured
-from hf_dp.audit.membership_picture import draw_attacks
-from hf_dp.audit.report import Counts, audit_record, computed_again, counted, power
+from hf_dp.audit.membership_picture import plot_attacks
+from hf_dp.audit.report import AuditRecord, Counts, audit_record, computed_again, counted, power
 from hf_dp.audit.scores import Floats, log_likelihood_ratio
 
 __all__ = [
     "CHANCE",
     "FEWEST_MODELS",
     "Attack",
+    "AuditRecord",
     "Coins",
     "Counts",
     "Floats",
@@ -18,11 +19,11 @@ __all__ = [
     "ceilings",
     "computed_again",
     "counted",
-    "draw_attacks",
     "exposures",
     "is_refuted",
     "lira_scores",
     "log_likelihood_ratio",
     "measured",
+    "plot_attacks",
     "power",
 ]

@@ -1,28 +1,24 @@
-"""Guesses and the segments of a run -> whether its own trade-off function is refuted, and a lower bound on epsilon in its family.
+"""Guesses and the segments of a run -> whether the guesses refute the run's own trade-off function.
 
-Here the hypothesis is not a Gaussian curve but that of the run as it was accounted: Poisson-subsampled Gaussian steps, with their q,
-sigma and T, by privacy loss distributions (`tradeoff.py` has the formula for an attacker at false-positive rate a, here a = 1 - x).
+The hypothesis is not a Gaussian curve, but the curve of the run as it was accounted: Poisson-subsampled Gaussian steps
+with their q, sigma and T, by privacy loss distributions. (`accounting/tradeoffs.py` has the formula for an attacker at
+false-positive rate a; here a = 1 - x.)
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from hf_dp.accounting import MAX_SIGMA, PAIRS, deltas, spent
+from hf_dp.accounting import PAIRS, deltas, spent
 from hf_dp.audit.one_run import Guesses, InverseBlowUp, refutes
 from hf_dp.errors import AuditError
 from hf_dp.mechanism import Segment
 
-LEAST_SIGMA = (
-    0.1  # one step with less costs epsilon 90 and more, which no number of canaries shows, and takes minutes to account
-)
-SCALES = tuple(2.0 ** (i / 4) for i in range(16, -25, -1))  # of the noise: from 16 times as much to 1/64 of it
-
 
 def claims_inverse_blow_up(segments: Sequence[Segment], delta: float) -> InverseBlowUp:
-    """x -> a lower bound on f(1 - x) for the trade-off function f of all steps together.
+    """x -> a lower bound on f(1 - x), for the trade-off function f of all steps together.
 
-    From below, because pairs of epsilon and delta bound f from below; so the claim that is tested is never stronger than the run's.
+    Pairs of epsilon and delta bound f from below. So the claim that is tested is never stronger than the run's.
 
     Raises:
         AuditError: steps without noise, which claim nothing.
@@ -41,20 +37,7 @@ def claims_inverse_blow_up(segments: Sequence[Segment], delta: float) -> Inverse
 
 
 def claim_is_refuted(guesses: Guesses, segments: Sequence[Segment], delta: float, confidence: float = 0.95) -> bool:
-    """Whether so many right guesses have a probability under 1 - confidence in a run that is as private as its ledger says."""
-    return refutes(guesses, claims_inverse_blow_up(segments, delta), confidence)
-
-
-def scaled_noise_bound(guesses: Guesses, segments: Sequence[Segment], delta: float, confidence: float = 0.95) -> float:
-    """Epsilon of the same steps with the least of `SCALES` times their noise that, with every larger one, is refuted; else 0.
-
-    A lower bound on epsilon under the hypothesis that at most the noise is not what it should be. In steps of 2^(1/4).
+    """Whether so many right guesses have a probability below 1 - confidence in a run that is as private as its ledger
+    says.
     """
-    bound = 0.0
-    for scale in SCALES:
-        scaled = [s._replace(noise_multiplier=min(MAX_SIGMA, s.noise_multiplier * scale)) for s in segments]
-        too_little = min(s.noise_multiplier for s in scaled) < LEAST_SIGMA or spent(scaled, delta).epsilon == np.inf
-        if too_little or not claim_is_refuted(guesses, scaled, delta, confidence):
-            break
-        bound = spent(scaled, delta).epsilon
-    return bound
+    return refutes(guesses, claims_inverse_blow_up(segments, delta), confidence)

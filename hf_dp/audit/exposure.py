@@ -1,8 +1,9 @@
-"""A model's losses on planted secrets and on others like them -> exposure: how far up the list of guesses each secret stands.
+"""A model's losses on planted secrets and on others like them -> exposure: how early each secret comes in the list of
+guesses.
 
-Carlini et al. 2019 (The Secret Sharer), definition 2: exposure = log2 |R| - log2 rank, with the rank of a secret's loss among those of all
-R it might have been. Here R is the secret and n others drawn at random, so that it is at most log2(n + 1) bits; a model that never saw the
-secret gives log2 e = 1.44 bits in the mean.
+Carlini et al. 2019 (The Secret Sharer), definition 2: exposure = log2 |R| - log2 rank, where the rank is that of the
+secret's loss among the losses of all R secrets that it might have been. Here R consists of the secret and n random
+others, so exposure is at most log2(n + 1) bits. A model that never saw the secret gives log2 e = 1.44 bits on average.
 """
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy import stats
 from hf_dp.audit.scores import Floats
 from hf_dp.errors import AuditError
 
-CHANCE = float(np.log2(np.e))  # mean exposure of secrets that were never seen
+CHANCE = float(np.log2(np.e))  # mean exposure, in bits, of secrets that were never seen
 LEVEL = 0.01
 
 
@@ -20,7 +21,7 @@ def exposures(secret_losses: Floats, other_losses: Floats) -> Floats:
 
     Args:
         secret_losses: the model's loss on each secret, [k].
-        other_losses: its losses on n others for each, [k, n]. Ties count against the secret.
+        other_losses: its losses on n others for each secret, [k, n]. Ties count against the secret.
 
     Raises:
         AuditError: other shapes, no others, or losses that are not finite.
@@ -35,9 +36,9 @@ def exposures(secret_losses: Floats, other_losses: Floats) -> Floats:
 
 
 def are_given_away(found: Floats) -> bool:
-    """Whether secrets that were never seen would have so much exposure together with a chance of at most 1 %.
+    """Whether the exposure is so large that unseen secrets would reach it with a probability of at most 1 %.
 
-    Unseen, a secret's rank is uniform, and minus the logarithm of a uniform number is exponential: the sum is a Gamma variable, or
-    less, as ranks are whole.
+    The rank of an unseen secret is uniform, and minus the logarithm of a uniform number is exponential. So the sum over
+    secrets is a Gamma variable, or smaller, as ranks are whole numbers.
     """
     return bool(stats.gamma.sf(found.sum() * np.log(2), len(found)) <= LEVEL)

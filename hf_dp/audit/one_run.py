@@ -1,12 +1,12 @@
-"""Counts of right guesses about coins -> lower bounds on epsilon from one training run, and what so many canaries can show at most.
+"""Counts of right guesses about coins -> lower bounds on epsilon from one training run, and the largest possible bound.
 
-m canaries are each put into the data by a fair coin of its own. After training the auditor names r of them as in or out, abstaining on the
-rest, and v of the r are right. A mechanism that is (epsilon, delta)-DP, or has the trade-off function f, makes many right guesses
-unlikely; the bound is the least privacy parameter that the counts do not refute.
+Each of m canaries is put into the data by a fair coin of its own. After training, the auditor names r of them as in or
+out and abstains on the rest; v of the r guesses are right. If a mechanism is (epsilon, delta)-DP, or has the trade-off
+function f, many right guesses are unlikely. The bound is the least privacy parameter that the counts do not refute.
 
-`epsilon_bound`: Steinke, Nasr, Jagielski 2023, theorem for approximate differential privacy. `mu_bound`: Mahloujifar, Melis,
-Chaudhuri 2024, for the family of Gaussian trade-off functions; it is higher, and true of a run's epsilon only as far as the run's
-trade-off function is in that family. `refutes` takes any trade-off function, such as the claim's own.
+`epsilon_bound`: Steinke, Nasr, Jagielski 2023, theorem for approximate differential privacy. `mu_bound`: Mahloujifar,
+Melis, Chaudhuri 2024, for Gaussian trade-off functions; it is higher, but bounds a run's epsilon only as far as the
+run's trade-off function is Gaussian. `refutes` takes any trade-off function, such as the run's own.
 
 Symbols: m canaries, r guesses, v right ones, tau = 1 - confidence.
 """
@@ -20,8 +20,8 @@ from scipy import optimize, special
 
 from hf_dp.errors import AuditError
 
-TOP = 100.0  # epsilon or mu beyond which nothing is looked for: e^100 to one
-STEPS = 401  # of the grid on which a bound is bracketed, before bisection
+TOP = 100.0  # larger epsilons or mus are not searched: odds of e^100 to one
+STEPS = 401  # points of the grid on which a bound is bracketed, before bisection
 InverseBlowUp = Callable[[float], float]
 
 
@@ -34,7 +34,7 @@ class Guesses(NamedTuple):
 
 
 def p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
-    """The most probable that so many right guesses can be under (epsilon, delta)-DP, at most 1 (Steinke et al. 2023).
+    """The largest probability of so many right guesses under (epsilon, delta)-DP, at most 1 (Steinke et al. 2023).
 
     P[X >= v] + 2 m delta max_{1 <= i <= v} P[v - i <= X < v] / i with X ~ Bin(r, e^epsilon / (1 + e^epsilon)).
     """
@@ -49,9 +49,9 @@ def p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
 
 
 def epsilon_bound(guesses: Guesses, delta: float, confidence: float = 0.95) -> float:
-    """The least epsilon whose p-value is 1 - confidence or more: every smaller one is refuted. 0 where none is.
+    """The least epsilon whose p-value is at least 1 - confidence: every smaller epsilon is refuted. 0 where none is.
 
-    Were the run (epsilon, delta)-DP, the bound would exceed epsilon with probability 1 - confidence at most.
+    If the run is (epsilon, delta)-DP, the bound exceeds epsilon with a probability of at most 1 - confidence.
     """
     tau = _tau(confidence)
     return _first_not_refuted(lambda epsilon: p_value(guesses, epsilon, delta) < tau)
@@ -62,8 +62,8 @@ def refutes(guesses: Guesses, inverse_blow_up: InverseBlowUp, confidence: float 
 
     Args:
         guesses: m, r, v.
-        inverse_blow_up: x -> f(1 - x) for a symmetric f: the least probability, with a canary's coin reversed, of what has
-            probability x.
+        inverse_blow_up: x -> f(1 - x) for a symmetric f: the least probability that an event of probability x has once
+            a canary's coin is reversed.
         confidence: 1 - tau.
     """
     m, r, v = _checked(guesses, 0.0)
@@ -79,7 +79,7 @@ def refutes(guesses: Guesses, inverse_blow_up: InverseBlowUp, confidence: float 
 
 
 def mu_bound(guesses: Guesses, confidence: float = 0.95) -> float:
-    """The largest mu such that every smaller mu-GDP is refuted. 0 where none is."""
+    """The largest mu such that every smaller mu-GDP is refuted; 0 where none is."""
     return _first_not_refuted(
         lambda mu: refutes(guesses, lambda x: float(special.ndtr(special.ndtri(x) - mu)), confidence)
     )
@@ -89,7 +89,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     """The exact epsilon of mu-GDP at delta (Balle and Wang 2018; Dong, Roth, Su 2022, corollary 2.13); 0 for mu = 0.
 
     Raises:
-        AuditError: delta outside (0, 1), or mu that is no number from 0.
+        AuditError: delta outside (0, 1), or a mu that is negative or not finite.
     """
     if not (0 < delta < 1 and 0 <= mu < math.inf):
         raise AuditError(f"expected delta above 0 and below 1 and a finite mu, 0 or more, got {delta} and {mu}")
@@ -105,27 +105,29 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 class Bounds(NamedTuple):
-    """Lower bounds on epsilon at the run's delta: of the general theorem, and under the hypothesis of a Gaussian trade-off."""
+    """Lower bounds on epsilon at the run's delta: the general one, and the one for a Gaussian trade-off function."""
 
     epsilon: float
     epsilon_gaussian: float
 
 
 def bounds(guesses: Guesses, delta: float, confidence: float = 0.95) -> Bounds:
-    """Both lower bounds, each at this confidence by itself."""
+    """Both lower bounds; the confidence holds for each by itself."""
     return Bounds(epsilon_bound(guesses, delta, confidence), gaussian_epsilon(mu_bound(guesses, confidence), delta))
 
 
 def ceiling(num_canaries: int, delta: float, confidence: float = 0.95) -> Bounds:
-    """What no audit with so many canaries can exceed, however little private the run: every guess right."""
+    """The largest bounds that an audit with so many canaries can show, however little private the run: every guess is
+    right.
+    """
     return bounds(Guesses(num_canaries, num_canaries, num_canaries), delta, confidence)
 
 
 def _first_not_refuted(refuted: Callable[[float], bool]) -> float:
-    """inf {x >= 0: not refuted(x)}, from below: the least bracket of a grid, then bisection.
+    """inf {x >= 0: not refuted(x)}: the first bracket on a grid, then bisection.
 
-    The first and not the last: were the true x not refuted, then neither is the result above it, whether or not `refuted` is
-    monotone.
+    It is the first such x and not the last, because then it is at most the true x whenever the true x is not refuted,
+    whether or not `refuted` is monotone.
     """
     grid = np.linspace(0.0, TOP, STEPS)
     upper = next((i for i, x in enumerate(grid) if not refuted(float(x))), None)

@@ -1,13 +1,15 @@
-"""Scores and coins of an audited run -> what privacy.json says of its audit; the same numbers computed again, by whoever doubts them.
+"""Scores and coins of an audited run -> the field `audit` of privacy.json; and the same numbers computed again, for
+checking.
 
-Two tests at half the error each, so that together they are wrong with a probability of 1 - CONFIDENCE at most: the general lower
-bound on epsilon, and whether the run's own trade-off function is refuted.
+Two tests are made, each with half of the error probability, so that with a probability of at least CONFIDENCE neither
+is wrong: the general lower bound on epsilon, and whether the run's own trade-off function is refuted.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,9 @@ METHOD = "one run: Steinke, Nasr, Jagielski 2023; f-DP: Mahloujifar, Melis, Chau
 
 
 class Counts(NamedTuple):
-    """What an audit saw: (guesses, right ones) for each of `SHARES`; the area under the curve, and the positive control's, if any."""
+    """What an audit saw: for each of `SHARES`, (guesses, right ones); the area under the curve, and the positive
+    control's, if there is one.
+    """
 
     kind: str
     num_canaries: int
@@ -37,7 +41,7 @@ class Counts(NamedTuple):
 def counted(
     kind: str, scores: Floats, included: NDArray[np.bool_], control_area_under_curve: float | None = None
 ) -> Counts:
-    """Counts of right guesses from scores of canaries that fair coins put in or left out.
+    """Counts of right guesses, from scores of canaries that fair coins put in or left out.
 
     Raises:
         AuditError: scores that are not finite, or coins that all fell on one side.
@@ -51,39 +55,87 @@ def counted(
     return Counts(kind, len(scores), found, area, control_area_under_curve)
 
 
-def audit_record(counts: Counts, segments: Sequence[Segment], delta: float, epsilon: float) -> dict[str, Any]:
-    """The field `audit` of privacy.json: counts, and what follows from them for a run that claims `epsilon` at `delta`."""
-    return {
-        "kind": counts.kind,
-        "num_canaries": counts.num_canaries,
-        "method": METHOD,
-        "confidence": CONFIDENCE,
-        "guesses": [list(pair) for pair in counts.guesses],
-        "area_under_curve": counts.area_under_curve,
-        "control_area_under_curve": counts.control_area_under_curve,
-        **_figures(counts.num_canaries, counts.guesses, tuple(segments), delta, epsilon),
-    }
+class Figures(NamedTuple):
+    """What follows from an audit's counts.
+
+    Attributes:
+        epsilon_at_least: lower bound on epsilon at the run's delta, for any mechanism.
+        epsilon_at_least_if_gaussian: the same, were the run's trade-off function that of a Gaussian mechanism.
+        ceiling: the largest bound that so many canaries can show.
+        ceiling_if_gaussian: the same, were the trade-off function Gaussian.
+        refuted: whether the counts contradict the run's claim.
+    """
+
+    epsilon_at_least: float
+    epsilon_at_least_if_gaussian: float
+    ceiling: float
+    ceiling_if_gaussian: float
+    refuted: bool
 
 
-def computed_again(
-    audit: Mapping[str, Any], segments: Sequence[Segment], delta: float, epsilon: float
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AuditRecord:
+    """The field `audit` of privacy.json: counts, and the figures that follow from them."""
+
+    kind: str
+    num_canaries: int
+    method: str
+    confidence: float
+    guesses: tuple[tuple[int, int], ...]
+    area_under_curve: float
+    control_area_under_curve: float | None
+    epsilon_at_least: float
+    epsilon_at_least_if_gaussian: float
+    ceiling: float
+    ceiling_if_gaussian: float
+    refuted: bool
+
+    @classmethod
+    def of(cls, stated: Mapping[str, object]) -> "AuditRecord":
+        """Reads the field from a record that has the schema's form."""
+        pairs = cast("list[tuple[int, int]]", stated["guesses"])
+        return cls(**{**stated, "guesses": tuple((r, v) for r, v in pairs)})  # type: ignore[arg-type]
+
+    @property
+    def figures(self) -> Figures:
+        """The figures as the record states them."""
+        return Figures(*(getattr(self, name) for name in Figures._fields))
+
+    def stated(self) -> dict[str, object]:
+        """As JSON has it."""
+        return asdict(self) | {"guesses": [list(pair) for pair in self.guesses]}
+
+
+def audit_record(counts: Counts, segments: Sequence[Segment], delta: float, epsilon: float) -> AuditRecord:
+    """What an audit's counts mean for a run of `segments` that claims `epsilon` at `delta`."""
+    return AuditRecord(
+        kind=counts.kind,
+        num_canaries=counts.num_canaries,
+        method=METHOD,
+        confidence=CONFIDENCE,
+        guesses=counts.guesses,
+        area_under_curve=counts.area_under_curve,
+        control_area_under_curve=counts.control_area_under_curve,
+        **_figures(counts.num_canaries, counts.guesses, tuple(segments), delta, epsilon)._asdict(),
+    )
+
+
+def computed_again(audit: AuditRecord, segments: Sequence[Segment], delta: float, epsilon: float) -> Figures:
     """The figures that follow from the counts in a record.
 
     Raises:
-        AuditError: counts that cannot be.
+        AuditError: impossible counts.
     """
-    pairs = tuple((r, v) for r, v in audit["guesses"])
-    m = audit["num_canaries"]
+    m = audit.num_canaries
     expected = [2 * max(1, int(m * share / 2)) for share in SHARES]
-    if [r for r, _ in pairs] != expected:
-        raise AuditError(f"expected {expected} guesses about {m} canaries, got {[r for r, _ in pairs]}")
-    return _figures(m, pairs, tuple(segments), delta, epsilon)
+    if [r for r, _ in audit.guesses] != expected:
+        raise AuditError(f"expected {expected} guesses about {m} canaries, got {[r for r, _ in audit.guesses]}")
+    return _figures(m, audit.guesses, tuple(segments), delta, epsilon)
 
 
-def power(audit: Mapping[str, Any]) -> str:
-    """What the positive control says of an audit: whether one that finds nothing could have found something."""
-    area = audit["control_area_under_curve"]
+def power(control_area_under_curve: float | None) -> str:
+    """What the positive control says of an audit: whether an audit that finds nothing could have found something."""
+    area = control_area_under_curve
     if area is None:
         return "power not known: no positive control was run"
     if area > POWER:
@@ -94,7 +146,7 @@ def power(audit: Mapping[str, Any]) -> str:
 @cache
 def _figures(
     num_canaries: int, pairs: tuple[tuple[int, int], ...], segments: tuple[Segment, ...], delta: float, epsilon: float
-) -> dict[str, Any]:
+) -> Figures:
     guesses = [Guesses(num_canaries, r, v) for r, v in pairs]
     found = [bounds(g, delta, EACH) for g in guesses]
     most = ceiling(num_canaries, delta, EACH)
@@ -103,13 +155,7 @@ def _figures(
     if math.isfinite(epsilon):
         blow_up = _claimed(segments, delta)
         refuted = best > epsilon or any(refutes(g, blow_up, EACH) for g in guesses)
-    return {
-        "epsilon_at_least": best,
-        "epsilon_at_least_if_gaussian": max(b.epsilon_gaussian for b in found),
-        "ceiling": most.epsilon,
-        "ceiling_if_gaussian": most.epsilon_gaussian,
-        "refuted": refuted,
-    }
+    return Figures(best, max(b.epsilon_gaussian for b in found), most.epsilon, most.epsilon_gaussian, refuted)
 
 
 @cache

@@ -1,22 +1,24 @@
 """A mechanism and its ledger go in; privacy.json, the model card and the report come out, and a check of all three."""
 
-from hf_dp.card.record import PRIVACY_JSON, library_versions, privacy_record, with_selection, write_card
+from hf_dp.card.record import Record
 from hf_dp.card.report.page import page
 from hf_dp.card.report.training import DESCRIPTIONS
-from hf_dp.card.verification import read_record, schema_problems, verify
+from hf_dp.card.schema import PRIVACY_JSON, read_record
+from hf_dp.card.verification import verify
 from hf_dp.card.what_leaves import CARD_FILES, WEIGHTS, leaving
+from hf_dp.card.writing import library_versions, privacy_record, with_selection, write_card
 
 __all__ = [
     "CARD_FILES",
     "DESCRIPTIONS",
     "PRIVACY_JSON",
     "WEIGHTS",
+    "Record",
     "leaving",
     "library_versions",
     "page",
     "privacy_record",
     "read_record",
-    "schema_problems",
     "verify",
     "with_selection",
     "write_card",

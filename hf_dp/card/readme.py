@@ -1,14 +1,14 @@
 """The text of README.md -> the same text with our YAML block, tags and section in it.
 
-A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` of the one and
-what stands between START and END in the other; all else is the user's, PEFT's or Trainer's, and stays to the character.
+A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` in the front
+matter, and the text between START and END in the body. Everything else belongs to the user, PEFT or Trainer, and stays
+unchanged to the character.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -21,10 +21,10 @@ _ANY_MARK = re.compile(r"<!-- hf_dp: privacy section, (start|end)\b[^>]*-->")
 
 
 def read_readme(path: Path) -> str:
-    """The file's text as it is, line ends included; "" where there is none.
+    """The file's text with its line ends; "" where there is no file.
 
     Raises:
-        ConfigError: it is not UTF-8.
+        ConfigError: the file is not UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -36,19 +36,18 @@ def read_readme(path: Path) -> str:
         ) from error
 
 
-def with_front_matter(text: str, block: Mapping[str, Any], tags: Sequence[str], *, tagged: bool = True) -> str:
-    """`text` with `privacy: block` in its YAML, and all of `tags`, or none of them if not `tagged`.
+def with_front_matter(text: str, block: Mapping[str, object], tags: Sequence[str], *, tagged: bool = True) -> str:
+    """`text` with `privacy: block` in its YAML and with all of `tags`, or with none of them if not `tagged`.
 
-    Other keys, other tags, their order and their comments stay.
+    Other keys and tags, their order and their comments stay.
 
     Raises:
-        ConfigError: the front matter is not a YAML mapping with a key a line.
+        ConfigError: the front matter is not a YAML mapping with one key a line.
     """
     match = _FRONT_MATTER.match(text)
     front, body = (match["yaml"], text[match.end() :]) if match else ("", text and "\n" + text)
     before = _mapping(front)
-    present = before.get("tags") or []
-    present = [present] if isinstance(present, str) else list(present)
+    present = tags_of(before)
     add = [tag for tag in tags if tag not in present] if tagged else []
     ours = {"privacy": dict(block), "tags": [tag for tag in present if tagged or tag not in tags] + add}
     for key, value in ours.items():
@@ -61,10 +60,10 @@ def with_front_matter(text: str, block: Mapping[str, Any], tags: Sequence[str], 
 
 
 def with_section(text: str, section: str) -> str:
-    """`text` with `section` between the marks: in the old one's place, or at the end.
+    """`text` with `section` between the marks: in place of the old section, or at the end.
 
     Raises:
-        ConfigError: a mark stands alone, so that it is unknown where the old section ends.
+        ConfigError: one of the marks is missing, so that it is unknown where the old section ends.
     """
     newline = _newline(text)
     marked = f"{START}\n{section.strip()}\n{END}".replace("\n", newline)
@@ -74,14 +73,14 @@ def with_section(text: str, section: str) -> str:
         return f"{text}{newline if text and not text.endswith(newline) else ''}{newline}{marked}{newline}"
     if kinds != ["start", "end"]:
         raise ConfigError(
-            f"README.md: expected the privacy section between one start and one end mark, got {', '.join(kinds)}. Delete the "
-            "old section with its marks (<!-- hf_dp: privacy section ... -->); it is then written anew."
+            f"README.md: expected the privacy section between one start and one end mark, got {', '.join(kinds)}. "
+            "Delete the old section with its marks (<!-- hf_dp: privacy section ... -->); it is then written anew."
         )
     return text[: marks[0].start()] + marked + text[marks[1].end() :]
 
 
-def yaml_of(text: str) -> dict[str, Any]:
-    """The front matter as a mapping, {} where there is none.
+def yaml_of(text: str) -> dict[str, object]:
+    """The front matter as a mapping; {} where there is none.
 
     Raises:
         ConfigError: it is not a YAML mapping.
@@ -90,14 +89,20 @@ def yaml_of(text: str) -> dict[str, Any]:
     return _mapping(match["yaml"]) if match else {}
 
 
+def tags_of(front: Mapping[str, object]) -> list[object]:
+    """The front matter's `tags`: a list, where it may also be one text or left out."""
+    tags = front.get("tags")
+    return list(tags) if isinstance(tags, list) else [tags] if tags else []
+
+
 def section_of(text: str) -> str | None:
-    """What stands between the marks, or None where there are not exactly one start and one end."""
+    """The text between the marks, or None where there are not exactly one start and one end."""
     marks = list(_ANY_MARK.finditer(text))
     return text[marks[0].end() : marks[1].start()] if [m[1] for m in marks] == ["start", "end"] else None
 
 
-def to_json(record: Mapping[str, Any]) -> str:
-    """Readable JSON, floats to their last digit; a NaN or an infinity is an error."""
+def to_json(record: Mapping[str, object]) -> str:
+    """Readable JSON with all digits of floats; a NaN or an infinity is an error."""
     return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -105,7 +110,7 @@ def _newline(text: str) -> str:
     return "\r\n" if "\r\n" in text else "\n"
 
 
-def _mapping(front: str) -> dict[str, Any]:
+def _mapping(front: str) -> dict[str, object]:
     try:
         value = yaml.safe_load(front)
     except yaml.YAMLError as error:
@@ -119,11 +124,11 @@ def _mapping(front: str) -> dict[str, Any]:
     return value or {}
 
 
-def _with_key(front: str, key: str, value: Any, newline: str) -> str:
-    """The YAML text with one top-level key set: the new lines take the place of its old ones, or the end.
+def _with_key(front: str, key: str, value: object, newline: str) -> str:
+    """The YAML text with one top-level key set: the new lines replace the old ones, or come at the end.
 
     Raises:
-        ConfigError: that is not YAML any more, as where the old text was one flow mapping `{a: 1}`.
+        ConfigError: the result is not YAML, as where the old text was one flow mapping `{a: 1}`.
     """
     new = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).replace("\n", newline)
     lines = front.splitlines(keepends=True)

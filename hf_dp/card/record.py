@@ -1,345 +1,283 @@
-"""Mechanism + ledger -> `privacy.json`, and into README.md a `privacy:` block, two tags and a section in words.
+"""`privacy.json` of any version -> `Record`, frozen and typed, as the newest version has it; and back to JSON.
 
-Everything written is public: settings, counts of steps, epsilon. Nothing computed on a record goes in, noised or not.
+What a file of an older version lacks is filled in here and nowhere else. `schema_version` keeps the file's value,
+because a record is written back in its own version, and because the claim depends on the version.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from importlib import metadata
-from itertools import accumulate
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, cast
 
-from hf_dp import accounting, durable
-from hf_dp.accounting import RATES, Selection, Tradeoff, selection, tradeoff, tradeoff_below
-from hf_dp.audit import Counts, audit_record
-from hf_dp.card.picture import tradeoff_svg
-from hf_dp.card.readme import read_readme, to_json, with_front_matter, with_section
-from hf_dp.card.words import PICTURE, released, section, units, yaml_block
-from hf_dp.config import MIN_DELTA
-from hf_dp.errors import AccountingError, LedgerError
-from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerHeader, LedgerRecord
-from hf_dp.mechanism import DISCRETE, UNIT, Mechanism, Segment, generator_of
+from hf_dp.accounting import Selection
+from hf_dp.audit import AuditRecord
+from hf_dp.card.schema import schema_problems
+from hf_dp.errors import ConfigError
+from hf_dp.ledger import ExecutedSegment
+from hf_dp.mechanism import Segment
 
-SCHEMA_VERSION = 3
-PRIVACY_JSON = "privacy.json"
-TAGS = ("differential-privacy", "dp-sgd")
-GAUSSIAN = {
-    "name": "Poisson-subsampled Gaussian (DP-SGD)",
-    "noise": "Gaussian of standard deviation noise_multiplier x sensitivity on every coordinate, float32",
-    "noise_precision": "float32",
-    "epsilon_is": "the smaller of PLD and RDP, both upper bounds",
-}
-WHOLE_NUMBERS = {
-    "name": "Poisson-subsampled discrete Gaussian (DP-SGD)",
-    "noise": "discrete Gaussian of standard deviation 2**22 steps of the grid on every coordinate; 2**22 steps are noise_multiplier x "
-    "sensitivity",
-    "noise_precision": "whole numbers",
-    "epsilon_is": "RDP at whole orders, an upper bound",
-}
-EPSILON_OF_SELECTION = "RDP of the best of a random number of runs, an upper bound"
-INFINITE = "infinite"  # what stands for epsilon in JSON and YAML, which have no portable word for infinity
-LIBRARIES = ("hf_dp", "torch", "transformers", "peft", "accelerate", "datasets", "dp-accounting", "numpy")
-
-IDEALIZED = (
-    "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No claim "
-    "is made against attacks on floating-point rounding."
-)
-ON_THE_GRID = (
-    "Each example's clipped gradient is rounded to whole numbers whose norm is bounded exactly, and sum and noise are whole numbers, "
-    "drawn and added without rounding. The floating point before may do what it likes, but it works on one example at a time: what comes "
-    "of an example depends on it, on the released weights and on its own dropout mask, and on no other example.",
-    "The random bits behind draws, noise and dropout masks are as good as independent and uniform.",
-)
-ASSUMPTIONS = (
-    "The number of training {units} is public.",
-    "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the operating "
-    "system, which is never stored.",
-    "One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",
-)
-RUN_AS_DRAWN = (
-    "The number of runs was drawn, once, by the randomness of the operating system and nobody knew it before the last one had ended; each "
-    "run drew its settings from a fixed list; none was left out, repeated or stopped because of what it showed."
-)
-OTHER_RUNS = "The other runs that this model was selected from: their models, scores, curves and number, none of which is given away."
-SCORES = "The score by which this model was selected is computed on evaluation data, whose own records this epsilon does not protect."
-SAMPLER = "Poisson: each record by itself, afresh in each step"
-GROUP_SAMPLER = (
-    "Poisson: each group by itself, afresh in each step; of a drawn group one record, each as likely as another"
-)
-COVERED = (
-    "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were computed from "
-    "the noisy sums alone.",
-    "Whatever is made from the model without the training records: merged, converted or quantised weights, and all that it "
-    "generates.",
-)
-NOT_COVERED = (
-    "What the base model and its tokenizer had learnt before, from whatever data.",
-    "Other models trained on the same records, and settings that were chosen by trying them on these records: their "
-    "epsilons add to this one.",
-    "Side channels: how long training took, its use of memory, and anybody with access to the machine.",
-)
-GENERATORS = {
-    "philox": "Philox4x64 keyed with 128 bits of the operating system's entropy, never stored",
-    "chacha20": "the cipher ChaCha20 keyed with 128 bits of the operating system's entropy, never stored",
-}
-GENERATOR_NAMES = {"philox": "Philox4x64, which is no cipher", "chacha20": "the cipher ChaCha20"}
-PUBLIC_EVAL = "Evaluation data: whoever trained the model declared them public; numbers and choices made with them are not covered."
-PRIVATE_EVAL = "Evaluation data: not declared public; numbers computed on them are not covered."
+INFINITE = "infinite"  # stands for an infinite epsilon in JSON and YAML, which have no portable word for infinity
+SINCE = {
+    "epsilon_at": 2,
+    "tradeoff": 2,
+    "covered": 2,
+    "plans": 3,
+    "epsilon_of_steps_taken": 3,
+}  # field -> first version
+MECHANISM_SINCE = 2  # the version that brought the five fields below
+OF_VERSION_1 = {"released": "the gradient", "loss_bound": None, "generator": "philox", "noise_precision": "float32"}
+JSON_NAMES = {"joint_noise_multiplier": "noise_multiplier"}  # Python's name -> the file's, where they differ
+_Values = dict[str, Any]  # of JSON that the schema has accepted
 
 
-def kind_of(noises: Iterable[str]) -> dict[str, str]:
-    """The words for a mechanism, or an account, of these kinds of noise: whole numbers where all are, or where one is for an account."""
-    return WHOLE_NUMBERS if DISCRETE in noises else GAUSSIAN
+class EpsilonAt(NamedTuple):
+    """An upper bound on epsilon at a further delta."""
+
+    delta: float
+    epsilon: float
 
 
-def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Installed versions by name, without importing any of them; a library that is not installed is left out."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+class TradeoffCurve(NamedTuple):
+    """The best attacker's limits: see `accounting.Tradeoff`."""
+
+    advantage: float
+    false_positive_rates: tuple[float, ...]
+    true_positive_rates: tuple[float, ...]
 
 
-def privacy_record(
-    mechanism: Mechanism,
-    ledger: LedgerRecord,
-    *,
-    libraries: Mapping[str, str],
-    declared: Mapping[str, Any],
-    audit: Counts | None = None,
-) -> dict[str, Any]:
-    """Every number that is needed to compute epsilon again, what is assumed, and what is not covered. All of it public.
+class Accountant(NamedTuple):
+    """The library that computed epsilon, and how its numbers make up the epsilon that is claimed."""
 
-    Epsilon is computed here: from the first step on that of the costliest of the plans, not of the steps charged so far, whose number may
-    follow from what they released; that of those stands beside it as what it is. Where nothing may be claimed (no noise, a debugging seed)
-    every epsilon is the word "infinite", `private` is False and `reason` says why.
+    name: str
+    version: str
+    epsilon_is: str
 
-    Args:
-        mechanism: what was planned.
-        ledger: what was charged, and under which plans (where it has none, that of `mechanism`); of the same N, unit, relation and delta.
-        libraries: name -> version, as `library_versions()` gives them.
-        declared: what the user vouched for: `public_eval`, and anything else worth recording (public, JSON-able).
-        audit: what the canaries of an audited run showed.
 
-    Raises:
-        LedgerError: the ledger is not of this mechanism. Names every difference.
-        AccountingError: its segments cannot be accounted.
+@dataclass(frozen=True)
+class RecordedLevel:
+    """A level of a schedule."""
+
+    num_steps: int
+    sample_rate: float
+    joint_noise_multiplier: float
+    clip_norm: float
+    expected_batch_size: int
+
+
+@dataclass(frozen=True)
+class RecordedMechanism:
+    """What was planned; the schema explains each field. The noise multiplier is that of everything that a step
+    releases.
     """
-    _check_same_run(mechanism, ledger.header)
-    segments = [s for s in ledger.executed if s.num_steps]
-    assert sum(s.num_steps for s in segments) == ledger.num_steps, "the ledger's own sums differ"
-    noises = [s.noise for s in segments] or [mechanism.noise]
-    reason = _reason_against(mechanism, ledger.header, segments)
-    plans = ledger.plans or ((mechanism.segments(),) if ledger.num_steps else ())
-    claimed = () if reason else accounting.claimed(ledger.segments, plans, mechanism.delta)
-    nothing = accounting.Epsilon(*[math.inf] * 3)
-    spent, of_steps = (
-        nothing if reason else accounting.spent(segments, mechanism.delta) for segments in (claimed, ledger.segments)
-    )
-    if not reason and not math.isfinite(spent.epsilon):
-        reason = "the noise is too weak for any finite epsilon at this delta"
-    of_audit = {}
-    if audit is not None:
-        of_audit["audit"] = audit_record(audit, claimed or ledger.segments, mechanism.delta, spent.epsilon)
-    return {
-        **_stated(reason, spent),
-        "delta": mechanism.delta,
-        **further_bounds(claimed, mechanism.delta, claimed=not reason),
-        "accountant": _accountant(noises),
-        "unit": mechanism.unit,
-        "relation": mechanism.relation,
-        "mechanism": _mechanism(mechanism),
-        "num_steps": ledger.num_steps,
-        "segments": [s.stated() for s in segments],
-        "plans": [[s._asdict() for s in plan] for plan in plans],
-        "epsilon_of_steps_taken": _number(of_steps.epsilon),
-        "ledger": {"file": LEDGER_NAME, "head": ledger.head},
-        "declared": dict(declared),
-        **sentences(declared, noises, mechanism.unit),
-        "libraries": dict(libraries),
-        **of_audit,
-    }
+
+    name: str
+    num_examples: int
+    num_examples_is_public: bool
+    expected_batch_size: int
+    clip_norm: float
+    clipping: str
+    sampler: str
+    released: str
+    loss_bound: float | None
+    sensitivity: float
+    noise: str
+    generator: str
+    noise_generator: str
+    noise_precision: str
+    sample_rate: float
+    joint_noise_multiplier: float
+    target_epsilon: float | None
+    num_steps_planned: int
+    levels: tuple[RecordedLevel, ...] = ()
 
 
-def _accountant(noises: list[str]) -> dict[str, str]:
-    version = library_versions(["dp-accounting"]).get("dp-accounting", "unknown")
-    return {"name": "dp-accounting", "version": version, "epsilon_is": kind_of(noises)["epsilon_is"]}
+@dataclass(frozen=True)
+class RecordedSelection:
+    """How the model was selected from a random number of runs."""
+
+    distribution: str
+    mean: float
+    shape: float
+    method: str
+    target_epsilon: float
+    epsilon_of_one_run: float
+    mechanisms: tuple[tuple[Segment, ...], ...]
+
+    @classmethod
+    def of(cls, selected: Selection, delta: float) -> "RecordedSelection":
+        """What a record says of `selected`."""
+        return _selection(selected.stated(delta))
+
+    def selection(self) -> Selection:
+        """For accounting.
+
+        Raises:
+            AccountingError: a value out of range.
+        """
+        return Selection(self.distribution, self.mean, self.mechanisms, self.target_epsilon)
 
 
-def _stated(reason: str | None, claimed: accounting.Epsilon) -> dict[str, Any]:
-    """Whether there is a guarantee, and its epsilon by each accountant."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "private": not reason,
-        "reason": reason,
-        "epsilon": _number(claimed.epsilon),
-        "epsilon_pld": _number(claimed.pld),
-        "epsilon_rdp": _number(claimed.rdp),
-    }
+@dataclass(frozen=True)
+class Record:
+    """Everything that privacy.json says. The schema explains each field; an infinite epsilon is `math.inf`.
 
-
-def with_selection(record: Mapping[str, Any], selected: Selection) -> dict[str, Any]:
-    """The record of one run -> that of the run which a selection kept: epsilon is that of the whole.
-
-    Raises:
-        AccountingError: the selection has no finite epsilon.
+    Where a file's version has no such field: no `epsilon_at`, `covered` and `plans`, `tradeoff` and
+    `epsilon_of_steps_taken` are None.
     """
-    delta = record["delta"]
-    epsilon = selection.spent(selected, delta)
-    noises = [s["noise"] for s in record["segments"]]
-    return {
-        **record,
-        "epsilon": epsilon,
-        "epsilon_pld": INFINITE,
-        "epsilon_rdp": epsilon,
-        **bounds_of_selection(selected, delta),
-        "accountant": record["accountant"] | {"epsilon_is": EPSILON_OF_SELECTION},
-        **sentences(record["declared"], noises, record["unit"], selected=True),
-        "selection": selected.stated(delta),
-    }
 
+    schema_version: int
+    private: bool
+    reason: str | None
+    epsilon: float
+    epsilon_pld: float
+    epsilon_rdp: float
+    delta: float
+    epsilon_at: tuple[EpsilonAt, ...]
+    tradeoff: TradeoffCurve | None
+    accountant: Accountant
+    unit: str
+    relation: str
+    mechanism: RecordedMechanism
+    num_steps: int
+    segments: tuple[ExecutedSegment, ...]
+    plans: tuple[tuple[Segment, ...], ...]
+    epsilon_of_steps_taken: float | None
+    ledger_file: str
+    ledger_head: str
+    declared: Mapping[str, object]
+    assumptions: tuple[str, ...]
+    covered: tuple[str, ...]
+    not_covered: tuple[str, ...]
+    libraries: Mapping[str, str]
+    audit: AuditRecord | None = None
+    selection: RecordedSelection | None = None
 
-def sentences(
-    declared: Mapping[str, Any], noises: Sequence[str], unit: str, *, selected: bool = False
-) -> dict[str, list[str]]:
-    """What is assumed, what epsilon holds for and what it does not, given what the user vouched for, kinds of noise used and unit."""
-    named = ", then ".join(GENERATOR_NAMES[name] for name in sorted({*map(generator_of, noises)}, reverse=True))
-    named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s")}
-    arithmetic = ON_THE_GRID if {*noises} == {DISCRETE} else (IDEALIZED,)
-    return {
-        "assumptions": [
-            *arithmetic,
-            *(text.format(generator=named, **named_unit) for text in ASSUMPTIONS),
-            *([RUN_AS_DRAWN] if selected else []),
-        ],
-        "covered": list(COVERED),
-        "not_covered": [
-            PUBLIC_EVAL if declared.get("public_eval") else PRIVATE_EVAL,
-            *([OTHER_RUNS, SCORES] if selected else []),
-            *NOT_COVERED,
-        ],
-    }
+    @classmethod
+    def of(cls, stated: object) -> "Record":
+        """Reads the JSON of any version.
 
+        Raises:
+            ConfigError: it is not of the form of a version that is known here. Names every place.
+        """
+        problems = schema_problems(stated)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return _record(cast(_Values, stated))
 
-def write_card(folder: str | Path, record: Mapping[str, Any]) -> None:
-    """Writes `privacy.json` and the picture of its trade-off curve into `folder` and states it in README.md.
+    @property
+    def public_eval(self) -> bool:
+        """Whether the evaluation data were declared public."""
+        return self.declared["public_eval"] is True
 
-    README.md is made where there is none. In it only the `privacy:` block, the two tags (taken away where nothing may be
-    claimed) and the text between hf_dp's own comment marks are touched; every other character stays.
-    Writing twice is writing once. Each file is replaced in one piece or not at all.
+    @property
+    def charged(self) -> tuple[Segment, ...]:
+        """The steps that were taken, for accounting."""
+        return tuple(Segment(s.sample_rate, s.joint_noise_multiplier, s.num_steps, s.noise) for s in self.segments)
 
-    Raises:
-        ConfigError: README.md is not UTF-8, its YAML cannot be read, or its marks are damaged; it is then left alone, and
-            privacy.json is written all the same.
-    """
-    folder = Path(folder)
-    durable.replace(folder / PRIVACY_JSON, to_json(record).encode())
-    if record["private"]:
-        durable.replace(folder / PICTURE, tradeoff_svg(record).encode())
-    else:
-        (folder / PICTURE).unlink(missing_ok=True)
-    readme = folder / "README.md"
-    text = with_front_matter(read_readme(readme), yaml_block(record), TAGS, tagged=record["private"])
-    durable.replace(readme, with_section(text, section(record)).encode())
-
-
-def further_bounds(segments: Sequence[Segment], delta: float, *, claimed: bool) -> dict[str, Any]:
-    """Epsilon at several deltas, and the best attacker's rates; nothing where nothing is claimed."""
-    if not claimed:
-        return {"epsilon_at": [], "tradeoff": None}
-    return _bounds(tradeoff(segments, delta), delta, lambda d: accounting.spent(segments, d).epsilon)
-
-
-def bounds_of_selection(selected: Selection, delta: float) -> dict[str, Any]:
-    """The same of the run that a selection kept."""
-    top = selection.spent(selected, delta)
-    curve = tradeoff_below(top, delta, lambda epsilons: selection.deltas(selected, epsilons))
-    return _bounds(curve, delta, lambda d: selection.spent(selected, d))
-
-
-def _bounds(curve: Tradeoff, delta: float, epsilon_at: Callable[[float], float]) -> dict[str, Any]:
-    """Epsilon at delta and at a tenth, a hundredth and a thousandth of it, as far down as an accountant has an answer; and the curve."""
-    found = []
-    for divisor in (1, 10, 100, 1000):
-        if delta / divisor >= MIN_DELTA:
-            with suppress(AccountingError):
-                found.append({"delta": delta / divisor, "epsilon": epsilon_at(delta / divisor)})
-    return {
-        "epsilon_at": found,
-        "tradeoff": {
-            "advantage": curve.advantage,
-            "false_positive_rates": list(RATES),
-            "true_positive_rates": list(curve.true_positive_rates),
-        },
-    }
-
-
-def _mechanism(m: Mechanism) -> dict[str, Any]:
-    return {
-        "name": kind_of([m.noise])["name"],
-        "num_examples": m.num_examples,
-        "num_examples_is_public": True,
-        "expected_batch_size": m.expected_batch_size,
-        "clip_norm": m.clip_norm,
-        "clipping": "Euclidean norm of each example's whole gradient",
-        "sampler": sampler(m.unit),
-        "released": released(m.loss_bound),
-        "loss_bound": m.loss_bound,
-        "sensitivity": m.sensitivity,
-        "noise": kind_of([m.noise])["noise"],
-        "generator": m.generator,
-        "noise_generator": GENERATORS[m.generator],
-        "noise_precision": kind_of([m.noise])["noise_precision"],
-        "sample_rate": m.sample_rate,
-        "noise_multiplier": m.joint_noise_multiplier,
-        "target_epsilon": m.target_epsilon,
-        "num_steps_planned": m.num_steps,
-        **({"levels": _levels(m)} if m.levels else {}),
-    }
-
-
-def _levels(m: Mechanism) -> list[dict[str, Any]]:
-    starts = accumulate((level.num_steps for level in m.levels), initial=0)
-    return [
-        {
-            "num_steps": level.num_steps,
-            "sample_rate": level.sample_rate,
-            "noise_multiplier": level.joint_noise_multiplier,
-            "clip_norm": level.clip_norm,
-            "expected_batch_size": level.expected_batch_size,
+    def stated(self) -> dict[str, object]:
+        """The JSON, as its version has it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        head, file = values.pop("ledger_head"), values.pop("ledger_file")
+        values |= {
+            "epsilon_at": [at._asdict() for at in self.epsilon_at],
+            "tradeoff": None if self.tradeoff is None else _plain(self.tradeoff._asdict()),
+            "accountant": self.accountant._asdict(),
+            "mechanism": self._mechanism_stated(),
+            "segments": [self._segment_stated(s) for s in self.segments],
+            "plans": [[s.stated() for s in plan] for plan in self.plans],
+            "declared": dict(self.declared),
+            "libraries": dict(self.libraries),
+            "audit": None if self.audit is None else self.audit.stated(),
+            "selection": None if self.selection is None else _selection_stated(self.selection),
         }
-        for level in (m.at(start) for start, _ in zip(starts, m.levels, strict=False))
-    ]
+        stated: dict[str, object] = {}
+        for name, value in values.items():
+            is_left_out = name in ("audit", "selection") and value is None
+            if SINCE.get(name, 1) <= self.schema_version and not is_left_out:
+                stated[name] = _plain(value)
+            if name == "epsilon_of_steps_taken":
+                stated["ledger"] = {"file": file, "head": head}
+        return stated
+
+    def _mechanism_stated(self) -> dict[str, object]:
+        values = _named(self.mechanism)
+        if self.schema_version < MECHANISM_SINCE:
+            values = {k: v for k, v in values.items() if k not in OF_VERSION_1 and k != "sensitivity"}
+        levels = [_named(level) for level in self.mechanism.levels]
+        del values["levels"]
+        return values | ({"levels": levels} if levels else {})
+
+    def _segment_stated(self, segment: ExecutedSegment) -> dict[str, object]:
+        values = segment.stated()
+        return values if self.schema_version > 1 else {k: v for k, v in values.items() if k != "noise"}
 
 
-def sampler(unit: str) -> str:
-    """How records come into a step, in words."""
-    return SAMPLER if unit == UNIT else GROUP_SAMPLER
-
-
-def _check_same_run(mechanism: Mechanism, header: LedgerHeader) -> None:
-    different = [
-        f"{name} is {getattr(header, name)!r} in the ledger and {getattr(mechanism, name)!r} in the run"
-        for name in ("num_examples", "unit", "relation", "delta")
-        if getattr(header, name) != getattr(mechanism, name)
-    ]
-    if different:
-        raise LedgerError(f"the ledger is of another run: {'; '.join(different)}. No card is written from it.")
-
-
-def _reason_against(mechanism: Mechanism, header: LedgerHeader, segments: Sequence[ExecutedSegment]) -> str | None:
-    if mechanism.debug or header.debug:
-        return "a fixed debugging seed made sampling and noise predictable"
-    charged = [s.noise_multiplier for s in segments] or [mechanism.joint_noise_multiplier]
-    if 0 in charged:
-        return "no noise was added (noise_multiplier is 0)"
-    return None
-
-
-def _number(epsilon: float) -> float | str:
+def in_json(epsilon: float) -> float | str:
+    """An epsilon as JSON and YAML have it."""
     return epsilon if math.isfinite(epsilon) else INFINITE
+
+
+# ---- JSON that the schema has accepted -> the parts of a record ----------------------------------------------------
+
+
+def _record(given: _Values) -> Record:
+    ledger = given["ledger"]
+    values = {name: value for name, value in given.items() if name != "ledger"}
+    for name in ("epsilon", "epsilon_pld", "epsilon_rdp", "epsilon_of_steps_taken"):
+        values[name] = math.inf if given.get(name) == INFINITE else given.get(name)
+    tradeoff, audit, selection = (given.get(name) for name in ("tradeoff", "audit", "selection"))
+    values |= {
+        "epsilon_at": tuple(EpsilonAt(**at) for at in given.get("epsilon_at", ())),
+        "tradeoff": tradeoff and _tradeoff(tradeoff),
+        "accountant": Accountant(**given["accountant"]),
+        "mechanism": _mechanism(given["mechanism"]),
+        "segments": tuple(ExecutedSegment.of(s) for s in given["segments"]),
+        "plans": tuple(tuple(Segment.of(s) for s in plan) for plan in given.get("plans", ())),
+        "audit": None if audit is None else AuditRecord.of(audit),
+        "selection": None if selection is None else _selection(selection),
+    }
+    for name in ("assumptions", "covered", "not_covered"):
+        values[name] = tuple(given.get(name, ()))
+    return Record(**values, ledger_file=ledger["file"], ledger_head=ledger["head"])
+
+
+def _tradeoff(given: _Values) -> TradeoffCurve:
+    rates = tuple(given["false_positive_rates"]), tuple(given["true_positive_rates"])
+    return TradeoffCurve(given["advantage"], *rates)
+
+
+def _mechanism(given: _Values) -> RecordedMechanism:
+    values: _Values = {**OF_VERSION_1, "sensitivity": given["clip_norm"], **_renamed(given)}
+    levels = tuple(RecordedLevel(**_renamed(level)) for level in given.get("levels", ()))
+    return RecordedMechanism(**values | {"levels": levels})
+
+
+def _selection(given: _Values) -> RecordedSelection:
+    shape = math.inf if given["shape"] == INFINITE else given["shape"]
+    runs = tuple(tuple(Segment.of(s) for s in run) for run in given["mechanisms"])
+    return RecordedSelection(**given | {"shape": shape, "mechanisms": runs})
+
+
+def _renamed(given: _Values) -> _Values:
+    return {"joint_noise_multiplier" if k == "noise_multiplier" else k: v for k, v in given.items()}
+
+
+# ---- and back ------------------------------------------------------------------------------------------------------
+
+
+def _selection_stated(selection: RecordedSelection) -> dict[str, object]:
+    runs = [[s.stated() for s in run] for run in selection.mechanisms]
+    return _named(selection) | {"shape": in_json(selection.shape), "mechanisms": runs}
+
+
+def _named(part: RecordedMechanism | RecordedLevel | RecordedSelection) -> dict[str, object]:
+    return {JSON_NAMES.get(f.name, f.name): getattr(part, f.name) for f in fields(part)}
+
+
+def _plain(value: object) -> object:
+    """Tuples as lists, and an infinite epsilon as the word for it."""
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return in_json(value) if isinstance(value, float) else value

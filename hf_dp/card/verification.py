@@ -1,60 +1,44 @@
-"""A model folder -> what its card, `privacy.json` and ledger claim, each claim checked against a computation of our own.
+"""A model folder -> what its card, `privacy.json` and ledger claim, each claim checked against our own computation.
 
-Nothing in the folder is believed: epsilon is computed again from the steps, the ledger's hash chain is followed, and the card is rendered
-again and compared. The form is that of privacy.schema.json, which knows all versions ever written.
+Nothing in the folder is believed. Epsilon is computed again from the steps, the ledger's hash chain is followed, and
+the card is rendered again and compared. The form is checked by privacy.schema.json, which knows all versions.
 
 What no computation can tell:
 
-- whether the training did what its ledger says, on the data that were declared, with weights that are these;
-- a folder in which everything (record, card, picture, ledger with its hashes) was made anew to fit together. Without the ledger, which
-  may be left out, it is enough to make record, card and picture anew;
+- whether the training did what its ledger says, on the declared data, and produced these weights;
+- a folder in which everything (record, card, picture, ledger with its hashes) was forged consistently. The ledger may
+  be missing; then a forger needs only record, card and picture;
 - whether a model that was selected from several runs was selected as it says, and from no other runs than it lists;
-- what touches no other number: scores behind an audit's counts, a higher target, another number of steps planned in `mechanism`, levels
-  of a schedule that are not the last taken, versions of libraries, the words of a declaration when card and record are both changed.
+- fields that no other number depends on: the scores behind an audit's counts, a higher target, the number of steps
+  planned in `mechanism`, levels of a schedule after the last one taken, versions of libraries, and a declaration that
+  was changed in card and record alike.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hf_dp import accounting
-from hf_dp.accounting import RATES, Selection, selection
+from hf_dp.accounting import RATES, Epsilon, selection
 from hf_dp.audit import computed_again
-from hf_dp.card.picture import tradeoff_svg
-from hf_dp.card.readme import read_readme, section_of, yaml_of
-from hf_dp.card.record import (
-    EPSILON_OF_SELECTION,
-    GENERATORS,
-    INFINITE,
-    PRIVACY_JSON,
-    SCHEMA_VERSION,
-    TAGS,
-    WHOLE_NUMBERS,
-    bounds_of_selection,
-    further_bounds,
-    kind_of,
-    sampler,
-    sentences,
-)
-from hf_dp.card.words import PICTURE, released, section, yaml_block
+from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, WHOLE_NUMBERS, kind_of, sampler, sentences
+from hf_dp.card.readme import read_readme, section_of, tags_of, yaml_of
+from hf_dp.card.record import INFINITE, Record, RecordedLevel, RecordedMechanism, RecordedSelection, in_json
+from hf_dp.card.schema import PRIVACY_JSON, read_record, schema_problems
+from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
+from hf_dp.card.writing import TAGS, Bounds, bounds_of_selection, further_bounds
 from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError
-from hf_dp.ledger import LEDGER_NAME, LedgerRecord, read_ledger
-from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm
+from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerRecord, read_ledger
+from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm, united
 
-ROUNDING = 1e-6  # relative; another version's grid may round the other way
-SCHEMA = "privacy.schema.json"
-PLANNED = ("sample_rate", "noise_multiplier", "clip_norm", "expected_batch_size", "loss_bound")
-LEVEL = PLANNED[:4]
-SEGMENT_OF_VERSION_1 = ("sample_rate", "noise_multiplier", "clip_norm", "expected_batch_size", "num_steps")
+ROUNDING = 1e-6  # relative; another version of the accountant may round the other way
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
+Settings = RecordedMechanism | RecordedLevel | ExecutedSegment
 
 
 class Check(NamedTuple):
-    """One thing that was looked at: what, whether it holds, and what was found (and expected, where it does not)."""
+    """One check: its name, whether it holds, and what was found (and expected, where it does not hold)."""
 
     name: str
     holds: bool
@@ -62,188 +46,154 @@ class Check(NamedTuple):
 
 
 def verify(folder: Path) -> list[Check]:
-    """Every check of a folder that holds `privacy.json`, a README.md, and perhaps the ledger. Reads only.
+    """All checks of a folder that holds `privacy.json`, a README.md, and perhaps the ledger. Only reads.
 
     Raises:
         ConfigError: the folder has no readable privacy.json at all.
     """
-    record = read_record(folder)
-    problems = schema_problems(record)
-    checks = [
-        Check("the form of privacy.json", not problems, "; ".join(problems) or f"schema {record['schema_version']}")
-    ]
+    stated = read_record(folder)
+    problems = schema_problems(stated)
     if problems:
-        return checks
+        return [Check("the form of privacy.json", False, "; ".join(problems))]
+    record = Record.of(stated)
+    checks = [Check("the form of privacy.json", True, f"schema {record.schema_version}")]
     parts = (_settings(record), _epsilon(record), _audit(record), _ledger(folder, record), _readme(folder, record))
     return [*checks, *(check for part in parts for check in part)]
 
 
-def schema_problems(record: Any) -> list[str]:
-    """What keeps `record` from being a privacy.json of a version that is known here: every place, with what is wrong."""
-    from jsonschema import Draft202012Validator
-
-    version = record.get("schema_version") if isinstance(record, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        return [f"schema_version is {version}, at most {SCHEMA_VERSION} is known here: use a newer version of hf_dp"]
-    schema = json.loads(files("hf_dp.card").joinpath(SCHEMA).read_text(encoding="utf-8"))
-    wrong = Draft202012Validator(schema).iter_errors(record)
-    return sorted(f"{'.'.join(map(str, e.absolute_path)) or 'the record'}: {_shortened(e.message)}" for e in wrong)
-
-
-def read_record(folder: Path) -> Any:
-    """privacy.json as it stands, whatever it says.
-
-    Raises:
-        ConfigError: missing, or no JSON.
-    """
-    path = folder / PRIVACY_JSON
-    try:
-        text = path.read_text(encoding="utf-8")
-        # NaN and infinities are no JSON: as words they fail the schema at their place
-        return json.loads(text, parse_constant=str, object_pairs_hook=_without_repetition)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no {PRIVACY_JSON}: expected the folder of a model saved by hf_dp") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{', '.join(repeated)} stands there more than once, and readers would disagree on its value")
-    return dict(pairs)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _settings(record: Mapping[str, Any]) -> Iterator[Check]:
-    mechanism, segments = record["mechanism"], record["segments"]
-    n, delta = mechanism["num_examples"], record["delta"]
-    yield _equal("steps of the segments add up", sum(s["num_steps"] for s in segments), record["num_steps"])
+def _settings(record: Record) -> Iterator[Check]:
+    mechanism, segments = record.mechanism, record.segments
+    n, delta = mechanism.num_examples, record.delta
+    yield _equal("steps of the segments add up", sum(s.num_steps for s in segments), record.num_steps)
     yield Check("delta is below 1 / N", 0 < delta < 1 / n, f"delta = {delta:g}, 1 / N = {1 / n:g}")
-    wrong = [s for s in segments if not math.isclose(s["sample_rate"], s["expected_batch_size"] / n, rel_tol=1e-12)]
+    wrong = [s for s in segments if not _is_rate(s, n)]
     yield Check("q = B / N in every segment", not wrong, f"{len(wrong)} of {len(segments)} segments differ")
-    yield _equal("the neighbouring relation is the one accounted for", record["relation"], RELATION)
-    planned = math.isclose(mechanism["sample_rate"], mechanism["expected_batch_size"] / n, rel_tol=1e-12)
-    if record["schema_version"] > 2:
-        begun = bool(record["plans"]) == bool(segments) and all(record["plans"])
-        yield Check("steps taken have a plan", begun, f"{len(record['plans'])} plans, {record['num_steps']} steps")
-    yield Check("q = B / N in the plan", planned, f"q = {mechanism['sample_rate']:g}")
+    yield _equal("the neighbouring relation is the one accounted for", record.relation, RELATION)
+    if record.schema_version > 2:
+        begun = bool(record.plans) == bool(segments) and all(record.plans)
+        yield Check("steps taken have a plan", begun, f"{len(record.plans)} plans, {record.num_steps} steps")
+    yield Check("q = B / N in the plan", _is_rate(mechanism, n), f"q = {mechanism.sample_rate:g}")
     yield from _plan(mechanism, segments)
-    if record["schema_version"] > 1:
+    if record.schema_version > 1:
         yield _release(record, segments)
-        noises = [s["noise"] for s in segments] or [planned_noise(mechanism)]
-        selected = "selection" in record
-        ours = sentences(record["declared"], noises, record["unit"], selected=selected)
-        different = [name for name in ours if record[name] != ours[name]]
+        noises = [s.noise for s in segments] or [planned_noise(mechanism)]
+        selected = record.selection is not None
+        ours = sentences(record.public_eval, noises, record.unit, selected=selected)._asdict()
+        different = [name for name in ours if getattr(record, name) != ours[name]]
         yield Check("what is assumed, covered and not", not different, ", ".join(different) or "as it should be")
         epsilon_is = EPSILON_OF_SELECTION if selected else kind_of(noises)["epsilon_is"]
-        yield _equal("how epsilon is computed", record["accountant"]["epsilon_is"], epsilon_is)
+        yield _equal("how epsilon is computed", record.accountant.epsilon_is, epsilon_is)
 
 
-def _plan(mechanism: Mapping[str, Any], segments: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
-    """The last steps are of the plan; where it has levels, of one of them, and they are those of one plan."""
-    levels = mechanism.get("levels", [mechanism])
+def _plan(mechanism: RecordedMechanism, segments: Sequence[ExecutedSegment]) -> Iterator[Check]:
+    """The last steps must be those planned, by one of the levels where there are levels; and the levels must be one
+    plan.
+    """
+    levels = mechanism.levels
     if segments:
-        last = {name: segments[-1].get(name) for name in PLANNED}
-        plans = [{"loss_bound": mechanism.get("loss_bound")} | {k: x[k] for k in last if k in x} for x in levels]
+        plans = [{**_of_a_step(x), "loss_bound": mechanism.loss_bound} for x in levels or [mechanism]]
+        last = {**_of_a_step(segments[-1]), "loss_bound": segments[-1].loss_bound}
         yield _equal("the last steps are the plan's", last, last if last in plans else plans[0])
-    if "levels" in mechanism:
-        n, first = mechanism["num_examples"], {name: mechanism[name] for name in LEVEL}
-        same = first == {name: levels[0][name] for name in LEVEL}
-        right = all(math.isclose(x["sample_rate"], x["expected_batch_size"] / n, rel_tol=1e-12) for x in levels)
-        steps = sum(x["num_steps"] for x in levels) == mechanism["num_steps_planned"]
+    if levels:
+        same = _of_a_step(mechanism) == _of_a_step(levels[0])
+        right = all(_is_rate(x, mechanism.num_examples) for x in levels)
+        steps = sum(x.num_steps for x in levels) == mechanism.num_steps_planned
         yield Check("the schedule's levels are one plan", same and right and steps, f"{len(levels)} levels")
 
 
-def planned_noise(mechanism: Mapping[str, Any]) -> str:
-    """The kind of noise of a record without steps, from the words for it."""
-    if mechanism["noise_precision"] == WHOLE_NUMBERS["noise_precision"]:
+def _of_a_step(settings: Settings) -> dict[str, float]:
+    return {
+        "sample_rate": settings.sample_rate,
+        "noise_multiplier": settings.joint_noise_multiplier,
+        "clip_norm": settings.clip_norm,
+        "expected_batch_size": settings.expected_batch_size,
+    }
+
+
+def _is_rate(settings: Settings, num_examples: int) -> bool:
+    """Whether q is B / N."""
+    return math.isclose(settings.sample_rate, settings.expected_batch_size / num_examples, rel_tol=1e-12)
+
+
+def planned_noise(mechanism: RecordedMechanism) -> str:
+    """The kind of noise of a record without steps, from the words that describe it."""
+    if mechanism.noise_precision == WHOLE_NUMBERS["noise_precision"]:
         return DISCRETE
-    return "gaussian" if mechanism["generator"] == "philox" else "gaussian-chacha20"
+    return "gaussian" if mechanism.generator == "philox" else "gaussian-chacha20"
 
 
-def _release(record: Mapping[str, Any], segments: Sequence[Mapping[str, Any]]) -> Check:
-    """Who is drawn, what a step releases, its sensitivity, the noise and its source follow from the settings."""
-    mechanism = record["mechanism"]
-    bound, generator = mechanism["loss_bound"], mechanism["generator"]
-    noise = segments[-1]["noise"] if segments else planned_noise(mechanism)
+def _release(record: Record, segments: Sequence[ExecutedSegment]) -> Check:
+    """Sampler, released vector, sensitivity, noise and its source must follow from the settings."""
+    mechanism = record.mechanism
+    bound, generator = mechanism.loss_bound, mechanism.generator
+    noise = segments[-1].noise if segments else planned_noise(mechanism)
     words = kind_of([noise])
-    expected = {name: words[name] for name in ("name", "noise", "noise_precision")} | {
-        "sampler": sampler(record["unit"]),
+    expected: dict[str, object] = {name: words[name] for name in ("name", "noise", "noise_precision")}
+    expected |= {
+        "sampler": sampler(record.unit),
         "released": released(bound),
-        "sensitivity": mechanism["clip_norm"] * release_norm(bound),
+        "sensitivity": mechanism.clip_norm * release_norm(bound),
         "noise_generator": GENERATORS[generator],
         "generator": generator_of(noise),
     }
     return _equal(
-        "the sampler, what a step releases, and the noise", {name: mechanism[name] for name in expected}, expected
+        "the sampler, what a step releases, and the noise",
+        {name: getattr(mechanism, name) for name in expected},
+        expected,
     )
 
 
-def _epsilon(record: Mapping[str, Any]) -> Iterator[Check]:
-    if not record["private"]:
-        yield Check("a run without a guarantee says so", True, f"epsilon {record['epsilon']}, {record['reason']}")
+def _epsilon(record: Record) -> Iterator[Check]:
+    if not record.private:
+        yield Check("a run without a guarantee says so", True, f"epsilon {in_json(record.epsilon)}, {record.reason}")
         return
-    segments = segments_of(record)
     try:
         claimed = claimed_of(record)
-        ours, of_steps = accounting.spent(claimed, record["delta"]), accounting.spent(segments, record["delta"])
+        ours, of_steps = accounting.spent(claimed, record.delta), accounting.spent(record.charged, record.delta)
     except AccountingError as error:
         yield Check("epsilon can be computed from the segments", False, str(error))
         return
-    if record["schema_version"] > 2:
-        yield _agrees("epsilon of the steps taken", record["epsilon_of_steps_taken"], of_steps.epsilon)
-    yield from _within(ours.epsilon, record["mechanism"]["target_epsilon"], "epsilon")
-    if "selection" in record:
-        yield from _selection(record, segments)
+    if record.schema_version > 2:
+        yield _agrees("epsilon of the steps taken", record.epsilon_of_steps_taken or 0.0, of_steps.epsilon)
+    yield from _within(ours.epsilon, record.mechanism.target_epsilon, "epsilon")
+    if record.selection is not None:
+        yield from _selection(record, record.selection)
         return
-    for name, value in (("epsilon", ours.epsilon), ("epsilon_pld", ours.pld), ("epsilon_rdp", ours.rdp)):
-        yield _agrees(name, record[name], value)
-    if record["schema_version"] > 1:
-        yield _further_bounds(record, further_bounds(claimed, record["delta"], claimed=True))
+    yield from _agree(record, ours)
+    if record.schema_version > 1:
+        yield _further_bounds(record, further_bounds(claimed, record.delta))
 
 
-def segments_of(record: Mapping[str, Any]) -> list[Segment]:
-    """The steps that were taken, for accounting."""
-    return [Segment(**{name: s[name] for name in Segment._fields if name in s}) for s in record["segments"]]
-
-
-def claimed_of(record: Mapping[str, Any]) -> tuple[Segment, ...]:
-    """The steps whose epsilon is claimed: before version 3 those that were taken.
+def claimed_of(record: Record) -> tuple[Segment, ...]:
+    """The steps whose epsilon is claimed; before version 3, those that were taken.
 
     Raises:
         AccountingError: they can't be accounted.
     """
-    plans = [[Segment(**s) for s in plan] for plan in record.get("plans", ())]
-    return accounting.claimed(segments_of(record), plans, record["delta"])
+    return accounting.claimed(record.charged, record.plans, record.delta)
 
 
-def _selection(record: Mapping[str, Any], segments: Sequence[Segment]) -> Iterator[Check]:
-    """Epsilon of the whole, from the runs that were planned; the one that was kept is one of them, as its own segments say."""
-    stated, delta = record["selection"], record["delta"]
+def _selection(record: Record, stated: RecordedSelection) -> Iterator[Check]:
+    """Epsilon of the whole, from the planned runs; and the kept run must be one of these, by its own segments."""
+    delta = record.delta
     try:
-        selected = Selection.of(stated)
-        ours, again = selection.spent(selected, delta), selected.stated(delta)
+        selected = stated.selection()
+        ours, again = selection.spent(selected, delta), RecordedSelection.of(selected, delta)
     except AccountingError as error:
         yield Check("epsilon of the selection can be computed", False, str(error))
         return
-    yield from _within(ours, stated["target_epsilon"], "epsilon of the selection")
-    for name, value in (("epsilon", ours), ("epsilon_pld", math.inf), ("epsilon_rdp", ours)):
-        yield _agrees(name, record[name], value)
-    yield _agrees("epsilon of one run", stated["epsilon_of_one_run"], again["epsilon_of_one_run"])
-    yield _equal("shape of the distribution", stated["shape"], again["shape"])
-    kept = any(_is_begun(segments, run) for run in selected.mechanisms)
+    yield from _within(ours, stated.target_epsilon, "epsilon of the selection")
+    yield from _agree(record, Epsilon(ours, math.inf, ours))
+    yield _agrees("epsilon of one run", stated.epsilon_of_one_run, again.epsilon_of_one_run)
+    yield _equal("shape of the distribution", stated.shape, again.shape)
+    kept = any(_is_begun(record.charged, run) for run in selected.mechanisms)
     yield Check("the run that was kept is one of the runs planned", kept, f"{len(selected.mechanisms)} kinds of run")
     yield _further_bounds(record, bounds_of_selection(selected, delta))
 
 
 def _is_begun(segments: Sequence[Segment], run: Sequence[Segment]) -> bool:
     """Whether `segments` are the plan `run`, or its beginning."""
-    segments, run = _united(segments), _united(run)
+    segments, run = united(segments), united(run)
     if len(segments) > len(run):
         return False
     pairs = list(zip(segments, run, strict=False))
@@ -253,45 +203,44 @@ def _is_begun(segments: Sequence[Segment], run: Sequence[Segment]) -> bool:
     )
 
 
-def _united(segments: Sequence[Segment]) -> list[Segment]:
-    """Neighbours that are accounted alike as one: the ledger also tells C and B apart."""
-    runs = groupby(segments, key=lambda s: s._replace(num_steps=0))
-    return [kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs]
-
-
 def _within(epsilon: float, target: float | None, name: str) -> Iterator[Check]:
     if target is not None:
         within = epsilon <= target * (1 + ROUNDING)
         yield Check(f"{name} is within the target", within, f"{epsilon:.6g} of {target}")
 
 
-def _audit(record: Mapping[str, Any]) -> Iterator[Check]:
-    """The bounds follow from the counts, and do not contradict the claim. Counts and areas under curves are taken as they are."""
-    if "audit" not in record:
+def _audit(record: Record) -> Iterator[Check]:
+    """The bounds must follow from the counts and not contradict the claim. Counts and areas are taken as they are."""
+    if record.audit is None:
         return
-    claim = record["epsilon"] if record["private"] else math.inf
+    claim = record.epsilon if record.private else math.inf
     try:
-        claimed = claimed_of(record) if record["private"] else segments_of(record)
-        ours = computed_again(record["audit"], claimed, record["delta"], claim)
+        claimed = claimed_of(record) if record.private else record.charged
+        ours = computed_again(record.audit, claimed, record.delta, claim)
     except (AuditError, AccountingError) as error:
         yield Check("the audit's bounds, computed again", False, str(error))
         return
-    wrong = [name for name, value in ours.items() if not math.isclose(record["audit"][name], value, rel_tol=ROUNDING)]
+    stated = record.audit.figures
+    wrong = [
+        name for name, a, b in zip(ours._fields, stated, ours, strict=True) if not math.isclose(a, b, rel_tol=ROUNDING)
+    ]
     yield Check("the audit's bounds, computed again", not wrong, ", ".join(wrong) or "as stated")
-    found = f"at least {ours['epsilon_at_least']:.4g}, claimed {record['epsilon']}"
-    yield Check("the audit does not refute the claim", not ours["refuted"], found)
+    found = f"at least {ours.epsilon_at_least:.4g}, claimed {in_json(record.epsilon)}"
+    yield Check("the audit does not refute the claim", not ours.refuted, found)
 
 
-def _further_bounds(record: Mapping[str, Any], computed: Mapping[str, Any]) -> Check:
-    """Epsilon at other deltas and the attacker's rates, each as `_agrees` has it."""
-    stated, ours, expected = record["tradeoff"], computed["tradeoff"], computed["epsilon_at"]
-    pairs = [(stated["advantage"], ours["advantage"])]
-    pairs += zip(stated["true_positive_rates"], ours["true_positive_rates"], strict=False)
-    pairs += ((a["epsilon"], b["epsilon"]) for a, b in zip(record["epsilon_at"], expected, strict=False))
+def _further_bounds(record: Record, computed: Bounds) -> Check:
+    """Epsilon at other deltas and the attacker's rates must agree with the computation, as in `_agrees`."""
+    stated, (expected, ours) = record.tradeoff, computed
+    assert stated is not None, "the schema wants a curve of a private record"
+    assert ours is not None, "further_bounds has one"
+    pairs = [(stated.advantage, ours.advantage)]
+    pairs += zip(stated.true_positive_rates, ours.true_positive_rates, strict=False)
+    pairs += ((a.epsilon, b.epsilon) for a, b in zip(record.epsilon_at, expected, strict=False))
     same = (
-        stated["false_positive_rates"] == list(RATES)
-        and len(stated["true_positive_rates"]) == len(RATES)
-        and [at["delta"] for at in record["epsilon_at"]] == [at["delta"] for at in expected]
+        stated.false_positive_rates == RATES
+        and len(stated.true_positive_rates) == len(RATES)
+        and [at.delta for at in record.epsilon_at] == [at.delta for at in expected]
     )
     wrong = sum(not b * (1 - ROUNDING) - 1e-9 <= a <= b * (1 + LOOSER) + 1e-6 for a, b in pairs)
     return Check(
@@ -301,18 +250,24 @@ def _further_bounds(record: Mapping[str, Any], computed: Mapping[str, Any]) -> C
     )
 
 
-def _agrees(name: str, stated: Any, computed: float) -> Check:
-    """Stated may be the looser by LOOSER, never the tighter: an epsilon that is too small is the lie to look for."""
+def _agree(record: Record, computed: Epsilon) -> Iterator[Check]:
+    yield _agrees("epsilon", record.epsilon, computed.epsilon)
+    yield _agrees("epsilon_pld", record.epsilon_pld, computed.pld)
+    yield _agrees("epsilon_rdp", record.epsilon_rdp, computed.rdp)
+
+
+def _agrees(name: str, stated: float, computed: float) -> Check:
+    """A stated epsilon may exceed ours by the part LOOSER, but must not be lower: that would be the lie."""
     if not math.isfinite(computed):
-        return _equal(f"{name}, computed again", stated, INFINITE)
-    holds = _is_number(stated) and computed * (1 - ROUNDING) <= stated <= computed * (1 + LOOSER)
-    return Check(f"{name}, computed again", holds, f"stated {stated}, computed {computed:.6g}")
+        return _equal(f"{name}, computed again", in_json(stated), INFINITE)
+    holds = computed * (1 - ROUNDING) <= stated <= computed * (1 + LOOSER)
+    return Check(f"{name}, computed again", holds, f"stated {in_json(stated)}, computed {computed:.6g}")
 
 
-def _ledger(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
+def _ledger(folder: Path, record: Record) -> Iterator[Check]:
     path = folder / LEDGER_NAME
     if not path.is_file():
-        yield Check("the ledger", True, f"not in this folder; {PRIVACY_JSON} names head {record['ledger']['head']}")
+        yield Check("the ledger", True, f"not in this folder; {PRIVACY_JSON} names head {record.ledger_head}")
         return
     try:
         ledger = read_ledger(path)
@@ -320,31 +275,29 @@ def _ledger(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
         yield Check("the ledger's hash chain holds", False, str(error))
         return
     yield Check("the ledger's hash chain holds", True, f"{ledger.num_steps} steps, head {ledger.head[:12]}...")
-    yield _equal("steps in the ledger and in privacy.json", ledger.num_steps, record["num_steps"])
-    yield _equal("head of the ledger and in privacy.json", ledger.head, record["ledger"]["head"])
-    executed = [s.stated() for s in ledger.executed if s.num_steps]
-    if record["schema_version"] == 1:
-        executed = [{name: s[name] for name in SEGMENT_OF_VERSION_1} for s in executed]
+    yield _equal("steps in the ledger and in privacy.json", ledger.num_steps, record.num_steps)
+    yield _equal("head of the ledger and in privacy.json", ledger.head, record.ledger_head)
+    executed = tuple(s for s in ledger.executed if s.num_steps)
     yield Check(
-        "segments in the ledger and in privacy.json", executed == record["segments"], f"{len(executed)} in the ledger"
+        "segments in the ledger and in privacy.json", executed == record.segments, f"{len(executed)} in the ledger"
     )
-    if record["schema_version"] > 2:
-        missing = [plan for plan in ledger.plans if [s._asdict() for s in plan] not in record["plans"]]
+    if record.schema_version > 2:
+        missing = [plan for plan in ledger.plans if plan not in record.plans]
         yield Check("plans in the ledger and in privacy.json", not missing, f"{len(ledger.plans)} in the ledger")
     else:
         yield _equal("plans in a ledger from before there were any", len(ledger.planned), 0)
     yield from _header(ledger, record)
 
 
-def _header(ledger: LedgerRecord, record: Mapping[str, Any]) -> Iterator[Check]:
+def _header(ledger: LedgerRecord, record: Record) -> Iterator[Check]:
     header = ledger.header
-    stated = (record["mechanism"]["num_examples"], record["unit"], record["relation"], record["delta"])
+    stated = (record.mechanism.num_examples, record.unit, record.relation, record.delta)
     yield _equal("N, unit, relation, delta", (header.num_examples, header.unit, header.relation, header.delta), stated)
-    claims = not (header.debug and record["private"])
-    yield Check("a debugging run claims nothing", claims, f"debug is {header.debug}, private is {record['private']}")
+    claims = not (header.debug and record.private)
+    yield Check("a debugging run claims nothing", claims, f"debug is {header.debug}, private is {record.private}")
 
 
-def _readme(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
+def _readme(folder: Path, record: Record) -> Iterator[Check]:
     try:
         text = read_readme(folder / "README.md")
         front, written = yaml_of(text), section_of(text)
@@ -352,27 +305,22 @@ def _readme(folder: Path, record: Mapping[str, Any]) -> Iterator[Check]:
         yield Check("README.md can be read", False, str(error))
         return
     yield Check("the card's YAML block", front.get("privacy") == yaml_block(record), f"{_short(front.get('privacy'))}")
-    tags = front.get("tags") or []
-    tagged = [tag for tag in TAGS if tag in tags]
-    yield _equal("the card's tags", tagged, list(TAGS) if record["private"] else [])
+    tagged = [tag for tag in TAGS if tag in tags_of(front)]
+    yield _equal("the card's tags", tagged, list(TAGS) if record.private else [])
     same = written is not None and written.split() == section(record).split()
     yield _as_rendered("the card's section in words", same)
-    if record["private"] and record["schema_version"] > 1:
-        picture = folder / PICTURE
-        yield _as_rendered("the card's picture", picture.is_file() and picture.read_text() == tradeoff_svg(record))
+    if record.private and record.schema_version > 1:
+        path = folder / PICTURE
+        yield _as_rendered("the card's picture", path.is_file() and path.read_text() == picture(record))
 
 
 def _as_rendered(name: str, same: bool) -> Check:
     return Check(name, same, "as privacy.json has it" if same else "missing, edited, or of another version")
 
 
-def _shortened(message: str) -> str:
-    return message if len(message) <= 120 else f"{message[:70]} ... {message[-45:]}"
-
-
-def _equal(name: str, found: Any, expected: Any) -> Check:
+def _equal(name: str, found: object, expected: object) -> Check:
     return Check(name, found == expected, f"{found}" if found == expected else f"found {found}, expected {expected}")
 
 
-def _short(value: Any) -> str:
-    return "missing" if value is None else ", ".join(f"{k} {v}" for k, v in list(dict(value).items())[:2])
+def _short(value: object) -> str:
+    return ", ".join(f"{k} {v}" for k, v in list(value.items())[:2]) if isinstance(value, dict) else "missing"

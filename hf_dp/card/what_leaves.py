@@ -1,6 +1,7 @@
-"""A model's folder -> which of its files leave for the Hub: those that a model is made of, by an allow-list. Imports no torch.
+"""A model's folder -> which of its files may be uploaded to the Hub: those that a model is made of, by an allow-list.
 
-Whatever else lies there stays: keys, records, logs, states that only resuming needs. A symbolic link stays too, wherever it points to.
+Everything else stays: keys, records, logs, and states that only resuming needs. Symbolic links stay too, wherever they
+point. Imports no torch.
 """
 
 from fnmatch import fnmatchcase
@@ -40,25 +41,27 @@ TOKENIZER = (
 )
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 ALLOWED = (*CARD_FILES, *WEIGHTS, *SETTINGS, *TOKENIZER, *PROCESSOR)
-TEMPLATES = "additional_chat_templates"  # a tokenizer's folder, of *.jinja alone
+TEMPLATES = "additional_chat_templates"  # a tokenizer's folder; only its *.jinja files are uploaded
 STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_[0-9]*.pth", "trainer_state.json")
-OF_A_CHECKPOINT = (*STATES, "privacy_complete.json")  # where Trainer was asked to push checkpoints
+OF_A_CHECKPOINT = (*STATES, "privacy_complete.json")  # only where Trainer was asked to push checkpoints
 
 
 class Leaving(NamedTuple):
-    """Paths in a folder, with `/`: what leaves, and what is left behind (of a folder its name, with a `/` at its end)."""
+    """Paths in a folder, with `/`: the files that are uploaded, and what is left behind (a folder's name ends with
+    `/`).
+    """
 
     files: tuple[str, ...]
     behind: tuple[str, ...]
 
     @property
     def words(self) -> str:
-        """What is left behind, in a line."""
+        """What is left behind, in one line."""
         return f"Left behind, as no part of a model: {', '.join(self.behind)}" if self.behind else ""
 
 
 def leaving(folder: Path, *, resumable: bool = False) -> Leaving:
-    """What of `folder` leaves: the model, and, where it is pushed for others to resume from, the states of a checkpoint."""
+    """What of `folder` is uploaded: the model and, if others are to resume from it, the states of a checkpoint."""
     allowed = ALLOWED + OF_A_CHECKPOINT if resumable else ALLOWED
     files, behind = [], []
     for path in sorted(folder.iterdir()):

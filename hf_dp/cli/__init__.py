@@ -1,6 +1,6 @@
 """Arguments of `hf-dp` -> the verb that they name. A user's mistake ends in a few lines on stderr and exit status 2.
 
-Nothing heavy is imported here, nor by a verb before it runs.
+Heavy libraries are imported by a verb only when it runs.
 """
 
 import sys

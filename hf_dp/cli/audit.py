@@ -1,16 +1,22 @@
-"""A recipe -> the same run with canaries among its records, and what they show of its epsilon, in a table."""
+"""A recipe -> the same run with canaries among its records, and a table of what they show about its epsilon."""
 
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from hf_dp.audit import AuditRecord
+    from hf_dp.config import AuditConfig
+    from hf_dp.recipe import Recipe
+    from hf_dp.step import PrivacySpent
 
 CLAIM = (
     "privacy.target_epsilon",
     "privacy.noise_multiplier",
-)  # asked for on the command line, they are the claim to audit
+)  # an override of one of these sets the claim that is audited
 
 
 def audit(
@@ -27,10 +33,11 @@ def audit(
 ) -> None:
     """Measures a lower bound on epsilon: trains the recipe with canaries, at claim 1 unless an override says otherwise.
 
-    First a positive control, without noise, on the canaries alone: an audit without power finds nothing in any run.
+    First comes a positive control, without noise and on the canaries alone: an audit without power finds nothing in any
+    run.
 
-    With --membership 16: LiRA, an attack on the recipe as it stands, at its own epsilon. Sixteen models, and sixteen more without
-    noise, each on a random half of the records; none is kept.
+    With --membership 16: LiRA, an attack on the recipe as it stands, at its own epsilon. Sixteen models, and sixteen
+    more without noise, are trained on random halves of the records; none is kept.
     """
     from hf_dp.cli.folders import no_empty_folder
     from hf_dp.cli.libraries import quiet
@@ -57,33 +64,36 @@ def audit(
         _audited(asked, config)
 
 
-def _audited(asked: Any, config: Any) -> None:
-    from hf_dp.cli.tables import console, print_table
+def _audited(asked: "Recipe", config: "AuditConfig") -> None:
+    from hf_dp.audit import AuditRecord
     from hf_dp.errors import LedgerError
     from hf_dp.ledger import LEDGER_NAME
     from hf_dp.recipe import task
+    from hf_dp.tables import console, print_table
 
     if (asked.output_dir / LEDGER_NAME).exists():
         raise LedgerError(
-            f"{asked.output_dir} holds the ledger of another training: choose another folder (training.output_dir=FOLDER)"
+            f"{asked.output_dir} holds the ledger of another training: choose another folder "
+            "(training.output_dir=FOLDER)"
         )
     control = _control(asked, config)
     trainer = task.build(asked, audit=dataclasses.replace(config, control_auc=control))
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        found = trainer.audit_result()
+        found = AuditRecord.of(trainer.audit_result())
         print_table("The audit", ("", "value", "meaning"), _rows(found, trainer.privacy_spent()))
-        verdict = "[bold red]REFUTED[/]: the claim" if found["refuted"] else "Not refuted: the claim"
+        verdict = "[bold red]REFUTED[/]: the claim" if found.refuted else "Not refuted: the claim"
         console().print(
             f"{verdict} of epsilon {trainer.privacy_spent().epsilon:.4g}. Card: {asked.output_dir / 'README.md'}"
         )
-        if found["refuted"]:
+        if found.refuted:
             raise typer.Exit(1)
 
 
-def _control(asked: Any, config: Any) -> float:
-    """Area under the curve of the same run without noise, on the canaries alone. Its folder is thrown away."""
+def _control(asked: "Recipe", config: "AuditConfig") -> float:
+    """Area under the curve of the same run without noise, on the canaries alone. Its folder is deleted."""
+    from hf_dp.audit import AuditRecord
     from hf_dp.recipe import task
 
     print("Positive control: without noise, on the canaries alone.")
@@ -94,28 +104,28 @@ def _control(asked: Any, config: Any) -> float:
         like = dataclasses.replace(asked, privacy=free, training=training)
         trainer = task.build(like, audit=dataclasses.replace(config, control=True))
         trainer.train()
-        return float(trainer.audit_result()["area_under_curve"])
+        return AuditRecord.of(trainer.audit_result()).area_under_curve
 
 
-def _rows(found: dict[str, Any], spent: Any) -> list[tuple[str, str, str]]:
+def _rows(found: "AuditRecord", spent: "PrivacySpent") -> list[tuple[str, str, str]]:
     from hf_dp.audit import power
 
-    shares = ", ".join(f"{v} of {r}" for r, v in found["guesses"])
-    gaussian = found["epsilon_at_least_if_gaussian"], found["ceiling_if_gaussian"]
+    shares = ", ".join(f"{v} of {r}" for r, v in found.guesses)
+    gaussian = found.epsilon_at_least_if_gaussian, found.ceiling_if_gaussian
     return [
         ("claim", f"{spent.epsilon:.4g}", f"epsilon at delta {spent.delta:g}, after {spent.num_steps} steps"),
         (
             "epsilon at least",
-            f"{found['epsilon_at_least']:.4g}",
-            f"for any mechanism, with {found['confidence']:.0%} confidence",
+            f"{found.epsilon_at_least:.4g}",
+            f"for any mechanism, with {found.confidence:.0%} confidence",
         ),
         ("the same, if Gaussian", f"{gaussian[0]:.4g}", "were the run's trade-off function a Gaussian one"),
         (
             "ceiling",
-            f"{found['ceiling']:.4g}",
-            f"what {found['num_canaries']} canaries can show at most; {gaussian[1]:.4g} if Gaussian",
+            f"{found.ceiling:.4g}",
+            f"what {found.num_canaries} canaries can show at most; {gaussian[1]:.4g} if Gaussian",
         ),
         ("right guesses", shares, "about the coins of a tenth, three tenths and all of the canaries"),
-        ("area under the curve", f"{found['area_under_curve']:.3f}", "of the canaries' scores; 0.5 is guessing"),
-        ("power", f"{found['control_area_under_curve']:.3f}", power(found)),
+        ("area under the curve", f"{found.area_under_curve:.3f}", "of the canaries' scores; 0.5 is guessing"),
+        ("power", f"{found.control_area_under_curve:.3f}", power(found.control_area_under_curve)),
     ]

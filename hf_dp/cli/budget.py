@@ -1,4 +1,4 @@
-"""A budget file -> a new one with a total, or a table of the runs that draw on it. Imports no torch."""
+"""A budget file -> a new one with a total, or a table of the runs that use it. Imports no torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 
 
 def budget(
-    file: Annotated[Path, typer.Argument(help="The budget file; PrivacyConfig(budget_file=...) draws on it.")],
+    file: Annotated[Path, typer.Argument(help="The budget file; PrivacyConfig(budget_file=...) uses it.")],
     target_epsilon: Annotated[float | None, typer.Option(help="Create it: the total of all runs together.")] = None,
     target_delta: Annotated[float | None, typer.Option(help="Create it: delta of the total, below 1 / N.")] = None,
     any_data: Annotated[
-        bool, typer.Option("--any-data", help="Let runs on other forms of the data draw on it too.")
+        bool, typer.Option("--any-data", help="Let runs on other forms of the data use it too.")
     ] = False,
     settle: Annotated[
         Path | None, typer.Option(help="Output folder of a run that will not be resumed: count what it claims.")
     ] = None,
 ) -> None:
-    """Creates a privacy budget for several runs on the same data, or shows what is spent and reserved of one."""
+    """Creates a privacy budget for several runs on the same data, or shows how much of it is spent and reserved."""
     from hf_dp.errors import ConfigError
     from hf_dp.ledger import LEDGER_NAME, Ledger, read_ledger
     from hf_dp.ledger import budget as budgets
@@ -43,7 +43,7 @@ def budget(
 
 def _show(file: Path, found: "Budget") -> None:
     from hf_dp.accounting import round_up, spent
-    from hf_dp.cli.tables import print_table
+    from hf_dp.tables import print_table
 
     delta = found.target_delta
     rows = [
@@ -51,7 +51,7 @@ def _show(file: Path, found: "Budget") -> None:
             run.folder,
             "ended" if run.ended else "reserved",
             ", ".join(
-                f"{s.num_steps:,} at q {s.sample_rate:.4g}, sigma {s.noise_multiplier:.4g}" for s in run.segments
+                f"{s.num_steps:,} at q {s.sample_rate:.4g}, sigma {s.joint_noise_multiplier:.4g}" for s in run.segments
             ),
             f"{round_up(spent(run.segments, delta).epsilon):.5g}",
         )

@@ -1,4 +1,6 @@
-"""A recipe -> the inventory of what it would train, the self-check and the plan. Trains nothing, leaves nothing on disk."""
+"""A recipe -> the inventory of what it would train, the self-check and the plan. Trains nothing, leaves nothing on
+disk.
+"""
 
 import tempfile
 from pathlib import Path
@@ -11,12 +13,13 @@ def check(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")] = None,
 ) -> None:
-    """Shows every trainable parameter with its rule, proves them on made-up records, and prints the plan."""
+    """Shows every trainable parameter with its rule, checks the rules on made-up records, and prints the plan."""
     from hf_dp import accounting
     from hf_dp.cli.libraries import quiet
-    from hf_dp.cli.tables import print_derivation, print_inventory
+    from hf_dp.cli.tables import print_inventory
     from hf_dp.ledger import budget
     from hf_dp.recipe import read, task
+    from hf_dp.tables import print_plan
 
     quiet()
     asked = read(recipe, overrides or [])
@@ -31,7 +34,7 @@ def check(
     derivation = accounting.derivation(
         asked.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
     )
-    print_derivation(derivation, mechanism)
+    print_plan("The plan", derivation, mechanism)
     print(
         f"Self-check passed: a batch is the sum of its examples to {report['difference']:.1e} (rounding allows "
         f"{report['tolerance']:.0e}); removing one moves the clipped sum by {report['sensitivity']:.4f} x C, at most 1."

@@ -1,4 +1,4 @@
-"""An output folder -> the same folder, or what was there before when the run never began."""
+"""An output folder -> the same folder; if the run never began, the empty folders made for it are removed again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +9,9 @@ from hf_dp.errors import HfDpError
 
 @contextmanager
 def no_empty_folder(folder: Path) -> Iterator[None]:
-    """Takes away the empty folders that a failed start has made: `folder` and its new parents, never anything with content."""
+    """Removes the empty folders that a failed start has made: `folder` and its new parents. Nothing with content is
+    removed.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield

@@ -1,10 +1,12 @@
-"""Chatty libraries -> quiet ones, so that what hf-dp says can be read."""
+"""Libraries that print much -> quiet ones, so that what hf-dp prints can be read."""
 
 import warnings
 
 
 def quiet() -> None:
-    """Errors only from transformers, datasets and Python's warnings; bars for downloads stay, bars for loading weights go."""
+    """Only errors from transformers, datasets and Python's warnings. Progress bars of downloads stay; those for loading
+    weights go.
+    """
     import datasets
     import transformers
 

@@ -1,7 +1,9 @@
-"""A recipe -> models trained on random halves of its records, the losses of all on all, and how well members are told from others.
+"""A recipe -> models trained on random halves of its records, the losses of all models on all records, and an attack on
+them.
 
-Each record is in a model's data by a coin of its own, and where it is not an empty one stands in its place: N, q, sigma and T are the
-recipe's, and so is what the guarantee allows. The models are never saved.
+A coin of its own decides for each record and model whether the record is in the model's data. Where it is not, an empty
+record stands in its place. So N, q, sigma and T are the recipe's, and the guarantee is that of the recipe. No model is
+saved.
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import os
 import tempfile
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -18,13 +20,14 @@ import torch
 import typer
 
 from hf_dp.accounting import spent
-from hf_dp.audit import FEWEST_MODELS, Attack, Coins, Floats, ceilings, draw_attacks, is_refuted, lira_scores, measured
-from hf_dp.cli.tables import console, print_table
+from hf_dp.audit import FEWEST_MODELS, Attack, Coins, Floats, ceilings, is_refuted, lira_scores, measured, plot_attacks
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.per_example import IGNORED
 from hf_dp.recipe import Recipe, task
+from hf_dp.tables import console, print_table
+from hf_dp.training import DPTrainer
 
 IN_TURN = {
     "save_strategy": "no",
@@ -36,7 +39,7 @@ IN_TURN = {
 
 
 class Trained(NamedTuple):
-    """Losses of all models on all records [M, n]; what each of them spent, at delta."""
+    """Losses of all models on all records, [M, n]; the steps that each model took; and delta."""
 
     losses: Floats
     segments: tuple[Segment, ...]
@@ -47,7 +50,7 @@ def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None)
     """Trains the models, then as many without noise on the same halves, attacks both, and prints what was found.
 
     Raises:
-        ConfigError: fewer than `FEWEST_MODELS`, or a recipe whose halves cannot be trained.
+        ConfigError: fewer models than `FEWEST_MODELS`, or a recipe whose halves cannot be trained.
         typer.Exit: with status 1, where the claim is refuted.
     """
     _refuse(recipe, num_models)
@@ -66,7 +69,7 @@ def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None)
     epsilon = spent(private.segments, private.delta).epsilon
     _print(found, control, private, epsilon)
     if plot is not None:
-        draw_attacks({"without noise": control, "private": found}, [private.segments], private.delta, plot)
+        plot_attacks({"without noise": control, "private": found}, [private.segments], private.delta, plot)
         print(f"Rates on logarithmic axes: {plot}")
     print("These numbers were computed on the records themselves: no epsilon covers them.")
     if np.isfinite(epsilon) and is_refuted(scores, included, private.segments, private.delta):
@@ -89,7 +92,7 @@ def _refuse(recipe: Recipe, num_models: int) -> None:
 
 
 def _trained(recipe: Recipe, included: Coins, parts: task.Parts) -> Trained:
-    """One model after the other, each in a folder that is thrown away."""
+    """Trains one model after the other, each in a temporary folder."""
     found, last = [], None
     noise = "without noise" if recipe.privacy.noise_multiplier == 0 else "private"
     recipe = dataclasses.replace(recipe, privacy=dataclasses.replace(recipe.privacy, budget_file=None))
@@ -108,19 +111,17 @@ def _trained(recipe: Recipe, included: Coins, parts: task.Parts) -> Trained:
 
 
 def _half(rows: datasets.Dataset, members: Coins) -> datasets.Dataset:
-    """The rows with those that are no members left empty: one token, no target, so that loss and gradient are 0."""
+    """The rows, with those of non-members emptied: one token and no target, so that loss and gradient are 0."""
 
-    def emptied(row: dict[str, Any], index: int) -> dict[str, Any]:
-        if members[index]:
-            return row
-        labels = IGNORED if isinstance(row["labels"], int) else [IGNORED]
-        return {**row, "input_ids": row["input_ids"][:1], "labels": labels}
-
-    return datasets.Dataset.from_list([emptied(row, i) for i, row in enumerate(rows)], features=rows.features)
+    columns = rows.to_dict()
+    for i in np.flatnonzero(~members):
+        columns["input_ids"][i] = columns["input_ids"][i][:1]
+        columns["labels"][i] = IGNORED if isinstance(columns["labels"][i], int) else [IGNORED]
+    return datasets.Dataset.from_dict(columns, features=rows.features)
 
 
-def _losses(trainer: Any, rows: datasets.Dataset) -> Floats:
-    """The model's loss on each row, [n], in evaluation mode, rows of like length together."""
+def _losses(trainer: DPTrainer, rows: datasets.Dataset) -> Floats:
+    """The model's loss on each row, [n], in evaluation mode; rows of similar length are batched together."""
     trainer.model.eval()
     size, order = trainer.args.per_device_train_batch_size, np.argsort([len(ids) for ids in rows["input_ids"]])
     found = np.zeros(len(rows))

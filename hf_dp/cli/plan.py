@@ -1,9 +1,13 @@
-"""Sizes and a target -> the plan: noise, steps, epsilon, each with its rule; and what the run costs. Imports torch for a model alone."""
+"""Sizes and a target -> the plan with its rules, and what the run costs. Imports torch only where a model is named."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from hf_dp.accounting import Derived
+    from hf_dp.mechanism import Mechanism
 
 
 def plan(
@@ -28,11 +32,13 @@ def plan(
     micro_batch_tokens: Annotated[int | None, typer.Option(help="Cost: the most tokens of a micro-batch.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Cost: tokens of an example, padded. Default 256.")] = None,
 ) -> None:
-    """Says what noise a target epsilon needs, or what epsilon a noise gives, before any data or model is there; and what it costs."""
+    """Says what noise a target epsilon needs, or what epsilon a noise gives, before there are data or a model; and what
+    a run costs.
+    """
     from hf_dp import accounting
-    from hf_dp.cli.tables import print_derivation, print_table
     from hf_dp.config import PrivacyConfig
     from hf_dp.errors import ConfigError
+    from hf_dp.tables import print_plan, print_table
 
     if (epochs is None) == (max_steps <= 0):
         raise ConfigError("give exactly one of --epochs and --max-steps")
@@ -57,20 +63,19 @@ def plan(
         batch_schedule=batch_schedule,
         noise=noise,  # type: ignore[arg-type]  # any text; PrivacyConfig says which there are
     )
-    mechanism = accounting.plan(privacy, num_examples, num_train_epochs=epochs or 0.0, max_steps=max_steps)
-    print_derivation(
-        accounting.derivation(privacy, mechanism, num_train_epochs=epochs or 0.0, max_steps=max_steps), mechanism
-    )
+    mechanism = accounting.plan_mechanism(privacy, num_examples, num_train_epochs=epochs or 0.0, max_steps=max_steps)
+    rows = accounting.derivation(privacy, mechanism, num_train_epochs=epochs or 0.0, max_steps=max_steps)
+    print_plan("The plan", rows, mechanism)
     if model is not None:
         print_table("What a run costs", ("", "value", "rule"), _cost(mechanism, model, work))
     if plot is not None:
         _draw(mechanism, plot, against or "steps", epochs)
 
 
-def _draw(mechanism: Any, plot: Path, against: str, epochs: float | None) -> None:
-    from hf_dp.accounting import draw_epsilon
+def _draw(mechanism: "Mechanism", plot: Path, against: str, epochs: float | None) -> None:
+    from hf_dp.accounting import plot_epsilon
 
-    draw_epsilon(mechanism, plot, against, epochs)
+    plot_epsilon(mechanism, plot, against, epochs)
     print(f"Epsilon against {against}: {plot}")
 
 
@@ -85,7 +90,7 @@ def _refuse_work(model: str | None, work: dict[str, int | None]) -> None:
         raise ConfigError("; ".join(wrong))
 
 
-def _cost(mechanism: Any, model: str, work: dict[str, int | None]) -> list[Any]:
+def _cost(mechanism: "Mechanism", model: str, work: dict[str, int | None]) -> "list[Derived]":
     from hf_dp.cli.libraries import quiet
     from hf_dp.recipe import model_shapes, run_cost
 

@@ -1,10 +1,12 @@
-"""A model's folder -> a repository on the Hub, after its card was verified; of it what a model is made of. Imports no torch."""
+"""A model's folder -> a repository on the Hub with the files of the model, after its card was verified. Imports no
+torch.
+"""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,7 +18,7 @@ def push(
     repository: Annotated[str, typer.Argument(help="Its name on the Hub: USER/MODEL.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
-    """Verifies a model's card, then uploads the model with it, in one commit; other files are left behind, and named."""
+    """Verifies a model's card, then uploads the model with it in one commit. Other files are left behind, and named."""
     from hf_dp.card import WEIGHTS, leaving, verify
     from hf_dp.errors import ConfigError
 
@@ -25,7 +27,8 @@ def push(
     failed = [check.name for check in verify(folder) if not check.holds]
     if failed:
         raise ConfigError(
-            f"nothing was uploaded, because the card is not what can be verified ({'; '.join(failed)}): see `hf-dp verify {folder}`"
+            f"nothing was uploaded, because the card is not what can be verified ({'; '.join(failed)}): see `hf-dp "
+            f"verify {folder}`"
         )
     found = leaving(folder)
     needed = [name for name in ("README.md", "privacy.json") if name not in found.files]
@@ -33,16 +36,16 @@ def push(
         needed.append(WEIGHTS[-1] if "adapter_config.json" in found.files else WEIGHTS[0])
     if needed:
         raise ConfigError(
-            f"nothing was uploaded, because {folder} has no {', '.join(needed)} of its own (symbolic links are not followed): save the "
-            "model there, and push again"
+            f"nothing was uploaded, because {folder} has no {', '.join(needed)} of its own (symbolic links are not "
+            "followed): save the model there, and push again"
         )
     if found.behind:
         print(found.words)
     print(f"Pushed: {_upload(folder, repository, private, found.files)}")
 
 
-def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) -> Any:
-    """The commit's address. What was uploaded before a failure is not sent again."""
+def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) -> str:
+    """The commit's address. After a failure, files that were already uploaded are not sent again."""
     from huggingface_hub import HfApi
 
     from hf_dp.errors import ConfigError
@@ -61,7 +64,8 @@ def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) 
         Exception
     ) as error:  # huggingface_hub's own, or of the HTTP library beneath it, which changes with its version
         raise ConfigError(
-            f"{folder} was not pushed to {repository}: {first_line(error)}. {_remedy(error)}. The folder is as it was; try again any time"
+            f"{folder} was not pushed to {repository}: {first_line(error)}. {_remedy(error)}. The folder is as it was; "
+            "try again any time"
         ) from error
 
 

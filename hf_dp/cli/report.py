@@ -1,4 +1,4 @@
-"""A model's folder or Hub name -> one HTML page of what was trained, claimed and checked. Exit status as of verify. Imports no torch."""
+"""A model's folder or Hub name -> an HTML page of what was trained, claimed and checked. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ def report(
 ) -> None:
     """Verifies a model's card, and writes a page for people who must know what it promises."""
     from hf_dp import durable
-    from hf_dp.card import CARD_FILES, DESCRIPTIONS, page, read_record, verify
+    from hf_dp.card import CARD_FILES, DESCRIPTIONS, Record, page, read_record, verify
     from hf_dp.cli.hub import local_copy
     from hf_dp.errors import ConfigError
 
@@ -20,7 +20,8 @@ def report(
     name = Path(model).resolve().name if Path(model).is_dir() else model
     written = output or Path(f"{name.replace('/', '_')}-privacy.html")
     checks = verify(folder)
-    text = page(folder, name, read_record(folder), checks)
+    record = Record.of(read_record(folder)) if checks[0].holds else None
+    text = page(folder, name, record, checks)
     try:
         durable.replace(written, text.encode())
     except OSError as error:

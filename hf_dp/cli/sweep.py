@@ -1,14 +1,14 @@
-"""A recipe and a grid -> the best of a random number of private trainings, with the epsilon of the choice on its card."""
+"""A recipe and a grid -> the best of a random number of private trainings, its card with the epsilon of the choice."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from hf_dp.sweep import Asked, Tell
+    from hf_dp.sweep import Asked, SweepResult, Tell
 
 
 def sweep(
@@ -26,8 +26,9 @@ def sweep(
 ) -> None:
     """Chooses settings: trains combinations of them and keeps the model with the least validation loss.
 
-    The recipe's privacy.target_epsilon is the total: what the selected model's card says, the selection included, is at most
-    that. All trials have the same, smaller epsilon. Only OUT/selected may be published; all else in the folder is private.
+    The recipe's privacy.target_epsilon is the total: what the selected model's card says, the selection included, is at
+    most that. All trials have the same, smaller epsilon. Only OUT/selected may be published; all else in the folder is
+    private.
     """
     from hf_dp.cli.folders import no_empty_folder
     from hf_dp.cli.libraries import quiet
@@ -47,9 +48,9 @@ def sweep(
 
 
 def _swept(asked: "Asked", *, resume: bool) -> None:
-    from hf_dp.cli.tables import print_table
     from hf_dp.sweep import derivation, run
     from hf_dp.sweep import folder as folders
+    from hf_dp.tables import print_table
 
     if resume:
         state = folders.resume(asked.folder, asked.texts)
@@ -66,8 +67,8 @@ def _swept(asked: "Asked", *, resume: bool) -> None:
         found = run.run(asked, state, tell)
     if found is None:
         print(
-            "The number of trials drawn is 0: no model was selected, and none is. (geometric and logarithmic numbers are 1 or more.) "
-            "Another sweep is a second one on the same data, and what both tell adds up."
+            "The number of trials drawn is 0: no model was selected, and none is. (geometric and logarithmic numbers "
+            "are 1 or more.) Another sweep is a second one on the same data, and what both tell adds up."
         )
         raise typer.Exit(1)
     _show(asked.folder, found)
@@ -75,13 +76,13 @@ def _swept(asked: "Asked", *, resume: bool) -> None:
 
 @contextmanager
 def _progress() -> "Iterator[Tell]":
-    """A bar for the trial that runs. How many there will be, and what they show, stays untold."""
+    """A progress bar for the trial that runs. How many trials there will be, and what they show, stays unknown."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed} of {task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bars: dict[int, Any] = {}
+        bars: dict[int, TaskID] = {}
 
         def tell(number: int, step: int, planned: int) -> None:
             if number not in bars:
@@ -91,10 +92,10 @@ def _progress() -> "Iterator[Tell]":
         yield tell
 
 
-def _show(folder: Path, found: Mapping[str, Any]) -> None:
+def _show(folder: Path, found: "SweepResult") -> None:
     from hf_dp.accounting import round_up
-    from hf_dp.cli.tables import print_table
     from hf_dp.sweep import SELECTED
+    from hf_dp.tables import print_table
 
     keys = list(found["trials"][0]["combination"])
     rows = [
@@ -113,8 +114,8 @@ def _show(folder: Path, found: Mapping[str, Any]) -> None:
     print_table(f"Convergence on the validation set. {found['note']}", columns, rows)
     total, together = round_up(found["epsilon_selected"]), round_up(found["epsilon_all_published"])
     print(
-        f"Selected model: epsilon {total:.5g} at delta {found['delta']:g}, the selection included. Were all {len(rows)} trials "
-        f"published: {together:.5g}."
+        f"Selected model: epsilon {total:.5g} at delta {found['delta']:g}, the selection included. Were all "
+        f"{len(rows)} trials published: {together:.5g}."
     )
     print(f"Model: {folder / SELECTED}\nCard: {folder / SELECTED / 'README.md'}")
     print(f"Not for publication: {folder / 'sweep.json'}, {folder / 'sweep.png'}, {folder / 'trials'}")

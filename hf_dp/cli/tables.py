@@ -1,33 +1,14 @@
-"""A plan, an inventory, or numbers before and after -> a table on the terminal."""
+"""An inventory, or numbers before and after -> a table on the terminal."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from hf_dp.accounting import Derived
-from hf_dp.mechanism import Mechanism
-
-NARROWEST = 132  # columns where nobody watches (a pipe, a log): rules stay on few lines
+from hf_dp.per_example import Row
+from hf_dp.tables import console, print_table
 
 
-def console() -> Console:
-    """A terminal's own width; in a pipe a width at which tables can be read."""
-    found = Console()
-    return found if found.is_terminal else Console(width=max(NARROWEST, found.width))
-
-
-def print_derivation(derivation: Sequence[Derived], mechanism: Mechanism) -> None:
-    """Every number of the plan with the rule that it came from."""
-    print_table("The plan", ("", "value", "rule"), derivation)
-    if not mechanism.is_private:
-        console().print("[bold red]NOT PRIVATE[/]: " + ("debug_seed is set" if mechanism.debug else "no noise"))
-
-
-def print_inventory(rows: Sequence[Any]) -> None:
+def print_inventory(rows: Sequence[Row]) -> None:
     """Every trainable parameter; equal ones of different layers share a line: `layers.0-5.` says which."""
     groups: dict[tuple[str, ...], list[list[int]]] = {}
     for row in rows:
@@ -58,15 +39,3 @@ def print_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> No
     """Validation numbers of the base and of the trained model, one row each."""
     rows = [(name.replace("_", " "), f"{before[name]:.4g}", f"{after[name]:.4g}") for name in after if name in before]
     print_table("On the validation set", ("", "before", "after"), rows)
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Text as it is: square brackets in names are no mark-up."""
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    console().print(table)

@@ -1,9 +1,13 @@
 """A recipe -> a private model with its card in the output folder: the whole run."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from hf_dp.recipe import Recipe
+    from hf_dp.training import DPTrainer
 
 
 def train(
@@ -21,7 +25,7 @@ def train(
         _run(asked)
 
 
-def _run(asked: Any) -> None:
+def _run(asked: "Recipe") -> None:
     from hf_dp.cli.tables import print_metrics
     from hf_dp.errors import LedgerError
     from hf_dp.ledger import LEDGER_NAME, has_steps
@@ -30,8 +34,9 @@ def _run(asked: Any) -> None:
     resume = asked.training.get("resume_from_checkpoint")
     if not resume and has_steps(asked.output_dir / LEDGER_NAME):
         raise LedgerError(
-            f"{asked.output_dir} holds the ledger of another training. Choose another folder (training.output_dir=FOLDER), or "
-            "resume that run (training.resume_from_checkpoint=true); what was spent on the same data adds up either way"
+            f"{asked.output_dir} holds the ledger of another training. Choose another folder "
+            "(training.output_dir=FOLDER), or resume that run (training.resume_from_checkpoint=true); what was spent "
+            "on the same data adds up either way"
         )
     trainer = task.build(asked)
     before = task.evaluate(trainer)
@@ -45,17 +50,18 @@ def _run(asked: Any) -> None:
         task.save_class_names(trainer, asked)
 
 
-def _print_end(trainer: Any, asked: Any) -> None:
-    """What was spent, and where everything lies."""
+def _print_end(trainer: "DPTrainer", asked: "Recipe") -> None:
+    """Prints what was spent, and where the files are."""
     from hf_dp.card import PRIVACY_JSON
 
     spent, folder = trainer.privacy_spent(), asked.output_dir
-    if trainer.mechanism.is_private:
+    if trainer.mechanism and trainer.mechanism.is_private:
         print(f"epsilon {spent.epsilon:.4g} at delta {spent.delta:g}, after {spent.num_steps} noisy steps.")
     else:
         print(f"NOT PRIVATE: epsilon is infinite, after {spent.num_steps} steps.")
     if trainer.eval_dataset is not None and not asked.privacy.public_eval:
         print(
-            "The numbers on the validation set are not covered by it (privacy.public_eval=true declares that set public)."
+            "The numbers on the validation set are not covered by it (privacy.public_eval=true declares that set "
+            "public)."
         )
     print(f"Model: {folder}\nCard: {folder / 'README.md'}\nRecord: {folder / PRIVACY_JSON}")

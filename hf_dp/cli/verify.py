@@ -1,4 +1,6 @@
-"""A model's folder or Hub name -> whether its card is true, as far as computation can tell. Exit status 0 or 1. Imports no torch."""
+"""A model's folder or Hub name -> whether its card is true, as far as can be computed. Exit status 0 or 1. Imports no
+torch.
+"""
 
 from typing import Annotated
 
@@ -8,7 +10,7 @@ import typer
 def verify(
     model: Annotated[str, typer.Argument(help="A folder, or the name of a repository on the Hub.")],
 ) -> None:
-    """Computes epsilon again from the record, and compares card, privacy.json and ledger with it and with each other."""
+    """Computes epsilon again from the record, and compares it with card, privacy.json and ledger."""
     from rich.console import Console
     from rich.table import Table
 

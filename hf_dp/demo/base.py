@@ -1,11 +1,11 @@
-"""Public records -> the model that the demo starts from: a byte-level BPE tokenizer and a small Llama, saved in one folder.
+"""Public records -> the model that the demo starts from: a byte-level BPE tokenizer and a small Llama, saved in one
+folder.
 
-Both see the public half only, so nothing in them depends on a private record.
+Both are trained on the public half only, so nothing in them depends on a private record.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
@@ -18,9 +18,8 @@ MAX_TOKENS = 128
 
 
 def train_base(data: DataSection, folder: Path, *, num_steps: int) -> None:
-    """Plain training on the public records of `data.train`, as the templates of `data` make examples of them.
-
-    `folder` then holds model and tokenizer.
+    """Plain training on the public records of `data.train`, with the templates of `data`; saves model and tokenizer in
+    `folder`.
     """
     records = data_files.load(data, "train")
     assert records is not None  # the demo has just written them
@@ -49,7 +48,7 @@ def train_base(data: DataSection, folder: Path, *, num_steps: int) -> None:
 
 
 def train_tokenizer(notes: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the public notes; any other text falls back to bytes."""
+    """A byte-level BPE tokenizer for the public notes; other text is encoded as bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -67,7 +66,7 @@ def train_tokenizer(notes: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def small_llama(tokenizer: Any) -> LlamaForCausalLM:
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """An untrained Llama of about 0.5 million parameters."""
     return LlamaForCausalLM(
         LlamaConfig(

@@ -1,4 +1,4 @@
-"""The demo's recipe -> the same LoRA fine-tuning twice, plain and private, each with its held-out loss along the way."""
+"""The demo's recipe -> the same LoRA fine-tuning twice, plain and private, with the held-out loss along the way."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ class Tuned(NamedTuple):
 
     Attributes:
         model: the model with its adapter.
-        losses: held-out loss in nats a character of the target, the base model's first.
+        losses: held-out loss in nats per character of the target; the first is the base model's.
         epsilons: epsilon charged so far; empty for plain training.
         spent: what was charged in all; None for plain training.
     """
@@ -29,20 +29,20 @@ class Tuned(NamedTuple):
 
 
 def tune_plain(recipe: Recipe, output_dir: Path) -> Tuned:
-    """The recipe without its privacy: plain `Trainer`, batches of the very size that the private run expects."""
+    """The recipe without privacy: plain `Trainer`, with batches of the private run's expected size."""
     keywords = task.trainer_keywords(recipe, task.prepare(recipe), output_dir)
     batch = {"per_device_train_batch_size": recipe.privacy.expected_batch_size}
     return _tuned(Trainer(**{**keywords, "args": dataclasses.replace(keywords["args"], **batch)}))
 
 
 def tune_private(recipe: Recipe) -> Tuned:
-    """The recipe as it stands; model, card and record lie in its output folder then."""
+    """The recipe as it stands; model, card and record are then in its output folder."""
     trainer = task.build(recipe)
     return _tuned(trainer)._replace(spent=trainer.privacy_spent())
 
 
 def _tuned(trainer: Trainer) -> Tuned:
-    """Evaluates before, now and then in training as the recipe says, and at the end; saves the model."""
+    """Evaluates before, during (as the recipe says) and after training; saves the model."""
     before = trainer.evaluate()[LOSS]  # kept here: Trainer's history starts anew with train()
     trainer.train()
     last = (trainer.state.global_step, trainer.evaluate()[LOSS])
@@ -57,5 +57,5 @@ def _tuned(trainer: Trainer) -> Tuned:
 
 
 def _curve(trainer: Trainer, name: str) -> list[tuple[int, float]]:
-    """What was logged under `name`, the last of each step."""
+    """The values logged under `name`; the last one of each step."""
     return sorted({int(entry["step"]): entry[name] for entry in trainer.state.log_history if name in entry}.items())

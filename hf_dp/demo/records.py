@@ -1,7 +1,7 @@
-"""A seed -> made-up customer records: `public` ones of a bicycle shop, `private` ones of an electricity supplier.
+"""A seed -> made-up customer records: public ones of a bicycle shop, private ones of an electricity supplier.
 
-Each record has the columns `topic`, `tone` and `note`. A private note names a person who occurs nowhere else, with an account
-number, a telephone number and an amount. Nobody in here exists.
+Each record has the columns `topic`, `tone` and `note`. A private note names a person who occurs nowhere else, with an
+account number, a telephone number and an amount. None of them exists.
 """
 
 import json
@@ -12,22 +12,23 @@ from typing import NamedTuple
 
 Record = dict[str, str]
 
-FIRST_NAMES = """Ada Aisha Alma Amir Ana Anton Arvid Bela Bruno Carla Chidi Clara Daria David Dilan Edda Elif Emil Enzo Esther
-Farid Fiona Frida Gita Greta Hana Hugo Ida Igor Ines Ivan Jana Jonas Jun Karim Kofi Lara Leif Lena Liam Lucia Maja Malik
-Marek Mei Mila Nadia Nils Noor Olga Omar Otto Paula Pavel Petra Priya Rafael Rosa Ruben Samir Selma Sofia Tamar Teo Tove
-Uma Vera Viktor Wanda Yara Yusuf Zoe""".split()
-SURNAMES = """Adler Almeida Andersen Baker Banerjee Bauer Berg Bianchi Brandt Carter Castro Chen Dahl Diaz Dubois Ekman Farah
-Fischer Fontana Garcia Graf Haas Hansen Horvath Ibrahim Ivanov Jansen Jensen Kaya Keller Khan Kovacs Kowalski Kruger
-Larsen Laurent Lehmann Lopez Lindgren Maier Marino Meyer Moreau Nakamura Nguyen Novak Okafor Olsen Osei Patel Petrov
-Popescu Ricci Romano Rossi Sato Schmid Silva Singh Sorensen Steiner Suzuki Tanaka Torres Vargas Vogel Wagner Weber
-Winter Wolf Yilmaz Zhang Zimmer""".split()
+FIRST_NAMES = """Ada Aisha Alma Amir Ana Anton Arvid Bela Bruno Carla Chidi Clara Daria David Dilan Edda Elif Emil
+Enzo Esther Farid Fiona Frida Gita Greta Hana Hugo Ida Igor Ines Ivan Jana Jonas Jun Karim Kofi Lara Leif Lena Liam
+Lucia Maja Malik Marek Mei Mila Nadia Nils Noor Olga Omar Otto Paula Pavel Petra Priya Rafael Rosa Ruben Samir Selma
+Sofia Tamar Teo Tove Uma Vera Viktor Wanda Yara Yusuf Zoe""".split()
+SURNAMES = """Adler Almeida Andersen Baker Banerjee Bauer Berg Bianchi Brandt Carter Castro Chen Dahl Diaz Dubois
+Ekman Farah Fischer Fontana Garcia Graf Haas Hansen Horvath Ibrahim Ivanov Jansen Jensen Kaya Keller Khan Kovacs
+Kowalski Kruger Larsen Laurent Lehmann Lopez Lindgren Maier Marino Meyer Moreau Nakamura Nguyen Novak Okafor Olsen
+Osei Patel Petrov Popescu Ricci Romano Rossi Sato Schmid Silva Singh Sorensen Steiner Suzuki Tanaka Torres Vargas
+Vogel Wagner Weber Winter Wolf Yilmaz Zhang Zimmer""".split()
 MONTHS = "January February March April May June July August September October November December".split()
 TONES = {"calm": "was friendly", "worried": "sounded worried", "angry": "was upset"}
 
 PUBLIC = {
     "repair": [
         "{name} (phone {phone}) brought the {color} bicycle in on {day}. The {part} is worn: {amount} euros.",
-        "Repair of the {part} asked for on {day} by {name}, account {account}. It takes two days and costs {amount} euros.",
+        "Repair of the {part} asked for on {day} by {name}, account {account}. It takes two days and costs {amount} "
+        "euros.",
     ],
     "order": [
         "{name}, account {account}, ordered a {color} bicycle on {day} at {amount} euros. Call {phone}.",
@@ -55,7 +56,7 @@ PRIVATE = {
 
 
 class Halves(NamedTuple):
-    """Where the records lie: JSON lines, split by person."""
+    """The files with the records: JSON lines, split by person."""
 
     public_train: Path
     private_train: Path
@@ -67,7 +68,7 @@ def write_records(
 ) -> Halves:
     """Writes the three files; the same arguments give the same bytes. No person is in two of them.
 
-    The last of the private records to train on are those `planted`.
+    The last private training records are those in `planted`.
     """
     names = _names(random.Random(f"{seed} names"))
     halves = Halves(*(folder / f"{name}.jsonl" for name in Halves._fields))
@@ -83,7 +84,7 @@ def write_records(
 
 
 def _names(rng: random.Random) -> Iterator[str]:
-    """Every name at most once: first name, an initial, surname, in random order."""
+    """Every name at most once, in random order: first name, an initial, surname."""
     initials = "ABCDEFGHIJKLMNOPRSTUVWYZ"
     everybody = [(f, i, s) for f in range(len(FIRST_NAMES)) for i in range(len(initials)) for s in range(len(SURNAMES))]
     rng.shuffle(everybody)

@@ -1,4 +1,4 @@
-"""What the demo measured -> a table, three examples of generated text, and a plain closing statement."""
+"""The measurements of the demo -> a table, three examples of generated text, and a closing statement."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from hf_dp.demo.secrets import Exposure
 from hf_dp.step import PrivacySpent
 
 
 class Result(NamedTuple):
-    """Held-out losses in nats a character of the target, and what the private run spent."""
+    """Held-out losses in nats per character of the target, and what the private run spent."""
 
     base: float
     private: float
@@ -24,7 +25,7 @@ class Result(NamedTuple):
 
 
 def table(result: Result) -> Table:
-    """One row a model: held-out loss, how much of the way from base to non-private it went, epsilon and delta."""
+    """One row a model: held-out loss, share of the way from base to non-private model, epsilon and delta."""
     gap = result.base - result.non_private
     rows = [
         ("base", result.base, "0", "0"),
@@ -41,8 +42,8 @@ def table(result: Result) -> Table:
     return made
 
 
-def generate(model: Any, tokenizer: Any, prompt: str) -> str:
-    """The model's likeliest continuation of the prompt, word for word."""
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The model's continuation of the prompt, by greedy decoding."""
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
     model.eval()
     with torch.no_grad():
@@ -53,8 +54,7 @@ def generate(model: Any, tokenizer: Any, prompt: str) -> str:
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    text: str = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    return str(tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def show_examples(console: Console, prompt: str, texts: dict[str, str]) -> None:
@@ -68,13 +68,14 @@ def show_examples(console: Console, prompt: str, texts: dict[str, str]) -> None:
 
 
 def statement(result: Result, folder: Path, num_private: int) -> str:
-    """What happened, what may be said of it, and where things lie."""
+    """What happened, what follows from it, and where the files are."""
     spent = result.spent
     card, record = folder / "private" / "README.md", folder / "private" / "privacy.json"
     return f"""\
-The demo is done, in {result.seconds:.0f} s. A small Llama was trained on made-up public records, then fine-tuned with LoRA on
-{num_private:,} made-up private ones, twice, with the same settings and {result.num_steps} optimizer steps: by Trainer and by DPTrainer.
-The private run spent epsilon {spent.epsilon:.4g} at delta {spent.delta:g}, over {spent.num_steps} noisy steps; nothing bounds the other's.
+The demo is done, in {result.seconds:.0f} s. A small Llama was trained on made-up public records, then fine-tuned with
+LoRA on {num_private:,} made-up private ones, twice, with the same settings and {result.num_steps} optimizer steps: by
+Trainer and by DPTrainer. The private run spent epsilon {spent.epsilon:.4g} at delta {spent.delta:g}, over
+{spent.num_steps} noisy steps; nothing bounds the other's.
 The held-out records are declared public (privacy.public_eval): their losses are exact and no part of the guarantee.
 {result.exposure.in_words()}
 

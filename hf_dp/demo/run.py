@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dp import recipe as recipes
 from hf_dp.cli import quiet
-from hf_dp.demo import picture, report, secrets
+from hf_dp.demo import report, secrets
 from hf_dp.demo.base import train_base
 from hf_dp.demo.compare import Tuned, tune_plain, tune_private
 from hf_dp.demo.folder import fresh_folder
+from hf_dp.demo.picture import plot_fine_tunings
 from hf_dp.demo.records import Halves, write_records
 from hf_dp.errors import HfDpError
 from hf_dp.recipe import DataSection, Recipe, Template, nested
@@ -24,7 +25,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 
 
 class Size(NamedTuple):
-    """How much of everything. `overrides` are put over the recipe."""
+    """How much of everything. `overrides` are applied to the recipe."""
 
     num_public: int = 4096
     num_private: int = 16_384
@@ -34,7 +35,7 @@ class Size(NamedTuple):
 
 
 def main() -> None:
-    """Runs the demo in ./out/demo. What is wrong is said in a few lines; the exit status is then 2."""
+    """Runs the demo in ./out/demo. Mistakes end in a few lines, with exit status 2."""
     try:
         run(FOLDER, Size())
     except HfDpError as error:
@@ -84,7 +85,7 @@ def run(folder: Path, size: Size, recipe_path: Path = RECIPE) -> report.Result:
     )
     nested_ones = {"spent": private.spent._asdict(), "exposure": result.exposure._asdict()}
     (folder / "results.json").write_text(json.dumps(result._asdict() | nested_ones, indent=2))
-    picture.draw(
+    plot_fine_tunings(
         folder / "loss_and_epsilon.png", plain=plain, private=private, target_epsilon=recipe.privacy.target_epsilon
     )
     console.rule("4. What came of it")
@@ -105,8 +106,9 @@ def _overrides(folder: Path, halves: Halves) -> list[str]:
 
 
 def _examples(recipe: Recipe, tuned: dict[str, Tuned]) -> tuple[str, dict[str, str]]:
-    """A prompt of the recipe's form, and what each model makes of it."""
-    base, tokenizer = (kind.from_pretrained(recipe.model.name) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    """A prompt in the recipe's form, and each model's continuation."""
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.name)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
     prompt = Template.parse(recipe.data.prompt or "").render({"topic": "outage", "tone": "worried"})
     models = {"base": base, **{name: one.model for name, one in tuned.items()}}
     return prompt, {name: report.generate(model, tokenizer, prompt) for name, model in models.items()}

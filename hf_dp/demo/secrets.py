@@ -1,4 +1,6 @@
-"""A seed -> secrets to plant among the private records, once each, and others that they might have been; a model -> what it gives away."""
+"""A seed -> secrets to plant once among the private records, and alternatives to them; a model -> how far it gives them
+away.
+"""
 
 import random
 from typing import Any, NamedTuple
@@ -6,6 +8,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hf_dp.audit import CHANCE, Floats, are_given_away, exposures
 from hf_dp.demo.base import MAX_TOKENS
@@ -18,7 +21,7 @@ CODE_DIGITS = 6
 
 
 def make_secrets(seed: int = 0) -> list[list[Record]]:
-    """For each secret the record that holds it, then `NUM_OTHERS` with other codes in its place; of people who are nowhere else."""
+    """For each secret, its record, and `NUM_OTHERS` records with other codes; the people occur nowhere else."""
     rng = random.Random(f"{seed} secrets")
     names = [f"{FIRST_NAMES[i]} Q. {SURNAMES[i]}" for i in range(NUM_SECRETS)]  # nobody else has this initial
     return [[_record(name, code) for code in rng.sample(range(10**CODE_DIGITS), NUM_OTHERS + 1)] for name in names]
@@ -29,8 +32,8 @@ def _record(name: str, code: int) -> Record:
     return {"topic": "move", "tone": "calm", "note": note}
 
 
-def written_out(model: Any, tokenizer: Any, data: DataSection, secrets: list[list[Record]]) -> int:
-    """How many of the secrets the model writes out itself, token by token the likeliest, when it is given all that stands before them."""
+def written_out(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> int:
+    """How many secrets the model writes out by greedy decoding, given everything that stands before them."""
     model.eval()
     found = 0
     for group in secrets:
@@ -47,8 +50,8 @@ def written_out(model: Any, tokenizer: Any, data: DataSection, secrets: list[lis
     return found
 
 
-def measure(model: Any, tokenizer: Any, data: DataSection, secrets: list[list[Record]]) -> Floats:
-    """Exposure of each secret in bits: where the model's loss on it stands among those of the others."""
+def measure(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> Floats:
+    """Exposure of each secret in bits, from the rank of the model's loss on it among the losses on the alternatives."""
     collate, table = PadRight(tokenizer.pad_token_id), []
     model.eval()
     for group in secrets:  # one length: a digit is a token
@@ -61,20 +64,22 @@ def measure(model: Any, tokenizer: Any, data: DataSection, secrets: list[list[Re
     return exposures(found[:, 0], found[:, 1:])
 
 
-def given_away(model: Any, tokenizer: Any, data: DataSection, secrets: list[list[Record]]) -> tuple[Floats, int]:
+def given_away(
+    model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]
+) -> tuple[Floats, int]:
     """`measure` and `written_out` of one model."""
     return measure(model, tokenizer, data, secrets), written_out(model, tokenizer, data, secrets)
 
 
 class Exposure(NamedTuple):
-    """What both models give away of the planted secrets.
+    """How far both models give the planted secrets away.
 
     Attributes:
         private: mean exposure in the private model, in bits.
-        non_private: the same in the other.
-        has_power: whether the other gives them away at all.
+        non_private: mean exposure in the non-private model, in bits.
+        has_power: whether the non-private model gives the secrets away at all.
         private_written: how many of them the private model writes out.
-        non_private_written: how many the other does.
+        non_private_written: how many the non-private model writes out.
     """
 
     private: float
@@ -96,9 +101,9 @@ class Exposure(NamedTuple):
             "\nNo power: even without privacy the secrets are not given away, so nothing follows for the private model."
         )
         said = (
-            f"{NUM_SECRETS} secret codes stood once each in the private half. Exposure (Carlini et al. 2019), in bits of at most "
-            f"{np.log2(NUM_OTHERS + 1):.1f}, {CHANCE:.1f} being chance: non-private {self.non_private:.1f}, private {self.private:.1f}.\n"
-            f"Given the note up to its code, the non-private model writes out {self.non_private_written} of them, the private one "
-            f"{self.private_written}."
+            f"{NUM_SECRETS} secret codes stood once each in the private half. Exposure (Carlini et al. 2019), in bits "
+            f"of at most {np.log2(NUM_OTHERS + 1):.1f}, {CHANCE:.1f} being chance: non-private {self.non_private:.1f}, "
+            f"private {self.private:.1f}.\nGiven the note up to its code, the non-private model writes out "
+            f"{self.non_private_written} of them, the private one {self.private_written}."
         )
         return said if self.has_power else said + no_power

@@ -1,10 +1,10 @@
-"""Steps go in before they are released; a record that only grows comes out, and a budget across runs."""
+"""Steps go in before they are released; an append-only record of them comes out, and a budget for several runs."""
 
 from hf_dp.ledger import budget
-from hf_dp.ledger.budget import Budget
+from hf_dp.ledger.budget_file import Budget
 from hf_dp.ledger.checkpoints import COMPLETE, checkpoint_to_resume, step_of
 from hf_dp.ledger.fingerprints import KEY_NAME, fingerprint, key_of, under_key
-from hf_dp.ledger.format import ExecutedSegment, LedgerHeader, LedgerRecord, united
+from hf_dp.ledger.format import ExecutedSegment, LedgerHeader, LedgerRecord
 from hf_dp.ledger.ledger import Ledger, has_steps, read_ledger, refuse_rollback
 from hf_dp.ledger.witness import LEDGER_NAME
 
@@ -26,5 +26,4 @@ __all__ = [
     "refuse_rollback",
     "step_of",
     "under_key",
-    "united",
 ]

@@ -1,122 +1,46 @@
-"""A budget file and what a run plans -> a reservation in it, or an error: several runs on the same data stay within one total.
+"""A budget file and the plan of a run -> a reservation in the file, or an error: several runs on one data set stay
+within a total.
 
-The file is JSON: total (epsilon, delta) and, for each run that draws on it, segments as in a ledger. A run reserves its whole plan, and
-what its ledger already holds, before its first step; all reservations, composed as one mechanism at the total's delta, stay within the
-total. When training ends, a run's part becomes what it claims: its plan, if it took a step, however early it ended. A run that was killed
-or failed keeps its part until it is resumed, or until `settle` is told that it will not be.
+The file is JSON: the total (epsilon, delta) and, for each run that uses it, segments as in a ledger. Before its first
+step, a run reserves its whole plan and what its ledger already holds. All reservations, composed as one mechanism at
+the total's delta, stay within the total. When training ends, the reservation becomes what the run claims: its plan, if
+it took a step, however early it ended. A run that was killed or failed keeps its reservation until it is resumed, or
+until `settle` says that it will not be.
 
-What a later run does with what earlier ones released (learning rate, model, starting weights) is free: composition is adaptive in that.
-Its noise, sample rate and number of steps are not: numerical composition holds for plans that are chosen without looking at what
-earlier runs released. Whoever lets a result decide how much to spend next is outside of what the total promises.
+Composition is adaptive in what later runs do with the results of earlier ones: learning rate, model and starting
+weights may depend on them. Noise, sample rate and number of steps may not: numerical composition holds for plans that
+are chosen without looking at what earlier runs released. If a result decides how much is spent next, the total does not
+hold.
 
-Which run is meant is told by a token beside its ledger, and by its folder: of a folder that was copied, the copy counts as another run.
-An older copy of the budget file, put back, forgets what was spent since: nothing can tell.
+A run is identified by a token beside its ledger, and by its folder: the copy of a folder counts as another run. An
+older copy of the budget file that is put back lacks what was spent since then; nothing can detect that.
 """
 
-import hashlib
-import json
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from filelock import FileLock, Timeout
 
 from hf_dp import durable
-from hf_dp.accounting import affordable_steps, delta_problems, round_up, segment_problems, spent, target_problems
-from hf_dp.config import NOISES
+from hf_dp.accounting import affordable_steps, delta_problems, round_up, spent, target_problems
 from hf_dp.errors import BudgetError
-from hf_dp.ledger.ledger import LEDGER_NAME
-from hf_dp.mechanism import Mechanism, Segment, first_steps
+from hf_dp.ledger.budget_file import TOKEN_NAME, Budget, BudgetEntry, BudgetSubject, encoded, locked, read
+from hf_dp.mechanism import Segment, first_steps
 
-VERSION = 1
-TOKEN_NAME = "_privacy_budget_token"  # with an underscore: Trainer does not push it
-LOCK_SECONDS = (
-    600.0  # accounting takes 14 s for 30 runs of different noise, some ten times that to see how many steps fit
-)
-
-
-class Of(NamedTuple):
-    """What the total is about, as the first run had it; `data` is a fingerprint under the key beside the budget file."""
-
-    data: str
-    num_examples: int
-    unit: str
-    relation: str
-
-    @classmethod
-    def run(cls, mechanism: Mechanism, data: str) -> "Of":
-        """That of a run of `mechanism` on records with this fingerprint."""
-        return cls(data, mechanism.num_examples, mechanism.unit, mechanism.relation)
-
-
-class Drawn(NamedTuple):
-    """One run.
-
-    Attributes:
-        token: as it lies beside its ledger.
-        folder: where its ledger lies.
-        ended: `segments` are what its ledger charged; else what it reserved.
-        charged: steps in its ledger when it reserved or ended; it never has fewer again.
-        segments: what it takes from the total.
-    """
-
-    token: str
-    folder: str
-    ended: bool
-    charged: int
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a budget file says.
-
-    Attributes:
-        target_epsilon: the total.
-        target_delta: at which all runs together are accounted.
-        any_data: runs on other records, or the same in another form, may draw on it too; their costs add up all the same.
-        of: None before the first run.
-        runs: all that drew on it.
-    """
-
-    target_epsilon: float
-    target_delta: float
-    any_data: bool = False
-    of: Of | None = None
-    runs: tuple[Drawn, ...] = ()
-
-    def segments(self, but: Drawn | None = None) -> list[Segment]:
-        """Those of all runs, or of all but one."""
-        return [s for run in self.runs if run != but for s in run.segments]
-
-    def known(self, folder: Path) -> Drawn | None:
-        """The run in `folder`: it has its token, and did not leave the folder that it drew from behind."""
-        token = folder / TOKEN_NAME
-        found = token.read_text(encoding="utf-8") if token.is_file() else ""
-        for run in self.runs:
-            if run.token == found and (run.folder == str(folder) or not (Path(run.folder) / LEDGER_NAME).exists()):
-                return run
-        return None
-
-    def after(self, run: Drawn, *, instead_of: Drawn | None) -> "Budget":
-        """With this run, in place of what it was before."""
-        return replace(self, runs=(*(r for r in self.runs if r != instead_of), run))
+__all__ = ["TOKEN_NAME", "BudgetSubject", "allow_any_data", "create", "read", "reserve", "settle", "try_plan"]
 
 
 def create(path: Path, target_epsilon: float, target_delta: float, *, any_data: bool = False) -> None:
-    """A new budget at `path`.
+    """Creates a budget at `path`.
 
     Raises:
-        BudgetError: numbers out of range; a file is there already, or none can be written.
+        BudgetError: numbers out of range; there is a file already; or the file can't be written.
     """
     wrong = [*target_problems(target_epsilon), *delta_problems(target_delta)]
     if wrong:
         raise BudgetError(f"{path}: {'; '.join(wrong)}")
     try:
-        made = durable.create(path, _encoded(Budget(float(target_epsilon), float(target_delta), any_data)))
+        made = durable.create(path, encoded(Budget(float(target_epsilon), float(target_delta), any_data)))
     except OSError as error:
         raise BudgetError(f"{path} can't be written ({error.strerror}): choose a folder that exists") from error
     if not made:
@@ -124,38 +48,17 @@ def create(path: Path, target_epsilon: float, target_delta: float, *, any_data: 
 
 
 def allow_any_data(path: Path) -> None:
-    """From now on runs on records of any form may draw on the budget."""
-    with _locked(path):
-        durable.replace(path, _encoded(replace(read(path), any_data=True)))
-
-
-def read(path: Path) -> Budget:
-    """What the budget file says.
-
-    Raises:
-        BudgetError: missing, unreadable, or not as hf_dp wrote it.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise BudgetError(
-            f"there is no budget at {path}: `hf-dp budget {path} --target-epsilon E --target-delta D` creates one"
-        ) from error
-    except OSError as error:
-        raise BudgetError(f"{path} can't be read ({error.strerror})") from error
-    try:
-        return _decoded(data)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BudgetError(
-            f"{path} is not as hf_dp wrote it ({error!r}), so what was spent is not known. Put the newest undamaged copy back"
-        ) from error
+    """Lets runs on records in any form use the budget from now on."""
+    with locked(path):
+        durable.replace(path, encoded(replace(read(path), any_data=True)))
 
 
 def try_plan(path: Path, planned: Sequence[Segment]) -> str:
-    """What the budget would come to with one more run of this plan. Reserves nothing, and does not ask which records it is about.
+    """What the budget would come to with one more run of this plan. It reserves nothing, and does not compare the
+    records.
 
     Raises:
-        BudgetError: it would exceed the total, or there is no budget.
+        BudgetError: the plan would exceed the total, or there is no budget.
     """
     path = path.resolve()
     budget = read(path)
@@ -164,63 +67,73 @@ def try_plan(path: Path, planned: Sequence[Segment]) -> str:
         raise BudgetError(_too_much(path, budget, others, planned))
     together = round_up(spent([*others, *planned], budget.target_delta).epsilon)
     return (
-        f"The budget {path} has room for this plan: {len(budget.runs)} runs and this one would come to epsilon {together:.5g} of "
-        f"{budget.target_epsilon:g} at delta {budget.target_delta:g}"
+        f"The budget {path} has room for this plan: {len(budget.runs)} runs and this one would come to epsilon "
+        f"{together:.5g} of {budget.target_epsilon:g} at delta {budget.target_delta:g}"
     )
 
 
 def reserve(
-    path: Path, folder: Path, of: Of, *, charged: Sequence[Segment], asked: Sequence[Segment], is_new: bool
+    path: Path,
+    folder: Path,
+    subject: BudgetSubject,
+    *,
+    charged: Sequence[Segment],
+    asked: Sequence[Segment],
+    is_new: bool,
 ) -> int:
-    """Reserves the steps `asked` beside what the run's ledger has `charged`, in place of what it had reserved.
+    """Reserves the steps `asked` beside what the run's ledger has `charged`, in place of the run's earlier reservation.
 
-    A run that goes on after it was killed gets as many of them as fit, because the steps that it lost are charged again.
+    A run that is resumed after it was killed gets as many of them as fit, because the steps that it lost are charged
+    again.
 
     Args:
         path: the budget file.
         folder: the run's output folder, where its ledger lies.
-        of: what the run is about.
+        subject: what the run is about.
         charged: everything in the ledger so far.
-        asked: the most that this session may take; one step or more.
-        is_new: the ledger was made for this run just now; a token of an earlier run in the same folder is not its own.
+        asked: the most that this session may take; at least one step.
+        is_new: the ledger was just created for this run, so a token in the folder belongs to an earlier one.
 
     Returns:
-        Steps granted.
+        The number of steps granted.
 
     Raises:
-        BudgetError: all runs together would exceed the total; other data, unit or relation; a run without a guarantee; a delta that
-            is none for these data; a ledger with fewer steps than the budget knows of; no budget there.
+        BudgetError: all runs together would exceed the total; other data, unit or relation; a run without a guarantee;
+            a total delta that is not below 1 / N; a ledger with fewer steps than the budget knows of; or no budget
+            there.
     """
     path, folder = path.resolve(), folder.resolve()
-    with _locked(path):
+    with locked(path):
         budget = read(path)
         known = None if is_new else budget.known(folder)
-        wrong = [*_mismatches(budget, of), *_rolled_back(known, charged)]
+        wrong = [*_mismatches(budget, subject), *_rolled_back(known, charged)]
         if wrong:
-            raise BudgetError(f"this run can't draw on the budget {path}: {'; '.join(wrong)}")
+            raise BudgetError(f"this run can't use the budget {path}: {'; '.join(wrong)}")
         others = [*budget.segments(but=known), *charged]
         granted = _steps(asked) if _fits(budget, [*others, *asked]) else 0
         if known is not None and not known.ended and not granted:
-            granted = _room(budget, others, asked)
+            granted = _steps_that_fit(budget, others, asked)
         if granted:
             token = known.token if known is not None else secrets.token_hex(16)
             durable.replace(folder / TOKEN_NAME, token.encode())  # first: a kill in between is a run that is not known
             earlier = known.segments if known is not None and charged else ()  # a claim already, whatever comes now
             segments = _costliest(budget, known, [*charged, *first_steps(asked, granted)], earlier)
-            run = Drawn(token, str(folder), False, _steps(charged), segments)
-            durable.replace(path, _encoded(replace(budget, of=budget.of or of).after(run, instead_of=known)))
+            run = BudgetEntry(token, str(folder), False, _steps(charged), segments)
+            durable.replace(
+                path, encoded(replace(budget, subject=budget.subject or subject).after(run, instead_of=known))
+            )
             return granted
     raise BudgetError(_too_much(path, budget, others, asked))
 
 
 def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence[Sequence[Segment]] = ()) -> None:
-    """The run in `folder` has ended: its part is what it claims, the costliest of what its ledger charged and of its plans there.
+    """Ends the reservation of the run in `folder`: its entry becomes the costliest of what it charged and of its plans.
 
     Raises:
-        BudgetError: the budget knows of no such run, or of more steps than the ledger.
+        BudgetError: the budget knows no such run, or more steps than its ledger has.
     """
     path, folder = path.resolve(), folder.resolve()
-    with _locked(path):
+    with locked(path):
         budget = read(path)
         known = budget.known(folder)
         if known is None:
@@ -228,35 +141,38 @@ def settle(path: Path, folder: Path, charged: Sequence[Segment], plans: Sequence
         wrong = [*_rolled_back(known, charged)]
         if wrong:
             raise BudgetError(f"{folder} can't be settled with the budget {path}: {'; '.join(wrong)}")
-        run = Drawn(known.token, str(folder), True, _steps(charged), _costliest(budget, known, charged, *plans))
-        durable.replace(path, _encoded(budget.after(run, instead_of=known)))
+        run = BudgetEntry(known.token, str(folder), True, _steps(charged), _costliest(budget, known, charged, *plans))
+        durable.replace(path, encoded(budget.after(run, instead_of=known)))
 
 
-# ---- what may be ---------------------------------------------------------------------------------------------------------
+# ---- what may be ---------------------------------------------------------------------------------------------------
 
 
-def _mismatches(budget: Budget, of: Of) -> Iterator[str]:
-    if budget.target_delta >= 1 / of.num_examples:
+def _mismatches(budget: Budget, subject: BudgetSubject) -> Iterator[str]:
+    if budget.target_delta >= 1 / subject.num_examples:
         yield (
-            f"its delta is {budget.target_delta:g}, and must be below 1 / N = {1 / of.num_examples:.3g}: create one with a smaller delta"
+            f"its delta is {budget.target_delta:g}, and must be below 1 / N = {1 / subject.num_examples:.3g}: "
+            "create one with a smaller delta"
         )
-    if budget.of is None:
+    first = budget.subject
+    if first is None:
         return
-    if (of.unit, of.relation) != (budget.of.unit, budget.of.relation):
-        yield f"it counts one {budget.of.unit} under {budget.of.relation}, the run one {of.unit} under {of.relation}"
-    if of.data != budget.of.data and not budget.any_data:
+    if (subject.unit, subject.relation) != (first.unit, first.relation):
+        yield f"it counts one {first.unit} under {first.relation}, the run one {subject.unit} under {subject.relation}"
+    if subject.data != first.data and not budget.any_data:
         yield (
-            f"its first run had other training records ({budget.of.num_examples:,} of them; this run has {of.num_examples:,}), or the same "
-            "in another form or order (another tokenizer, another length), or the key beside the budget file is lost. Where the same "
-            "people are in both, their costs add up: let both draw on it with `hf-dp budget FILE --any-data`. Give a budget of its "
-            "own only to data about other people"
+            f"its first run had other training records ({first.num_examples:,} of them; this run has "
+            f"{subject.num_examples:,}), or the same in another form or order (another tokenizer, another length), or "
+            "the key beside the budget file is lost. Where the same people are in both, their costs add up: let both "
+            "use it with `hf-dp budget FILE --any-data`. Give a budget of its own only to data about other people"
         )
 
 
-def _rolled_back(known: Drawn | None, charged: Sequence[Segment]) -> Iterator[str]:
+def _rolled_back(known: BudgetEntry | None, charged: Sequence[Segment]) -> Iterator[str]:
     if known is not None and _steps(charged) < known.charged:
         yield (
-            f"its ledger has {_steps(charged):,} steps, and the budget knows of {known.charged:,}: put the newest ledger back"
+            f"its ledger has {_steps(charged):,} steps, and the budget knows of {known.charged:,}: put the newest "
+            "ledger back"
         )
 
 
@@ -264,8 +180,8 @@ def _fits(budget: Budget, segments: Sequence[Segment]) -> bool:
     return spent(segments, budget.target_delta).epsilon <= budget.target_epsilon
 
 
-def _costliest(budget: Budget, known: Drawn | None, *runs: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Of what this run may come to, that with which all runs come to most."""
+def _costliest(budget: Budget, known: BudgetEntry | None, *runs: Sequence[Segment]) -> tuple[Segment, ...]:
+    """The one of `runs` (what this run may come to) with which all runs together cost most."""
     found = list(dict.fromkeys(_merged(segments) for segments in runs))
     found = [a for a in found if not any(a != b and _is_within(a, b) for b in found)]
     others = budget.segments(but=known)
@@ -275,30 +191,31 @@ def _costliest(budget: Budget, known: Drawn | None, *runs: Sequence[Segment]) ->
 
 
 def _is_within(few: Sequence[Segment], many: Sequence[Segment]) -> bool:
-    """Whether each kind of step has at least as many in `many`."""
+    """Whether `many` has at least as many steps of each kind as `few`."""
     counts = {s._replace(num_steps=0): s.num_steps for s in many}
     return all(s.num_steps <= counts.get(s._replace(num_steps=0), 0) for s in few)
 
 
-def _room(budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> int:
-    """How many of the steps that are asked fit beside the others."""
+def _steps_that_fit(budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> int:
+    """How many of the steps `asked` fit into the budget beside the others."""
     return affordable_steps(others, asked, target_epsilon=budget.target_epsilon, delta=budget.target_delta)
 
 
 def _too_much(path: Path, budget: Budget, others: Sequence[Segment], asked: Sequence[Segment]) -> str:
-    """Spent, asked, left, and what would fit."""
-    total, delta, fits = budget.target_epsilon, budget.target_delta, _room(budget, others, asked)
+    """The error message: what is spent, what is asked, what is left, and what would fit."""
+    total, delta, fits = budget.target_epsilon, budget.target_delta, _steps_that_fit(budget, others, asked)
     before, alone, after = (spent(s, delta).epsilon for s in (others, asked, [*others, *asked]))
     remedy = (
-        f"There is room for {fits:,} such steps of the {_steps(asked):,}: lower num_train_epochs or max_steps to them, or raise the noise"
+        f"There is room for {fits:,} such steps of the {_steps(asked):,}: lower num_train_epochs or max_steps to them, "
+        "or raise the noise"
         if fits
         else "There is room for no such step: raise the noise, or wait until a run that is under way ends"
     )
     open_runs = sum(not run.ended for run in budget.runs)
     return (
-        f"the budget {path} does not hold this run. Of epsilon {total:g} at delta {delta:g}, {before:.4g} is spent or reserved by "
-        f"{len(budget.runs)} runs ({open_runs} of them not ended); this one asks {alone:.4g} by itself, and together they would come to "
-        f"{after:.4g}. {remedy}. `hf-dp budget {path}` shows all. Nothing was trained"
+        f"the budget {path} does not hold this run. Of epsilon {total:g} at delta {delta:g}, {before:.4g} is spent or "
+        f"reserved by {len(budget.runs)} runs ({open_runs} of them not ended); this one asks {alone:.4g} by itself, "
+        f"and together they would come to {after:.4g}. {remedy}. `hf-dp budget {path}` shows all. Nothing was trained"
     )
 
 
@@ -307,56 +224,9 @@ def _steps(segments: Sequence[Segment]) -> int:
 
 
 def _merged(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """One segment for each (q, sigma, noise), none without steps."""
+    """One segment for each (q, sigma, noise); none without steps."""
     counts: dict[Segment, int] = {}
     for s in segments:
         kind = s._replace(num_steps=0)
         counts[kind] = counts.get(kind, 0) + s.num_steps
     return tuple(kind._replace(num_steps=steps) for kind, steps in counts.items() if steps)
-
-
-# ---- the file ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Nobody else reads and writes the budget meanwhile; whoever comes second waits. The lock ends with the process."""
-    read(path)  # no lock file beside a budget that is not there
-    try:
-        with FileLock(path.with_name(f"_{path.name}.lock"), timeout=LOCK_SECONDS):
-            yield
-    except Timeout as error:
-        raise BudgetError(
-            f"{path} has been in use by another process for {LOCK_SECONDS:g} s: see which, and start again"
-        ) from error
-    except OSError as error:
-        raise BudgetError(
-            f"{path} can't be locked or written ({error.strerror}): give write access, make room"
-        ) from error
-
-
-def _encoded(budget: Budget) -> bytes:
-    of = None if budget.of is None else budget.of._asdict()
-    runs = [run._asdict() | {"segments": [s._asdict() for s in run.segments]} for run in budget.runs]
-    said = {"version": VERSION} | asdict(budget) | {"of": of, "runs": runs}
-    digest = hashlib.sha256(json.dumps(said, allow_nan=False).encode()).hexdigest()
-    return (json.dumps(said | {"sha256": digest}, indent=1) + "\n").encode()
-
-
-def _decoded(data: bytes) -> Budget:
-    """Raises ValueError, TypeError, KeyError or AttributeError where it is not what `_encoded` writes."""
-    said = dict(json.loads(data))
-    if said["version"] != VERSION:
-        raise ValueError(f"version {said['version']!r}, expected {VERSION}")
-    runs = [Drawn(**{**run, "segments": tuple(Segment(**s) for s in run["segments"])}) for run in said["runs"]]
-    totals: dict[str, Any] = {k: said[k] for k in ("target_epsilon", "target_delta", "any_data")}
-    budget = Budget(**totals, of=None if said["of"] is None else Of(**said["of"]), runs=tuple(runs))
-    wrong = [*target_problems(budget.target_epsilon), *delta_problems(budget.target_delta)]
-    wrong += [problem for segment in budget.segments() for problem in segment_problems(segment)]
-    wrong += [f"noise is {s.noise!r}" for s in budget.segments() if s.noise not in NOISES]
-    wrong += [f"ended is {run.ended!r}" for run in runs if type(run.ended) is not bool]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    if _encoded(budget) != data:
-        raise ValueError("its hash is not that of its content")
-    return budget

@@ -1,4 +1,4 @@
-"""An output folder -> the whole checkpoint in it that training resumes from."""
+"""An output folder -> the complete checkpoint in it from which training resumes."""
 
 from pathlib import Path
 
@@ -9,10 +9,11 @@ COMPLETE = "privacy_complete.json"  # the last file of a checkpoint: with it, th
 
 
 def checkpoint_to_resume(folder: Path, asked: str | bool | None) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: True takes the newest *complete* one, passing over half-written ones.
+    """The checkpoint that `resume_from_checkpoint` means; True means the newest *complete* one. Half-written ones are
+    skipped.
 
     Raises:
-        LedgerError: none is there, or the one that was named is not complete.
+        LedgerError: there is none, or the one that was named is not complete.
     """
     if not asked:
         return None
@@ -29,6 +30,6 @@ def checkpoint_to_resume(folder: Path, asked: str | bool | None) -> Path | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's folder is named after; -1 where it has another name."""
+    """The step in the name of a checkpoint's folder; -1 where the name has none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1

@@ -1,7 +1,8 @@
-"""A data set and the folder of its ledger -> a keyed hash of every record, which tells whether a resumed run has the same data.
+"""A data set and the folder of its ledger -> a keyed hash of all records, which shows whether a resumed run has the
+same data.
 
-The hash is HMAC-SHA256 under 256 random bits that stay in the folder, readable by its owner alone, under a name that Trainer leaves out
-of what it pushes. Without a key anybody could hash a guess at the data and compare.
+The hash is HMAC-SHA256 under 256 random bits. The key stays in the folder, readable by its owner alone, under a name
+that Trainer does not upload. Without a key, anybody could hash a guess at the data and compare.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,33 +20,42 @@ from hf_dp import durable
 from hf_dp.errors import ConfigError, LedgerError
 from hf_dp.randomness import fork_forward_rng
 
+if TYPE_CHECKING:
+    import datasets
+
+    from hf_dp.sampling import Records
+
 KEY_NAME = "_privacy_fingerprint.key"
 KEY_BYTES = 32
 ROWS = 1000  # of one Arrow batch; another number would give other fingerprints
+
+
 Update = Callable[[bytes], None]
 
 
-def fingerprint(dataset: Any, folder: Path | str) -> str:
-    """HMAC-SHA256, hex, over the records of `dataset` in their order, under the folder's key (made where it is missing).
+def fingerprint(dataset: "Records", folder: Path | str) -> str:
+    """HMAC-SHA256, in hex, over the records of `dataset` in their order, under the folder's key, which is created if
+    missing.
 
-    The same records in the same order give the same fingerprint in one folder, and unrelated ones in two. A `datasets.Dataset` is read
-    as Arrow, without its transforms; any other map-style data set record by record, with the global generators at a fixed state so
-    that random augmentations repeat, and put back afterwards.
+    The same records in the same order have the same fingerprint in one folder, and unrelated fingerprints in two. A
+    `datasets.Dataset` is read as Arrow, without its transforms. Any other map-style data set is read record by record;
+    meanwhile the global generators are at a fixed state, so that random augmentations repeat, and afterwards they are
+    as before.
 
     Args:
-        dataset: with `len` and integer indices; records of None, bool, int, float, str, bytes, tensors, arrays, images, and
-            mappings and sequences of these.
-        folder: the output folder, beside the ledger.
+        dataset: with `len` and integer indices. Records may be None, bool, int, float, str, bytes, tensors, arrays,
+            images, and mappings and sequences of these.
+        folder: the output folder, where the ledger lies.
 
     Raises:
         ConfigError: a record holds something that has no defined bytes.
-        LedgerError: the key can't be written or read, or is not one.
+        LedgerError: the key can't be written or read, or is not a key.
     """
     return under_key(dataset, key_of(Path(folder)))
 
 
-def under_key(dataset: Any, key: bytes) -> str:
-    """As `fingerprint`, where the key is at hand and the folder need not be: on another machine."""
+def under_key(dataset: "Records", key: bytes) -> str:
+    """`fingerprint` under a key that is given, for a process that cannot read the folder."""
     import datasets
 
     digest = hmac.new(key, digestmod=hashlib.sha256)
@@ -60,10 +70,10 @@ def under_key(dataset: Any, key: bytes) -> str:
 
 
 def key_of(folder: Path) -> bytes:
-    """The folder's key, made where it is missing. It is shown to nobody but the other processes of a run.
+    """The folder's key, created if missing. It is only ever shared with the other processes of a run.
 
     Raises:
-        LedgerError: it can't be written or read, or is not one.
+        LedgerError: the key can't be written or read, or is not a key.
     """
     path = folder / KEY_NAME
     try:
@@ -83,8 +93,10 @@ def key_of(folder: Path) -> bytes:
     return key
 
 
-def _hash_arrow(dataset: Any, update: Update) -> None:
-    """Arrow's own stream format, in batches of `ROWS` rebuilt by `take`, so that slices, chunks and metadata don't matter."""
+def _hash_arrow(dataset: "datasets.Dataset", update: Update) -> None:
+    """Hashes Arrow's stream format in batches of `ROWS`, rebuilt by `take`, so that slices, chunks and metadata don't
+    matter.
+    """
     import pyarrow as pa
 
     _piece(update, "arrow", str(len(dataset)).encode())
@@ -97,8 +109,8 @@ def _hash_arrow(dataset: Any, update: Update) -> None:
         _piece(update, "batch", sink.getvalue().to_pybytes())
 
 
-def _hash_value(value: Any, update: Update) -> None:
-    """Kind, length and bytes of a value, so that no two different values run together."""
+def _hash_value(value: object, update: Update) -> None:
+    """Hashes kind, length and bytes of a value, so that two different values never give the same input to the hash."""
     if value is None or type(value) in (bool, int, float, str):
         _piece(update, type(value).__name__, json.dumps(value).encode())
     elif isinstance(value, bytes):
@@ -116,7 +128,7 @@ def _hash_value(value: Any, update: Update) -> None:
         _hash_array(value, update)
 
 
-def _hash_array(value: Any, update: Update) -> None:
+def _hash_array(value: object, update: Update) -> None:
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -126,8 +138,8 @@ def _hash_array(value: Any, update: Update) -> None:
         array = np.asarray(value)
         if array.dtype.hasobject:
             raise ConfigError(
-                f"a record holds a {type(value).__name__}, which has no defined bytes to fingerprint. Let the data set return None, "
-                "numbers, texts, bytes, tensors, arrays, and mappings and sequences of these"
+                f"a record holds a {type(value).__name__}, which has no defined bytes to fingerprint. Let the data set "
+                "return None, numbers, texts, bytes, tensors, arrays, and mappings and sequences of these"
             )
         header, data = f"{array.dtype.str}{array.shape}", array.tobytes()
     _piece(update, header, data)

@@ -1,33 +1,37 @@
-r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines, each value checked, nothing believed.
+r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines in which every value is checked.
 
-    {"kind":"header","version":2,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,"debug":...,"hash":...}
+    {"kind":"header","version":2,"num_examples":N,"unit":...,"relation":...,"delta":...,"data_fingerprint":...,
+     "debug":...,"hash":...}                                                                            (one line)
     {"kind":"plan","segments":[{"sample_rate":q,"noise_multiplier":sigma,"num_steps":T,"noise":...}],"hash":...}
-    {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"noise":...,"hash":...}
-    {"kind":"step","n":1,"step":0,"hash":...}
+    {"kind":"segment","sample_rate":q,"noise_multiplier":sigma,"clip_norm":C,"expected_batch_size":B,"noise":...,
+     "hash":...}                                                                                        (one line)
+    {"kind":"step","n":1,"hash":...}
 
-A segment whose steps release training loss and batch size too has "loss_bound":L behind its other fields; its noise multiplier is then
-that of all three together (`metrics.py`), so that the accounting of a segment is the same with and without them. Without "noise" it
-is "gaussian".
-A plan says which steps are to follow upon those that stand before it. What a run claims is the epsilon of its plan, however early it
-ends: when it ends may follow from what it released, and epsilon of the steps taken holds for a number fixed beforehand (Rogers et al.
-2016). A run that is resumed may have another plan; the claim is that of the costliest under which a step was taken. Ledgers of version 1
-have none.
-A line's hash is SHA-256 over the hash of the line before (64 zeros before the first) and the line without its hash. `n` counts
-the steps from 1; `step` is the trainer's own number where it gave one. A line whose writing was cut short, which can only be the last,
-counts as one more step. Numbers are checked even where the hashes are right, because accountants answer nonsense with epsilon 0.
+The noise multiplier is the joint one: noise over the sensitivity of everything that a step releases. A segment whose
+steps also release training loss and batch size has "loss_bound":L behind its other fields (`step/metrics.py`); it is
+accounted like any other. Without "noise" the noise is "gaussian".
+
+A plan says which steps are to follow upon those before it. A run claims the epsilon of its plan, however early it ends:
+when it ends may depend on what it released, and the epsilon of the steps taken holds only for a number fixed beforehand
+(Rogers et al. 2016). A run that is resumed may have another plan; then it claims the costliest plan under which a step
+was taken. Ledgers of version 1 have no plans.
+
+A line's hash is SHA-256 over the previous line's hash (64 zeros for the first line) and the line without its hash. `n`
+counts the steps from 1. A step of older ledgers may have the trainer's own number too, as "step". Only the last line
+can have been cut short; it counts as one more step. Numbers are checked even where the hashes are right, because
+accountants answer nonsense with epsilon 0.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
-from hf_dp.config import MIN_DELTA, NOISES
 from hf_dp.errors import LedgerError
-from hf_dp.mechanism import Segment, release_norm
+from hf_dp.ledger.rules import HEADER, PLAN, PLANNED, STEP, check, check_settings
+from hf_dp.mechanism import Segment, release_norm, united
 
 VERSION = 2
 READ = (1, VERSION)  # what is read here
@@ -41,11 +45,11 @@ class LedgerHeader:
 
     Attributes:
         num_examples: N.
-        unit: of privacy, such as "record".
-        relation: of neighbours, such as "zero-out".
+        unit: unit of privacy, such as "record".
+        relation: neighbouring relation, such as "zero-out".
         delta: at which epsilon is stated.
         data_fingerprint: keyed hash of the training set, or None where none was taken.
-        debug: fixed randomness; nothing in the ledger is private.
+        debug: the randomness is fixed, so nothing in the ledger is private.
     """
 
     num_examples: int
@@ -57,10 +61,14 @@ class LedgerHeader:
 
 
 class ExecutedSegment(NamedTuple):
-    """Steps in a row with the same settings, as the ledger has them. `noise_multiplier` is of all that a step releases."""
+    """Consecutive steps with the same settings, as the ledger has them.
+
+    `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases; in files it is
+    `noise_multiplier`.
+    """
 
     sample_rate: float
-    noise_multiplier: float
+    joint_noise_multiplier: float
     clip_norm: float
     expected_batch_size: int
     num_steps: int
@@ -72,13 +80,24 @@ class ExecutedSegment(NamedTuple):
         """The most by which one record moves the vector that a step releases."""
         return self.clip_norm * release_norm(self.loss_bound)
 
-    def stated(self) -> dict[str, Any]:
-        """Field -> value, without those that do not apply: what is written of a segment."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+    @classmethod
+    def of(cls, stated: Mapping[str, object], num_steps: int = 0) -> "ExecutedSegment":
+        """Reads a segment from a file whose values were checked; where it does not say `num_steps`, they are as given
+        here.
+        """
+        values = {
+            "joint_noise_multiplier" if name == "noise_multiplier" else name: value for name, value in stated.items()
+        }
+        return cls(**{"num_steps": num_steps, **values})  # type: ignore[arg-type]
+
+    def stated(self) -> dict[str, object]:
+        """Field -> value, as files have it, without those that do not apply."""
+        values = {"noise_multiplier" if k == "joint_noise_multiplier" else k: v for k, v in self._asdict().items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Planned(NamedTuple):
-    """A plan: after how many steps it was made, and all of its steps, those before it included."""
+    """A plan: after how many steps it was made, and all of its steps, including those before it."""
 
     after: int
     segments: tuple[Segment, ...]
@@ -86,15 +105,15 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class LedgerRecord:
-    """What a ledger says.
+    """The content of a ledger.
 
     Attributes:
         header: what the whole ledger is about.
-        segments: steps in a row with the same q and sigma, for accounting; none of length 0.
-        head: hash of the last whole line, hex.
-        num_steps: steps charged, a torn last line included.
-        torn: the last line was cut short, and counts as one step.
-        executed: the segments as begun, with clip norm and batch size; the last may have no steps yet.
+        segments: consecutive steps with the same q and sigma, for accounting; none of length 0.
+        head: hash of the last whole line, in hex.
+        num_steps: steps charged, including a torn last line.
+        torn: whether the last line was cut short; it counts as one step.
+        executed: the segments as they were begun, with clip norm and batch size; the last one may have no steps yet.
         planned: all plans, in order.
     """
 
@@ -108,48 +127,52 @@ class LedgerRecord:
 
     @property
     def plans(self) -> tuple[tuple[Segment, ...], ...]:
-        """All steps of each plan under which a step was taken; equal ones once. A plan that was given up before its first costs nothing."""
+        """All steps of each plan under which a step was taken; equal plans once.
+
+        A plan that was replaced before a step was taken under it costs nothing.
+        """
         ends = [plan.after for plan in self.planned[1:]] + [self.num_steps]
         begun = (plan.segments for plan, end in zip(self.planned, ends, strict=False) if plan.after < end)
         return tuple(dict.fromkeys(begun))
 
 
-def encode(record: dict[str, Any], previous: str) -> tuple[bytes, str]:
-    """The line of `record` after the line with hash `previous`, and its own hash."""
+def encode(record: dict[str, object], previous: str) -> tuple[bytes, str]:
+    """The line of `record` that follows the line with the hash `previous`, and the line's own hash."""
     body = json.dumps(record, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(f"{previous}{body}".encode()).hexdigest()
     return f'{body[:-1]}{HASH_FIELD}{digest}"}}\n'.encode(), digest
 
 
-def header_record(header: LedgerHeader) -> dict[str, Any]:
+def header_record(header: LedgerHeader) -> dict[str, object]:
     """The first record of a ledger."""
     return {"kind": "header", "version": VERSION, **asdict(header)}
 
 
-def segment_record(segment: ExecutedSegment) -> dict[str, Any]:
+def segment_record(segment: ExecutedSegment) -> dict[str, object]:
     """The record that begins a segment."""
     settings = segment.stated()
     del settings["num_steps"]
     return {"kind": "segment", **settings}
 
 
-def plan_record(upcoming: Sequence[Segment]) -> dict[str, Any]:
+def plan_record(upcoming: Sequence[Segment]) -> dict[str, object]:
     """The record of a plan: the steps that are to follow."""
-    return {"kind": "plan", "segments": [s._asdict() for s in upcoming]}
+    return {"kind": "plan", "segments": [s.stated() for s in upcoming]}
 
 
-def step_record(count: int, step_number: int | None) -> dict[str, Any]:
+def step_record(count: int) -> dict[str, object]:
     """The record of the `count`-th step."""
-    return {"kind": "step", "n": count} | ({} if step_number is None else {"step": step_number})
+    return {"kind": "step", "n": count}
 
 
 def parse(data: bytes, name: str) -> LedgerRecord:
-    """What the ledger `data` says; `name` is how errors call it.
+    """The content of the ledger `data`; errors call it `name`.
 
-    A torn last line is recovered: the steps before it, and one more.
+    A torn last line is recovered: it counts as one step.
 
     Raises:
-        LedgerError: any other damage, naming line, expected, found and remedy; an unknown version; a value out of range.
+        LedgerError: any other damage, naming line, expected, found and remedy; an unknown version; a value out of
+            range.
     """
     *lines, rest = data.split(b"\n")
     reader = _Reader()
@@ -179,29 +202,23 @@ def parse(data: bytes, name: str) -> LedgerRecord:
 
 
 def plan_after(executed: Sequence[ExecutedSegment], upcoming: Sequence[Segment]) -> Planned:
-    """The plan by which `upcoming` follows upon what was executed."""
+    """The plan by which `upcoming` steps follow upon those that were executed."""
     return Planned(sum(s.num_steps for s in executed), united([*for_accounting(executed), *upcoming]))
 
 
-def united(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Neighbours with the same q, sigma and noise as one, empty ones left out."""
-    runs = groupby((s for s in segments if s.num_steps), key=lambda s: s._replace(num_steps=0))
-    return tuple(kind._replace(num_steps=sum(s.num_steps for s in run)) for kind, run in runs)
-
-
 def for_accounting(segments: Sequence[ExecutedSegment]) -> tuple[Segment, ...]:
-    """Run-length form: neighbours with the same q, sigma and noise united, empty ones left out."""
-    return united(Segment(s.sample_rate, s.noise_multiplier, s.num_steps, s.noise) for s in segments)
+    """The segments as accounting needs them, run-length encoded."""
+    return united(Segment(s.sample_rate, s.joint_noise_multiplier, s.num_steps, s.noise) for s in segments)
 
 
 def check_header(header: LedgerHeader) -> None:
-    """Raises ValueError, naming all that is wrong."""
-    _check(asdict(header), _HEADER_RULES)
+    """Raises ValueError, naming everything that is wrong."""
+    check(asdict(header), HEADER)
 
 
 def check_segment(segment: ExecutedSegment, num_examples: int) -> None:
-    """Raises ValueError, naming all that is wrong; q must be B / N."""
-    _check_settings({k: v for k, v in segment.stated().items() if k != "num_steps"})
+    """Raises ValueError, naming everything that is wrong; q must be B / N."""
+    check_settings({k: v for k, v in segment.stated().items() if k != "num_steps"})
     expected = segment.expected_batch_size / num_examples
     if not math.isclose(segment.sample_rate, expected, rel_tol=1e-9):  # room for one rounding, none for another q
         raise ValueError(
@@ -212,7 +229,7 @@ def check_segment(segment: ExecutedSegment, num_examples: int) -> None:
 # ---- reading one line ------------------------------------------------------------------------------------------------
 
 
-def _decode(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
+def _decode(line: bytes, previous: str) -> tuple[dict[str, object], str]:
     text = line.decode()
     body, found, tail = text.rpartition(HASH_FIELD)
     try:
@@ -231,7 +248,7 @@ def _decode(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
 
 
 class _Reader:
-    """Takes lines in, one after another; raises ValueError at the first that may not follow."""
+    """Takes lines one after another; raises ValueError at the first line that may not follow upon the others."""
 
     def __init__(self) -> None:
         self.head = GENESIS
@@ -246,8 +263,8 @@ class _Reader:
         if self.header is None:
             self._take_header(kind, record)
         elif kind == "segment":
-            _check_settings(record)
-            self.segments.append(ExecutedSegment(**record, num_steps=0))
+            check_settings(record)
+            self.segments.append(ExecutedSegment.of(record))
             check_segment(self.segments[-1], self.header.num_examples)
         elif kind == "step":
             self._take_step(record)
@@ -257,25 +274,27 @@ class _Reader:
             raise ValueError(f"expected a plan, a segment or a step, found {kind!r}")
         self.head = head
 
-    def _take_header(self, kind: Any, record: dict[str, Any]) -> None:
+    def _take_header(self, kind: object, record: dict[str, object]) -> None:
         version = record.pop("version", None)
         if kind != "header":
             raise ValueError(f"expected the header, found {kind!r}")
         if type(version) is not int or version not in READ:
             raise ValueError(
-                f"expected version {' or '.join(map(str, READ))}, found {version!r}; read it with the release of hf_dp that wrote it"
+                f"expected version {' or '.join(map(str, READ))}, found {version!r}; read it with the release of hf_dp "
+                "that wrote it"
             )
-        _check(record, _HEADER_RULES)
-        self.header = LedgerHeader(**record)
+        check(record, HEADER)
+        self.header = LedgerHeader(**record)  # type: ignore[arg-type]  # the rules have checked the values
 
-    def _take_plan(self, record: dict[str, Any]) -> None:
-        _check(record, _PLAN_RULES)
-        for segment in record["segments"]:
-            _check(segment, _PLANNED_RULES)
-        self.planned.append(plan_after(self.segments, [Segment(**segment) for segment in record["segments"]]))
+    def _take_plan(self, record: dict[str, object]) -> None:
+        check(record, PLAN)
+        segments = cast("list[dict[str, object]]", record["segments"])
+        for segment in segments:
+            check(segment, PLANNED)
+        self.planned.append(plan_after(self.segments, [Segment.of(segment) for segment in segments]))
 
-    def _take_step(self, record: dict[str, Any]) -> None:
-        _check({"step": 0} | record, _STEP_RULES)
+    def _take_step(self, record: dict[str, object]) -> None:
+        check({"step": 0} | record, STEP)
         if not self.segments:
             raise ValueError("expected a segment before the first step")
         self._steps += 1
@@ -286,60 +305,7 @@ class _Reader:
 
 def _damaged(name: str, line: int, what: str) -> LedgerError:
     return LedgerError(
-        f"{name}, line {line}: {what}. The ledger is not as hf_dp wrote it, so what was spent is not known. Put the newest "
-        "undamaged copy back (a backup; a checkpoint's copy lacks the steps after it), or start anew in another output_dir"
+        f"{name}, line {line}: {what}. The ledger is not as hf_dp wrote it, so what was spent is not known. Put the "
+        "newest undamaged copy back (a backup; a checkpoint's copy lacks the steps after it), or start anew in "
+        "another output_dir"
     )
-
-
-# ---- values ----------------------------------------------------------------------------------------------------------
-
-Rule = tuple[str, Callable[[Any], bool]]
-
-
-def _whole(low: int) -> Rule:
-    return f"a whole number from {low} to 2**53", lambda v: type(v) is int and low <= v <= 1 << 53
-
-
-def _number(low: float, high: float) -> Rule:
-    return f"a number from {low} to {high}", lambda v: type(v) in (int, float) and low <= v <= high
-
-
-_TEXT: Rule = "a text", lambda v: type(v) is str and v != ""
-_HEADER_RULES: dict[str, Rule] = {
-    "num_examples": _whole(1),
-    "unit": _TEXT,
-    "relation": _TEXT,
-    "delta": (f"at least {MIN_DELTA} and below 1", lambda v: type(v) is float and MIN_DELTA <= v < 1),
-    "data_fingerprint": ("a text or null", lambda v: v is None or (type(v) is str and v != "")),
-    "debug": ("true or false", lambda v: type(v) is bool),
-}
-_SEGMENT_RULES: dict[str, Rule] = {
-    "sample_rate": ("above 0 and at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1),
-    "noise_multiplier": _number(0, 1e9),
-    "clip_norm": _number(1e-30, 1e30),
-    "expected_batch_size": _whole(1),
-}
-_OPTIONAL_RULES: dict[str, Rule] = {
-    "loss_bound": _number(1e-30, 1e30),
-    "noise": ("one of " + ", ".join(NOISES), lambda v: v in NOISES),
-}
-_PLAN_RULES: dict[str, Rule] = {
-    "segments": ("a list of objects", lambda v: type(v) is list and all(type(s) is dict for s in v))
-}
-_PLANNED_RULES: dict[str, Rule] = {name: _SEGMENT_RULES[name] for name in ("sample_rate", "noise_multiplier")} | {
-    "num_steps": _whole(1),
-    "noise": _OPTIONAL_RULES["noise"],
-}
-_STEP_RULES: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
-
-
-def _check_settings(values: dict[str, Any]) -> None:
-    _check(values, _SEGMENT_RULES | {k: rule for k, rule in _OPTIONAL_RULES.items() if k in values})
-
-
-def _check(values: dict[str, Any], rules: dict[str, Rule]) -> None:
-    if values.keys() != rules.keys():
-        raise ValueError(f"expected the fields {', '.join(rules)}, found {', '.join(values)}")
-    wrong = [f"{k}: expected {rule}, found {values[k]!r}" for k, (rule, right) in rules.items() if not right(values[k])]
-    if wrong:
-        raise ValueError("; ".join(wrong))

@@ -1,7 +1,8 @@
-"""Steps really drawn -> an append-only record on disk, ahead of every release; what it says can be read by anybody.
+"""Steps -> an append-only record of them on disk, written ahead of every release; anybody can read what it says.
 
-The file lies in the output folder, outside the checkpoints. A step is on disk before its noisy sum leaves the process, so the ledger
-never counts less than was released; after a crash it may count one step more. One process at a time writes to it.
+The file lies in the output folder, outside the checkpoints. A step is on disk before its noisy sum leaves the process,
+so the ledger never counts fewer steps than were released; after a crash it may count one more. One process at a time
+writes to it.
 """
 
 import fcntl
@@ -47,10 +48,10 @@ __all__ = [
 
 
 class Ledger:
-    """The open ledger of a run. Made by `Ledger.open`; a context manager that closes itself.
+    """The open ledger of a run, from `Ledger.open`; a context manager that closes it.
 
-    Every error is a `LedgerError` raised before the step that it stops. After a failed write nothing more can be charged until the
-    ledger is opened again, which counts a half-written step.
+    Every error is a `LedgerError`, raised before the step that it stops. After a failed write nothing more can be
+    charged until the ledger is opened again, which counts the half-written step.
     """
 
     def __init__(self, path: Path, descriptor: int, data: bytes, record: LedgerRecord) -> None:
@@ -70,14 +71,15 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path | str, header: LedgerHeader) -> "Ledger":
-        """Creates the ledger, or continues it, and locks it until `close` or the end of the process.
+        """Creates or continues the ledger, and locks it until `close` or the end of the process.
 
-        A torn last line is recovered, at the price of one step. The copies in the checkpoint folders beside the ledger must all be
-        beginnings of it, and the heads of which their `privacy_complete.json`, and every `privacy.json`, know must be in it.
+        A torn last line is recovered, and counts as one step. The ledger must begin with every copy of it in the
+        checkpoint folders beside it, and must contain each line whose hash a `privacy_complete.json` or `privacy.json`
+        there names.
 
         Raises:
-            LedgerError: locked by another process; damaged; of another header, naming each difference; older than a checkpoint's
-                copy, or missing where one exists; or the folder can't be written.
+            LedgerError: it is locked by another process; damaged; has another header (naming each difference); is older
+                than a checkpoint's copy, or missing where a copy exists; or the folder can't be written.
         """
         path = Path(path)
         try:
@@ -119,20 +121,20 @@ class Ledger:
     def begin(
         self,
         sample_rate: float,
-        noise_multiplier: float,
+        joint_noise_multiplier: float,
         clip_norm: float,
         expected_batch_size: int,
         noise: str = "gaussian",
         loss_bound: float | None = None,
     ) -> None:
-        """The steps from here on have these settings: a new segment where they differ from the last one's.
+        """Starts a new segment if these settings differ from those of the current one; further steps are charged to it.
 
-        `noise_multiplier` is noise over the sensitivity of all that a step releases, loss and batch size included.
+        `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases.
 
         Raises:
-            LedgerError: a value out of range, q other than B / N, or the disk refuses.
+            LedgerError: a value out of range, q other than B / N, or the write failed.
         """
-        settings = (float(sample_rate), float(noise_multiplier), float(clip_norm), expected_batch_size)
+        settings = (float(sample_rate), float(joint_noise_multiplier), float(clip_norm), expected_batch_size)
         segment = ExecutedSegment(*settings, num_steps=0, loss_bound=loss_bound, noise=noise)
         try:
             check_segment(segment, self._record.header.num_examples)
@@ -142,37 +144,32 @@ class Ledger:
             self._append(segment_record(segment), executed=(*self._executed, segment))
 
     def plan(self, upcoming: Sequence[Segment]) -> None:
-        """What is to follow upon the steps so far: what is claimed from the next step on is the epsilon of all of them, however it ends.
+        """Writes the steps that are to follow upon those so far. From the next step on, the run claims the epsilon of
+        all of them.
 
         Raises:
-            LedgerError: the disk refuses.
+            LedgerError: the write failed.
         """
         plan = plan_after(self._executed, upcoming)
         if not self._planned or self._planned[-1].segments != plan.segments:
             self._append(plan_record(upcoming), planned=(*self._planned, plan))
 
-    def charge(self, step_number: int | None = None) -> int:
-        """Counts one draw, on disk when this returns. Nothing of the draw may leave the process before.
-
-        Args:
-            step_number: the trainer's own number of the step, for readers; steps repeated after a crash come twice.
+    def charge(self) -> int:
+        """Counts one step; it is on disk when this returns. Nothing of the step may leave the process before.
 
         Returns:
             Steps charged in all.
 
         Raises:
-            LedgerError: the disk refuses, or the file is no longer the one that was opened. The step must not be released.
+            LedgerError: the write failed, or the file is no longer the one that was opened. The step must not be
+                released.
         """
         if self.current is None:
             raise LedgerError(
                 f"{self._path}: expected a segment before the first step; call begin() with the settings of the steps"
             )
-        if step_number is not None and (type(step_number) is not int or step_number < 0):
-            raise LedgerError(
-                f"{self._path}: expected a step number that is a whole number, 0 or more, got {step_number!r}"
-            )
         last = self.current._replace(num_steps=self.current.num_steps + 1)
-        self._append(step_record(self._num_steps + 1, step_number), executed=(*self._executed[:-1], last))
+        self._append(step_record(self._num_steps + 1), executed=(*self._executed[:-1], last))
         return self._num_steps
 
     def _append(
@@ -182,7 +179,7 @@ class Ledger:
         executed: tuple[ExecutedSegment, ...] | None = None,
         planned: tuple[Planned, ...] | None = None,
     ) -> None:
-        """Writes one record, after which the ledger has these segments and plans; those it has where none are given."""
+        """Writes one record; then the ledger has the segments and plans that are given, or those it had."""
         self._check_untouched()
         line, head = encode(record, self._head)
         self._writing = True  # stays so when anything interrupts the next lines
@@ -214,8 +211,8 @@ class Ledger:
             ) from error
         if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino) or mine.st_size != self._size:
             raise LedgerError(
-                f"{self._path} changed under the running training: expected {self._size} bytes of its own, found {there.st_size}; "
-                "stop, and put the right one back before you resume"
+                f"{self._path} changed under the running training: expected {self._size} bytes of its own, found "
+                f"{there.st_size}; stop, and put the right one back before you resume"
             )
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -237,25 +234,26 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """Hash of the last line, hex: it vouches for all before it."""
+        """Hash of the last line, in hex. It vouches for all lines before."""
         return self._head
 
     def segments(self) -> tuple[Segment, ...]:
-        """Everything charged, run-length encoded, for accounting."""
+        """All steps charged, run-length encoded, for accounting."""
         return self.record().segments
 
     def record(self) -> LedgerRecord:
-        """Everything that the ledger says now, as `read_ledger` would: after a write that was interrupted, the file is asked."""
+        """Everything that the ledger says now. After a write that was interrupted, the file is read again."""
         if self._writing:
             return read_ledger(self._path)
         steps = for_accounting(self._executed)
         return LedgerRecord(self.header, steps, self.head, self._num_steps, False, self._executed, self._planned)
 
     def copy_to(self, folder: Path | str) -> None:
-        """Puts a copy into a checkpoint, whole or not at all. It holds resumption to a ledger that knows at least as much.
+        """Puts a copy into a checkpoint, atomically. Training resumes from there only with a ledger that begins with
+        this copy.
 
         Raises:
-            LedgerError: the disk refuses, or the file is no longer the one that was opened.
+            LedgerError: the write failed, or the file is no longer the one that was opened.
         """
         self._check_untouched()
         target = Path(folder) / LEDGER_NAME
@@ -269,7 +267,7 @@ class Ledger:
         return self._descriptor
 
     def close(self) -> None:
-        """Unlocks the ledger; it can be opened again. A second call does nothing."""
+        """Unlocks the ledger, which can then be opened again. A second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -283,15 +281,15 @@ class Ledger:
         self.close()
 
     def __del__(self) -> None:
-        """One that an interrupt left to nobody locks no file."""
+        """A ledger that an interrupt left without an owner must not stay locked."""
         self.close()
 
 
 def read_ledger(path: Path | str) -> LedgerRecord:
-    """What the ledger at `path` says, of a running training too. Changes nothing.
+    """The content of the ledger at `path`, which may belong to a running training. Changes nothing.
 
     Raises:
-        LedgerError: missing, unreadable, or damaged beyond a torn last line.
+        LedgerError: the file is missing, unreadable, or damaged in more than a torn last line.
     """
     try:
         data = Path(path).read_bytes()
@@ -301,7 +299,7 @@ def read_ledger(path: Path | str) -> LedgerRecord:
 
 
 def has_steps(path: Path) -> bool:
-    """Whether there is a ledger at `path` that charged a step; one without has spent nothing.
+    """Whether there is a ledger at `path` with a step in it; without a step, nothing was spent.
 
     Raises:
         LedgerError: it can't be read.
@@ -310,16 +308,18 @@ def has_steps(path: Path) -> bool:
 
 
 def refuse_rollback(path: Path | str, checkpoint: Path | str) -> None:
-    """Passes if the ledger at `path` contains all that the ledger's copy in `checkpoint` does: then resuming from it is counted.
+    """Passes if the ledger at `path` contains everything in the copy in `checkpoint`, so that resuming there counts all
+    steps.
 
     Raises:
-        LedgerError: no ledger, no copy, a damaged one, or a ledger that is older than the copy or of another run.
+        LedgerError: there is no ledger or no copy, the copy is damaged, or the ledger is older than the copy or of
+            another run.
     """
     path, copy = Path(path), Path(checkpoint) / LEDGER_NAME
     if not copy.is_file():
         raise LedgerError(
-            f"{checkpoint} has no {LEDGER_NAME}: it is unfinished, or not of a private training, and what it spent is not known. "
-            "Resume from another checkpoint, or start anew in another output_dir"
+            f"{checkpoint} has no {LEDGER_NAME}: it is unfinished, or not of a private training, and what it spent is "
+            "not known. Resume from another checkpoint, or start anew in another output_dir"
         )
     try:
         data = path.read_bytes() if path.exists() else b""
@@ -332,7 +332,7 @@ def refuse_rollback(path: Path | str, checkpoint: Path | str) -> None:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor for appending to `path`, which no other process holds."""
+    """A descriptor for appending to `path`, locked against other processes."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
@@ -343,7 +343,8 @@ def _locked(path: Path) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise LedgerError(
-                f"{path} is in use by another process: two trainings can't share one output_dir. Wait for the other, or choose another"
+                f"{path} is in use by another process: two trainings can't share one output_dir. Wait for the other, "
+                "or choose another"
             ) from error
         except BaseException:
             os.close(descriptor)
@@ -352,11 +353,11 @@ def _locked(path: Path) -> int:
 
 
 def _mended(data: bytes, record: LedgerRecord) -> bytes:
-    """`data` with its unfinished last line made whole, or, if torn, replaced by the step that it counts for."""
+    """`data` with its unfinished last line completed or, if that is torn, replaced by the step that it counts as."""
     if not record.torn:
         return data + b"\n"
     whole = data[: data.rindex(b"\n") + 1]
-    return whole + encode(step_record(record.num_steps, None), record.head)[0] if record.executed else whole
+    return whole + encode(step_record(record.num_steps), record.head)[0] if record.executed else whole
 
 
 def _refuse_other(path: Path, found: LedgerHeader, expected: LedgerHeader) -> None:
@@ -364,15 +365,16 @@ def _refuse_other(path: Path, found: LedgerHeader, expected: LedgerHeader) -> No
     different = [f"{k}: the ledger has {theirs[k]!r}, this run {v!r}" for k, v in ours.items() if theirs[k] != v]
     if different:
         raise LedgerError(
-            f"{path} is of another run: {'; '.join(different)}. Resume with the settings and data that it was begun with (a fingerprint "
-            "also changes when its key file is lost), or start anew in another output_dir: what was spent on the same data adds up"
+            f"{path} is of another run: {'; '.join(different)}. Resume with the settings and data that it was begun "
+            "with (a fingerprint also changes when its key file is lost), or start anew in another output_dir: what "
+            "was spent on the same data adds up"
         )
 
 
 def _unwritable(path: Path, error: OSError) -> LedgerError:
     return LedgerError(
-        f"{path} can't be written ({error.strerror}): stopped before anything was released. Make room or give write access, then resume; "
-        "what was saved is intact"
+        f"{path} can't be written ({error.strerror}): stopped before anything was released. Make room or give write "
+        "access, then resume; what was saved is intact"
     )
 
 

@@ -1,8 +1,8 @@
-"""A ledger's bytes and what lies beside it -> nothing, or an error: what was saved with a ledger must still be in it.
+"""A ledger's bytes and the files beside it -> nothing, or an error: what was saved with a ledger must still be in it.
 
-Three kinds of file know how far a ledger had come: its copies in the checkpoints, a checkpoint's `privacy_complete.json`, which names the
-hash of the last line, and `privacy.json`, which names it too. A ledger that was put back to an older copy, with its copies or without, or
-that was lost, lacks a line that one of them names.
+Three kinds of file know how far a ledger had come: its copies in the checkpoints; a checkpoint's
+`privacy_complete.json`, which names the hash of the last line; and `privacy.json`, which names that hash too. A ledger
+that was replaced by an older copy, or lost, lacks a line that one of them names.
 """
 
 import json
@@ -19,7 +19,9 @@ STATED = "privacy.json"  # of the model beside the ledger, or in a checkpoint
 
 
 class _Witness(NamedTuple):
-    """What is known of the ledger: how it began, byte for byte, or the hash of one of its lines; and how an error says so."""
+    """What a file knows of the ledger: its beginning, byte for byte, or the hash of one of its lines; and how an error
+    says so.
+    """
 
     beginning: bytes
     head: str
@@ -27,10 +29,15 @@ class _Witness(NamedTuple):
 
 
 def refuse_older(path: Path, data: bytes, *checkpoints: Path) -> None:
-    """Passes if `data`, of the ledger at `path` (empty where there is none), holds all that the files beside it and in `checkpoints` know.
+    """Passes if the ledger holds everything that the files beside it and in `checkpoints` know of it.
+
+    Args:
+        path: of the ledger.
+        data: its bytes, empty where there is none.
+        checkpoints: further folders to look into.
 
     Raises:
-        LedgerError: a line is missing that one of them names; a copy in a checkpoint is damaged.
+        LedgerError: a line is missing that one of the files names, or a copy in a checkpoint is damaged.
         OSError: a file can't be read.
     """
     for witness in _witnesses(path, *checkpoints):
@@ -39,9 +46,9 @@ def refuse_older(path: Path, data: bytes, *checkpoints: Path) -> None:
             continue
         have = "is missing" if not data else f"has {parse(data, str(path)).num_steps} steps and is not its continuation"
         raise LedgerError(
-            f"{witness.words} (head {witness.head[:12] or 'not readable'}), but {path} {have}: steps would go uncounted. Put the newest "
-            "ledger back (it lies beside the checkpoints that it belongs to), or start anew in another output_dir: what was spent on the "
-            "same data adds up"
+            f"{witness.words} (head {witness.head[:12] or 'not readable'}), but {path} {have}: steps would go "
+            "uncounted. Put the newest ledger back (it lies beside the checkpoints that it belongs to), or start anew "
+            "in another output_dir: what was spent on the same data adds up"
         )
 
 
@@ -49,14 +56,14 @@ def _witnesses(path: Path, *further: Path) -> Iterator[_Witness]:
     """Those in the ledger's folder, in its checkpoints, and in `further` folders."""
     for checkpoint in sorted({*path.parent.glob(CHECKPOINTS), *further}):
         if (copy := checkpoint / LEDGER_NAME).is_file():
-            yield _of_copy(checkpoint, copy)
+            yield _by_copy(checkpoint, copy)
         yield from _named_by(checkpoint / COMPLETE, ("ledger_head",), f"{checkpoint.name} was saved with a ledger")
         yield from _named_by(checkpoint / STATED, ("ledger", "head"), f"{checkpoint.name} was saved with a ledger")
     stated = path.parent / STATED
     yield from _named_by(stated, ("ledger", "head"), f"{stated} states what a training in this folder spent")
 
 
-def _of_copy(checkpoint: Path, copy: Path) -> _Witness:
+def _by_copy(checkpoint: Path, copy: Path) -> _Witness:
     kept = copy.read_bytes()
     record = parse(kept, str(copy))
     if record.torn or not kept.endswith(b"\n"):
@@ -65,7 +72,7 @@ def _of_copy(checkpoint: Path, copy: Path) -> _Witness:
 
 
 def _named_by(file: Path, keys: tuple[str, ...], words: str) -> Iterator[_Witness]:
-    """The hash that a JSON file names; of one that says nothing readable, that there was a ledger."""
+    """The hash that a JSON file names; a file that is not readable still shows that there was a ledger."""
     if not file.is_file():
         return
     try:

@@ -1,28 +1,27 @@
-"""A file or a name on the Hub -> its records as a `datasets.Dataset`, held in memory.
+"""A file, or a name on the Hub -> its records as a `datasets.Dataset`, held in memory.
 
-Files are read here and not by `load_dataset`, which leaves a copy of the private records in the user's cache folder and whose errors do
-not say which line is at fault. A data set from the Hub is cached there, as everybody expects.
+Files are read here and not by `load_dataset`, which would leave a copy of the private records in the user's cache
+folder, and whose errors do not name the faulty line. Data sets from the Hub are cached there, as everybody expects.
 """
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 from hf_dp.errors import RecipeError
 from hf_dp.recipe.recipe import DataSection, is_file
 
-SHOWN = 5  # bad lines named in one message
+SHOWN = 5  # faulty lines that one message names
 
 
 def load(data: DataSection, which: str) -> datasets.Dataset | None:
-    """The records of `data.train` or `data.validation` (`which`), None where there is none.
+    """The records of `data.train` or `data.validation` (`which`); None where the recipe names none.
 
     Raises:
-        RecipeError: cannot be read, has no records, or a line is not a record; names the line.
+        RecipeError: they cannot be read, there are none, or a line is not a record; names the line.
     """
     source = data.train if which == "train" else data.validation
     if source is None:
@@ -54,7 +53,7 @@ def _from_json_lines(path: Path) -> datasets.Dataset:
     return _table(records)
 
 
-def _json_lines(file: Any, wrong: list[str]) -> Iterator[dict[str, Any]]:
+def _json_lines(file: Iterable[str], wrong: list[str]) -> Iterator[dict[str, object]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -107,8 +106,8 @@ def _from_parquet(path: Path) -> datasets.Dataset:
 READERS = {".jsonl": _from_json_lines, ".json": _from_json, ".csv": _from_csv, ".parquet": _from_parquet}
 
 
-def _table(records: list[dict[str, Any]]) -> datasets.Dataset:
-    """Columns are what any record has; a record without one has null there."""
+def _table(records: list[dict[str, object]]) -> datasets.Dataset:
+    """A column for every name that occurs in any record; a record without it has null there."""
     names = list(dict.fromkeys(name for record in records for name in record))
     columns = {name: [record.get(name) for record in records] for name in names}
     mixed = [name for name, values in columns.items() if len({_kind(v) for v in values if v is not None}) > 1]
@@ -117,7 +116,7 @@ def _table(records: list[dict[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
@@ -128,6 +127,6 @@ def _from_hub(data: DataSection, which: str, source: str) -> datasets.Dataset:
     except (OSError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RecipeError(
-            f"data.{which}: cannot load the split {split!r} of {source!r} from the Hub: {lines[0][:300]} Check the name, the split "
-            f"and the network, or give a file: data.{which}=PATH.jsonl"
+            f"data.{which}: cannot load the split {split!r} of {source!r} from the Hub: {lines[0][:300]} Check the "
+            f"name, the split and the network, or give a file: data.{which}=PATH.jsonl"
         ) from None

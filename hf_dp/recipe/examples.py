@@ -1,15 +1,17 @@
-"""Records -> examples for training: token rows whose loss is on the target alone, or texts with the number of their class.
+"""Records -> examples for training: token rows whose loss is on the target alone, or texts with the number of their
+class.
 
-Every record becomes exactly one example, so that N, which is public, depends on no record's content.
+Every record becomes exactly one example, so that N, which is public, does not depend on the content of any record.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import datasets
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hf_dp.errors import RecipeError
 from hf_dp.per_example import IGNORED
@@ -17,24 +19,35 @@ from hf_dp.recipe.recipe import DataSection
 from hf_dp.recipe.template import Template, missing_column, no_text
 
 CHUNK = 1000  # records tokenised at once
-MAX_LABELS = 20  # where more classes than this are more than half of the records, the column holds text
+MAX_LABELS = 20  # a column with more classes, and more than half as many as records, must hold text
 
 
 class Examples(NamedTuple):
-    """`rows` has the columns input_ids and labels; `num_characters` is the length of all targets as kept (0 in classification)."""
+    """`rows` has the columns input_ids and labels; `num_characters` is the total length of the kept targets (0 for
+    classes).
+    """
 
     rows: datasets.Dataset
     num_characters: int = 0
 
 
+class Example(TypedDict):
+    """One example: its tokens, and a label for each token, or the number of its class."""
+
+    input_ids: Sequence[int]
+    labels: int | Sequence[int]
+
+
 @dataclass(frozen=True)
 class PadRight:
-    """A collator: features -> input_ids, attention_mask and labels, [B, T] each ([B] labels in classification), padded on the right."""
+    """A collator: features -> input_ids, attention_mask, labels, [B, T] each (labels [B] for classes), padded on the
+    right.
+    """
 
     pad_token_id: int
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch; T is its longest row, 1 at least."""
+    def __call__(self, features: Sequence[Example]) -> dict[str, Tensor]:
+        """The batch; T is the length of its longest row, at least 1."""
         rows = [list(f["input_ids"]) for f in features]
         width = max([1, *map(len, rows)])
         labels = [f["labels"] for f in features]
@@ -50,17 +63,22 @@ class PadRight:
         }
 
 
-# ---- causal language models ---------------------------------------------------------------------------------------------
+# ---- causal language models ----------------------------------------------------------------------------------------
 
 
 def completions(
-    records: datasets.Dataset, data: DataSection, tokenizer: Any, max_length: int, which: str = "train"
+    records: datasets.Dataset,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    which: str = "train",
 ) -> Examples:
-    """Prompt, target and end-of-text mark of every record as one token row; labels are -100 on the prompt.
+    """Prompt, target and end-of-text mark of every record as one row of tokens; labels are -100 on the prompt.
 
-    Prompt and target are tokenised apart, so that a prompt alone gives the very tokens it had in training. A target longer than
-    `max_length` tokens loses its end (and the end-of-text mark), then a prompt that does not fit loses its beginning. A record with an
-    empty target is an example without labels: its loss and gradient are zero, and it still counts in N.
+    Prompt and target are tokenised separately, so that a prompt alone gives the same tokens as in training. A target of
+    more than `max_length` tokens loses its end (and the end-of-text mark); then a prompt that does not fit loses its
+    beginning. A record with an empty target becomes an example without labels: its loss and gradient are zero, and it
+    still counts in N.
 
     Raises:
         RecipeError: a template names an unknown column, or the tokenizer has no end-of-text mark.
@@ -81,19 +99,21 @@ def completions(
             rows["input_ids"].append(row)
             rows["labels"].append([IGNORED] * (len(row) - kept) + row[len(row) - kept :])
             whole = kept > len(ids)
-            num_characters += len((text if whole else tokenizer.decode(ids[:kept])).strip())
+            num_characters += len((text if whole else str(tokenizer.decode(ids[:kept]))).strip())
     return Examples(_dataset(rows, {"labels": datasets.Sequence(datasets.Value("int32"))}), num_characters)
 
 
-def _beginning(prompt: list[int], tokenizer: Any) -> list[int]:
-    """Without a closing mark that the tokenizer added; one token at least, for the first of the target to follow."""
+def _beginning(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt without a closing mark that the tokenizer added; at least one token, for the target to follow."""
     if prompt[-1:] == [tokenizer.eos_token_id] and tokenizer.eos_token_id != tokenizer.bos_token_id:
         prompt = prompt[:-1]
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return prompt or [first]
 
 
-def _joined(prompt: list[int], target: list[int], tokenizer: Any, max_length: int) -> tuple[list[int], int]:
+def _joined(
+    prompt: list[int], target: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], int]:
     """(the row, how many tokens at its end are the target). At least one token of the prompt stays."""
     ended = [*target, tokenizer.eos_token_id][: max_length - 1] if target else []
     room = max_length - len(ended)
@@ -103,16 +123,18 @@ def _joined(prompt: list[int], target: list[int], tokenizer: Any, max_length: in
     return prompt + ended, len(ended)
 
 
-# ---- classification -------------------------------------------------------------------------------------------------------
+# ---- classification ------------------------------------------------------------------------------------------------
 
 
 def label_names(data: DataSection, train: datasets.Dataset, validation: datasets.Dataset | None) -> list[str | int]:
-    """The classes in the order of their numbers: `data.labels`, else those that the data set's schema names, else those in `validation`.
+    """The classes in the order of their numbers.
 
-    They become part of the published model, so they are never read off the private records.
+    They are `data.labels`; else those in the schema of the data set; else those that occur in `validation`. They become
+    part of the published model, so they are never read off the private records.
 
     Raises:
-        RecipeError: none of the three is there, fewer than two classes, or so many that the column must hold text.
+        RecipeError: none of the three is there, there are fewer than two classes, or so many that the column must hold
+            text.
     """
     column = _label_column(data, train, "train")
     if data.labels is not None:
@@ -129,8 +151,8 @@ def label_names(data: DataSection, train: datasets.Dataset, validation: datasets
         names = sorted(found, key=lambda name: (isinstance(name, str), name))
     else:
         raise RecipeError(
-            "data.labels: missing. Class names become part of the published model, so they are not read off private records: list them "
-            "(data.labels=[yes, no]), or give data.validation, whose classes are taken"
+            "data.labels: missing. Class names become part of the published model, so they are not read off private "
+            "records: list them (data.labels=[yes, no]), or give data.validation, whose classes are taken"
         )
     if len(names) < 2 or len(set(names)) < len(names):
         raise RecipeError(f"data.labels: expected two different classes or more, got {names}")
@@ -138,13 +160,17 @@ def label_names(data: DataSection, train: datasets.Dataset, validation: datasets
 
 
 def classified(
-    records: datasets.Dataset, data: DataSection, tokenizer: Any, sizes: tuple[int, Sequence[str | int]], which: str
+    records: datasets.Dataset,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: tuple[int, Sequence[str | int]],
+    which: str,
 ) -> Examples:
-    """Text and class number of every record; a text longer than `max_length` tokens loses its end.
+    """Text and class number of every record; a text of more than `max_length` tokens loses its end.
 
     Args:
         records: the data.
-        data: names the text's template and the label's column.
+        data: names the template of the text, and the column of the label.
         tokenizer: adds its special tokens.
         sizes: (max_length, names of the classes in the order of their numbers).
         which: train or validation, for messages.
@@ -156,11 +182,11 @@ def classified(
     text = _resolved(data.text or "", records, f"data.text on data.{which}")
     column = _label_column(data, records, which)
     numbers = _numbers(records[column], records.features[column], names, which)
-    rows: dict[str, list[Any]] = {"input_ids": [], "labels": numbers}
+    rows: list[list[int]] = []
     for chunk in _chunks(records):
         texts = [text.render(r) for r in chunk]
-        rows["input_ids"] += tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    return Examples(_dataset(rows, {"labels": datasets.Value("int64")}))
+        rows += tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return Examples(_dataset({"input_ids": rows, "labels": numbers}, {"labels": datasets.Value("int64")}))
 
 
 def _numbers(values: Sequence[Any], feature: Any, names: Sequence[str | int], which: str) -> list[int]:
@@ -171,9 +197,9 @@ def _numbers(values: Sequence[Any], feature: Any, names: Sequence[str | int], wh
     if unknown:
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise RecipeError(
-            f"data.label on data.{which}: expected one of {len(names)} classes ({', '.join(map(repr, names[:5]))}"
-            f"{', ...' if len(names) > 5 else ''}), got {len(unknown)} other value(s): {shown}. Name another column, or list all "
-            "classes under data.labels"
+            f"data.label on data.{which}: expected one of {len(names)} classes "
+            f"({', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}), got {len(unknown)} other "
+            f"value(s): {shown}. Name another column, or list all classes under data.labels"
         )
     return [number[v] for v in values]
 
@@ -186,7 +212,7 @@ def _label_column(data: DataSection, records: datasets.Dataset, which: str) -> s
     return found[0]
 
 
-# ---- both -------------------------------------------------------------------------------------------------------------------
+# ---- both ----------------------------------------------------------------------------------------------------------
 
 
 def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:
@@ -200,8 +226,8 @@ def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:
         raise RecipeError(f"{where}: {error}") from None
 
 
-def _kind(feature: Any) -> str:
-    """What a column holds that is neither text nor a number; "" of one that is."""
+def _kind(feature: object) -> str:
+    """What a column holds, if that is neither text nor a number; otherwise ""."""
     if isinstance(feature, datasets.ClassLabel):
         return ""
     if isinstance(feature, datasets.Value):
@@ -210,18 +236,18 @@ def _kind(feature: Any) -> str:
     return "objects" if isinstance(feature, dict) else f"values of type {type(feature).__name__}"
 
 
-def _chunks(records: datasets.Dataset) -> Iterator[list[dict[str, Any]]]:
+def _chunks(records: datasets.Dataset) -> Iterator[list[dict[str, object]]]:
     for start in range(0, len(records), CHUNK):
         columns = records[start : start + CHUNK]
         yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _tokens(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
     return [
         list(ids) for ids in tokenizer(texts, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
     ]
 
 
-def _dataset(rows: dict[str, list[Any]], features: dict[str, Any]) -> datasets.Dataset:
+def _dataset(rows: Mapping[str, Sequence[object]], features: dict[str, object]) -> datasets.Dataset:
     schema = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32")), **features})
     return datasets.Dataset.from_dict(rows, features=schema)

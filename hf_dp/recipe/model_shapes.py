@@ -1,4 +1,7 @@
-"""A model, or its name and a LoRA rank -> `Shapes`. A named one is built on torch's meta device: its config is read, no weight is."""
+"""A model, or its name and a LoRA rank -> `Shapes`.
+
+A named model is built on torch's meta device: its config is read, but no weights.
+"""
 
 import math
 from typing import Any
@@ -14,10 +17,11 @@ from hf_dp.recipe.run_cost import Shapes
 
 
 def of_name(name: str, lora_r: int | None) -> Shapes:
-    """The shapes of a folder's or the Hub's model as its config says; with LoRA on every linear layer, or trained in full for None.
+    """The shapes of a model in a folder or on the Hub, by its config; with LoRA on every linear layer, or, for None,
+    trained in full.
 
     Raises:
-        ConfigError: no such model, or a rank that is none.
+        ConfigError: there is no such model, or the rank is invalid.
     """
     if lora_r is not None and lora_r < 1:
         raise ConfigError(f"--lora-r: expected a rank, 1 or more, got {lora_r}")
@@ -25,7 +29,8 @@ def of_name(name: str, lora_r: int | None) -> Shapes:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--model: {name} is neither a model's folder nor a name that the Hub gave a config for: {str(error).splitlines()[0]}"
+            f"--model: {name} is neither a model's folder nor a name that the Hub gave a config for: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     named = (getattr(transformers, a, None) for a in config.architectures or ())
     build = next((c for c in named if c is not None), transformers.AutoModel.from_config)
@@ -37,7 +42,9 @@ def of_name(name: str, lora_r: int | None) -> Shapes:
 
 
 def of_model(model: Any) -> Shapes:
-    """Counts and uses of a model's parameters. What is neither a linear map nor the table of tokens counts whole, as positions do."""
+    """Counts and uses of a model's parameters. All but linear maps and the token embedding count in full, such as
+    positions.
+    """
     linear, tables, used = [], [], set()
     for module in model.modules():
         of_tokens = module is model.get_input_embeddings()

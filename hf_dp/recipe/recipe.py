@@ -1,6 +1,7 @@
 """A recipe (YAML with the sections model, lora, data, training, privacy) and overrides -> `Recipe`, frozen and checked.
 
-A recipe is a complete run. Paths are relative to the current directory. Reading one opens no data and loads no model.
+A recipe is a complete run. Paths are relative to the current directory. Reading a recipe opens no data and loads no
+model.
 """
 
 import re
@@ -8,19 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from hf_dp.config import PrivacyConfig, is_number
 from hf_dp.errors import ConfigError, RecipeError
 from hf_dp.recipe.settings import nearest, problems
 from hf_dp.recipe.template import Template
-from hf_dp.recipe.yaml_text import nested
+from hf_dp.recipe.yaml_text import Section, nested
 
 SECTIONS = ("model", "lora", "data", "training", "privacy")
 TASKS = ("causal_lm", "sequence_classification")
 DTYPES = ("auto", "float32", "bfloat16")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
-OF_THE_TRAINER = ("micro_batch_tokens", "class_weights")  # keys of `training` that are DPTrainer's own
+OF_THE_TRAINER = ("micro_batch_tokens", "class_weights")  # keys of `training` that DPTrainer takes itself
+Keywords = Mapping[str, Any]  # of a class of another library, which checks their values
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -36,10 +38,11 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """The records, and how one becomes an example.
+    """The records, and how a record becomes an example.
 
-    `train` and `validation` are files (.jsonl, .json, .csv, .parquet) or names on the Hub; `name`, `revision` and the splits are
-    for the Hub alone. A causal LM takes the templates `prompt` and `target`, a classifier the template `text` and the column `label`.
+    `train` and `validation` are files (.jsonl, .json, .csv, .parquet) or names on the Hub; `name`, `revision` and the
+    splits are only for the Hub. A causal LM needs the templates `prompt` and `target`; a classifier needs the template
+    `text` and the column `label`.
     """
 
     train: str = field(metadata={"help": "a file (.jsonl, .json, .csv, .parquet), or a data set's name on the Hub"})
@@ -58,14 +61,16 @@ class DataSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `training` holds keywords of `TrainingArguments` (`output_dir` always), `lora` those of peft's `LoraConfig`."""
+    """One run. `training` holds keywords of `TrainingArguments`, always with `output_dir`; `lora` those of peft's
+    `LoraConfig`.
+    """
 
     name: str
     model: ModelSection
     data: DataSection
-    training: Mapping[str, Any]
+    training: Keywords
     privacy: PrivacyConfig
-    lora: Mapping[str, Any] | None = None
+    lora: Keywords | None = None
     micro_batch_tokens: int | None = None
     class_weights: tuple[float, ...] | None = None
 
@@ -76,11 +81,11 @@ class Recipe:
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file and puts overrides `section.key=value` over it.
+    """Reads a recipe file and applies overrides `section.key=value`.
 
     Raises:
-        RecipeError: the file is not there or not YAML, or holds anything that is no setting, of a wrong type, missing, contradictory, or a
-            file that does not exist. Names everything wrong at once.
+        RecipeError: the file does not exist or is not YAML; or it has unknown, mistyped, missing or contradictory
+            settings, or names a file that does not exist. Names everything wrong at once.
         UnsupportedOptionError: options that would void the guarantee.
     """
     path = Path(path)
@@ -92,7 +97,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return from_mapping(nested(text, str(path), overrides), name=path.stem)
 
 
-def from_mapping(sections: Mapping[str, Any], *, name: str) -> Recipe:
+def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
     """The recipe in a nested mapping; `name` gives the default output folder, out/NAME.
 
     Raises:
@@ -108,13 +113,17 @@ def from_mapping(sections: Mapping[str, Any], *, name: str) -> Recipe:
         if not isinstance(sections.get(s), dict | None)
     ]
     if not wrong:
-        given = {s: sections.get(s) or {} for s in SECTIONS}
+        given = {s: cast(Section, sections.get(s) or {}) for s in SECTIONS}
         training = {"output_dir": f"out/{name}", **given["training"]}
-        wrong += [*_of_types(given), *_of_model(given["model"]), *_of_data(given["data"], given["model"])]
-        wrong += [*_of_training(training), *_of_privacy(given["privacy"])]
+        wrong += [
+            *_type_problems(given),
+            *_model_problems(given["model"]),
+            *_data_problems(given["data"], given["model"]),
+        ]
+        wrong += [*_training_problems(training), *_privacy_problems(given["privacy"])]
     if wrong:
         raise RecipeError("\n".join(f"  - {problem}" for problem in wrong))
-    lora = sections.get("lora")
+    lora = cast(Section | None, sections.get("lora"))
     micro_batch_tokens, weights = training.pop("micro_batch_tokens", None), training.pop("class_weights", None)
     return Recipe(
         name=name,
@@ -129,17 +138,17 @@ def from_mapping(sections: Mapping[str, Any], *, name: str) -> Recipe:
 
 
 def is_file(source: str) -> bool:
-    """Whether a data source means a file on this machine and not a name on the Hub."""
+    """Whether a data source means a file on this machine, and not a name on the Hub."""
     return source.lower().endswith(FILE_KINDS)
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model's name means a folder on this machine: it is one, or is written as only a path can be."""
+    """Whether a model's name means a local folder: there is one, or only a path can be written like that."""
     return Path(name).is_dir() or not _HUB_NAME.fullmatch(name)
 
 
-def _of_types(given: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Names and types of every section, from the classes that they fill."""
+def _type_problems(given: Mapping[str, Section]) -> Iterator[str]:
+    """Unknown names and wrong types in every section, from the classes that the sections fill."""
     from peft import LoraConfig
     from transformers import TrainingArguments
 
@@ -152,7 +161,7 @@ def _of_types(given: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from problems("privacy", {k: v for k, v in given["privacy"].items() if k not in known}, PrivacyConfig)
 
 
-def _of_model(model: Mapping[str, Any]) -> Iterator[str]:
+def _model_problems(model: Section) -> Iterator[str]:
     for key, choices in (("task", TASKS), ("dtype", DTYPES)):
         value = model.get(key, choices[0])
         if isinstance(value, str) and value not in choices:
@@ -163,7 +172,7 @@ def _of_model(model: Mapping[str, Any]) -> Iterator[str]:
         yield f"model.name: the folder {name} {there}"
 
 
-def _of_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+def _data_problems(data: Section, model: Section) -> Iterator[str]:
     task = model.get("task", TASKS[0])
     needed, foreign = (
         (("target",), ("text", "label", "labels")) if task == TASKS[0] else (("text", "label"), ("prompt", "target"))
@@ -193,7 +202,7 @@ def _of_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]
         yield f"data.max_length: expected 2 tokens or more, got {length}"
 
 
-def _of_training(training: Mapping[str, Any]) -> Iterator[str]:
+def _training_problems(training: Section) -> Iterator[str]:
     from hf_dp.training import REFUSED
 
     for name, (unsafe, remedy) in REFUSED.items():
@@ -206,12 +215,15 @@ def _of_training(training: Mapping[str, Any]) -> Iterator[str]:
     if weights is not None and not (
         isinstance(weights, list) and weights and all(is_number(w) and w >= 0 for w in weights)
     ):
-        yield f"training.class_weights: expected a list of numbers, 0 or more, one a class in the order of data.labels, got {weights!r}"
+        yield (
+            "training.class_weights: expected a list of numbers, 0 or more, one a class in the order of data.labels, "
+            f"got {weights!r}"
+        )
     if not training.get("output_dir"):
         yield f"training.output_dir: expected a folder's path, got {training.get('output_dir')!r}"
 
 
-def _of_privacy(privacy: Mapping[str, Any]) -> Iterator[str]:
+def _privacy_problems(privacy: Section) -> Iterator[str]:
     known = {k: v for k, v in privacy.items() if k in PrivacyConfig.__dataclass_fields__}
     try:
         PrivacyConfig(**known)

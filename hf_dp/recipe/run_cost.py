@@ -1,6 +1,7 @@
-"""A mechanism, a model's shapes and how the work is dealt out -> what a run costs: passes, bytes all-reduced, memory. Imports no torch.
+"""A mechanism, a model's shapes and the division of the work -> what a run costs: passes, communication, memory.
 
-Legend: B expected batch, W processes, b examples of a micro-batch, L tokens of each; d inputs and r outputs of a linear map.
+Legend: B expected batch, W processes, b examples of a micro-batch, L tokens of each; d inputs and r outputs of a linear
+map. Imports no torch.
 """
 
 import math
@@ -11,15 +12,16 @@ from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.per_example import materialise_is_cheaper
 
 FLOAT = 4  # bytes of float32: what is clipped, summed and reduced
-BESIDE_THE_SUM = 3  # numbers that the all-reduce carries beside the sum: see `release`
-INDEX = 2  # a whole number of 64 bits, in units of FLOAT
-TAIL = 1e-12  # draws as rare as this are left out of a mean
+BESIDE_THE_SUM = 3  # further numbers in the all-reduce: see `step/release.py`
+INDEX = 2  # size of a 64-bit whole number, in units of FLOAT
+TAIL = 1e-12  # draws of a size rarer than this are left out of the mean
 
 
 class Shapes(NamedTuple):
-    """What a model is to its cost; of trainable parameters, how they are used.
+    """The sizes of a model that its cost depends on.
 
-    `linear` holds (d, r) of each linear map, `tables` the width of the table of tokens; `others` counts the rest: biases, scales.
+    `linear` holds (d, r) of each trained linear map, `tables` the width of the trained token embedding; `others` counts
+    all other trained parameters, such as biases and scales.
     """
 
     parameters: int
@@ -31,7 +33,9 @@ class Shapes(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How a step is dealt out: W, at most how many examples and padded tokens a micro-batch has, and the tokens of an example, padded."""
+    """How a step is divided: W; the most examples and padded tokens of a micro-batch; and the tokens of an example,
+    padded.
+    """
 
     num_processes: int
     max_examples: int
@@ -49,7 +53,7 @@ class Work(NamedTuple):
 
 
 def micro_batches(mechanism: Mechanism, work: Work) -> float:
-    """Forward and backward passes in a step of the process that has the most: ceil(ceil(n / W) / b), its mean over draws n."""
+    """Passes in a step of the busiest process: ceil(ceil(n / W) / b), averaged over the number n of records drawn."""
     import numpy as np
     from scipy.stats import binom
 
@@ -61,20 +65,22 @@ def micro_batches(mechanism: Mechanism, work: Work) -> float:
 
 
 def all_reduced(mechanism: Mechanism, shapes: Shapes) -> int:
-    """Bytes of a step's one all-reduce; 0 is never among them, however the draw fell."""
+    """Bytes of a step's one all-reduce. They are the same in every step, also where nothing was drawn."""
     metrics = 0 if mechanism.loss_bound is None else len(METRICS)
     return _number_summed(mechanism) * (shapes.trainable + metrics + BESIDE_THE_SUM)
 
 
 def _number_summed(mechanism: Mechanism) -> int:
-    """Bytes of one coordinate of the sum: whole numbers have 64 bits."""
+    """Bytes of one coordinate of the sum; whole numbers have 64 bits."""
     return INDEX * FLOAT if mechanism.is_discrete else FLOAT
 
 
 def per_example_gradients(shapes: Shapes, work: Work) -> int:
-    """Bytes of all that is held of a full micro-batch's per-example gradients until their norms are known; at most, in bfloat16.
+    """An upper bound, in bytes, on what is held of a full micro-batch's per-example gradients until their norms are
+    known.
 
-    Each linear map's as [r, d], or as its inputs and output gradients where `cost` finds that better. One example alone: its gradient.
+    A linear map's gradients are held as [r, d], or as inputs and output gradients where `cost` finds that cheaper. A
+    single example holds its gradient.
     """
     if work.examples == 1:
         return FLOAT * shapes.trainable
@@ -85,7 +91,7 @@ def per_example_gradients(shapes: Shapes, work: Work) -> int:
 
 
 def derivation(mechanism: Mechanism, shapes: Shapes, work: Work) -> list[Derived]:
-    """What the run costs, each number with its rule."""
+    """What the run costs: each number with its rule."""
     number = _number_summed(mechanism)
     work = work._replace(max_examples=1) if mechanism.is_discrete else work
     passes, reduced, alone = micro_batches(mechanism, work), all_reduced(mechanism, shapes), work.num_processes == 1
@@ -96,7 +102,8 @@ def derivation(mechanism: Mechanism, shapes: Shapes, work: Work) -> list[Derived
         Derived(
             "model",
             f"{shapes.parameters:,}",
-            f"parameters, {shapes.trainable:,} of them trained; weights take {size(shapes.bytes_of_weights)} a process{sharded}",
+            f"parameters, {shapes.trainable:,} of them trained; weights take {size(shapes.bytes_of_weights)} a "
+            f"process{sharded}",
         ),
         Derived("examples of a micro-batch b", str(work.examples), f"{at_most}; speed and memory, never the result"),
         Derived(
@@ -110,17 +117,19 @@ def derivation(mechanism: Mechanism, shapes: Shapes, work: Work) -> list[Derived
             "nothing" if alone else size(reduced),
             "one process"
             if alone
-            else f"{number} bytes x (P + {reduced // number - shapes.trainable}), once; {size(reduced * mechanism.num_steps)} in all",
+            else f"{number} bytes x (P + {reduced // number - shapes.trainable}), once; "
+            f"{size(reduced * mechanism.num_steps)} in all",
         ),
         Derived(
             "per-example gradients",
             size(per_example_gradients(shapes, work)),
-            f"of a full micro-batch at {work.length} tokens, in float32, until it is clipped; activations come beside it",
+            f"of a full micro-batch at {work.length} tokens, in float32, until it is clipped; activations come beside "
+            "it",
         ),
     ]
 
 
 def size(number_of_bytes: float) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
+    """A number of bytes in the unit that leaves one to four digits before the point."""
     power = min(3, max(0, math.floor(math.log(max(number_of_bytes, 1), 1024))))
     return f"{number_of_bytes / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

@@ -1,4 +1,4 @@
-"""A section of a recipe and the dataclass that it fills -> everything wrong with it: unknown names, wrong types, missing ones."""
+"""A section of a recipe and the dataclass that it fills -> all mistakes: unknown names, wrong types, missing values."""
 
 import dataclasses
 import enum
@@ -6,11 +6,10 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
 
 Problem = str
 _PLAIN = (bool, int, float, str, type(None), list, dict)
-_WORDS = {
+_WORDS: dict[object, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -22,29 +21,30 @@ _WORDS = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    """`; did you mean 'x'?`, or nothing if no known name is similar."""
     known = list(known)
     near = get_close_matches(name, known, n=1, cutoff=0.6) or [k for k in known if k.startswith(name) and len(name) > 3]
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def problems(section: str, given: Mapping[str, Any], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
+def problems(section: str, given: Mapping[str, object], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
     """What keeps `given` from being the keywords of the dataclass `into`.
 
-    A type is checked where it is made of plain ones (numbers, text, lists, mappings, enums); other types are left to `into`.
+    A type is checked if it is made of plain ones (numbers, text, lists, mappings, enums); others are left to `into`.
 
     Args:
         section: the section's name, for the messages.
         given: key -> value.
         into: the dataclass.
-        extra: further keys that the section takes.
+        extra: further keys that the section may have.
     """
     fields = {f.name: f for f in dataclasses.fields(into) if f.init}
     hints = typing.get_type_hints(into)
     for name, value in given.items():
         if name in fields:
             if not _fits(value, hints[name]):
-                yield f"{section}.{name}: expected {_described(hints[name])}, got {value!r}{_near_member(value, hints[name])}"
+                meant = _near_member(value, hints[name])
+                yield f"{section}.{name}: expected {_described(hints[name])}, got {value!r}{meant}"
         elif name not in extra:
             yield f"{section}.{name}: there is no such setting{nearest(str(name), [*fields, *extra])}"
     for name, f in fields.items():
@@ -53,7 +53,7 @@ def problems(section: str, given: Mapping[str, Any], into: type, extra: Iterable
             yield f"{section}.{name}: missing; {f.metadata.get('help', 'it has no default')}"
 
 
-def _options(hint: Any) -> list[Any]:
+def _options(hint: object) -> list[object]:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return [option for part in typing.get_args(hint) for option in _options(part)]
@@ -62,16 +62,16 @@ def _options(hint: Any) -> list[Any]:
     return [origin or hint]
 
 
-def _is_enum(option: Any) -> typing.TypeGuard[type[enum.Enum]]:
+def _is_enum(option: object) -> typing.TypeGuard[type[enum.Enum]]:
     return isinstance(option, type) and issubclass(option, enum.Enum)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     options = _options(hint)
     types_, members = [o for o in options if isinstance(o, type)], [o for o in options if not isinstance(o, type)]
     enums = [o for o in types_ if _is_enum(o)]
     if any(o not in _PLAIN and not _is_enum(o) for o in types_) or not (types_ or members):
-        return True  # a type of its own: its class will say what is wrong
+        return True  # another type: its class will say what is wrong
     if enums and isinstance(value, str):
         return any(value == member.value for e in enums for member in e)
     if any(value == m and type(value) is type(m) for m in members):
@@ -83,7 +83,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return any(type(value) is t or (t is float and isinstance(value, int)) for t in types_)
 
 
-def _described(hint: Any) -> str:
+def _described(hint: object) -> str:
     options = _options(hint)
     enums = [o for o in options if _is_enum(o)]
     if enums:
@@ -92,6 +92,6 @@ def _described(hint: Any) -> str:
     return " or ".join(dict.fromkeys(_WORDS.get(o, repr(o)) for o in options))
 
 
-def _near_member(value: Any, hint: Any) -> str:
+def _near_member(value: object, hint: object) -> str:
     members = [str(m.value) for o in _options(hint) if _is_enum(o) for m in o]
     return nearest(value, members) if isinstance(value, str) and members else ""

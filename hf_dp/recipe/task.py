@@ -1,16 +1,27 @@
-"""Recipe -> everything that a training needs: model with LoRA, tokenizer, data sets, collator, metrics; and `DPTrainer` over it."""
+"""Recipe -> everything that a training needs (model with LoRA, tokenizer, data, collator, metrics), and a `DPTrainer`
+with it.
+"""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
+import numpy as np
 import peft
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_dp import accounting, durable
 from hf_dp.config import AuditConfig
@@ -22,25 +33,28 @@ from hf_dp.sampling import groups_by
 from hf_dp.training import DPTrainer
 
 Metrics = dict[str, float]
+Logits = Tensor | tuple[Tensor, ...]  # a model may return more beside them
+T = TypeVar("T")
 _TASK_TYPE = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
 
 class Parts(NamedTuple):
-    """What a Trainer is built of. `reduce` and `metrics` are its preprocess_logits_for_metrics and compute_metrics."""
+    """What a Trainer is built from. `reduce` is its preprocess_logits_for_metrics, `metrics` its compute_metrics."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     train: datasets.Dataset
     validation: datasets.Dataset | None
     collator: examples.PadRight
-    reduce: Callable[[Any, Tensor], Tensor]
-    metrics: Callable[[Any], Metrics]
+    reduce: Callable[[Logits, Tensor], Tensor]
+    metrics: Callable[[EvalPrediction], Metrics]
 
 
 def prepare(recipe: Recipe) -> Parts:
-    """Reads the data, then the model, and makes one ready for the other. Each call makes a fresh model, the same for the same seed.
+    """Reads the data and the model, and adapts them to each other. Every call makes a new model, the same for the same
+    seed.
 
-    What is wrong shows as early as it can: the plan is tried before the model is loaded.
+    Mistakes are found as early as possible: the plan is tried before the model is loaded.
 
     Raises:
         RecipeError: data, template, labels, model or LoRA settings that do not fit.
@@ -52,7 +66,9 @@ def prepare(recipe: Recipe) -> Parts:
     column = recipe.privacy.unit_column
     groups = groups_by(train, column)
     num_units = len(train) if groups is None else groups.num_groups
-    accounting.plan(recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+    accounting.plan_mechanism(
+        recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
+    )
     classes = None
     if recipe.model.task == "sequence_classification":
         classes = examples.label_names(recipe.data, train, validation)
@@ -85,7 +101,7 @@ def prepare(recipe: Recipe) -> Parts:
 
 
 def trainer_keywords(recipe: Recipe, parts: Parts, output_dir: str | Path | None = None) -> dict[str, Any]:
-    """Keywords of `transformers.Trainer`, private or not: DPTrainer adds its own to them."""
+    """Keywords of `transformers.Trainer`, private or not; DPTrainer takes further ones."""
     return {
         "model": parts.model,
         "args": training_arguments(recipe, output_dir),
@@ -103,25 +119,25 @@ def build(
     parts: Parts | None = None,
     *,
     output_dir: str | Path | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     audit: AuditConfig | None = None,
 ) -> DPTrainer:
-    """The private trainer of a recipe, ready to train. Its construction makes the output folder and nothing in it.
+    """The private trainer of a recipe, ready to train. Its construction makes the output folder, and nothing in it.
 
     Raises:
-        HfDpError: whatever the recipe asks for that cannot be, as `prepare` and `DPTrainer` say.
+        HfDpError: whatever is impossible in the recipe, as `prepare` and `DPTrainer` say.
     """
     parts = parts or prepare(recipe)
     keywords = trainer_keywords(recipe, parts, output_dir)
-    own: dict[str, Any] = {
-        "privacy": recipe.privacy,
-        "micro_batch_tokens": recipe.micro_batch_tokens,
-        "class_weights": recipe.class_weights,
-        "callbacks": list(callbacks),
-        "audit": audit,
-    }
     try:
-        return DPTrainer(**keywords, **own)
+        return DPTrainer(
+            **keywords,
+            privacy=recipe.privacy,
+            micro_batch_tokens=recipe.micro_batch_tokens,
+            class_weights=recipe.class_weights,
+            callbacks=list(callbacks),
+            audit=audit,
+        )
     except HfDpError:
         raise
     except (ValueError, ImportError) as error:
@@ -129,12 +145,12 @@ def build(
 
 
 def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> TrainingArguments:
-    """The recipe's `TrainingArguments`, in another output folder where one is given.
+    """The recipe's `TrainingArguments`, with another output folder if one is given.
 
     Raises:
         RecipeError: transformers refuses them.
     """
-    # transformers takes a quiet log for a wish to see no progress
+    # disable_tqdm is set because transformers hides its progress bar where logging is quiet.
     given = {"report_to": "none", "disable_tqdm": False, **recipe.training}
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
@@ -144,9 +160,11 @@ def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> 
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
 
 
-def evaluate(trainer: Any) -> Metrics:
-    """Loss and metric on the validation set, {} without one: `loss` (an example's mean; transformers' own for a plain Trainer), then
-    `nats_per_character` of the target, end-of-text mark included, or `accuracy`.
+def evaluate(trainer: Trainer) -> Metrics:
+    """Loss and metric on the validation set; {} without one.
+
+    `loss` is the mean over examples (for a plain Trainer, transformers' own). The metric is `nats_per_character` of the
+    target, including the end-of-text mark, or `accuracy`.
     """
     if trainer.eval_dataset is None:
         return {}
@@ -156,7 +174,7 @@ def evaluate(trainer: Any) -> Metrics:
 
 
 def save_class_names(trainer: Any, recipe: Recipe) -> None:
-    """A classifier's adapter has no config.json in its folder, so that the names of its classes would be lost."""
+    """Saves the names of a classifier's classes beside its adapter, whose folder has no config.json for them."""
     if recipe.lora is None or recipe.model.task != "sequence_classification":
         return
     names, path = trainer.model.config.id2label, recipe.output_dir / "classes.json"
@@ -164,10 +182,10 @@ def save_class_names(trainer: Any, recipe: Recipe) -> None:
     print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={len(names)}")
 
 
-# ---- model and tokenizer --------------------------------------------------------------------------------------------------
+# ---- model and tokenizer -------------------------------------------------------------------------------------------
 
 
-def _tokenizer(recipe: Recipe) -> Any:
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = _loaded(recipe, transformers.AutoTokenizer.from_pretrained)
     tokenizer.padding_side = "right"  # padding on the left shifts absolute positions by other examples' lengths
     if tokenizer.pad_token_id is None:
@@ -177,8 +195,8 @@ def _tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _model(recipe: Recipe, tokenizer: Any, classes: Sequence[str | int] | None) -> Any:
-    keywords: dict[str, Any] = {"dtype": recipe.model.dtype}
+def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str | int] | None) -> PreTrainedModel:
+    keywords: dict[str, object] = {"dtype": recipe.model.dtype}
     auto: Any = transformers.AutoModelForCausalLM
     if classes is not None:
         auto = transformers.AutoModelForSequenceClassification
@@ -190,7 +208,7 @@ def _model(recipe: Recipe, tokenizer: Any, classes: Sequence[str | int] | None) 
     return model
 
 
-def _loaded(recipe: Recipe, load: Callable[..., Any], **keywords: Any) -> Any:
+def _loaded(recipe: Recipe, load: Callable[..., T], **keywords: object) -> T:
     name = recipe.model.name
     revision = {} if recipe.model.revision is None else {"revision": recipe.model.revision}
     try:
@@ -199,12 +217,13 @@ def _loaded(recipe: Recipe, load: Callable[..., Any], **keywords: Any) -> Any:
         remedy = (
             "is the folder a whole model for this task?"
             if is_folder(name)
-            else "there is no such folder, and the Hub did not give it: check the name and the network, or give a folder: model.name=FOLDER"
+            else "there is no such folder, and the Hub did not give it: check the name and the network, or give a "
+            "folder: model.name=FOLDER"
         )
         raise RecipeError(f"model.name: cannot load {name!r}: {_first_line(error)} ({remedy})") from None
 
 
-def _with_lora(recipe: Recipe, model: Any) -> Any:
+def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
     if recipe.lora is None:
         return model
     try:
@@ -214,8 +233,8 @@ def _with_lora(recipe: Recipe, model: Any) -> Any:
         raise RecipeError(f"lora: peft refuses these settings for this model: {_first_line(error)}") from None
 
 
-def _max_length(recipe: Recipe, tokenizer: Any, config: Any) -> int:
-    """`data.max_length`, else what tokenizer and model take at most; never more than the model has positions for."""
+def _max_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """`data.max_length`; else the most that tokenizer and model take. Never more than the model has positions for."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     bounds = [n for n in (positions, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
     asked = recipe.data.max_length
@@ -232,32 +251,32 @@ def _first_line(error: BaseException) -> str:
 
 
 def _longest_first(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows of like length beside each other, so that evaluation pads little; running out of memory shows at once."""
+    """Rows of similar length together, so that evaluation pads little. Lack of memory shows in the first batch."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return rows.select(sorted(range(len(rows)), key=lambda i: -lengths[i]))
 
 
-# ---- metrics on the validation set ----------------------------------------------------------------------------------------
+# ---- metrics on the validation set ---------------------------------------------------------------------------------
 
 
 class _Outputs(NamedTuple):
     logits: Tensor
 
 
-def _reduce_completions(logits: Any, labels: Tensor) -> Tensor:
-    """[B, T, V], [B, T] -> the sum of an example's target losses in nats, [B]: all that the metric needs of the logits."""
+def _reduce_completions(logits: Logits, labels: Tensor) -> Tensor:
+    """[B, T, V], [B, T] -> the sum of an example's target losses in nats, [B]: all that the metric needs."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     return losses.causal_lm(_Outputs(logits), labels) * (labels[:, 1:] != losses.IGNORED).sum(1)
 
 
-def _completion_metrics(evaluated: Any, num_characters: int) -> Metrics:
-    return {"nats_per_character": float(evaluated.predictions.sum()) / max(1, num_characters)}
+def _completion_metrics(evaluated: EvalPrediction, num_characters: int) -> Metrics:
+    return {"nats_per_character": float(np.asarray(evaluated.predictions).sum()) / max(1, num_characters)}
 
 
-def _reduce_classes(logits: Any, labels: Tensor) -> Tensor:
+def _reduce_classes(logits: Logits, labels: Tensor) -> Tensor:
     logits = logits[0] if isinstance(logits, tuple) else logits
     return torch.argmax(logits, -1)
 
 
-def _class_metrics(evaluated: Any) -> Metrics:
-    return {"accuracy": float((evaluated.predictions == evaluated.label_ids).mean())}
+def _class_metrics(evaluated: EvalPrediction) -> Metrics:
+    return {"accuracy": float(np.mean(np.asarray(evaluated.predictions) == evaluated.label_ids))}

@@ -1,13 +1,13 @@
-"""A template such as `"{mr} | "` and a record -> text. `{a|b}` is column a, or b where the data have no a.
+"""A template such as `"{mr} | "` and a record -> text. `{a|b}` is column a, or column b if the data have no a.
 
-Only columns can be named: no attributes, indices or format marks, so that a recipe can run no code. `{{` and `}}` are braces.
+Only columns can be named, without attributes, indices or format specifications, so that a recipe cannot run code. `{{`
+and `}}` are braces.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from string import Formatter
-from typing import Any
 
 from hf_dp.errors import RecipeError
 
@@ -16,11 +16,11 @@ TEXT = (str, int, float, bool, type(None))
 
 @dataclass(frozen=True)
 class Template:
-    """Literal pieces, each followed by the column (or its alternatives) whose value comes next.
+    """Literal pieces, each followed by a column or by alternatives for it.
 
     Args:
         text: as in the recipe.
-        pieces: (literal, alternatives); no alternatives after the last literal.
+        pieces: (literal, alternatives); there are no alternatives after the last literal.
     """
 
     text: str
@@ -43,16 +43,17 @@ class Template:
         for literal, name, spec, conversion in parsed:
             if name is not None and (spec or conversion or not all(part.strip() for part in name.split("|"))):
                 raise RecipeError(
-                    f"template {text!r}: expected {{column}} or {{column|other column}}, got {{{name}{_marks(spec, conversion)}}}"
+                    f"template {text!r}: expected {{column}} or {{column|other column}}, got "
+                    f"{{{name}{_marks(spec, conversion)}}}"
                 )
             pieces.append((literal, () if name is None else tuple(part.strip() for part in name.split("|"))))
         return cls(text, tuple(pieces))
 
     def resolve(self, columns: Iterable[str]) -> "Template":
-        """The same with one column in each place: the first of the alternatives that the data have.
+        """The template with one column in each place: the first alternative that the data have.
 
         Raises:
-            RecipeError: names every place for which there is none, and the nearest column.
+            RecipeError: places for which the data have no column. Names all of them, and the nearest column.
         """
         columns = list(columns)
         wrong, pieces = [], []
@@ -66,14 +67,15 @@ class Template:
         return Template(self.text, tuple(pieces))
 
     def columns(self) -> list[str]:
-        """Those that a resolved template reads."""
+        """The columns that a resolved template reads."""
         return [name for _, found in self.pieces for name in found]
 
-    def render(self, record: Mapping[str, Any]) -> str:
-        """The text for one record; a missing value (null) is empty. The template is resolved first.
+    def render(self, record: Mapping[str, object]) -> str:
+        """The text for one record; a missing value (null) is empty. The template must have been resolved.
 
         Raises:
-            RecipeError: a value that is no text, number or truth value, of which Python's spelling would stand in the text.
+            RecipeError: a value that is not text, a number or a truth value, because Python's notation of it would get
+                into the text.
         """
         parts = []
         for literal, column in self.pieces:
@@ -87,15 +89,15 @@ class Template:
 
 
 def no_text(column: str, held: str) -> str:
-    """Says that a column can't stand in a template, and what to do."""
+    """The message that a column cannot stand in a template, with the remedy."""
     return (
-        f"column {column!r} holds {held}, and a template takes text or numbers: make a column of text of it first (datasets' `map`; of a "
-        "chat by tokenizer.apply_chat_template(messages, tokenize=False)), and name that"
+        f"column {column!r} holds {held}, and a template takes text or numbers: make a column of text of it first "
+        "(datasets' `map`; of a chat by tokenizer.apply_chat_template(messages, tokenize=False)), and name that"
     )
 
 
 def missing_column(names: Iterable[str], columns: Iterable[str]) -> str:
-    """Says which column is not there, which are, and which was perhaps meant."""
+    """The message that a column is missing: which columns there are, and which was perhaps meant."""
     names, columns = list(names), list(columns)
     near = get_close_matches(names[0], columns, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ""

@@ -1,11 +1,12 @@
-"""A recipe's text and its overrides -> one nested mapping. YAML 1.2's plain scalars: `no` is a word and 1e-5 a number.
+"""A recipe's text and its overrides -> one nested mapping, with the plain scalars of YAML 1.2: `no` is a word, 1e-5 a
+number.
 
-PyYAML follows YAML 1.1, where `save_strategy: no` is false, `learning_rate: 2e-3` a string and the later of two equal keys wins
-silently; here the first two mean what they say and the third is an error.
+PyYAML follows YAML 1.1: there `save_strategy: no` is false, `learning_rate: 2e-3` is a string, and of two equal keys
+the later one wins silently. Here the first two mean what they say, and the third is an error.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import yaml
@@ -16,13 +17,13 @@ _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NULL = re.compile(r"~|null|Null|NULL|")
-Mapping = dict[str, Any]
+Section = dict[str, Any]  # values of YAML, which `settings` checks before they are used
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class attribute, begun afresh)
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [key.value for key, _ in node.value]
         twice = sorted({str(k) for k in keys if keys.count(k) > 1})
         if twice:
@@ -42,8 +43,8 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
-def parse(text: str, source: str) -> Any:
-    """The value that `text` means.
+def parse(text: str, source: str) -> object:
+    """The value of the YAML text.
 
     Raises:
         RecipeError: it is not YAML; says where.
@@ -57,14 +58,15 @@ def parse(text: str, source: str) -> Any:
         raise RecipeError(f"{source}{where}: expected YAML, got: {problem}.") from None
 
 
-def nested(text: str, source: str, overrides: Sequence[str] = ()) -> Mapping:
-    """The recipe as a mapping of sections, each override put into its place.
+def nested(text: str, source: str, overrides: Sequence[str] = ()) -> Section:
+    """The recipe as a mapping of sections, with the overrides applied.
 
-    `section.key=value` sets a key, further dots go deeper, `section=null` drops a section. A value is YAML, so that `8`, `true` and
-    `[a, b]` are what they look like; one that begins with a brace is text, since that is how templates begin.
+    `section.key=value` sets a key; further dots go deeper; `section=null` drops a section. The value is YAML, so that
+    `8`, `true` and `[a, b]` are a number, a truth value and a list. A value that begins with a brace is text, because
+    templates begin like that.
 
     Raises:
-        RecipeError: not YAML, not a mapping, or overrides that are no such thing; names all of the last.
+        RecipeError: not YAML, not a mapping, or invalid overrides; names all invalid overrides.
     """
     recipe = parse(text, source)
     if not isinstance(recipe, dict):
@@ -76,8 +78,8 @@ def nested(text: str, source: str, overrides: Sequence[str] = ()) -> Mapping:
     return recipe
 
 
-def _put(recipe: Mapping, override: str) -> str | None:
-    """Sets one override in place; the problem, if there is one."""
+def _put(recipe: Section, override: str) -> str | None:
+    """Applies one override in place; returns the problem, if there is one."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -99,5 +101,5 @@ def _put(recipe: Mapping, override: str) -> str | None:
     return None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"

@@ -28,7 +28,7 @@ and taking means over steps, are post-processing.
 import torch
 from torch import Tensor
 
-from hf_dp.mechanism import METRIC_NOISE, METRICS, Mechanism
+from hf_dp.mechanism import METRIC_NOISE, METRICS, Mechanism, StepSettings
 
 
 def contribution(losses: Tensor, *, clip_norm: float, loss_bound: float) -> Tensor:
@@ -53,7 +53,7 @@ class ReleasedMetrics:
         """The metrics of a run of `m`; None if its steps release the gradient alone."""
         return None if m.loss_bound is None else cls()
 
-    def add(self, noisy: Tensor, m: Mechanism) -> None:
+    def add(self, noisy: Tensor, m: StepSettings) -> None:
         """Adds the two coordinates that a step of `m` released, [2].
 
         They are kept in the units of the log: losses as a mean over B, and records.

@@ -23,11 +23,11 @@ from hf_dp.ledger import (
     refuse_rollback,
     step_of,
     under_key,
-    united,
 )
 from hf_dp.ledger import budget as budgets
-from hf_dp.mechanism import Mechanism, Segment
+from hf_dp.mechanism import Mechanism, Segment, StepSettings, united
 from hf_dp.randomness import ChaChaKey, Key, NoiseSource, fresh_key
+from hf_dp.sampling import Records
 from hf_dp.step.spending import Spending
 
 Segments = tuple[Segment, ...]
@@ -83,7 +83,7 @@ class Session:
             checkpoint.
     """
 
-    dataset: object
+    dataset: Records
     checkpoint: Path | None = None
     epoch_length: int = 1
     seed: int | None = None
@@ -194,7 +194,7 @@ class _Opening:
             )
         if path.exists() and self.place.budget_file is None and (folder / budgets.TOKEN_NAME).exists():
             raise BudgetError(
-                f"the run in {folder} draws on a budget, which would not see its further steps: give budget_file"
+                f"the run in {folder} uses a budget, which would not see its further steps: give budget_file"
             )
 
     def _refuse_differences(self, data_fingerprint: str) -> None:
@@ -275,13 +275,13 @@ class _Opening:
                 "budget_file out where the data are public"
             )
         budgets.read(file)  # before a key is made beside it
-        of = budgets.Of.run(m, fingerprint(self.session.dataset, file.resolve().parent))
+        subject = budgets.BudgetSubject.run(m, fingerprint(self.session.dataset, file.resolve().parent))
         asked = m.segments(self.first_step, num_steps)
         is_new = folder / LEDGER_NAME in self.made and not before
-        return budgets.reserve(file, folder, of, charged=before, asked=asked, is_new=is_new)
+        return budgets.reserve(file, folder, subject, charged=before, asked=asked, is_new=is_new)
 
 
-def begin_segment(ledger: Ledger, level: Mechanism) -> None:
+def begin_segment(ledger: Ledger, level: StepSettings) -> None:
     """The steps that follow are charged with the settings of `level`."""
     ledger.begin(
         level.sample_rate,

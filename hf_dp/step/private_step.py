@@ -66,15 +66,15 @@ class PrivateStep:
         ConfigError: as `refuse_impossible_sum`.
 
     Attributes:
-        level: the mechanism of the step under way; before the first step, that of the run.
+        level: the settings of the step under way; before the first step, those of the first.
         sum: what has been summed up so far in this step. Secret until it is released.
     """
 
     sum: ClippedSum
 
     def __init__(self, model: nn.Module, mechanism: Mechanism, passes: Passes) -> None:
-        refuse_impossible_sum(model, mechanism)
-        self.model, self.level, self.passes = model, mechanism, passes
+        refuse_impossible_sum(model, mechanism.at(0))
+        self.model, self.level, self.passes = model, mechanism.at(0), passes
         self.sharded = sharding.is_sharded(model)
         self._memory = MemoryLimit(fixed=self.sharded)
         self._names: list[str] = []

@@ -160,7 +160,7 @@ class Releaser:
         wrong = [*_wrong_arguments(clipped_sum, sensitivity, noise_multiplier), *self._wrong_state(number)]
         if not wrong and self._ledger is not None:
             current = self._ledger.current
-            charged = current and (current.noise_multiplier, current.sensitivity)
+            charged = current and (current.joint_noise_multiplier, current.sensitivity)
             if charged != (noise_multiplier, sensitivity):
                 wrong.append(
                     f"the ledger would charge (sigma, C) = {charged}, the release has "

@@ -12,7 +12,7 @@ from hf_dp import durable
 from hf_dp.errors import HfDpError, ReleaseError
 from hf_dp.ledger import COMPLETE, LedgerRecord
 from hf_dp.ledger import budget as budgets
-from hf_dp.mechanism import Mechanism, Segment
+from hf_dp.mechanism import Mechanism, Segment, StepSettings
 from hf_dp.randomness import STD
 from hf_dp.step.opening import Opened, Place, Session, begin_segment, open_session
 from hf_dp.step.release import Releaser
@@ -29,7 +29,7 @@ class PrivateRun:
         mechanism: of the training.
         place: the output folder, and the processes that take part.
         sampling_key: 128 secret bits, the same on all processes, new in every session.
-        level: the mechanism of the step under way; `mechanism` itself if it has no schedule.
+        level: the settings of the step under way.
     """
 
     def __init__(self, mechanism: Mechanism, place: Place, opened: Opened, seed: int | None = None) -> None:
@@ -80,8 +80,8 @@ class PrivateRun:
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
-    def at(self, draw_number: int) -> Mechanism:
-        """The mechanism of the step that takes this draw of the session."""
+    def at(self, draw_number: int) -> StepSettings:
+        """The settings of the step that takes this draw of the session."""
         return self.mechanism.at(self._opened.first_step + draw_number - self._opened.first_draw)
 
     def release(self, clipped_sum: Tensor, draw_number: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_dp.mechanism import METRICS, Mechanism
+from hf_dp.mechanism import METRICS, StepSettings
 from hf_dp.per_example import Pass, clipped_gradient_sum, per_example_factors, views
 from hf_dp.step.integers import add_integer_gradient, grid_of
 from hf_dp.step.metrics import contribution
@@ -26,14 +26,14 @@ class ClippedSum(Protocol):
 
     flat: Tensor
 
-    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: Mechanism) -> None:
+    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: StepSettings) -> None:
         """Adds the clipped gradients of `size` examples.
 
         Args:
             model: with the parameters that `flat` has views for.
             losses: runs the forward pass and returns one loss an example, [size].
             size: number of examples.
-            level: the mechanism of the step.
+            level: the settings of the step.
 
         Raises:
             UnsupportedParameterError, CaptureError: as `per_example_factors`.
@@ -44,15 +44,15 @@ class FloatSum:
     """sum_b min(1, C / |g_b|) g_b in float32 (Abadi et al. 2016, algorithm 1), and the metrics where there are some."""
 
     def __init__(
-        self, model: nn.Module, mechanism: Mechanism, device: torch.device, factors_of: Pass = per_example_factors
+        self, model: nn.Module, level: StepSettings, device: torch.device, factors_of: Pass = per_example_factors
     ) -> None:
         parameters = trainable(model)
-        extra = 0 if mechanism.loss_bound is None else len(METRICS)
+        extra = 0 if level.loss_bound is None else len(METRICS)
         self.flat = torch.zeros(sum(p.numel() for p in parameters.values()) + extra, device=device)
         self._parts = views(self.flat, parameters)
         self._factors_of = factors_of
 
-    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: Mechanism) -> None:
+    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: StepSettings) -> None:
         """See `ClippedSum.add`."""
         seen = clipped_gradient_sum(model, losses, size, level.clip_norm, self._parts, self._factors_of)
         if level.loss_bound is not None:
@@ -63,34 +63,34 @@ class FloatSum:
 class IntegerSum:
     """The sum for `noise='discrete'`: int64 vectors of bounded norm, one example a pass (see `randomness.grid`)."""
 
-    def __init__(self, model: nn.Module, mechanism: Mechanism, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, level: StepSettings, device: torch.device) -> None:
         parameters = trainable(model)
-        self._grid = grid_of(model, mechanism.noise_multiplier, mechanism.clip_norm)
+        self._grid = grid_of(model, level.noise_multiplier, level.clip_norm)
         self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=torch.int64, device=device)
         self._parts = views(self.flat, parameters)
 
-    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: Mechanism) -> None:
+    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: StepSettings) -> None:
         """See `ClippedSum.add`; a pass with more than one example is an error."""
         add_integer_gradient(model, losses, size, self._grid, self._parts)
 
 
-def refuse_impossible_sum(model: nn.Module, mechanism: Mechanism) -> None:
-    """Checks, before anything is allocated, that the sum that the mechanism needs can be kept.
+def refuse_impossible_sum(model: nn.Module, level: StepSettings) -> None:
+    """Checks, before anything is allocated, that the sum that these settings need can be kept.
 
     Raises:
         ConfigError: the grid of whole numbers cannot hold this sigma with so many parameters.
     """
-    if mechanism.is_discrete:
-        grid_of(model, mechanism.noise_multiplier, mechanism.clip_norm)
+    if level.is_discrete:
+        grid_of(model, level.noise_multiplier, level.clip_norm)
 
 
 def new_sum(
-    model: nn.Module, mechanism: Mechanism, device: torch.device, factors_of: Pass = per_example_factors
+    model: nn.Module, level: StepSettings, device: torch.device, factors_of: Pass = per_example_factors
 ) -> ClippedSum:
     """A sum of the kind that the mechanism's noise needs, at zero."""
-    if mechanism.is_discrete:
-        return IntegerSum(model, mechanism, device)
-    return FloatSum(model, mechanism, device, factors_of)
+    if level.is_discrete:
+        return IntegerSum(model, level, device)
+    return FloatSum(model, level, device, factors_of)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,12 +1,12 @@
-"""The folder of a sweep: what was drawn for it, and its trials, each there whole or not at all.
+"""The folder of a sweep: what was decided for it at random, and its trials, each of them there whole or not at all.
 
-    _sweep.json         what was asked, the plan, and the secret draws: how many trials, and of which combinations
-    running/            the trial that is under way; every one of them runs here, so that no file of a model tells its number
-    trials/03/          one that has ended: ledger, log and trial.json; the models of all but the best are removed
-    unfinished/01/      one that was cut off: its ledger; another draw of the same combination takes its place
+    _sweep.json         what was asked, the plan, and two secrets: how many trials there are, and of which combinations
+    running/            the current trial; all trials run in this folder, so that no file of a model tells its number
+    trials/03/          a trial that has ended: ledger, log and trial.json; only the best one keeps its model
+    unfinished/01/      a trial that was cut off: its ledger; the same combination is run again in its place
     selected/           the model with its card: all that the epsilon on the card covers
 
-Everything but `selected` is private. A sweep goes on where it was cut off, and is never begun twice.
+Everything but `selected` is private. A sweep is resumed where it was cut off, and never begun twice.
 """
 
 import json
@@ -16,38 +16,39 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import filelock
 
 from hf_dp import accounting, durable
-from hf_dp.accounting import Selection, draw_number
+from hf_dp.accounting import Selection, random_number
 from hf_dp.errors import ConfigError, LedgerError
 from hf_dp.ledger import KEY_NAME, LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.sweep.plan import Plan
+from hf_dp.sweep.results import TrialResult
 
 STATE, LOCK = "_sweep.json", "_sweep.lock"  # Trainer and `hf-dp push` leave such names out of what they upload
 TRIAL = "trial.json"
 SELECTED = "selected"
-KEPT = (TRIAL, LEDGER_NAME, "log.txt")  # of a trial that was not selected
+KEPT = (TRIAL, LEDGER_NAME, "log.txt")  # what stays of a trial that was not selected
 
 
 class State(NamedTuple):
-    """What is fixed before the first trial. `draws` is secret: for each trial the number of its combination."""
+    """What is fixed before the first trial. `chosen` is secret: for each trial, the index of its combination."""
 
-    asked: Mapping[str, Any]
+    asked: Mapping[str, object]
     plan: Plan
-    draws: tuple[int, ...]
+    chosen: tuple[int, ...]
     data: str
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time.
+    """Holds the lock of the folder: one process at a time.
 
     Raises:
-        ConfigError: another one has it.
+        ConfigError: another process holds it.
     """
     lock = filelock.FileLock(folder / LOCK)
     try:
@@ -61,40 +62,43 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises:
-    ConfigError: there is something in the folder already.
+    """Passes if the folder is empty or does not exist.
+
+    Raises:
+        ConfigError: there is something in it.
     """
     if (folder / STATE).exists():
         raise ConfigError(
-            f"{folder} holds a sweep already: go on with it by --resume. A sweep in another folder (training.output_dir=FOLDER) is a "
-            "second one on the same data, and what both tell adds up; beginning anew until the result pleases is covered by neither"
+            f"{folder} holds a sweep already: go on with it by --resume. A sweep in another folder "
+            "(training.output_dir=FOLDER) is a second one on the same data, and what both tell adds up; beginning "
+            "anew until the result pleases is covered by neither"
         )
     if folder.exists() and any(path.name not in (LOCK, KEY_NAME) for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: choose another folder (training.output_dir=FOLDER)")
 
 
-def begin(folder: Path, asked: Mapping[str, Any], plan: Plan, num_combinations: int, data: str) -> State:
-    """Draws the number of trials and their combinations, and keeps them before anything is run."""
-    number = draw_number(plan.selection.distribution, plan.selection.mean)
-    draws = tuple(secrets.randbelow(num_combinations) for _ in range(number))
+def begin(folder: Path, asked: Mapping[str, object], plan: Plan, num_combinations: int, data: str) -> State:
+    """Picks the number of trials and their combinations at random, and stores them before anything is run."""
+    number = random_number(plan.selection.distribution, plan.selection.mean)
+    chosen = tuple(secrets.randbelow(num_combinations) for _ in range(number))
     kept = {
         "asked": dict(asked),
         "selection": plan.selection.stated(plan.delta),
         "delta": plan.delta,
         "target_of_one": plan.target_of_one,
-        "draws": list(draws),
+        "draws": list(chosen),
         "data": data,
     }
     if not durable.create(folder / STATE, json.dumps(kept).encode(), mode=0o600):
         refuse_used(folder)
-    return State(asked, plan, draws, data)
+    return State(asked, plan, chosen, data)
 
 
-def resume(folder: Path, asked: Mapping[str, Any]) -> State:
-    """The sweep that was begun here; a trial that was cut off is put aside.
+def resume(folder: Path, asked: Mapping[str, object]) -> State:
+    """The sweep that was begun in this folder.
 
     Raises:
-        ConfigError: there is none, or another one, naming each difference; or it has ended.
+        ConfigError: there is none; it is another one (naming each difference); or it has ended.
     """
     try:
         kept = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -115,7 +119,7 @@ def resume(folder: Path, asked: Mapping[str, Any]) -> State:
 
 
 def set_aside(folder: Path) -> int:
-    """Puts a trial that was cut off out of the way, its model removed; how many there are by now."""
+    """Moves a trial that was cut off to `unfinished/`, without its model; returns how many lie there now."""
     running, aside = folder / "running", folder / "unfinished"
     if running.exists():
         aside.mkdir(exist_ok=True)
@@ -124,8 +128,8 @@ def set_aside(folder: Path) -> int:
     return len(list(aside.iterdir())) if aside.exists() else 0
 
 
-def finish(folder: Path, result: Mapping[str, Any]) -> None:
-    """The trial that is running has ended: from here on it is one of the finished ones."""
+def finish(folder: Path, result: TrialResult) -> None:
+    """The trial in `running/` has ended: moves it to `trials/`, with its result."""
     running, trials = folder / "running", folder / "trials"
     trials.mkdir(exist_ok=True)
     durable.replace(running / TRIAL, json.dumps(result, indent=1).encode())
@@ -133,11 +137,11 @@ def finish(folder: Path, result: Mapping[str, Any]) -> None:
     durable.sync_folder(trials)
 
 
-def finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def finished(folder: Path) -> list[tuple[Path, TrialResult]]:
     """(folder, result) of each trial that has ended, in order.
 
     Raises:
-        ConfigError: one cannot be read.
+        ConfigError: one of the results cannot be read.
     """
     found = []
     for place in sorted((folder / "trials").glob("*"), key=lambda p: int(p.name)):
@@ -148,9 +152,10 @@ def finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def best(trials: list[tuple[Path, dict[str, Any]]]) -> int:
-    """Number of the trial with the least loss, the first of equals; one that diverged comes last."""
-    return min(range(len(trials)), key=lambda i: math.inf if trials[i][1]["score"] is None else trials[i][1]["score"])
+def best(trials: list[tuple[Path, TrialResult]]) -> int:
+    """Index of the trial with the least loss, the first one among equals. A trial that diverged comes last."""
+    scores = [math.inf if (score := result["score"]) is None else score for _, result in trials]
+    return scores.index(min(scores))
 
 
 def prune(trial: Path) -> None:
@@ -162,7 +167,7 @@ def prune(trial: Path) -> None:
 
 
 def charged(folder: Path) -> list[Segment]:
-    """What all trials claim, those that were cut off among them."""
+    """What all trials claim, including those that were cut off."""
     ledgers = sorted((*folder.glob(f"trials/*/{LEDGER_NAME}"), *folder.glob(f"unfinished/*/{LEDGER_NAME}")))
     found: list[Segment] = []
     for path in ledgers:

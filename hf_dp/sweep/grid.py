@@ -1,11 +1,13 @@
-"""A recipe, its overrides and `--grid` texts -> every combination of their values, each a whole recipe; or all that is wrong with them."""
+"""A recipe, its overrides and `--grid` texts -> every combination of their values, each a whole recipe; or all
+mistakes.
+"""
 
 import copy
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from hf_dp import recipe as recipes
 from hf_dp.errors import RecipeError
@@ -17,8 +19,8 @@ PRIVACY = tuple(
     for name in "clip_norm expected_batch_size noise noise_schedule clip_schedule batch_schedule".split()
 )
 TRAINING = (
-    "learning_rate weight_decay num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type "
-    "lr_scheduler_kwargs warmup_steps warmup_ratio seed"
+    "learning_rate weight_decay num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio seed"
 )
 # what makes another model; scores of trials that differ in anything else could not be compared, or nothing would differ
 SEARCHED = (*PRIVACY, *(f"training.{name}" for name in TRAINING.split()), "data.prompt")
@@ -26,18 +28,18 @@ OWN = ("resume_from_checkpoint", "push_to_hub", "load_best_model_at_end")
 
 
 class Combination(NamedTuple):
-    """One value of each key of the grid, and the recipe that has them."""
+    """One value for each key of the grid, and the recipe with these values."""
 
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     recipe: Recipe
 
 
 def combinations(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> list[Combination]:
-    """All of them, the last key turning fastest.
+    """All combinations; the last key varies fastest.
 
     Raises:
-        RecipeError: a recipe that cannot be swept over, a key or value that is none, a combination that is no recipe. Names everything
-            wrong at once.
+        RecipeError: a recipe that cannot be swept over, an invalid key or value, or a combination that is not a valid
+            recipe. Names everything wrong at once.
     """
     base = recipes.read(path, overrides)
     sections = nested(path.read_text(encoding="utf-8"), str(path), overrides)
@@ -47,7 +49,7 @@ def combinations(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> l
         for key in axes
         if any(o.partition("=")[0].strip() == key for o in overrides)
     ]
-    wrong += _refusals(base, sections)
+    wrong += _refusals(base)
     count = 1
     for values in axes.values():
         count *= len(values)
@@ -67,9 +69,9 @@ def combinations(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> l
     return found
 
 
-def _axes(grid: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
-    """Key -> its values, and what is wrong with the texts."""
-    axes: dict[str, list[Any]] = {}
+def _axes(grid: Sequence[str]) -> tuple[dict[str, list[object]], list[str]]:
+    """Key -> its values; and what is wrong with the texts."""
+    axes: dict[str, list[object]] = {}
     wrong = [] if grid else ["--grid: expected at least one, such as --grid training.learning_rate=1e-3,3e-3"]
     for text in grid:
         key, equals, listed = text.partition("=")
@@ -82,7 +84,7 @@ def _axes(grid: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
         if not (key in SEARCHED or (key.startswith("lora.") and len(key) > 5)):
             wrong.append(f"--grid {key}: {_why_not(key)}")
         try:
-            values = parse(f"[{listed}]", f"--grid {key}")
+            values = cast("list[object]", parse(f"[{listed}]", f"--grid {key}"))
         except RecipeError as error:
             wrong.append(str(error))
             continue
@@ -98,19 +100,19 @@ def _axes(grid: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
 def _why_not(key: str) -> str:
     if key in ("privacy.noise_multiplier", "privacy.target_epsilon"):
         return (
-            "all trials have the same epsilon, and the noise follows from it: more steps (training.num_train_epochs) mean more noise, a "
-            "larger privacy.expected_batch_size more noise on a sum of more records"
+            "all trials have the same epsilon, and the noise follows from it: more steps (training.num_train_epochs) "
+            "mean more noise, a larger privacy.expected_batch_size more noise on a sum of more records"
         )
     return f"not a setting that trials may differ in{nearest(key, SEARCHED)}; they are lora.* and {', '.join(SEARCHED)}"
 
 
-def _refusals(base: Recipe, sections: Mapping[str, Any]) -> Iterator[str]:
-    """What a recipe may hold for a training and not for a sweep."""
+def _refusals(base: Recipe) -> Iterator[str]:
+    """What a recipe may contain for a training, but not for a sweep."""
     privacy, training, data = base.privacy, base.training, base.data
     if privacy.target_epsilon is None:
         yield "privacy.target_epsilon: missing; it is the total of a sweep, and all trials get the same part of it"
-    for name in ("debug_seed", "budget_file"):
-        if sections["privacy"].get(name) is not None:
+    for name, value in (("debug_seed", privacy.debug_seed), ("budget_file", privacy.budget_file)):
+        if value is not None:
             yield f"privacy.{name}: not for a sweep, whose total is target_epsilon; drop it"
     if data.validation is None:
         yield "data.validation: missing; the model is selected by its loss on records that are not training records"
@@ -119,23 +121,29 @@ def _refusals(base: Recipe, sections: Mapping[str, Any]) -> Iterator[str]:
         and recipes.is_file(data.train)
         and os.path.samefile(data.validation, data.train)
     ):
-        yield "data.validation: these are the training records; a score computed on them is private. Hold some records out"
+        yield (
+            "data.validation: these are the training records; a score computed on them is private. Hold some records "
+            "out"
+        )
     for name in OWN:
         if training.get(name):
             yield f"training.{name}: not for a sweep; drop it"
     if training.get("report_to") not in (None, "none", [], ["none"]):
-        yield f"training.report_to: {training['report_to']} would be told of all trials, and only the selected model is covered; drop it"
+        yield (
+            f"training.report_to: {training['report_to']} would be told of all trials, and only the selected model is "
+            "covered; drop it"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield "a sweep runs in one process: start it without accelerate launch or torchrun"
 
 
-def _with(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _with(sections: Mapping[str, object], values: Mapping[str, object]) -> dict[str, object]:
     changed = copy.deepcopy(dict(sections))
     for key, value in values.items():
         inner = changed
         *path, last = key.split(".")
         for name in path:
             inner[name] = inner.get(name) or {}
-            inner = inner[name]
+            inner = cast("dict[str, object]", inner[name])
         inner[last] = copy.deepcopy(value)
     return changed

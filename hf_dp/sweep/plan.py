@@ -1,4 +1,6 @@
-"""Combinations, N and a law for the number of trials -> the noise of each combination, so that the selected model meets the target."""
+"""Combinations, N and a distribution of the number of trials -> the noise of each combination, so that the target is
+met.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,11 +24,11 @@ class Plan(NamedTuple):
     target_of_one: float
 
 
-def plan(combinations: Sequence[Combination], num_units: int, distribution: str, mean: float) -> Plan:
-    """Each trial gets the same epsilon: the largest that keeps the selected model within the recipe's target.
+def plan_sweep(combinations: Sequence[Combination], num_units: int, distribution: str, mean: float) -> Plan:
+    """Gives every trial the same epsilon: the largest that keeps the selected model within the recipe's target.
 
     Raises:
-        RecipeError: combinations that cannot be planned, or a distribution that is none. Names everything wrong at once.
+        RecipeError: combinations that cannot be planned, or an invalid distribution. Names everything wrong at once.
         AccountingError: the target is out of reach.
     """
     mechanism_of = _planner(combinations, num_units)
@@ -52,7 +54,7 @@ def plan(combinations: Sequence[Combination], num_units: int, distribution: str,
 
 
 def segments_of(mechanism: Mechanism) -> tuple[Segment, ...]:
-    """What a whole run charges."""
+    """The steps of a whole run."""
     return mechanism.segments()
 
 
@@ -62,7 +64,7 @@ def derivation(p: Plan, num_combinations: int) -> list[Derived]:
     kinds = [
         Derived(
             f"kind of trial {number}",
-            "; ".join(f"sigma {g.noise_multiplier:.6g}" for g in run),
+            "; ".join(f"sigma {g.joint_noise_multiplier:.6g}" for g in run),
             "; ".join(f"{g.num_steps:,} steps at q = {g.sample_rate:.6g}" for g in run),
         )
         for number, run in enumerate(s.mechanisms, start=1)
@@ -97,14 +99,16 @@ def derivation(p: Plan, num_combinations: int) -> list[Derived]:
 
 
 def _planner(combinations: Sequence[Combination], num_units: int) -> Callable[[int, float], Mechanism]:
-    """(number of a combination, epsilon of one trial) -> its mechanism. What differs in C alone is calibrated once."""
+    """(index of a combination, epsilon of one trial) -> its mechanism. Combinations that differ only in C are
+    calibrated once.
+    """
     steps = [
         (float(a.num_train_epochs), int(a.max_steps)) for a in (training_arguments(c.recipe) for c in combinations)
     ]
 
     @cache
     def calibrated(privacy: PrivacyConfig, epochs: float, max_steps: int) -> Mechanism:
-        return accounting.plan(privacy, num_units, num_train_epochs=epochs, max_steps=max_steps)
+        return accounting.plan_mechanism(privacy, num_units, num_train_epochs=epochs, max_steps=max_steps)
 
     def mechanism_of(index: int, epsilon: float) -> Mechanism:
         privacy = combinations[index].recipe.privacy

@@ -1,9 +1,9 @@
-"""Combinations and a law for their number -> a sweep, begun or gone on with, up to its selected model."""
+"""Combinations and a distribution of their number -> a sweep, begun or resumed, up to its selected model."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import key_of, under_key
@@ -13,28 +13,29 @@ from hf_dp.sweep import folder as folders
 from hf_dp.sweep import trial as trials
 from hf_dp.sweep.grid import Combination
 from hf_dp.sweep.outcome import conclude
-from hf_dp.sweep.plan import Plan, plan
+from hf_dp.sweep.plan import Plan, plan_sweep
+from hf_dp.sweep.results import SweepResult
 from hf_dp.training import check_options
 
 Tell = Callable[[int, int, int], None]
 
 
 class Asked(NamedTuple):
-    """What the user asked for. `texts` are the recipe and options as they were given; resuming needs the same."""
+    """What the user asked for. `texts` are the recipe and options as given; resuming needs the same ones."""
 
     combinations: Sequence[Combination]
     distribution: str
     mean: float
-    texts: Mapping[str, Any]
+    texts: Mapping[str, object]
 
     @property
     def folder(self) -> Path:
-        """Of the sweep."""
+        """The folder of the sweep."""
         return self.combinations[0].recipe.output_dir
 
 
 def planned(asked: Asked) -> Plan:
-    """The plan, after everything was tried that can be wrong before the first run. Leaves nothing on disk.
+    """The plan, after trying everything that can fail before the first run. Leaves nothing on disk.
 
     Raises:
         HfDpError: what is wrong.
@@ -43,10 +44,10 @@ def planned(asked: Asked) -> Plan:
     records = data_files.load(base.data, "train")
     assert records is not None  # a recipe always names it
     groups = groups_by(records, base.privacy.unit_column)
-    found = plan(
+    found = plan_sweep(
         asked.combinations, len(records) if groups is None else groups.num_groups, asked.distribution, asked.mean
     )
-    built: list[Any] = []
+    built: list[object] = []
     with tempfile.TemporaryDirectory() as place:
         for combination in asked.combinations:
             trial = trials.as_trial(combination.recipe, found.target_of_one, Path(place))
@@ -59,23 +60,25 @@ def planned(asked: Asked) -> Plan:
 
 
 def begun(asked: Asked, found: Plan) -> folders.State:
-    """Draws the trials of a sweep that was planned, in its folder, which must not have been used."""
+    """Starts a planned sweep in its folder, which must be unused: picks its trials at random."""
     asked.folder.mkdir(parents=True, exist_ok=True)
     with folders.locked(asked.folder):
         folders.refuse_used(asked.folder)
         return folders.begin(asked.folder, asked.texts, found, len(asked.combinations), _fingerprint(asked))
 
 
-def run(asked: Asked, state: folders.State, tell: Tell) -> dict[str, Any] | None:
-    """Runs the trials that are left, then selects; what sweep.json holds, or None where the number drawn is 0.
+def run(asked: Asked, state: folders.State, tell: Tell) -> SweepResult | None:
+    """Runs the remaining trials, then selects; returns what sweep.json holds, or None where the number of trials is 0.
 
     Args:
         asked: what was asked for.
-        state: what was drawn.
-        tell: (number of the trial, steps taken, steps planned). How many trials there will be is told to nobody.
+        state: what was decided at random.
+        tell: called with (number of the trial, steps taken, steps planned). Nobody is told how many trials there will
+            be.
 
     Raises:
-        HfDpError: whatever stops a training; or ConfigError: other records than those that the sweep was begun with.
+        HfDpError: whatever stops a training.
+        ConfigError: the records are not those with which the sweep was begun.
     """
     folder = asked.folder
     with folders.locked(folder):
@@ -84,8 +87,8 @@ def run(asked: Asked, state: folders.State, tell: Tell) -> dict[str, Any] | None
                 f"{folder}: the training or validation records are not those that the sweep was begun with"
             )
         folders.set_aside(folder)
-        for number in range(len(folders.finished(folder)), len(state.draws)):
-            chosen = asked.combinations[state.draws[number]]
+        for number in range(len(folders.finished(folder)), len(state.chosen)):
+            chosen = asked.combinations[state.chosen[number]]
             trial = trials.as_trial(chosen.recipe, state.plan.target_of_one, folder / "running")
             result = trials.run(trial, state.plan.selection.mechanisms, lambda *steps, n=number + 1: tell(n, *steps))
             folders.finish(folder, {"combination": dict(chosen.values), **result})
@@ -97,6 +100,7 @@ def run(asked: Asked, state: folders.State, tell: Tell) -> dict[str, Any] | None
 
 
 def _fingerprint(asked: Asked) -> str:
-    """Of training and validation records, under the folder's key."""
+    """Fingerprint of training and validation records, under the folder's key."""
     key, data = key_of(asked.folder), asked.combinations[0].recipe.data
-    return " ".join(under_key(data_files.load(data, which), key) for which in ("train", "validation"))
+    records = [data_files.load(data, which) for which in ("train", "validation")]
+    return " ".join(under_key(part, key) for part in records if part is not None)

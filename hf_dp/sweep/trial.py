@@ -1,4 +1,4 @@
-"""One combination and a folder -> its model there, trained and saved, and what it showed on the validation set as it was trained."""
+"""One combination and a folder -> its trained model there, and what it showed on the validation set during training."""
 
 import contextlib
 import gc
@@ -7,33 +7,35 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
 from hf_dp.recipe import Recipe, task
 from hf_dp.sweep.plan import segments_of
+from hf_dp.sweep.results import Measured
 from hf_dp.training import STEPS_TAKEN
 
-POINTS = 8  # evaluations of a trial, where the recipe does not say when
+POINTS = 8  # evaluations in a trial, unless the recipe says otherwise
 
 
 class _Steps(TrainerCallback):
-    """Says how far a trial is, and nothing of what it shows."""
+    """Reports how far a trial is, but nothing of what it shows."""
 
     def __init__(self, tell: Callable[[int, int], None]) -> None:
         self._tell = tell
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """A noisy step was taken."""
         self._tell(state.global_step, state.max_steps)
 
 
 def as_trial(recipe: Recipe, target_of_one: float, folder: Path) -> Recipe:
-    """The recipe as a trial runs it: its part of epsilon, its folder, no checkpoints, nothing told to trackers."""
+    """The recipe as a trial runs it: with its part of epsilon, in its folder, without checkpoints or trackers."""
     training = {"eval_strategy": "no", **recipe.training}
     if training["eval_strategy"] == "no":
         training |= {"eval_strategy": "steps", "eval_steps": 1 / POINTS}
@@ -45,17 +47,16 @@ def as_trial(recipe: Recipe, target_of_one: float, folder: Path) -> Recipe:
 
 def run(
     trial: Recipe, kinds: tuple[tuple[Segment, ...], ...], tell: Callable[[int, int], None] = lambda *_: None
-) -> dict[str, Any]:
-    """Trains, evaluates and saves; what transformers says goes into log.txt beside the model.
+) -> Measured:
+    """Trains, evaluates and saves. The output of transformers goes to log.txt beside the model.
 
     Args:
         trial: as `as_trial` makes it.
-        kinds: what the plan says that trials charge; this one must be among them.
-        tell: (steps taken, steps planned), after each step.
+        kinds: the steps that the plan allows for a trial; those of this one must be among them.
+        tell: called with (steps taken, steps planned) after each step.
 
     Returns:
-        The score (validation loss; None where it is no number) and `curve`: (step, epsilon of so many
-        steps of this trial alone, validation loss).
+        What it measured.
 
     Raises:
         HfDpError: whatever stops a training.
@@ -68,8 +69,9 @@ def run(
         assert mechanism is not None  # a recipe always has a training set
         if segments_of(mechanism) not in kinds:
             raise AccountingError(
-                f"this trial would charge {segments_of(mechanism)}, which is none of the planned {kinds}: nothing was run. Begin the sweep "
-                "anew, in another folder, with the versions of the libraries that are installed now"
+                f"this trial would charge {segments_of(mechanism)}, which is none of the planned {kinds}: nothing was "
+                "run. Begin the sweep anew, in another folder, with the versions of the libraries that are installed "
+                "now"
             )
         before = task.evaluate(trainer)
         trainer.train()
@@ -78,10 +80,10 @@ def run(
         after = task.evaluate(trainer)
         curve = [(0, 0.0, before["loss"]), *_curve(trainer.state.log_history)]
         spent = trainer.privacy_spent()
-    found = {
+    found: Measured = {
         "score": _finite(after["loss"]),
         "metrics": {name: _finite(value) for name, value in after.items()},
-        "curve": [[step, epsilon, _finite(loss)] for step, epsilon, loss in curve],
+        "curve": [(step, epsilon, _finite(loss)) for step, epsilon, loss in curve],
         "epsilon": spent.epsilon,
         "num_steps": spent.num_steps,
         "noise_multiplier": mechanism.noise_multiplier,
@@ -93,10 +95,12 @@ def run(
     return found
 
 
-def _curve(history: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
-    """(step, epsilon, loss) of the evaluations after the first step, one a step."""
+def _curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:
+    """(step, epsilon, loss) of the evaluations after the first step, one for each step."""
     found = {
-        e["step"]: (e["step"], e[STEPS_TAKEN], e["eval_loss"]) for e in history if "eval_loss" in e and STEPS_TAKEN in e
+        e["step"]: (int(e["step"]), e[STEPS_TAKEN], e["eval_loss"])
+        for e in history
+        if "eval_loss" in e and STEPS_TAKEN in e
     }
     return [found[step] for step in sorted(found)]
 

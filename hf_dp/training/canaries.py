@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_dp.audit import Counts, Floats, counted, log_likelihood_ratio
 from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import AuditError, ConfigError
-from hf_dp.mechanism import Mechanism
+from hf_dp.mechanism import StepSettings
 from hf_dp.per_example import IGNORED, Record, public_sizes
 from hf_dp.randomness import Key, Role, keyed_stream
 from hf_dp.sampling import Container, Draw, LogicalBatchCollator, Reader, Records, read_records
@@ -122,16 +122,14 @@ class Canaries:
             part, signs = self._columns(clipped_sum)
             part[:, slots] += clip_norm / math.sqrt(len(part)) * signs[:, slots]
 
-    def observe(self, noisy_sum: Tensor, mechanism: Mechanism) -> None:
+    def observe(self, noisy_sum: Tensor, level: StepSettings) -> None:
         """Scores canaries by what a step released, as an attacker would who sees every step and knows the canaries."""
         if self.config is None or self.config.kind != "gradient":
             return
         part, signs = self._columns(noisy_sum)
-        seen = (part * signs).sum(0, dtype=torch.float64) / (math.sqrt(len(part)) * mechanism.clip_norm)
-        sigma = (
-            mechanism.noise_multiplier or 1.0
-        )  # without noise, any value ranks canaries by how often they were drawn
-        self._scores += log_likelihood_ratio(seen.cpu().numpy()[None], mechanism.sample_rate, sigma)
+        seen = (part * signs).sum(0, dtype=torch.float64) / (math.sqrt(len(part)) * level.clip_norm)
+        sigma = level.noise_multiplier or 1.0  # without noise, any value ranks canaries by how often they were drawn
+        self._scores += log_likelihood_ratio(seen.cpu().numpy()[None], level.sample_rate, sigma)
         self._seen += 1
 
     def _columns(self, flat: Tensor) -> tuple[Tensor, Tensor]:

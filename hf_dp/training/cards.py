@@ -1,7 +1,6 @@
 """An open run -> the card of its output folder, and what its audit shows: both from the steps that were charged."""
 
 from pathlib import Path
-from typing import Any
 
 from hf_dp import card
 from hf_dp.audit import Counts, audit_record
@@ -21,7 +20,7 @@ def write_card(run: PrivateRun, folder: Path, *, public_eval: bool, audit: Count
     card.write_card(folder, record)
 
 
-def audit_result(run: PrivateRun, counts: Counts | None) -> dict[str, Any]:
+def audit_result(run: PrivateRun, counts: Counts | None) -> dict[str, object]:
     """What an audit's counts mean for all steps charged, in the form of privacy.json.
 
     Raises:
@@ -31,4 +30,4 @@ def audit_result(run: PrivateRun, counts: Counts | None) -> dict[str, Any]:
         raise AuditError("nothing was audited: give DPTrainer audit=AuditConfig(), and train")
     spending = run.spending()
     spent = spending.total()
-    return audit_record(counts, spending.claimed(), spent.delta, spent.epsilon)
+    return audit_record(counts, spending.claimed(), spent.delta, spent.epsilon).stated()

@@ -62,7 +62,7 @@ BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw may wa
 def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1) -> Mechanism:
     """The mechanism of a loop over `num_examples` records, with sigma calibrated if a target epsilon is given.
 
-    It is what `accounting.plan` makes of the settings.
+    It is what `accounting.plan_mechanism` makes of the settings.
 
     Raises:
         ConfigError: settings that do not fit the data; a `budget_file` or a `unit_column`, which loops do not support.
@@ -71,7 +71,7 @@ def plan(privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, 
     for name, value in (("budget_file", privacy.budget_file), ("unit_column", privacy.unit_column)):
         if value is not None:
             raise ConfigError(f"a PrivateLoop takes no {name}: leave it out, or use DPTrainer")
-    return accounting.plan(privacy, num_examples, num_train_epochs=num_train_epochs, max_steps=max_steps)
+    return accounting.plan_mechanism(privacy, num_examples, num_train_epochs=num_train_epochs, max_steps=max_steps)
 
 
 class PrivateLoop:

@@ -30,14 +30,15 @@ def plan_training(
         num_canaries: slots that the draw has besides the records.
 
     Raises:
-        ConfigError, AccountingError: as `accounting.plan`; or the noise needs a library that is not installed.
+        ConfigError, AccountingError: as `accounting.plan_mechanism`; or the noise needs a library that is not
+            installed.
     """
     if dataset is None:
         return None
     if privacy.noise != "gaussian":
         require_cryptography()
     units = num_canaries + (len(dataset) if groups is None else groups.num_groups)
-    return accounting.plan(privacy, units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+    return accounting.plan_mechanism(privacy, units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
 
 
 def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups | None) -> None:

@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dp import accounting
+from hf_dp.tables import print_plan
 from hf_dp.training.host import PrivateTrainer
 
 
@@ -40,21 +39,10 @@ def print_summary(trainer: PrivateTrainer) -> None:
     if not trainer.is_world_process_zero():
         return
     args, mechanism = trainer.args, trainer._planned()
-    table = Table(title="Private training", title_justify="left")
-    for column in ("", "value", "rule"):
-        table.add_column(column)
-    for row in accounting.derivation(
+    rows = accounting.derivation(
         trainer.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
-    ):
-        table.add_row(*row)
-    for name, value, rule in _rows_of_passes(trainer):
-        table.add_row(name, value, rule)
-    console = Console()
-    console.print(table)
-    if not mechanism.is_private:
-        console.print(
-            "[bold red]NOT PRIVATE[/]: " + ("debug_seed is set" if mechanism.debug else "noise_multiplier is 0")
-        )
+    )
+    print_plan("Private training", [*rows, *_rows_of_passes(trainer)], mechanism)
 
 
 def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:

@@ -147,8 +147,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             return PrivacySpent(0.0, mechanism.delta, 0)
         return self._run.spent()
 
-    def audit_result(self) -> dict[str, Any]:
-        """What the canaries show, as in privacy.json: a lower bound on epsilon, its confidence and ceiling, and counts.
+    def audit_result(self) -> dict[str, object]:
+        """What the canaries show, as in privacy.json: a lower bound on epsilon, its confidence, ceiling, and counts.
 
         Raises:
             AuditError: no audit was asked for, or nothing was trained yet.

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from hf_dp import accounting
 from hf_dp.accounting import epsilon
-from hf_dp.accounting import planned as accounting
-from hf_dp.accounting.planned import affordable_steps, derivation, plan, spent
+from hf_dp.accounting.derivation import derivation
+from hf_dp.accounting.epsilon import spent
+from hf_dp.accounting.plan import affordable_steps, plan_mechanism
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import AccountingError, ConfigError, HfDpError
 from hf_dp.mechanism import Segment, default_delta, steps_per_epoch
@@ -113,7 +115,7 @@ def test_monotone_additive_and_below_renyi(seed: int) -> None:
     assert here.pld <= here.rdp * (1 + TOLERANCE)
     # a grid follows q and sigma and its rounding, under 0.1 %, with it: changes are larger than that
     assert spent([s._replace(num_steps=s.num_steps * 2)], delta).epsilon > here.epsilon
-    assert spent([s._replace(noise_multiplier=s.noise_multiplier * 1.2)], delta).epsilon < here.epsilon
+    assert spent([s._replace(joint_noise_multiplier=s.joint_noise_multiplier * 1.2)], delta).epsilon < here.epsilon
     assert spent([s._replace(sample_rate=s.sample_rate * 1.2)], delta).epsilon > here.epsilon
     assert spent([s], delta * 2).epsilon < here.epsilon
     cut = 1 + s.num_steps // 3
@@ -143,7 +145,7 @@ def test_a_coarser_grid_only_ever_rounds_up(factor: float) -> None:
 def test_the_reported_value_is_the_zero_out_relations() -> None:
     """Replacing one record by another costs more: 6.94 for 5.20 on the first golden row."""
     s = GOLDEN["e2e, 10 epochs"][0]
-    event = da.PoissonSampledDpEvent(s.sample_rate, da.GaussianDpEvent(s.noise_multiplier))
+    event = da.PoissonSampledDpEvent(s.sample_rate, da.GaussianDpEvent(s.joint_noise_multiplier))
     ours = spent([s], 1e-5).pld
     for relation, expected in (
         (da.NeighboringRelation.REPLACE_SPECIAL, ours),
@@ -231,7 +233,7 @@ def test_the_library_itself_would_have_answered_zero() -> None:
 def test_the_central_limit_accountant_is_nowhere_and_could_not_be_claimed() -> None:
     """It is no bound: on this row it gives 4.15 for a true 5.1966, under a certified 5.1945."""
     s, delta, lower_bound, _ = GOLDEN["e2e, 10 epochs"]
-    mu = s.sample_rate * math.sqrt(s.num_steps * math.expm1(s.noise_multiplier**-2))
+    mu = s.sample_rate * math.sqrt(s.num_steps * math.expm1(s.joint_noise_multiplier**-2))
     assert da.get_epsilon_gaussian(1 / mu, delta) < lower_bound
     assert accounting.Epsilon._fields == ("epsilon", "pld", "rdp")
     claiming = [
@@ -291,8 +293,8 @@ def test_affordable_steps_at_the_ends() -> None:
     assert affordable_steps([], [], **options) == 0
     assert affordable_steps([], [few], **options) == 7
     assert affordable_steps([step._replace(num_steps=5000)], [few], **options) == 0
-    assert affordable_steps([], [few._replace(noise_multiplier=0.0)], **options) == 0
-    assert affordable_steps([], [few, few._replace(noise_multiplier=0.0), few], **options) == 7
+    assert affordable_steps([], [few._replace(joint_noise_multiplier=0.0)], **options) == 0
+    assert affordable_steps([], [few, few._replace(joint_noise_multiplier=0.0), few], **options) == 7
 
 
 @pytest.mark.parametrize("changed", [{"target_epsilon": math.nan}, {"target_epsilon": 0}, {"delta": 2.0}])
@@ -307,21 +309,21 @@ def test_affordable_steps_refuses_nonsense(changed: dict[str, float]) -> None:
 
 def test_a_plan_counts_steps_as_trainer_does() -> None:
     config = PrivacyConfig(noise_multiplier=1.0, expected_batch_size=1024)
-    by_epochs = plan(config, 42_061, num_train_epochs=10)
+    by_epochs = plan_mechanism(config, 42_061, num_train_epochs=10)
     assert by_epochs.num_steps == 10 * round(42_061 / 1024) == 410
-    assert plan(config, 42_061, num_train_epochs=0.5).num_steps == math.ceil(0.5 * 41)
-    assert plan(config, 42_061, num_train_epochs=10, max_steps=7).num_steps == 7
+    assert plan_mechanism(config, 42_061, num_train_epochs=0.5).num_steps == math.ceil(0.5 * 41)
+    assert plan_mechanism(config, 42_061, num_train_epochs=10, max_steps=7).num_steps == 7
     assert by_epochs.sample_rate == 1024 / 42_061
     assert by_epochs.delta == default_delta(42_061) == 8.1e-06
     assert (by_epochs.target_epsilon, by_epochs.debug) == (None, False)
     assert steps_per_epoch(10, 4096) == 1
-    assert plan(PrivacyConfig(noise_multiplier=1.0, debug_seed=0), 1000, num_train_epochs=1).debug
+    assert plan_mechanism(PrivacyConfig(noise_multiplier=1.0, debug_seed=0), 1000, num_train_epochs=1).debug
 
 
 @pytest.mark.parametrize("n", [0, -5, 1.5, "100", math.nan, True])
 def test_a_plan_needs_a_number_of_examples(n: object) -> None:
     with pytest.raises(ConfigError, match="number of examples"):
-        plan(PrivacyConfig(noise_multiplier=1.0, expected_batch_size=1), n, num_train_epochs=1)
+        plan_mechanism(PrivacyConfig(noise_multiplier=1.0, expected_batch_size=1), n, num_train_epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -339,13 +341,13 @@ def test_a_plan_needs_a_number_of_examples(n: object) -> None:
 )
 def test_impossible_plans_are_refused(settings: dict, how_long: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan(PrivacyConfig(**{"expected_batch_size": 10, **settings}), 100, **how_long)
+        plan_mechanism(PrivacyConfig(**{"expected_batch_size": 10, **settings}), 100, **how_long)
 
 
 def test_all_that_is_wrong_with_a_plan_is_named_at_once() -> None:
     config = PrivacyConfig(noise_multiplier=1e-3, expected_batch_size=101, target_delta=0.5)
     with pytest.raises(ConfigError) as refusal:
-        plan(config, 100, num_train_epochs=-1)
+        plan_mechanism(config, 100, num_train_epochs=-1)
     for word in ("expected_batch_size", "target_delta", "noise_multiplier", "num_train_epochs"):
         assert word in str(refusal.value)
 
@@ -356,13 +358,13 @@ def test_a_target_out_of_reach_says_what_is_in_reach(target: float, batch: int) 
     with pytest.raises(
         AccountingError, match=r"out of reach: expected at (least|most) .*What to do: (raise|lower)"
     ) as e:
-        plan(config, 1000, num_train_epochs=1, max_steps=2)
+        plan_mechanism(config, 1000, num_train_epochs=1, max_steps=2)
     assert isinstance(e.value, HfDpError)
 
 
 def test_the_derivation_has_every_number_with_its_rule_and_rounds_epsilon_up() -> None:
     config = PrivacyConfig(target_epsilon=3.0, expected_batch_size=100, clip_norm=0.5)
-    mechanism = plan(config, 5000, num_train_epochs=2)
+    mechanism = plan_mechanism(config, 5000, num_train_epochs=2)
     rows = {row.name: row for row in derivation(config, mechanism, num_train_epochs=2)}
     exact = spent(mechanism.segments(), mechanism.delta)
     assert rows["examples N"].value == "5,000"
@@ -380,7 +382,7 @@ def test_the_derivation_has_every_number_with_its_rule_and_rounds_epsilon_up() -
 
 def test_the_derivation_of_given_values_says_given() -> None:
     config = PrivacyConfig(noise_multiplier=0.0, expected_batch_size=100, target_delta=1e-6)
-    mechanism = plan(config, 5000, num_train_epochs=2, max_steps=3)
+    mechanism = plan_mechanism(config, 5000, num_train_epochs=2, max_steps=3)
     rows = {r.name: r for r in derivation(config, mechanism, num_train_epochs=2, max_steps=3)}
     assert [rows[n].rule for n in ("steps T", "delta", "noise multiplier sigma")] == ["given"] * 3
     assert rows["epsilon"].value == "inf"

@@ -6,8 +6,9 @@ import dp_accounting as da
 import pytest
 
 from hf_dp.accounting import calibration
-from hf_dp.accounting.calibration import round_up
-from hf_dp.accounting.planned import calibrate, plan, spent
+from hf_dp.accounting.calibration import calibrate, round_up
+from hf_dp.accounting.epsilon import spent
+from hf_dp.accounting.plan import plan_mechanism
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
@@ -55,7 +56,7 @@ def test_the_librarys_own_accountant_agrees_on_a_fine_grid(name: str) -> None:
 
 def test_published_settings_get_the_noise_that_is_known_for_them() -> None:
     config = PrivacyConfig(target_epsilon=8.0, target_delta=8e-6, expected_batch_size=1024)
-    assert plan(config, 42_061, num_train_epochs=10).noise_multiplier == pytest.approx(0.6826, abs=1e-3)
+    assert plan_mechanism(config, 42_061, num_train_epochs=10).noise_multiplier == pytest.approx(0.6826, abs=1e-3)
     known = {8.0: 0.6785, 3.0: 1.0178}  # by bisection on the accountant, at q = .0243, T = 410, delta = 1e-5
     for target, sigma in known.items():
         found = calibrate(target, sample_rate=0.0243, num_steps=410, delta=1e-5)
@@ -64,7 +65,7 @@ def test_published_settings_get_the_noise_that_is_known_for_them() -> None:
 
 def test_mechanism_and_plan_hold_the_very_float_that_was_evaluated() -> None:
     config = PrivacyConfig(target_epsilon=2.0, expected_batch_size=64)
-    mechanism = plan(config, 3000, num_train_epochs=3)
+    mechanism = plan_mechanism(config, 3000, num_train_epochs=3)
     assert spent(mechanism.segments(), mechanism.delta).epsilon <= 2.0
     assert mechanism.segments()[0][:3] == (64 / 3000, mechanism.noise_multiplier, mechanism.num_steps)
 
@@ -85,7 +86,7 @@ def test_a_target_is_found_in_a_few_evaluations(name: str, monkeypatch: pytest.M
     evaluate = calibration.spent
 
     def counting(segments: list[Segment], delta: float) -> object:
-        counted.append(segments[0].noise_multiplier)
+        counted.append(segments[0].joint_noise_multiplier)
         return evaluate(segments, delta)
 
     monkeypatch.setattr(calibration, "spent", counting)

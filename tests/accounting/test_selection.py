@@ -12,13 +12,15 @@ from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
 from scipy import integrate, special, stats
 
-from hf_dp.accounting import planned as accounting
+from hf_dp import accounting
 from hf_dp.accounting import selection
 from hf_dp.accounting.epsilon import divergences
-from hf_dp.accounting.selection import SHAPES, Selection, best_of, draw_number, halting
+from hf_dp.accounting.selection import SHAPES, Selection, best_of, halting, random_number
 from hf_dp.accounting.tradeoffs import RATES
-from hf_dp.card.record import PRIVACY_JSON, with_selection
+from hf_dp.card.record import Record
+from hf_dp.card.schema import PRIVACY_JSON
 from hf_dp.card.verification import _is_begun
+from hf_dp.card.writing import with_selection
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import Segment
 from tests.support.folders import DELTA, STEPS, failures, model_folder
@@ -72,7 +74,8 @@ def test_the_card_claims_nothing_that_one_run_alone_would(tmp_path):
     """Attackers' rates and epsilon at other deltas are of the whole, so none is below that of a run."""
     kept = Segment(0.05, 1.0, STEPS)
     alone = json.loads((model_folder(tmp_path / "a") / PRIVACY_JSON).read_text())
-    best = with_selection(alone, Selection("geometric", 10.0, ((kept,),), 30.0))
+    selected = with_selection(Record.of(alone), Selection("geometric", 10.0, ((kept,),), 30.0))
+    best = selected.stated()
     rates = zip(alone["tradeoff"]["true_positive_rates"], best["tradeoff"]["true_positive_rates"], strict=True)
     assert all(b >= a for a, b in rates)
     assert best["tradeoff"]["true_positive_rates"] == sorted(best["tradeoff"]["true_positive_rates"])
@@ -87,7 +90,7 @@ def test_the_card_claims_nothing_that_one_run_alone_would(tmp_path):
 @functools.lru_cache
 def rdp_by_quadrature(s: Segment, order: float) -> float:
     """Of the Poisson-subsampled Gaussian: log E[(1 - q + q e^((2x - 1) / 2 sigma²))^a] / (a - 1), x of N(0, sigma²)."""
-    q, sigma = s.sample_rate, s.noise_multiplier
+    q, sigma = s.sample_rate, s.joint_noise_multiplier
 
     def log_of(x: float) -> float:
         ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * sigma**2))
@@ -157,7 +160,7 @@ def test_with_discrete_noise_in_one_run_all_are_accounted_at_whole_orders():
     assert both == pytest.approx(expected, rel=1e-6)
     assert both > selection.spent(Selection("geometric", 5.0, ((E2E,), (OTHER,)), 12.0), 1e-5)
     with pytest.raises(AccountingError, match="No epsilon was found"):  # above 100 nothing is claimed of it
-        selection.spent(Selection("geometric", 5.0, ((discrete._replace(noise_multiplier=0.3),),), 12.0), 1e-5)
+        selection.spent(Selection("geometric", 5.0, ((discrete._replace(joint_noise_multiplier=0.3),),), 12.0), 1e-5)
 
 
 # ---- the guarantee, by brute force -----------------------------------------------------------------------------------
@@ -229,7 +232,7 @@ def probability(distribution: str, mean: float, k):
 @pytest.mark.parametrize("distribution", SHAPES)
 def test_the_number_is_drawn_from_the_law_that_is_accounted(distribution):
     """Chi-square against the law of the right mean, of 3/4 and of 4/3 of it; fails by chance once in 10^6."""
-    draws = np.array([draw_number(distribution, 5.0) for _ in range(20_000)])
+    draws = np.array([random_number(distribution, 5.0) for _ in range(20_000)])
     ks = np.arange(0, 15)
 
     def p_value(mean: float) -> float:
@@ -242,7 +245,7 @@ def test_the_number_is_drawn_from_the_law_that_is_accounted(distribution):
     assert p_value(5.0) > 1e-6
     assert p_value(3.75) < 1e-9
     assert p_value(6.75) < 1e-9
-    assert len({draw_number(distribution, 1000.0) for _ in range(5)}) > 1
+    assert len({random_number(distribution, 1000.0) for _ in range(5)}) > 1
 
 
 @pytest.mark.parametrize("mean", [1.0, 1.0001, 3.0, 10.0, 1000.0])
@@ -251,7 +254,7 @@ def test_the_mean_is_never_above_the_one_accounted(mean):
         gamma = halting(distribution, mean)
         found = 1.0 if gamma == 1 else law(gamma if distribution == "geometric" else 1 - gamma).mean()
         assert mean * (1 - 1e-6) <= found <= mean * (1 + 1e-12)
-    assert draw_number("logarithmic", 1.0) == draw_number("geometric", 1.0) == 1
+    assert random_number("logarithmic", 1.0) == random_number("geometric", 1.0) == 1
 
 
 # ---- the part of one run, and mistakes -------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ def test_an_impossible_selection_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("run", "delta", "message"),
     [
-        (E2E._replace(noise_multiplier=0.0), 1e-5, "steps with noise"),
+        (E2E._replace(joint_noise_multiplier=0.0), 1e-5, "steps with noise"),
         (E2E._replace(sample_rate=1.5), 1e-5, "sample_rate must be above 0"),
         (E2E, 0.0, "delta must be at least"),
         (E2E, math.nan, "delta must be at least"),

@@ -171,7 +171,9 @@ def simulated(segment: Segment, sigma: float, generator: np.random.Generator, m:
     included = generator.random(m) < 0.5
     present = (generator.random((segment.num_steps, m)) < segment.sample_rate) & included
     seen = present + sigma * generator.standard_normal((segment.num_steps, m))
-    return counted("gradient", log_likelihood_ratio(seen, segment.sample_rate, segment.noise_multiplier), included)
+    return counted(
+        "gradient", log_likelihood_ratio(seen, segment.sample_rate, segment.joint_noise_multiplier), included
+    )
 
 
 def test_correct_runs_are_rarely_refuted_and_broken_ones_often() -> None:
@@ -181,15 +183,17 @@ def test_correct_runs_are_rarely_refuted_and_broken_ones_often() -> None:
     epsilon, generator = spent([segment], delta).epsilon, np.random.default_rng(0)
     wrong = 0
     for _ in range(200):
-        record = audit_record(simulated(segment, segment.noise_multiplier, generator), [segment], delta, epsilon)
-        assert record["epsilon_at_least"] <= epsilon or record["refuted"]
-        wrong += record["refuted"]
+        record = audit_record(simulated(segment, segment.joint_noise_multiplier, generator), [segment], delta, epsilon)
+        assert record.epsilon_at_least <= epsilon or record.refuted
+        wrong += record.refuted
     allowed = 1 - CONFIDENCE
     assert wrong <= 200 * (allowed + 3 * math.sqrt(allowed * (1 - allowed) / 200))
     for _ in range(20):
-        record = audit_record(simulated(segment, segment.noise_multiplier / 24, generator), [segment], delta, epsilon)
-        assert record["refuted"]
-        assert record["epsilon_at_least"] > epsilon
+        record = audit_record(
+            simulated(segment, segment.joint_noise_multiplier / 24, generator), [segment], delta, epsilon
+        )
+        assert record.refuted
+        assert record.epsilon_at_least > epsilon
 
 
 def small_claim(folder: Path, **k: Any) -> DPTrainer:

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.card import readme as card_files
-from hf_dp.card import record as card
+from hf_dp.card import writing as card
 from hf_dp.errors import ConfigError, LedgerError
 from hf_dp.ledger.ledger import ExecutedSegment, LedgerHeader, LedgerRecord
 from hf_dp.mechanism import Mechanism, Segment
@@ -71,9 +71,9 @@ def test_from_the_first_step_on_epsilon_is_that_of_the_plan_and_of_the_steps_tak
 ):
     early, whole = record([Segment(MECHANISM.sample_rate, 0.8, steps)]), record()
     for name in ("epsilon", "epsilon_pld", "epsilon_rdp", "epsilon_at", "tradeoff"):
-        assert early[name] == whole[name]
-    assert early["epsilon_of_steps_taken"] == spent([Segment(MECHANISM.sample_rate, 0.8, steps)], 1e-5).epsilon
-    assert (early["num_steps"], early["mechanism"]["num_steps_planned"]) == (steps, 410)
+        assert getattr(early, name) == getattr(whole, name)
+    assert early.epsilon_of_steps_taken == spent([Segment(MECHANISM.sample_rate, 0.8, steps)], 1e-5).epsilon
+    assert (early.num_steps, early.mechanism.num_steps_planned) == (steps, 410)
     card.write_card(tmp_path, early)
     loaded = ModelCard.load(tmp_path / "README.md")
     assert (loaded.data["privacy"]["num_steps"], loaded.data["privacy"]["num_steps_claimed"]) == (steps, 410)
@@ -83,12 +83,12 @@ def test_from_the_first_step_on_epsilon_is_that_of_the_plan_and_of_the_steps_tak
 
 def test_more_steps_than_planned_are_claimed_too():
     more = record([Segment(MECHANISM.sample_rate, 0.8, 411)])
-    assert more["epsilon"] == more["epsilon_of_steps_taken"] > record()["epsilon"]
+    assert more.epsilon == more.epsilon_of_steps_taken > record().epsilon
 
 
 def test_the_record_alone_is_enough_to_compute_epsilon_again():
-    stored = json.loads(card_files.to_json(record()))
-    again = spent([Segment(*(s[name] for name in Segment._fields)) for s in stored["segments"]], stored["delta"])
+    stored = json.loads(card_files.to_json(record().stated()))
+    again = spent([Segment.of(s) for s in stored["segments"]], stored["delta"])
     assert (again.epsilon, again.pld, again.rdp) == (stored["epsilon"], stored["epsilon_pld"], stored["epsilon_rdp"])
     assert stored["ledger"]["head"] == "ab" * 32
     assert stored["mechanism"]["clip_norm"] == 0.1
@@ -97,7 +97,7 @@ def test_the_record_alone_is_enough_to_compute_epsilon_again():
 
 def test_segments_without_a_step_are_left_out_and_nothing_of_the_data_is_in():
     q = MECHANISM.sample_rate
-    written = record([(q, 0.8, 100), (q, 0.9, 0), (q, 1.0, 10)])
+    written = record([(q, 0.8, 100), (q, 0.9, 0), (q, 1.0, 10)]).stated()
     assert [s["num_steps"] for s in written["segments"]] == [100, 10]
     assert written["segments"][1] == {
         "sample_rate": q,
@@ -120,8 +120,8 @@ def test_segments_without_a_step_are_left_out_and_nothing_of_the_data_is_in():
 )
 def test_without_noise_or_with_a_fixed_seed_nothing_is_claimed(tmp_path, segments, changed, why):
     written = record(segments, **changed)
-    assert not written["private"]
-    assert {written[k] for k in ("epsilon", "epsilon_pld", "epsilon_rdp")} == {"infinite"}
+    assert not written.private
+    assert {written.stated()[k] for k in ("epsilon", "epsilon_pld", "epsilon_rdp")} == {"infinite"}
     (tmp_path / "README.md").write_text("---\ntags: [mine, dp-sgd, differential-privacy]\n---\n")
     card.write_card(tmp_path, written)
     text = (tmp_path / "README.md").read_text()
@@ -130,12 +130,12 @@ def test_without_noise_or_with_a_fixed_seed_nothing_is_claimed(tmp_path, segment
     assert "carries no privacy guarantee" in text
     assert ModelCard(text).data.tags == ["mine"]
     assert yaml.safe_load(text.split("---")[1])["privacy"]["epsilon"] == "infinite"
-    assert json.loads((tmp_path / "privacy.json").read_text())["reason"] == written["reason"]
+    assert json.loads((tmp_path / "privacy.json").read_text())["reason"] == written.reason
 
 
 def test_a_planned_run_without_noise_is_not_private_even_before_its_first_step():
     silent = Mechanism(**(vars(MECHANISM) | {"noise_multiplier": 0.0, "target_epsilon": None}))
-    assert not record([], silent)["private"]
+    assert not record([], silent).private
 
 
 def test_before_the_first_step_epsilon_is_zero(tmp_path):
@@ -174,8 +174,8 @@ def test_what_is_shown_of_epsilon_is_never_below_it(tmp_path):
         card.write_card(tmp_path, written)
         loaded = ModelCard.load(tmp_path / "README.md")
         headline = float(loaded.text.split("epsilon ")[1].split()[0])
-        assert written["epsilon"] <= loaded.data["privacy"]["epsilon"] <= written["epsilon"] * 1.0002
-        assert loaded.data["privacy"]["epsilon"] <= headline <= written["epsilon"] * 1.02
+        assert written.epsilon <= loaded.data["privacy"]["epsilon"] <= written.epsilon * 1.0002
+        assert loaded.data["privacy"]["epsilon"] <= headline <= written.epsilon * 1.02
 
 
 def test_settings_changed_in_the_middle_are_shown_segment_by_segment(tmp_path):
@@ -235,9 +235,9 @@ def test_the_picture_is_a_small_svg_that_needs_nothing_else_and_is_the_same_twic
 
 def test_epsilon_is_stated_at_several_deltas_and_rises_as_they_fall():
     written = record()
-    assert [at["delta"] for at in written["epsilon_at"]] == pytest.approx([1e-5, 1e-6, 1e-7, 1e-8])
-    assert written["epsilon_at"][0]["epsilon"] == written["epsilon"]
-    epsilons = [at["epsilon"] for at in written["epsilon_at"]]
+    assert [at.delta for at in written.epsilon_at] == pytest.approx([1e-5, 1e-6, 1e-7, 1e-8])
+    assert written.epsilon_at[0].epsilon == written.epsilon
+    epsilons = [at.epsilon for at in written.epsilon_at]
     assert epsilons == sorted(epsilons)
 
 

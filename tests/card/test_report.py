@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +16,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from hf_dp.audit.report import AuditRecord
+from hf_dp.card.record import Record
 from hf_dp.card.report import curves
 from hf_dp.card.report.page import page
-from hf_dp.card.report.plot import Axes, line_chart, ticks
 from hf_dp.card.report.training import losses, trained
-from hf_dp.card.verification import read_record, verify
+from hf_dp.card.schema import read_record
+from hf_dp.card.verification import verify
 from hf_dp.cli import app
 from hf_dp.errors import ConfigError
+from hf_dp.pictures.line_chart import Axes, line_chart, ticks
 from tests.support import browser
 from tests.support.folders import STEPS, model_folder
 
@@ -124,10 +128,12 @@ def test_the_code_on_the_page_computes_epsilon_without_hf_dp(tmp_path, capsys):
 
 def test_an_audit_in_the_record_is_shown_number_by_number(tmp_path):
     folder = model_folder(tmp_path / "model")
-    record = read_record(folder) | {"audit": {"method": HOSTILE, "epsilon_at_least": 0.25, "guesses": [[1, 1]]}}
+    audit = AuditRecord("gradient", 10, HOSTILE, 0.95, ((1, 1),), 0.5, None, 0.25, 0.0, 1.0, 1.0, False)
+    record = replace(Record.of(read_record(folder)), audit=audit)
     text = in_words(page(folder, "model", record, verify(folder)))
     assert "No audit was run" not in text
-    assert f"method{HOSTILE} epsilon at least0.25" in text  # two cells each
+    assert f"method{HOSTILE} confidence0.95" in text  # two cells each
+    assert "epsilon at least0.25" in text
 
 
 @pytest.mark.parametrize("version", ["schema_1", "schema_1_not_private"])
@@ -227,7 +233,7 @@ def test_the_command_needs_no_torch_and_writes_beside_you(tmp_path):
 @pytest.mark.parametrize("public_eval", [False, True])
 def test_only_noised_and_public_losses_are_drawn(loss_bound, public_eval, tmp_path):
     folder = folder_with_log(tmp_path / "model", loss_bound=loss_bound, public_eval=public_eval)
-    found = losses(folder, read_record(folder))
+    found = losses(folder, Record.of(read_record(folder)))
     assert {name.split()[0]: points[0] for name, points in found.lines.items()} == (
         ({"training": (1.0, LOSS)} if loss_bound else {}) | ({"evaluation": (1.0, EVAL_LOSS)} if public_eval else {})
     )
@@ -251,18 +257,18 @@ def test_a_log_that_is_not_of_this_run_or_holds_nonsense_is_not_drawn(tmp_path):
         HOSTILE,
     ]
     folder = folder_with_log(tmp_path / "model", log=log, loss_bound=10.0)
-    assert losses(folder, read_record(folder)).lines == {}
+    assert losses(folder, Record.of(read_record(folder))).lines == {}
     assert "The log holds no loss that may be shown." in in_words(report(folder)[1])
     for spoilt in ("{", "[]", '{"global_step": 1, "log_history": 3}', "[" * 100_000):
         (folder / f"checkpoint-{STEPS}" / "trainer_state.json").write_text(spoilt)
-        assert losses(folder, read_record(folder)).notes[0].startswith("No log is in this folder")
+        assert losses(folder, Record.of(read_record(folder))).notes[0].startswith("No log is in this folder")
 
 
 def test_the_log_that_came_furthest_is_drawn(tmp_path):
     folder = folder_with_log(tmp_path / "model")
     late = {"global_step": STEPS + 1, "log_history": [{"step": 13, "eval_loss": 1.5}, {"step": 13, "eval_loss": 1.0}]}
     (folder / "trainer_state.json").write_text(json.dumps(late))
-    assert list(losses(folder, read_record(folder)).lines.values()) == [[(13.0, 1.0)]]
+    assert list(losses(folder, Record.of(read_record(folder))).lines.values()) == [[(13.0, 1.0)]]
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -365,7 +371,7 @@ def test_a_long_line_is_thinned_and_keeps_its_end():
 def test_a_discrete_run_is_computed_again_at_whole_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = model_folder(tmp_path, noise="discrete")
     record = read_record(folder)
-    text = html.unescape(page(folder, "model", record, verify(folder)))
+    text = html.unescape(page(folder, "model", Record.of(record), verify(folder)))
     code = re.search(r"<pre>(from dp_accounting.*?)</pre>", text, re.DOTALL)[1]
     exec(code, {})
     assert float(capsys.readouterr().out) == pytest.approx(record["epsilon"], rel=1e-6)

@@ -19,8 +19,11 @@ import pytest
 
 from hf_dp.accounting.selection import Selection
 from hf_dp.audit.report import Counts, audit_record
-from hf_dp.card import record as card
-from hf_dp.card.verification import SCHEMA, verify
+from hf_dp.card import writing as card
+from hf_dp.card.assumptions import GAUSSIAN
+from hf_dp.card.record import Record
+from hf_dp.card.schema import SCHEMA, SCHEMA_VERSION
+from hf_dp.card.verification import verify
 from hf_dp.ledger.format import GENESIS, HASH_FIELD, encode
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
@@ -82,7 +85,7 @@ RECORD = json.loads((DATA / "schema_1" / "privacy.json").read_text()) | {
     "epsilon_at": [{"delta": 0.0, "epsilon": 0.0}] * 4,
     "tradeoff": {"advantage": 0.0, "false_positive_rates": [0.0] * 29, "true_positive_rates": [0.0] * 29},
     "covered": ["a", "b"],
-    "audit": audit_record(COUNTS, (), 1e-4, float("inf")),
+    "audit": audit_record(COUNTS, (), 1e-4, float("inf")).stated(),
 }
 RECORD["mechanism"] |= {
     "released": "the gradient",
@@ -93,7 +96,7 @@ RECORD["mechanism"] |= {
 }
 for segment in RECORD["segments"]:
     segment["noise"] = "gaussian"
-RECORD["plans"] = [[{name: segment[name] for name in Segment._fields} for segment in RECORD["segments"]]]
+RECORD["plans"] = [[Segment.of(segment).stated() for segment in RECORD["segments"]]]
 RECORD["epsilon_of_steps_taken"] = RECORD["epsilon"]
 LEAVES = {".".join(map(str, at)): at for at in leaves(RECORD)}
 
@@ -122,7 +125,7 @@ def test_a_changed_field_is_caught(at: Path_, folder: Path) -> None:
 def test_a_changed_field_is_caught_with_the_card_rendered_again(at: Path_, folder: Path) -> None:
     record = edit(folder, at)
     with contextlib.suppress(ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-        card.write_card(folder, record)  # what cannot even be rendered stays an edited record
+        card.write_card(folder, Record.of(record))  # what cannot even be rendered stays an edited record
     assert bool(failures(folder)) == (at not in UNTOLD_WITH_CARD)
 
 
@@ -133,7 +136,7 @@ def assert_changes_are_caught(whole: Path, places: Iterable[Path_], tmp_path: Pa
         edited = edit(copied, at)
         assert bool(failures(copied)) == (at not in UNTOLD_ALONE), at
         with contextlib.suppress(ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-            card.write_card(copied, edited)
+            card.write_card(copied, Record.of(edited))
         assert bool(failures(copied)) == (at not in UNTOLD_WITH_CARD), at
 
 
@@ -143,13 +146,13 @@ def test_a_changed_field_of_a_discrete_run_is_caught(tmp_path: Path) -> None:
     assert failures(whole) == ""
     record = json.loads((whole / card.PRIVACY_JSON).read_text())
     assert_changes_are_caught(whole, leaves(record), tmp_path)
-    others = [("mechanism", name, card.GAUSSIAN[name]) for name in ("name", "noise", "noise_precision")]
-    others += [("accountant", "epsilon_is", card.GAUSSIAN["epsilon_is"])]
+    others = [("mechanism", name, GAUSSIAN[name]) for name in ("name", "noise", "noise_precision")]
+    others += [("accountant", "epsilon_is", GAUSSIAN["epsilon_is"])]
     for part, name, words in others:
-        card.write_card(whole, record | {part: record[part] | {name: words}})
+        card.write_card(whole, Record.of(record | {part: record[part] | {name: words}}))
         assert failures(whole), name
     as_gaussian = [segment | {"noise": "gaussian"} for segment in record["segments"]]
-    card.write_card(whole, record | {"segments": as_gaussian})
+    card.write_card(whole, Record.of(record | {"segments": as_gaussian}))
     assert failures(whole)
 
 
@@ -170,7 +173,7 @@ def test_a_forged_selection_is_caught(tmp_path: Path) -> None:
     whole = model_folder(tmp_path / "sound", selection=SELECTION)
     record = json.loads((whole / card.PRIVACY_JSON).read_text())
     forged = {
-        "epsilon_is": record | {"accountant": record["accountant"] | {"epsilon_is": card.GAUSSIAN["epsilon_is"]}},
+        "epsilon_is": record | {"accountant": record["accountant"] | {"epsilon_is": GAUSSIAN["epsilon_is"]}},
         "not_covered": record | {"not_covered": [s for s in record["not_covered"] if "other runs" not in s]},
         "selection": {name: value for name, value in record.items() if name != "selection"},
         "distribution": record | {"selection": record["selection"] | {"distribution": "logarithmic", "shape": 0.0}},
@@ -178,7 +181,7 @@ def test_a_forged_selection_is_caught(tmp_path: Path) -> None:
         | {"selection": Selection("geometric", 4.0, ((Segment(0.05, 1.01, 12),),), 30.0).stated(1e-4)},
     }
     for name, changed_record in forged.items():
-        card.write_card(whole, changed_record)
+        card.write_card(whole, Record.of(changed_record))
         assert failures(whole), name
 
 
@@ -316,7 +319,7 @@ def test_a_run_that_ended_early_cannot_pass_for_one_of_version_2(tmp_path: Path)
 def test_the_schema_is_one_and_explains_every_field() -> None:
     schema = json.loads((Path(card.__file__).parent / SCHEMA).read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert schema["properties"]["schema_version"]["enum"][-1] == card.SCHEMA_VERSION
+    assert schema["properties"]["schema_version"]["enum"][-1] == SCHEMA_VERSION
     known = copy.deepcopy(RECORD)
     for name in known["mechanism"]:
         assert name in schema["properties"]["mechanism"]["properties"]

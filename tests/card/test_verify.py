@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hf_dp.card import record as card
+from hf_dp.card import writing as card
 from hf_dp.card.verification import verify
 from hf_dp.cli import app
 from hf_dp.ledger.ledger import LEDGER_NAME

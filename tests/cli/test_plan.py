@@ -10,8 +10,8 @@ import time
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-from hf_dp.accounting import planned as accounting
-from hf_dp.accounting.picture import curve_of, draw_epsilon
+from hf_dp import accounting
+from hf_dp.accounting.curve import curve_of, plot_epsilon
 from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import Mechanism, Segment
 
@@ -162,7 +162,7 @@ def test_sigma_is_the_gradients_where_losses_are_released_with_it():
 
 @pytest.mark.parametrize("against", FALLS)
 def test_each_picture_says_what_it_is_of(against, tmp_path):
-    draw_epsilon(PLANNED, tmp_path / "p.svg", against, 2.0)
+    plot_epsilon(PLANNED, tmp_path / "p.svg", against, 2.0)
     with_text = (tmp_path / "p.svg").read_text()
     axis = {"sigma": "noise multiplier sigma", "batch": "expected batch size"}.get(against, against)
     assert f"<!-- {axis} -->" in with_text
@@ -177,7 +177,7 @@ def test_a_schedule_goes_on_in_proportion(against):
         noise_schedule="step:0.5",
         batch_schedule="step:2",
     )
-    mechanism = accounting.plan(privacy, 1000, num_train_epochs=0, max_steps=40)
+    mechanism = accounting.plan_mechanism(privacy, 1000, num_train_epochs=0, max_steps=40)
     curve = curve_of(mechanism, against)
     epsilons = [e.epsilon for _, e in curve.points]
     assert epsilons == sorted(epsilons, reverse=FALLS[against])

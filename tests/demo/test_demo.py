@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_dp.accounting import planned as accounting
+from hf_dp import accounting
 from hf_dp.demo import base, compare, records
 from hf_dp.demo import run as demo
 from hf_dp.demo.folder import MARK, fresh_folder

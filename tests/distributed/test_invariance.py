@@ -115,7 +115,7 @@ def test_a_run_goes_on_with_other_processes_shards_micro_batches_and_precision(t
         assert (other["hashes"], other["world"]) == (sessions[number]["hashes"], 2)
     assert [s["charged"] for s in sessions] == [2, 4, 6]
     record = read_ledger(tmp_path / "one run" / LEDGER_NAME)
-    assert [(s.sample_rate, s.noise_multiplier, s.num_steps) for s in record.executed] == [(1.0, 0.0, 6)]
+    assert [(s.sample_rate, s.joint_noise_multiplier, s.num_steps) for s in record.executed] == [(1.0, 0.0, 6)]
     expected = at_once["updates"]
     for number, tolerance in (
         (0, 1e-5),

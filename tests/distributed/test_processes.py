@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.sampling.poisson import PoissonSampler
 from tests.distributed import worker

@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from hf_dp import durable
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.cli import app
 from hf_dp.errors import BudgetError, ConfigError, HfDpError
-from hf_dp.ledger import budget
-from hf_dp.ledger.budget import TOKEN_NAME, Of
+from hf_dp.ledger import budget, budget_file
+from hf_dp.ledger.budget import TOKEN_NAME, BudgetSubject
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
 from hf_dp.mechanism import Segment
 from tests.ledger.test_faults import PRIVATE, SAVING, At, Stop, _stop
@@ -29,7 +29,7 @@ from tests.support.children import KILLED, in_child, start, status_of
 
 DELTA = 1e-5
 PLAN = Segment(0.1, 2.0, 100)
-OF = Of("f" * 64, 1000, "record", "zero-out")
+OF = BudgetSubject("f" * 64, 1000, "record", "zero-out")
 ROOM_FOR_THREE = spent([PLAN._replace(num_steps=300)], DELTA).epsilon * (1 + 1e-9)
 
 
@@ -40,7 +40,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "budget.json"
 
 
-def take(path: Path, name: str, asked: Segment = PLAN, *charged: Segment, of: Of = OF, new: bool = True) -> int:
+def take(
+    path: Path, name: str, asked: Segment = PLAN, *charged: Segment, of: BudgetSubject = OF, new: bool = True
+) -> int:
     """A reservation for the run in the folder `name` beside the budget."""
     folder = path.parent / name
     folder.mkdir(exist_ok=True)
@@ -48,7 +50,7 @@ def take(path: Path, name: str, asked: Segment = PLAN, *charged: Segment, of: Of
     return budget.reserve(path, folder, of, charged=charged, asked=[asked], is_new=new)
 
 
-def steps(count: int, sigma: float = PLAN.noise_multiplier) -> Segment:
+def steps(count: int, sigma: float = PLAN.joint_noise_multiplier) -> Segment:
     return Segment(PLAN.sample_rate, sigma, count)
 
 
@@ -148,7 +150,7 @@ def test_a_copied_folder_is_another_run_and_a_moved_one_the_same(path: Path) -> 
     assert [Path(run.folder).name for run in budget.read(path).runs] == ["copy", "moved"]
 
 
-# ---- what may draw on it ---------------------------------------------------------------------------------------------
+# ---- what may use it -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_a_copied_folder_is_another_run_and_a_moved_one_the_same(path: Path) -> 
         (OF._replace(num_examples=100_000), r"delta is 1e-05, and must be below 1 / N = 1e-05"),
     ],
 )  # fmt: skip
-def test_a_run_about_something_else_is_refused(of: Of, named: str, path: Path) -> None:
+def test_a_run_about_something_else_is_refused(of: BudgetSubject, named: str, path: Path) -> None:
     take(path, "a", steps(10))
     before = path.read_bytes()
     with pytest.raises(BudgetError, match=named):
@@ -316,7 +318,7 @@ def test_a_kill_while_reserving_leaves_a_whole_file_and_no_lock(
 
 
 def test_waiting_for_the_lock_has_an_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(budget_file, "LOCK_SECONDS", 0.1)
     ready = path.parent / "ready"
 
     def hold() -> None:

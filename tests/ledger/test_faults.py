@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.errors import CaptureError, LedgerError
 from hf_dp.ledger import COMPLETE
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
@@ -357,7 +357,7 @@ def test_training_stops_before_the_step_that_would_exceed_the_target(tmp_path: P
     assert 2 < spent_at_the_end.num_steps < 9  # in the middle: an epoch has three steps
     assert spent_at_the_end.epsilon == spent(record.segments, 1e-3).epsilon <= target
     sigma = trainer.mechanism.noise_multiplier
-    assert spent([*record.segments, step._replace(noise_multiplier=sigma)], 1e-3).epsilon > target
+    assert spent([*record.segments, step._replace(joint_noise_multiplier=sigma)], 1e-3).epsilon > target
 
 
 # ---- F18: interruptions ----------------------------------------------------------------------------------------------

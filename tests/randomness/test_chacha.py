@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.card.verification import verify
 from hf_dp.errors import ConfigError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger

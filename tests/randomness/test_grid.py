@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dp.accounting import planned as accounting
+from hf_dp import accounting
 from hf_dp.accounting.epsilon import DISCRETE_MOST, _step_rdp, deltas, spent
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError
@@ -115,13 +115,13 @@ def test_too_little_noise_is_refused(sigma: float) -> None:
         grid_for(sigma, 1.0, 10)
     if math.isfinite(sigma) and sigma >= 0:
         with pytest.raises(ConfigError, match=r"at least 0\.25 \(got"):
-            accounting.plan(PrivacyConfig(noise_multiplier=sigma, noise="discrete"), 1000, num_train_epochs=1)
+            accounting.plan_mechanism(PrivacyConfig(noise_multiplier=sigma, noise="discrete"), 1000, num_train_epochs=1)
 
 
 def test_a_target_that_takes_too_little_noise_is_refused() -> None:
     privacy = PrivacyConfig(target_epsilon=60.0, noise="discrete", expected_batch_size=10)
     with pytest.raises(ConfigError, match=r"at least 0\.25 \(got 0\."):
-        accounting.plan(privacy, 1000, num_train_epochs=0, max_steps=1)
+        accounting.plan_mechanism(privacy, 1000, num_train_epochs=0, max_steps=1)
 
 
 def test_rounding_may_not_take_half_of_the_clip_norm() -> None:
@@ -245,7 +245,7 @@ def test_a_target_is_met_and_not_wasted() -> None:
     size = {"target_epsilon": 8.0, "target_delta": 8e-6, "expected_batch_size": 1024}
     sigmas = {}
     for noise in ("gaussian", "discrete"):
-        m = accounting.plan(PrivacyConfig(**size, noise=noise), 42061, num_train_epochs=10)
+        m = accounting.plan_mechanism(PrivacyConfig(**size, noise=noise), 42061, num_train_epochs=10)
         sigmas[noise] = m.noise_multiplier
         assert 7.99 < spent(m.segments(), m.delta).epsilon <= 8
     assert sigmas == {"gaussian": 0.68264, "discrete": 0.71815}

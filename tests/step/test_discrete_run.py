@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_dp import PrivateLoop
-from hf_dp.accounting.planned import spent
-from hf_dp.card.record import PRIVACY_JSON
+from hf_dp.accounting.epsilon import spent
+from hf_dp.card.schema import PRIVACY_JSON
 from hf_dp.errors import CaptureError, ConfigError, ReleaseError
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
 from hf_dp.randomness.grid import STD, grid_for

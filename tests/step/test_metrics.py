@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from hf_dp import PrivacyConfig
-from hf_dp.accounting.planned import derivation, plan, spent
+from hf_dp.accounting.derivation import derivation
+from hf_dp.accounting.epsilon import spent
+from hf_dp.accounting.plan import plan_mechanism
 from hf_dp.card.verification import verify
 from hf_dp.errors import AccountingError, ConfigError, ReleaseError
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
@@ -62,10 +64,10 @@ def test_two_charges_for_one_draw_would_say_too_little() -> None:
 
 
 def test_what_the_metrics_cost_at_the_published_setting() -> None:
-    without = plan(
+    without = plan_mechanism(
         PrivacyConfig(target_epsilon=8.0, target_delta=DELTA, expected_batch_size=1024), 42061, num_train_epochs=10
     )
-    with_metrics = plan(
+    with_metrics = plan_mechanism(
         PrivacyConfig(target_epsilon=8.0, target_delta=DELTA, expected_batch_size=1024, log_loss_up_to=10.0),
         42061,
         num_train_epochs=10,
@@ -82,15 +84,15 @@ def test_what_the_metrics_cost_at_the_published_setting() -> None:
 def test_calibration_with_metrics_never_exceeds_the_target(target: float, n: int, batch: int, steps: int) -> None:
     """Of what is charged, the joint multiplier, and as the very float that is charged."""
     config = PrivacyConfig(target_epsilon=target, expected_batch_size=batch, log_loss_up_to=2.0)
-    m = plan(config, n, num_train_epochs=1, max_steps=steps)
+    m = plan_mechanism(config, n, num_train_epochs=1, max_steps=steps)
     assert target * 0.998 <= spent(m.segments(), m.delta).epsilon <= target
-    assert m.segments()[0].noise_multiplier == m.joint_noise_multiplier < m.noise_multiplier
+    assert m.segments()[0].joint_noise_multiplier == m.joint_noise_multiplier < m.noise_multiplier
     assert spent([Segment(m.sample_rate, m.noise_multiplier, steps)], m.delta).epsilon < 0.995 * target
 
 
 def test_the_plan_states_bound_noise_and_joint_multiplier() -> None:
     config = PrivacyConfig(noise_multiplier=1.3, expected_batch_size=50, clip_norm=0.2, log_loss_up_to=4.0)
-    m = plan(config, 1000, num_train_epochs=1)
+    m = plan_mechanism(config, 1000, num_train_epochs=1)
     rows = {row.name: row.value for row in derivation(config, m, num_train_epochs=1)}
     assert float(rows["noise multiplier sigma"]) == 1.3
     assert float(rows["joint noise multiplier"]) == pytest.approx(1.3 / math.sqrt(1.02))
@@ -98,7 +100,8 @@ def test_the_plan_states_bound_noise_and_joint_multiplier() -> None:
     assert float(rows["noise on a logged batch size"]) == pytest.approx(13.0)
     plain = dataclasses.replace(config, log_loss_up_to=None)
     assert not any(
-        "logged" in row.name for row in derivation(plain, plan(plain, 1000, num_train_epochs=1), num_train_epochs=1)
+        "logged" in row.name
+        for row in derivation(plain, plan_mechanism(plain, 1000, num_train_epochs=1), num_train_epochs=1)
     )
 
 
@@ -110,9 +113,13 @@ def test_a_bound_that_is_none_is_refused(bad: Any) -> None:
 
 def test_noise_too_weak_for_the_joint_release_is_refused() -> None:
     with pytest.raises(ConfigError, match="noise_multiplier must be 0"):
-        plan(PrivacyConfig(noise_multiplier=0.01, expected_batch_size=5, log_loss_up_to=1.0), 100, num_train_epochs=1)
+        plan_mechanism(
+            PrivacyConfig(noise_multiplier=0.01, expected_batch_size=5, log_loss_up_to=1.0), 100, num_train_epochs=1
+        )
     with pytest.raises(AccountingError):
-        plan(PrivacyConfig(target_epsilon=1e8, expected_batch_size=5, log_loss_up_to=1.0), 100, num_train_epochs=1)
+        plan_mechanism(
+            PrivacyConfig(target_epsilon=1e8, expected_batch_size=5, log_loss_up_to=1.0), 100, num_train_epochs=1
+        )
 
 
 # ---- what an example contributes -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_dp.accounting.planned import spent
+from hf_dp.accounting.epsilon import spent
 from hf_dp.errors import LedgerError, ReleaseError
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
 from hf_dp.randomness.noise import NoiseSource
@@ -26,7 +26,7 @@ D = 100_000
 @pytest.fixture
 def ledger(tmp_path: Path) -> Any:
     with Ledger.open(tmp_path / LEDGER_NAME, HEADER) as opened:
-        opened.begin(sample_rate=0.05, noise_multiplier=SIGMA, clip_norm=C, expected_batch_size=50)
+        opened.begin(sample_rate=0.05, joint_noise_multiplier=SIGMA, clip_norm=C, expected_batch_size=50)
         yield opened
 
 
@@ -147,7 +147,7 @@ def test_the_step_is_on_disk_before_the_noise_is_drawn(
 
 
 def test_without_noise_the_step_is_charged_as_what_it_is(ledger: Ledger, events: list[Any]) -> None:
-    ledger.begin(sample_rate=0.05, noise_multiplier=0.0, clip_norm=C, expected_batch_size=50)
+    ledger.begin(sample_rate=0.05, joint_noise_multiplier=0.0, clip_norm=C, expected_batch_size=50)
     part = torch.randn(20)
     released = Releaser(ledger, NoiseSource())(part, sensitivity=C, noise_multiplier=0.0)
     assert torch.equal(released, part)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hf_dp.accounting.selection import Selection
 from hf_dp.audit.report import Counts
-from hf_dp.card import record as card
+from hf_dp.card import writing as card
 from hf_dp.card.verification import verify
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader
 from hf_dp.mechanism import Mechanism

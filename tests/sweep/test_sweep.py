@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hf_dp.accounting import planned as accounting
+from hf_dp import accounting
 from hf_dp.accounting import selection
 from hf_dp.accounting.calibration import round_up
 from hf_dp.card.report import curves
@@ -31,7 +31,7 @@ def drawn(monkeypatch):
 
     def of(*draws):
         left = list(draws)
-        monkeypatch.setattr(folders, "draw_number", lambda distribution, mean: len(draws))
+        monkeypatch.setattr(folders, "random_number", lambda distribution, mean: len(draws))
         monkeypatch.setattr(folders.secrets, "randbelow", lambda count: left.pop(0) % count)
 
     of(*DRAWS)

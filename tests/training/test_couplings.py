@@ -1,4 +1,4 @@
-"""Random architectures with random couplings at random places: whatever is trained moves by at most C when a record goes."""
+"""Random architectures with couplings at random places: of what is trained, one record moves the sum by at most C."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def random_architecture(seed: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """A stack of layers, a coupling among them in two of three, and records of one length or of several, with an outlier."""
+    """A stack of layers, in two cases of three with a coupling, and records of one length or several, one an outlier."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n: int) -> int:
@@ -46,7 +46,7 @@ def random_architecture(seed: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
 
 
 def trained(seed: int, folder: Path) -> tuple[str, float]:
-    """What the trainer decides ('proved', 'one a pass', 'refused'), and the greatest move of the sum, in C, if it trains."""
+    """What the trainer decides ('proved', 'one a pass', 'refused'), and the greatest move of the sum, in units of C."""
     model, rows = random_architecture(seed)
     privacy = PrivacyConfig(**{**runs.NOISELESS, "expected_batch_size": 6, "clip_norm": 1.0})
     given = {"train_dataset": rows, "data_collator": collate}

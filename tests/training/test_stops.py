@@ -14,7 +14,8 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_dp import durable
-from hf_dp.accounting.planned import claimed, spent
+from hf_dp.accounting.epsilon import spent
+from hf_dp.accounting.plan import claimed
 from hf_dp.errors import ConfigError, LedgerError, UnsupportedOptionError
 from hf_dp.ledger.format import GENESIS, encode, parse
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader, read_ledger
@@ -227,9 +228,9 @@ def test_a_ledger_of_version_1_is_read_and_goes_on(tmp_path: Path) -> None:
         {},
         [1],
         [{}],
-        [{**STEP._asdict(), "num_steps": 0}],
-        [{**STEP._asdict(), "sample_rate": 2}],
-        [{**STEP._asdict(), "noise": "x"}],
+        [{**STEP.stated(), "num_steps": 0}],
+        [{**STEP.stated(), "sample_rate": 2}],
+        [{**STEP.stated(), "noise": "x"}],
     ],
 )
 def test_nonsense_in_a_plan_is_refused_though_the_hash_is_right(planned: Any, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""A model's folder and what verification found in it -> one HTML page that says what was trained, claimed and checked."""
+"""A model's folder and the results of verification -> one HTML page: what was trained, claimed and checked."""

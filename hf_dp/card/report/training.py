@@ -1,33 +1,36 @@
-"""A model's folder -> what was trained, by its own configuration, and the losses that may be shown, or why there are none.
+"""A model's folder -> what was trained, by its own configuration, and the losses that may be shown, or why there are
+none.
 
-Nothing here is verified. Of a log only what the mechanism released with noise or what was computed on public data is shown, and of a base
-in a local folder only the folder's name.
+Nothing here is verified. Of a log, only numbers that were released with noise or computed on public data are shown. Of
+a base model in a local folder, only the folder's name is shown.
 """
 
 import json
-from collections.abc import Mapping
+import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from hf_dp.card.readme import read_readme, yaml_of
-from hf_dp.card.report.plot import Point
+from hf_dp.card.record import Record
 from hf_dp.errors import ConfigError
+from hf_dp.pictures import Point
 
+Json = dict[str, object]  # of a file that nobody vouches for
 STATE = "trainer_state.json"
 DESCRIPTIONS = ("adapter_config.json", "config.json", STATE, f"*/{STATE}")  # what is read here beside the card
 PRIVATE_EVAL_MARK = "eval_not_covered_by_privacy"
 
 
 class Losses(NamedTuple):
-    """Name of a line -> its points (step, loss), and what must be said beside them."""
+    """Name of a line -> its points (step, loss); and the notes that belong beside the plot."""
 
     lines: dict[str, list[Point]]
     notes: list[str]
 
 
 def trained(folder: Path) -> dict[str, str]:
-    """What the folder says of base and method: name -> value, for a table."""
+    """What the folder says of base model and method: name -> value, for a table."""
     adapter, config = _json(folder / "adapter_config.json"), _json(folder / "config.json")
     with suppress(ConfigError):
         config.setdefault("base_model", yaml_of(read_readme(folder / "README.md")).get("base_model"))
@@ -40,13 +43,13 @@ def trained(folder: Path) -> dict[str, str]:
     return {"base model": _base(config.get("base_model")), "method": method} | _task(config.get("architectures"))
 
 
-def losses(folder: Path, record: Mapping[str, Any]) -> Losses:
-    """Training loss where it was released with noise, evaluation loss where the data were declared public."""
-    if not record["private"]:
+def losses(folder: Path, record: Record) -> Losses:
+    """Training loss if it was released with noise, and evaluation loss if the data were declared public."""
+    if not record.private:
         return Losses({}, ["Nothing is shown: without a guarantee every number of this training may tell of its data."])
     entries = _history(folder)
-    noised = bool(record["segments"]) and all(s.get("loss_bound") for s in record["segments"])
-    public = record["declared"]["public_eval"] is True
+    noised = bool(record.segments) and all(s.loss_bound for s in record.segments)
+    public = record.public_eval
     lines, notes = {}, []
     if not entries:
         notes.append(f"No log is in this folder or in its checkpoints ({STATE}), so there is nothing to draw.")
@@ -63,29 +66,33 @@ def losses(folder: Path, record: Mapping[str, Any]) -> Losses:
     return Losses(lines, notes)
 
 
-def _points(entries: list[dict[str, Any]], name: str, *, needs: str = "step") -> list[Point]:
-    """A point a step, the last entry's; only numbers are believed to be numbers."""
-    found = {e["step"]: e[name] for e in entries if _finite(e.get("step")) and _finite(e.get(name)) and needs in e}
-    return [(float(step), float(found[step])) for step in sorted(found)]
+def _points(entries: list[Json], name: str, *, needs: str = "step") -> list[Point]:
+    """A point for each step, from the step's last entry. Entries with anything but finite numbers are left out."""
+    found: dict[float, float] = {}
+    for entry in entries:
+        step, value = entry.get("step"), entry.get(name)
+        if _finite(step) and _finite(value) and needs in entry:
+            found[float(step)] = float(value)
+    return sorted(found.items())
 
 
-def _history(folder: Path) -> list[dict[str, Any]]:
-    """The log of the state that came furthest."""
-    states = [_json(path) for path in (folder / STATE, *sorted(folder.glob(f"*/{STATE}")))]
-    states = [
-        state for state in states if _finite(state.get("global_step")) and isinstance(state.get("log_history"), list)
-    ]
-    nothing: dict[str, Any] = {"log_history": []}
-    last = max(states, key=lambda state: state["global_step"], default=nothing)
-    return [entry for entry in last["log_history"] if isinstance(entry, dict)]
+def _history(folder: Path) -> list[Json]:
+    """The log of the trainer state with the most steps."""
+    furthest, history = -math.inf, []
+    for path in (folder / STATE, *sorted(folder.glob(f"*/{STATE}"))):
+        state = _json(path)
+        step, log = state.get("global_step"), state.get("log_history")
+        if _finite(step) and isinstance(log, list) and step > furthest:
+            furthest, history = step, log
+    return [entry for entry in history if isinstance(entry, dict)]
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15  # NaN is not
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is none: these files only describe, and nothing is claimed by them."""
+def _json(path: Path) -> Json:
+    """A JSON object, or {} if there is none. Such files only describe; nothing is claimed from them."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -93,7 +100,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _base(name: Any) -> str:
+def _base(name: object) -> str:
     if isinstance(name, list):
         return ", ".join(map(_base, name))
     if not isinstance(name, str) or not name:
@@ -102,12 +109,12 @@ def _base(name: Any) -> str:
     return f"{name.replace(chr(92), '/').rstrip('/').rpartition('/')[2]} (a local folder)" if is_path else name
 
 
-def _task(name: Any) -> dict[str, str]:
+def _task(name: object) -> dict[str, str]:
     words = ", ".join(map(str, name)) if isinstance(name, list) else name
     return {"task": str(words)} if words else {}
 
 
-def _adapter(adapter: Mapping[str, Any]) -> str:
+def _adapter(adapter: Json) -> str:
     """Such as `LoRA of rank 16 on k_proj, q_proj; the base model's other weights stayed as they were`."""
     kind = "LoRA" if adapter.get("peft_type") == "LORA" else str(adapter.get("peft_type", "an adapter"))
     words = kind + (f" of rank {adapter['r']}" if "r" in adapter else "")

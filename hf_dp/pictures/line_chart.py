@@ -1,7 +1,7 @@
-"""Points and what the axes say -> an inline SVG line chart in the colours of the page's style sheet.
+"""Points and axis labels -> an inline SVG line chart in the colours of the page's style sheet.
 
-Lines have the classes `line-0`, `line-1`, ... and a legend beneath; a dashed `guide` is drawn with them. Text is as large as the page's,
-nothing is fetched, and every word is escaped.
+Lines have the classes `line-0`, `line-1`, ...; a legend stands beneath. A dashed `guide` may be drawn with them. Text
+is as large as the page's, nothing is loaded, and every word is escaped.
 """
 
 import math
@@ -17,7 +17,9 @@ MOST_POINTS, MOST_DOTS = 300, 25
 
 @dataclass(frozen=True)
 class Axes:
-    """What stands at the axes, and, where the data should not say, from where to where they go. `percent` writes 0.5 as 50%."""
+    """Labels and limits of the axes. `limits` are (left, right, low, high); None takes them from the data. `percent`
+    writes 0.5 as 50%.
+    """
 
     title: str
     x: str
@@ -29,7 +31,7 @@ class Axes:
 def line_chart(
     lines: Mapping[str, Sequence[Point]], axes: Axes, guide: tuple[str, Sequence[Point]] | None = None
 ) -> str:
-    """An <svg> with a line for each name. Points are in order of x; of very many, every k-th is drawn."""
+    """An <svg> with a line for each name. Points are in order of x; of very many points, only every k-th is drawn."""
     drawn = {name: _thinned(points) for name, points in lines.items()}
     every = [p for points in [*drawn.values(), guide[1] if guide else []] for p in points]
     limits = axes.limits or _limits(every)
@@ -52,7 +54,8 @@ def _legend(names: Sequence[str], guide: str | None) -> str:
     keys = [(f"line line-{number}", name) for number, name in enumerate(names)]
     keys += [("guide", guide)] if guide else []
     items = [
-        f'<li><svg class="key" viewBox="0 0 24 10" aria-hidden="true"><path class="{kind}" d="M 0 5 H 24"/></svg>{escape(name)}</li>'
+        f'<li><svg class="key" viewBox="0 0 24 10" aria-hidden="true"><path class="{kind}" d="M 0 5 H 24"/></svg>'
+        f"{escape(name)}</li>"
         for kind, name in keys
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
@@ -65,7 +68,7 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def _limits(points: Sequence[Point]) -> tuple[float, float, float, float]:
-    """Of x from 0 to the last point; of y 0 and everything else."""
+    """x from 0 to the last point; y includes 0 and all points."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min([0.0, *ys]), max([0.0, *ys])
     room = 0.06 * (high - low) or 1.0
@@ -88,7 +91,7 @@ def _dot(point: Point, limits: tuple[float, float, float, float], number: int) -
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from low to high, 1, 2 or 5 times a power of ten apart, at most `most` and at least two of them."""
+    """Round numbers from low to high, spaced by 1, 2 or 5 times a power of ten; at least two and at most `most`."""
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     while (high - low) / step > most - 1e-9:
         step *= 2.5 if f"{step:e}"[0] == "2" else 2

@@ -1,26 +1,29 @@
-"""`privacy.json`'s record -> a small SVG of the trade-off curve, the same to the byte for the same record.
+"""A trade-off curve -> a small SVG of it, the same to the byte for the same numbers, because `hf-dp verify` compares
+bytes.
 
-It has its own light ground, so that it can be read on a page of any colour, and no script, style sheet or font from elsewhere.
+It has a light background of its own, so that it can be read on a page of any colour, and loads no script, style sheet
+or font.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from hf_dp.card.words import percent
+from hf_dp.pictures.line_chart import Point
 
 LEFT, TOP, SIDE = 62, 18, 220  # of the square in which the curve is drawn, in pixels
 WIDTH, HEIGHT = 480, 296
-Point = tuple[float, float]
 
 
-def tradeoff_svg(record: Mapping[str, Any]) -> str:
-    """True-positive rate (the most that can be reached) against false-positive rate; the diagonal is guessing."""
-    curve = record["tradeoff"]
-    points = list(zip(curve["false_positive_rates"], curve["true_positive_rates"], strict=True))
-    line = _path([(0.0, 0.0), *points])
-    advantage = percent(curve["advantage"])
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" \
-font-family="system-ui, sans-serif" font-size="12" fill="#222">
+def tradeoff_svg(curve: Sequence[Point], advantage: str) -> str:
+    """A trade-off curve: the most true positives that can be reached, against false positives; the diagonal is
+    guessing.
+
+    Args:
+        curve: (false-positive rate, true-positive rate) in rising order.
+        advantage: the curve's advantage over guessing, as text.
+    """
+    line = _path([(0.0, 0.0), *curve])
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" \
+viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="12" fill="#222">
 <title>The most that any attacker can find, against wrong accusations (advantage {advantage})</title>
 <rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#fff"/>
 <path d="{line} {_path([(1.0, 1.0), (0.0, 1.0)], start="L")} Z" fill="#e9edf2"/>
@@ -52,7 +55,8 @@ def _ticks() -> str:
 
 
 def _legend(advantage: str) -> str:
-    return f"""<rect y="-10" width="20" height="12" fill="#e9edf2" stroke="#bbb"/><text x="28">no attack gets here</text>
+    return f"""<rect y="-10" width="20" height="12" fill="#e9edf2" stroke="#bbb"/>\
+<text x="28">no attack gets here</text>
 <path d="M 0 18 H 20" stroke="#1f5fa8" stroke-width="2.5"/><text x="28" y="22">limit for this model</text>
 <path d="M 0 40 H 20" stroke="#777" stroke-dasharray="4 4"/><text x="28" y="44">guessing</text>
 <text y="74">advantage at most {advantage}</text>"""

@@ -1,4 +1,6 @@
-"""A mechanism and what is to vary -> a picture of epsilon against steps, sigma, batch or delta, all else as planned."""
+"""A mechanism and one quantity to vary -> epsilon against steps, sigma, batch size or delta, as numbers and as a
+picture.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,13 +12,16 @@ from hf_dp.accounting.epsilon import Epsilon, spent
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, ConfigError
 from hf_dp.mechanism import Mechanism, Segment, steps_per_epoch
+from hf_dp.pictures import Line, Panel, save_figure
 
 POINTS = 16
 AGAINST = ("steps", "sigma", "batch", "delta")
 
 
 class Curve(NamedTuple):
-    """The varied quantity's name, its value in the plan, (value, epsilon) in rising order, and whether it spans powers of ten."""
+    """The varied quantity's name, its planned value, (value, epsilon) in rising order, and whether it spans powers of
+    ten.
+    """
 
     name: str
     planned: float
@@ -24,63 +29,50 @@ class Curve(NamedTuple):
     logarithmic: bool = False
 
 
-def draw_epsilon(
+def plot_epsilon(
     mechanism: Mechanism, path: Path, against: str = "steps", num_train_epochs: float | None = None
 ) -> None:
-    """Writes the picture; the format is the file name's ending (png, svg, pdf).
+    """Writes the picture; the file name's ending is the format (png, svg, pdf).
 
     Args:
         mechanism: the plan.
         path: of the picture.
-        against: one of AGAINST. Steps go up to those planned, the others from a quarter of their value to four times it, delta
-            from a ten-thousandth of it up to 1 / N.
-        num_train_epochs: passes over the data, so that with another batch there are other numbers of steps; None: the steps are fixed.
+        against: one of AGAINST. Steps go up to the planned number; sigma and batch from a quarter to four times the
+            planned value; delta from a ten-thousandth of the planned value up to 1 / N.
+        num_train_epochs: passes over the data, so that another batch size means another number of steps; None keeps the
+            number of steps.
 
     Raises:
-        ConfigError: no noise, so that there is no epsilon to draw, a quantity that is none, or a path that cannot be written.
+        ConfigError: there is no noise and so no finite epsilon, an unknown quantity, or a path that cannot be written.
     """
     if not mechanism.noise_multiplier:
-        raise ConfigError("cannot draw epsilon: without noise it is infinite after the first step")
+        raise ConfigError("cannot plot epsilon: without noise it is infinite after the first step")
     curve = curve_of(mechanism, against, num_train_epochs)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    values = [value for value, _ in curve.points]
-    axes.plot(values, [e.rdp for _, e in curve.points], color="0.6", label="by RDP, looser")
-    axes.plot(values, [e.epsilon for _, e in curve.points], marker="o", markersize=3, label="epsilon")
-    if mechanism.target_epsilon is not None:
-        axes.axhline(mechanism.target_epsilon, color="0.3", linestyle=":", label="target")
-    if against != "steps":
-        axes.axvline(curve.planned, color="0.3", linewidth=0.8, label="as planned")
-    at_delta = "epsilon" if against == "delta" else f"epsilon at delta {mechanism.delta:g}"
-    axes.set(xlabel=curve.name, ylabel=at_delta)
-    axes.set(**({"yscale": "log"} if against == "sigma" else {"ylim": (0, None)}))
-    axes.set(**({"xscale": "log"} if curve.logarithmic else {"xlim": (0, None)}))
-    if against in ("sigma", "batch"):
-        ticks = values[:: POINTS // 4]
-        axes.set_xticks([], minor=True)
-        axes.set_xticks(ticks, labels=[f"{x:,.0f}" if against == "batch" else f"{x:.3g}" for x in ticks])
-    axes.set_title(_what_is_fixed(mechanism, against, num_train_epochs), fontsize=10)
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the picture {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    ticks = [(x, f"{x:,.0f}" if against == "batch" else f"{x:.3g}") for x, _ in curve.points[:: POINTS // 4]]
+    panel = Panel(
+        lines=[
+            Line([(x, e.rdp) for x, e in curve.points], "by RDP, looser", color="0.6"),
+            Line([(x, e.epsilon) for x, e in curve.points], "epsilon", marker="o"),
+        ],
+        x=curve.name,
+        y="epsilon" if against == "delta" else f"epsilon at delta {mechanism.delta:g}",
+        title=_what_is_fixed(mechanism, against, num_train_epochs),
+        log=("x" if curve.logarithmic else "") + ("y" if against == "sigma" else ""),
+        ticks=ticks if against in ("sigma", "batch") else None,
+        across=None if mechanism.target_epsilon is None else (mechanism.target_epsilon, "target"),
+        upright=None if against == "steps" else (curve.planned, "as planned"),
+    )
+    save_figure(path, [panel], width=6.4, height=4.0)
 
 
 def curve_of(m: Mechanism, against: str, num_train_epochs: float | None = None) -> Curve:
-    """What is drawn. Values at which no accountant has a finite answer are left out.
+    """The points of the curve. Values at which no accountant has a finite answer are left out.
 
     Raises:
-        ConfigError: `against` is none of AGAINST.
+        ConfigError: `against` is not one of AGAINST.
     """
     if against not in AGAINST:
-        raise ConfigError(f"cannot draw epsilon against {against!r}: expected {', '.join(AGAINST)}")
+        raise ConfigError(f"cannot plot epsilon against {against!r}: expected {', '.join(AGAINST)}")
     first = " at first" if m.levels else ""
     if against == "steps":
         steps = sorted({max(1, round(m.num_steps * (i / POINTS) ** 2)) for i in range(1, POINTS + 1)})
@@ -111,13 +103,16 @@ def _around(value: float) -> list[float]:
 
 
 def _with_sigma(m: Mechanism, sigma: float) -> list[Segment]:
-    """Another first sigma; those that follow in a schedule are in proportion."""
+    """Segments with another first sigma; the later sigmas of a schedule change in proportion."""
     factor = sigma / m.noise_multiplier
-    return [s._replace(noise_multiplier=s.noise_multiplier * factor) for s in m.segments()]
+    return [s._replace(joint_noise_multiplier=s.joint_noise_multiplier * factor) for s in m.segments()]
 
 
 def _with_batch(m: Mechanism, batch: int, epochs: float | None) -> list[Segment]:
-    """Another first B, in proportion as well; with `epochs` so many steps that the passes over the data stay, level by level."""
+    """Segments with another first B; the later B of a schedule change in proportion.
+
+    With `epochs`, the numbers of steps change too, level by level, so that the number of passes over the data stays.
+    """
     factor = batch / m.expected_batch_size
     if epochs is None or not m.levels:
         steps = m.num_steps if epochs is None else math.ceil(epochs * steps_per_epoch(m.num_examples, batch))

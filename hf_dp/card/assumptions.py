@@ -1,0 +1,124 @@
+"""Kinds of noise, a unit and what was declared -> the sentences of a record.
+
+They are part of privacy.json and are compared when a card is verified: if one is reworded, records with the old words
+no longer verify, so that needs a new schema version.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from hf_dp.card.words import units
+from hf_dp.mechanism import DISCRETE, UNIT, generator_of
+
+GAUSSIAN = {
+    "name": "Poisson-subsampled Gaussian (DP-SGD)",
+    "noise": "Gaussian of standard deviation noise_multiplier x sensitivity on every coordinate, float32",
+    "noise_precision": "float32",
+    "epsilon_is": "the smaller of PLD and RDP, both upper bounds",
+}
+WHOLE_NUMBERS = {
+    "name": "Poisson-subsampled discrete Gaussian (DP-SGD)",
+    "noise": "discrete Gaussian of standard deviation 2**22 steps of the grid on every coordinate; 2**22 steps are "
+    "noise_multiplier x sensitivity",
+    "noise_precision": "whole numbers",
+    "epsilon_is": "RDP at whole orders, an upper bound",
+}
+EPSILON_OF_SELECTION = "RDP of the best of a random number of runs, an upper bound"
+IDEALIZED = (
+    "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No "
+    "claim is made against attacks on floating-point rounding."
+)
+ON_THE_GRID = (
+    "Each example's clipped gradient is rounded to whole numbers whose norm is bounded exactly, and sum and noise are "
+    "whole numbers, drawn and added without rounding. The floating point before may do what it likes, but it works on "
+    "one example at a time: what comes of an example depends on it, on the released weights and on its own dropout "
+    "mask, and on no other example.",
+    "The random bits behind draws, noise and dropout masks are as good as independent and uniform.",
+)
+ASSUMPTIONS = (
+    "The number of training {units} is public.",
+    "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the "
+    "operating system, which is never stored.",
+    "One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",
+)
+RUN_AS_DRAWN = (
+    "The number of runs was drawn, once, by the randomness of the operating system and nobody knew it before the last "
+    "one had ended; each run drew its settings from a fixed list; none was left out, repeated or stopped because of "
+    "what it showed."
+)
+OTHER_RUNS = (
+    "The other runs that this model was selected from: their models, scores, curves and number, none of which is given "
+    "away."
+)
+SCORES = (
+    "The score by which this model was selected is computed on evaluation data, whose own records this epsilon does "
+    "not protect."
+)
+SAMPLER = "Poisson: each record by itself, afresh in each step"
+GROUP_SAMPLER = (
+    "Poisson: each group by itself, afresh in each step; of a drawn group one record, each as likely as another"
+)
+COVERED = (
+    "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were "
+    "computed from the noisy sums alone.",
+    "Whatever is made from the model without the training records: merged, converted or quantised weights, and all "
+    "that it generates.",
+)
+NOT_COVERED = (
+    "What the base model and its tokenizer had learnt before, from whatever data.",
+    "Other models trained on the same records, and settings that were chosen by trying them on these records: their "
+    "epsilons add to this one.",
+    "Side channels: how long training took, its use of memory, and anybody with access to the machine.",
+)
+GENERATORS = {
+    "philox": "Philox4x64 keyed with 128 bits of the operating system's entropy, never stored",
+    "chacha20": "the cipher ChaCha20 keyed with 128 bits of the operating system's entropy, never stored",
+}
+GENERATOR_NAMES = {"philox": "Philox4x64, which is no cipher", "chacha20": "the cipher ChaCha20"}
+PUBLIC_EVAL = (
+    "Evaluation data: whoever trained the model declared them public; numbers and choices made with them are not "
+    "covered."
+)
+PRIVATE_EVAL = "Evaluation data: not declared public; numbers computed on them are not covered."
+
+
+class Sentences(NamedTuple):
+    """The sentences of a record: what is assumed, what epsilon holds for, and what it does not hold for."""
+
+    assumptions: tuple[str, ...]
+    covered: tuple[str, ...]
+    not_covered: tuple[str, ...]
+
+
+def kind_of(noises: Iterable[str]) -> dict[str, str]:
+    """The words for a mechanism, or an account, with these kinds of noise: those for whole numbers if any noise is
+    discrete.
+    """
+    return WHOLE_NUMBERS if DISCRETE in noises else GAUSSIAN
+
+
+def sampler(unit: str) -> str:
+    """How records are sampled, in words."""
+    return SAMPLER if unit == UNIT else GROUP_SAMPLER
+
+
+def sentences(public_eval: bool, noises: Sequence[str], unit: str, *, selected: bool = False) -> Sentences:
+    """The sentences for a run with these kinds of noise and this unit; `public_eval` is whether evaluation data were
+    declared public.
+    """
+    named = ", then ".join(GENERATOR_NAMES[name] for name in sorted({*map(generator_of, noises)}, reverse=True))
+    named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s")}
+    arithmetic = ON_THE_GRID if {*noises} == {DISCRETE} else (IDEALIZED,)
+    return Sentences(
+        assumptions=(
+            *arithmetic,
+            *(text.format(generator=named, **named_unit) for text in ASSUMPTIONS),
+            *([RUN_AS_DRAWN] if selected else []),
+        ),
+        covered=COVERED,
+        not_covered=(
+            PUBLIC_EVAL if public_eval else PRIVATE_EVAL,
+            *([OTHER_RUNS, SCORES] if selected else []),
+            *NOT_COVERED,
+        ),
+    )
