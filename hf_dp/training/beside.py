@@ -1,13 +1,9 @@
-"""Losses of made-up examples, alone and beside others -> whether padding changes them; an error if they are compared.
+"""Losses of made-up examples, alone and beside copies of themselves -> an error if the loss compares examples.
 
-Beside a longer example, an example is padded. If the padding is not masked, its loss is another than alone: the
-answer to a question may be chosen among padded positions, and padding on the left moves absolute positions. Each
-example then needs a pass of its own.
-
-That does not help a loss that compares examples, as contrastive losses do. Alone, an example has nobody to be
-compared with: its loss is 0, or not a number, or lacks the part that pushes examples apart, so something else would
-be trained than was asked for. Copies of one record show such a loss. A loss of each example is the same for copies as
-for the record alone, and so is a mean over examples or tokens.
+One example a pass does not help a loss that compares examples, as contrastive losses do. Alone, an example has nobody
+to be compared with: its loss is 0, or not a number, or lacks the part that pushes examples apart, so something else
+would be trained than was asked for. Copies of one record show such a loss. A loss of each example is the same for
+copies as for the record alone, and so is a mean over examples or tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +19,6 @@ from hf_dp.training.objective import ROUNDING
 COPIES = 3
 RECORDS = 2  # of which copies are made
 Losses = Callable[[nn.Module, Batch], Tensor]  # one loss an example, or one of the whole batch
-PADDED = "beside longer ones, an example is padded, which changes its loss"
 COMPARES = (
     "the loss compares the examples of a batch with each other, as a contrastive loss does ({how}). Clipping bounds "
     "what one record adds, so an example's loss must be a function of its own record. Put what is to be compared, such "
@@ -31,29 +26,15 @@ COMPARES = (
 )
 
 
-def padding_matters(model: nn.Module, example_losses: Losses, batch: MicroBatch, alone: Sequence[MicroBatch]) -> bool:
-    """Whether examples have other losses in one batch than alone, though copies, which need no padding, do not.
+def refuse_comparing(model: nn.Module, losses: Losses, alone: Sequence[MicroBatch]) -> None:
+    """Refuses a loss that compares examples.
+
+    A loss is not judged if it differs between two passes, or if the model's outputs are others beside copies.
 
     Args:
         model: unwrapped; it is left as it was.
-        example_losses: one loss an example.
-        batch: all the examples.
-        alone: each of them, collated by itself.
-    """
-    copies = copies_of(alone[0])
-    if copies is None or batch.size != len(alone):
-        return False
-    together = _measured(model, example_losses, batch).losses
-    each = torch.cat([_measured(model, example_losses, one).losses for one in alone])
-    if _close(together, each, model):
-        return False
-    return _close(_measured(model, example_losses, copies).losses, each[:1].expand(COPIES), model)
-
-
-def refuse_comparing(model: nn.Module, losses: Losses, alone: Sequence[MicroBatch]) -> None:
-    """Refuses a loss that compares examples. Arguments as in `padding_matters`; `losses` may return one of a batch.
-
-    A loss is not judged if it differs between two passes, or if the model's outputs are others beside copies.
+        losses: one loss an example, or one of the whole batch.
+        alone: made-up examples, each collated by itself.
 
     Raises:
         ConfigError: the loss compares examples, or fails for one alone and not for copies of it.

@@ -31,7 +31,7 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
-from hf_dp.training.beside import PADDED, padding_matters, refuse_comparing
+from hf_dp.training.beside import refuse_comparing
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.objective import ALONE, as_in_training, first_line, of_a_batch, refused_records
 
@@ -99,6 +99,7 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
         batches = subject.batches()
         if not is_coupled(subject.model, batches, subject.example_losses):
             return rows, ""
+        refuse_comparing(subject.model, of_a_batch(trainer), batches[1:])
         return inventory_of_one(subject.model, batches[1], subject.example_losses), COUPLED
 
 
@@ -151,7 +152,7 @@ def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], 
     proof = proof_of(subject)
     if not proof.independent:
         return rows, f"not proved that its examples are independent: {proof.reasons[0]}"
-    return rows, PADDED if padding_matters(subject.model, subject.example_losses, whole, alone) else ""
+    return rows, ""
 
 
 def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:

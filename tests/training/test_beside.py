@@ -1,4 +1,4 @@
-"""An example beside others: a loss that compares examples is refused; one that padding changes takes one example a pass."""
+"""A loss that compares examples is refused; one that padding changes takes one example a pass."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 from hf_dp import ConfigError, DPTrainer, PrivateLoop
-from hf_dp.training.beside import PADDED
 from hf_dp.training.objective import YOURS
+from hf_dp.training.passes import COUPLED
 from tests.support import models as M
 from tests.support import runs
 from tests.training.test_loop import DATA, mechanism
@@ -116,7 +116,7 @@ def test_answers_among_padded_positions_take_one_example_a_pass(name: str, tmp_p
     torch.manual_seed(0)
     trainer = exact(tmp_path, ANSWERERS[name](), answers(7), spans, trainer_class=Answers)
     assert trainer.objective.kind == YOURS
-    assert trainer.alone_because == PADDED
+    assert trainer.alone_because == COUPLED
 
 
 def test_absolute_positions_padded_on_the_left_take_one_example_a_pass(tmp_path: Path) -> None:
@@ -126,5 +126,5 @@ def test_absolute_positions_padded_on_the_left_take_one_example_a_pass(tmp_path:
     def flipped(feature: dict[str, Any]) -> dict[str, Any]:
         return {name: list(reversed(value)) for name, value in feature.items()}
 
-    assert runs.trainer(tmp_path / "gpt2", M.with_lora(M.gpt2), data_collator=left).alone_because == PADDED
+    assert runs.trainer(tmp_path / "gpt2", M.with_lora(M.gpt2), data_collator=left).alone_because == COUPLED
     assert not runs.trainer(tmp_path / "llama", M.with_lora(M.llama), data_collator=left).alone_because

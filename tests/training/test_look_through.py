@@ -1,4 +1,4 @@
-"""Records that would end a run in a step are refused before the first one; what fails later tells nothing of a record."""
+"""Records that would end a run are refused before its first step; later failures tell nothing of a record."""
 
 from collections.abc import Callable
 from pathlib import Path
