@@ -61,9 +61,7 @@ class Subject(NamedTuple):
 
 
 class Settled:
-    """What the findings about a trainer rest on, as it is when this is made: the model's memory, the loss, the records,
-    the options.
-    """
+    """What the findings about a trainer depend on, noted when this is made: model state, loss, records and options."""
 
     def __init__(self, trainer: PrivateTrainer) -> None:
         self._objects, self._settings, self._state = _objects(trainer), _settings(trainer), State(trainer.model)
