@@ -1,38 +1,39 @@
-"""Each operation in which a parameter may meet the examples' data -> its result, computed through a tap: the exact per-example rules.
+"""Operations in which a parameter may meet the examples' data -> their results through taps: the exact per-example
+rules.
 
-A rule receives the operation's arguments, proxies among them, and answers None where the operation has no data in it.
+A rule is given the operation's arguments, proxies among them. It returns None if the operation is not one that it
+covers, for example because no data is in it.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_dp.per_example.factors import Dense, Factor, Outer, Rows
-from hf_dp.per_example.proxy import ParameterProxy, derive, derive_any, plain, proxies_in, transposed, unchanged
+from hf_dp.per_example.proxy import ParameterProxy, Value, derive, derive_any, plain, proxies_in, transposed, unchanged
 from hf_dp.per_example.taps import AddTap, AnyTap, EmbeddingTap, LayerNormTap, LinearTap, MultiplyTap, Sink
 
 
-def _sink(value: Any) -> Sink | None:
+def _sink(value: Value) -> Sink | None:
     return value.sink if isinstance(value, ParameterProxy) else None
 
 
-def autocast(*operands: Any) -> tuple[Any, ...]:
-    """The floating operands in autocast's dtype where autocast is on: the taps run below it and would not cast themselves."""
+def autocast(*operands: Value) -> tuple[Value, ...]:
+    """The floating-point operands in autocast's dtype, if autocast is on: taps run below it and would not cast."""
     device = next(v for v in operands if isinstance(v, Tensor)).device.type
     if not torch.is_autocast_enabled(device):
         return operands
     return _to_dtype(torch.get_autocast_dtype(device), *operands)
 
 
-def _to_dtype(dtype: torch.dtype, *operands: Any) -> tuple[Any, ...]:
+def _to_dtype(dtype: torch.dtype, *operands: Value) -> tuple[Value, ...]:
     return tuple(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in operands)
 
 
-def linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
-    """y = x W^T + b, in any layout that leads with the examples."""
+def linear(input: Value, weight: Value, bias: Value = None) -> Tensor | None:
+    """y = x W^T + b, in any layout with the examples in front."""
     if isinstance(input, ParameterProxy) or (input.dim() > 2 and input.shape[0] == 1):
         return None  # one input for all examples: the result is on the parameters' side too
     x, w, b = autocast(input, weight, bias)
@@ -41,14 +42,14 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     return result
 
 
-def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
+def addmm(input: Value, mat1: Value, mat2: Value, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
     """b + x W: GPT-2's Conv1D, whose weight is stored transposed."""
     if beta != 1 or alpha != 1 or isinstance(mat1, ParameterProxy):
         return None
     return linear(mat1, _transpose(mat2), input)
 
 
-def matmul(input: Any, other: Any) -> Tensor | None:
+def matmul(input: Value, other: Value) -> Tensor | None:
     """X W and W X with a matrix W; one matrix a head, [H, k, m] or [1, H, k, m], is repeated for each example."""
     data, w = (other, input) if isinstance(input, ParameterProxy) else (input, other)
     if isinstance(data, ParameterProxy) or data.dim() == 1:
@@ -71,14 +72,14 @@ def _transpose(weight: Tensor) -> Tensor:
 
 def embedding(
     input: Tensor,
-    weight: Any,
+    weight: Value,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
-    """A lookup. Positions that every example shares (leading dimension not B) stay on the parameter's side."""
+    """A lookup in a table. Positions that all examples share (leading dimension not B) stay on the parameter's side."""
     if not isinstance(weight, ParameterProxy):
         return None
     capture = weight.capture
@@ -93,7 +94,7 @@ def embedding(
     return derive_any([weight], lambda table: F.embedding(input, table, padding_idx))
 
 
-def getitem(input: Any, index: Any) -> Tensor | None:
+def getitem(input: Value, index: Value) -> Tensor | None:
     """w[index] with a row of whole numbers for each example, [B, T]: a lookup."""
     rows = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) and index.dim() > 1
     if not rows or not isinstance(input, ParameterProxy) or input.dim() != 2 or len(index) != input.capture.batch_size:
@@ -101,8 +102,8 @@ def getitem(input: Any, index: Any) -> Tensor | None:
     return embedding(index % len(input), input)
 
 
-def embedding_bag(input: Tensor, weight: Any, offsets: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """A sum or mean of looked-up rows, for bags [B, T] of one size; anything else has no rule."""
+def embedding_bag(input: Tensor, weight: Value, offsets: Value = None, *args: Value, **kwargs: Value) -> Tensor | None:
+    """A sum or mean of looked-up rows, for bags [B, T] of one size; other bags have no rule."""
     names = (
         "max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights include_last_offset padding_idx".split()
     )
@@ -116,9 +117,9 @@ def embedding_bag(input: Tensor, weight: Any, offsets: Any = None, *args: Any, *
 
 
 def layer_norm(
-    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    input: Value, normalized_shape: Value, weight: Value = None, bias: Value = None, eps: float = 1e-5
 ) -> Tensor | None:
-    """LayerNorm with a trainable scale, shift, or both; in float32 under autocast, as PyTorch has it."""
+    """LayerNorm with a trainable scale, shift, or both; in float32 under autocast, as in PyTorch."""
     if isinstance(input, ParameterProxy) or weight is None:
         return None
     x, w, b = input, weight, bias
@@ -131,14 +132,14 @@ def layer_norm(
     return result
 
 
-def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor | None:
-    """RMSNorm: the parameterless norm, times the scale."""
+def rms_norm(input: Value, normalized_shape: Value, weight: Value = None, eps: float | None = None) -> Tensor | None:
+    """RMSNorm: the norm without parameters, times the scale."""
     if isinstance(input, ParameterProxy):
         return None
     return multiply(F.rms_norm(input, normalized_shape, None, eps), weight)
 
 
-def multiply(input: Any, other: Any) -> Tensor | None:
+def multiply(input: Value, other: Value) -> Tensor | None:
     """x * w with w broadcast over examples."""
     data, w = (other, input) if isinstance(input, ParameterProxy) else (input, other)
     if not _meets_data(data, w):
@@ -147,21 +148,21 @@ def multiply(input: Any, other: Any) -> Tensor | None:
     return result
 
 
-def divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor | None:
+def divide(input: Value, other: Value, *, rounding_mode: str | None = None) -> Tensor | None:
     """x / w as x * (1/w)."""
     if rounding_mode is not None or isinstance(input, ParameterProxy) or not _meets_data(input, other):
         return None
     return multiply(input, derive_any([other], torch.reciprocal))
 
 
-def add(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
+def add(input: Value, other: Value, *, alpha: float = 1) -> Tensor | None:
     """x + w with w broadcast over examples."""
     data, w = (other, input) if isinstance(input, ParameterProxy) else (input, other)
     return _shift(data, w, 1.0) if alpha == 1 and _meets_data(data, w) else None
 
 
-def subtract(input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
-    """x - w, and w - x as (-x) + w."""
+def subtract(input: Value, other: Value, *, alpha: float = 1) -> Tensor | None:
+    """x - w; and w - x as (-x) + w."""
     if alpha != 1:
         return None
     if isinstance(other, ParameterProxy):
@@ -174,15 +175,17 @@ def _shift(data: Tensor, w: ParameterProxy, scale: float) -> Tensor:
     return result
 
 
-def expand(input: Any, *sizes: Any) -> Tensor | None:
-    """x.expand(B, ...): one value for all examples, repeated for each (class tokens, prompts, attention's sinks)."""
+def expand(input: Value, *sizes: Value) -> Tensor | None:
+    """One value repeated for each example (class tokens, prompts): x.expand(B, ...), x.repeat(B, 1, ...)."""
     shape = _sizes(sizes)
     wide = _for_each(input, len(shape)) if shape and _leads(input, shape) else None
     return None if wide is None else wide.expand(-1, *shape[1:])
 
 
-def repeat(input: Any, *sizes: Any) -> Tensor | None:
-    """x.repeat(B, ...); and w [h, ...] repeated to [B*h, ...], example by example, as attention with B*h heads wants it."""
+def repeat(input: Value, *sizes: Value) -> Tensor | None:
+    """x.repeat(B, ...); and w [h, ...] repeated to [B*h, ...], example by example, as attention with B*h heads wants
+    it.
+    """
     shape = _sizes(sizes)
     if not shape or not _leads(input, shape):
         return None
@@ -193,24 +196,26 @@ def repeat(input: Any, *sizes: Any) -> Tensor | None:
     return None if heads is None else heads.flatten(0, 1)
 
 
-def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+def _sizes(sizes: tuple[Value, ...]) -> tuple[int, ...]:
     return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
 
 
-def _leads(input: Any, shape: tuple[int, ...]) -> bool:
+def _leads(input: Value, shape: tuple[int, ...]) -> bool:
     """Whether the first of the sizes that a parameter is repeated to is the number of examples."""
     return isinstance(input, ParameterProxy) and shape[0] == input.capture.batch_size and len(shape) >= input.dim()
 
 
 def _for_each(w: ParameterProxy, dims: int) -> Tensor | None:
-    """A parameter's values once an example, [B, ..., *w.shape], in so many dimensions; None where `w` takes the first one itself."""
+    """A parameter's values once an example, [B, ..., *w.shape], in so many dimensions; None where `w` takes the first
+    one itself.
+    """
     if dims < w.dim() or (dims == w.dim() and (dims == 0 or w.shape[0] != 1)):
         return None
     return _shift(w.plain_values.new_zeros(w.capture.batch_size, *(1,) * (dims - 1)), w, 1.0)
 
 
-def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
-    """One mask for a value that all examples share."""
+def dropout(input: Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+    """Dropout of a value that all examples share: one mask for all."""
     if not isinstance(input, ParameterProxy):
         return None
     mask = F.dropout(torch.ones_like(input.plain_values), p, training)
@@ -218,9 +223,15 @@ def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = F
 
 
 def conv2d(
-    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    input: Value,
+    weight: Value,
+    bias: Value = None,
+    stride: Value = 1,
+    padding: Value = 0,
+    dilation: Value = 1,
+    groups: int = 1,
 ) -> Tensor | None:
-    """A convolution is a linear map of its patches: x unfolded to [B, L, C kh kw]."""
+    """A convolution, as a linear map of its patches: x unfolded to [B, L, C kh kw]."""
     if isinstance(input, ParameterProxy) or input.dim() != 4:
         return None
     if isinstance(padding, str) or groups != 1:
@@ -237,8 +248,8 @@ def conv2d(
     return out.transpose(1, 2).unflatten(2, (height, width))
 
 
-def example_by_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor | None:
-    """An operation that maps each example by itself, on data that lead with the examples: the generic exact rule."""
+def example_by_example(func: Callable[..., Value], *args: Value, **kwargs: Value) -> Tensor | None:
+    """The generic exact rule, for operations that map each example by itself, with the examples in front."""
     proxies = proxies_in((args, kwargs))
     capture = proxies[0].capture
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not isinstance(v, ParameterProxy)]
@@ -248,12 +259,14 @@ def example_by_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> T
     return _through_any_tap(func, args, kwargs, data)
 
 
-def _through_any_tap(func: Callable[..., Any], args: Any, kwargs: Any, data: list[Tensor]) -> Tensor:
-    """`func` with what its parameters' gradients need recorded; `data`: those of its arguments that lead with the examples."""
+def _through_any_tap(func: Callable[..., Value], args: Value, kwargs: Value, data: list[Tensor]) -> Tensor:
+    """`func` with what its parameters' gradients need recorded; `data`: those of its arguments that lead with the
+    examples.
+    """
     proxies = proxies_in((args, kwargs))
     slots = [*proxies, *data]
 
-    def function(*values: Tensor) -> Any:
+    def function(*values: Tensor) -> Value:
         known = {id(slot): value for slot, value in zip(slots, values, strict=True)}
         return func(*[known.get(id(a), a) for a in args], **{k: known.get(id(v), v) for k, v in kwargs.items()})
 
@@ -262,12 +275,14 @@ def _through_any_tap(func: Callable[..., Any], args: Any, kwargs: Any, data: lis
     return result
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def _pair(value: Value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def einsum(equation: Any, *operands: Any) -> Tensor | None:
-    """Products and sums over letters, where the first letter of each operand with the examples, and of the result, is theirs alone."""
+def einsum(equation: Value, *operands: Value) -> Tensor | None:
+    """Products and sums over letters, where the first letter of each operand with the examples, and of the result, is
+    theirs alone.
+    """
     values = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
     if not isinstance(equation, str) or "->" not in equation or "." in equation:
         return None
@@ -285,8 +300,8 @@ def einsum(equation: Any, *operands: Any) -> Tensor | None:
     return _through_any_tap(torch.einsum, (equation, *values), {}, data) if data else None
 
 
-def index_copy(input: Any, dim: int, index: Tensor, source: Any) -> Tensor | None:
-    """A frozen table with some rows trained (trainable tokens): the other rows' gradients are dropped."""
+def index_copy(input: Value, dim: int, index: Tensor, source: Value) -> Tensor | None:
+    """A frozen table with some trained rows (trainable tokens): gradients of the other rows are dropped."""
     if dim != 0 or isinstance(input, ParameterProxy) or not isinstance(source, ParameterProxy):
         return None
 
@@ -302,21 +317,23 @@ def index_copy(input: Any, dim: int, index: Tensor, source: Any) -> Tensor | Non
     return derive(source, lambda rows: input.index_copy(0, index, rows), pull_back)
 
 
-def cast(input: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """A change of dtype alone: the gradient keeps its factored form. Data that take a parameter's dtype know nothing of its values."""
+def cast(input: Value, *args: Value, **kwargs: Value) -> Tensor | None:
+    """A change of dtype only: the gradient keeps its factored form."""
     if not isinstance(input, ParameterProxy):
         return input.to(*plain(args), **plain(kwargs)) if isinstance(input, Tensor) else None
     result = input.plain_values.to(*plain(args), **plain(kwargs))
     return input if result is input.plain_values else derive(input, lambda v: result, unchanged)
 
 
-def to_float(input: Any) -> Tensor | None:
+def to_float(input: Value) -> Tensor | None:
     """`cast` to float32."""
     return cast(input, torch.float32)
 
 
-def _meets_data(data: Any, w: Any) -> bool:
-    """Whether an elementwise operand carries the examples: it leads with B where `w` has one row or none, or with B*T for [B*T, k]."""
+def _meets_data(data: Value, w: Value) -> bool:
+    """Whether an elementwise operand carries the examples: it leads with B where `w` has one row or none, or with B*T
+    for [B*T, k].
+    """
     if not isinstance(w, ParameterProxy) or not isinstance(data, Tensor) or isinstance(data, ParameterProxy):
         return False
     shape, batch = torch.broadcast_shapes(data.shape, w.shape), w.capture.batch_size
@@ -329,10 +346,10 @@ def _meets_data(data: Any, w: Any) -> bool:
     )
 
 
-def for_each_example(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Masking, joining, attending: a parameter's [1, ...] becomes [B, ...], and the operation is left as it is."""
+def for_each_example(func: Callable[..., Value], *args: Value, **kwargs: Value) -> Value:
+    """Masking, joining, attention: a parameter of shape [1, ...] is expanded to [B, ...] before the operation."""
 
-    def widen(value: Any) -> Any:
+    def widen(value: Value) -> Value:
         if isinstance(value, (tuple, list)):
             return type(value)(widen(v) for v in value)
         if not isinstance(value, ParameterProxy) or value.dim() == 0 or value.shape[0] != 1:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hf_dp.per_example.factors import Dense, Factor, Outer, materialise
 
+Value: TypeAlias = Any  # an argument or a result of a PyTorch function
 Pullback: TypeAlias = Callable[[Factor], Factor]
 Origins: TypeAlias = "Sequence[tuple[ParameterProxy, Pullback]]"
 
@@ -57,7 +58,7 @@ class ParameterProxy(torch.Tensor):
     origins: Origins
 
     @staticmethod
-    def of(values: Tensor, parameter: str, capture: Any, origins: "Origins" = ()) -> "ParameterProxy":
+    def of(values: Tensor, parameter: str, capture: Value, origins: "Origins" = ()) -> "ParameterProxy":
         """A watched leaf that shares the memory of `values`."""
         plain = values.detach()
         proxy = torch.Tensor._make_subclass(ParameterProxy, plain, True)
@@ -77,11 +78,11 @@ class ParameterProxy(torch.Tensor):
     @classmethod
     def __torch_function__(
         cls,
-        func: Callable[..., Any],
+        func: Callable[..., Value],
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[Value] = (),
+        kwargs: dict[str, Value] | None = None,
+    ) -> Value:
         """Every PyTorch function that has a proxy among its arguments."""
         kwargs = kwargs or {}
         if func.__name__ == "__set__" and args[1] is not None:
@@ -94,8 +95,8 @@ class ParameterProxy(torch.Tensor):
         return proxies_in((args, kwargs))[0].capture.apply_rule(name, func, tuple(args), kwargs)
 
 
-def operation_name(func: Callable[..., Any]) -> str:
-    """'mul' for torch.mul, Tensor.__rmul__ and Tensor.mul_; '__len__' for an attribute that only asks for a property."""
+def operation_name(func: Callable[..., Value]) -> str:
+    """'mul' for torch.mul, Tensor.__rmul__ and Tensor.mul_; '__len__' for attributes that only ask for a property."""
     name = func.__name__
     if name == "__get__":
         attribute = str(func.__self__.__name__)  # type: ignore[attr-defined]
@@ -106,7 +107,7 @@ def operation_name(func: Callable[..., Any]) -> str:
     return _REFLECTED.get(bare, bare)
 
 
-def plain(value: Any) -> Any:
+def plain(value: Value) -> Value:
     """The arguments with each proxy replaced by its plain values."""
     if isinstance(value, ParameterProxy):
         return value.plain_values
@@ -162,12 +163,12 @@ def _vector_jacobian(
     return Dense(torch.func.vmap(lambda g: vjp(g)[0])(gradient))
 
 
-def proxies_in(value: Any) -> list[ParameterProxy]:
+def proxies_in(value: Value) -> list[ParameterProxy]:
     """All proxies in (nested) arguments, each once, in order."""
     return list({id(t): t for t in tensors_in(value) if isinstance(t, ParameterProxy)}.values())
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def tensors_in(value: Value) -> list[Tensor]:
     """All tensors in (nested) arguments."""
     if isinstance(value, Tensor):
         return [value]

@@ -1,10 +1,9 @@
-"""An operation's name -> its per-example rule, or the parameters' own side (no data in it); what is in neither table is
+"""An operation's name -> its per-example rule, or the parameters' own side, which has no data in it; else it is
 refused.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from hf_dp.per_example import operations as ops
 from hf_dp.per_example.composite import CELLS, multi_head_attention, recurrent
-from hf_dp.per_example.proxy import ParameterProxy, derive, derive_any, plain, proxies_in, tensors_in, transposed
+from hf_dp.per_example.proxy import ParameterProxy, Value, derive, derive_any, plain, proxies_in, tensors_in, transposed
 
 IN_PLACE = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __imatmul__ __ifloordiv__ __ipow__ __setitem__".split())
 
 
-def apply_rule(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation on proxies: through the rule of that name, on the parameters' side, or refused."""
+def apply_rule(name: str, func: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+    """The result of an operation on proxies: by the rule of that name, on the parameters' own side, or refused."""
     proxies = proxies_in((args, kwargs))
     owner = proxies[0]
     in_place = func.__name__ in IN_PLACE or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
@@ -37,8 +36,8 @@ def apply_rule(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     return owner.capture.refuse([p.parameter for p in proxies], name, lambda: func(*plain(args), **plain(kwargs)))
 
 
-def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """x.mul_(w) as x.copy_(x * w): the tensor itself changes, and whoever else holds it sees that."""
+def _in_place(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Tensor | None:
+    """x.mul_(w) as x.copy_(x * w): the tensor itself changes, which everything that shares its memory sees."""
     target = args[0]
     if name not in RULES or isinstance(target, ParameterProxy):
         return None
@@ -46,23 +45,23 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     return None if result is None else target.copy_(result)
 
 
-def _carries_a_gradient(value: Any) -> bool:
-    """Whether a tensor among (nested) arguments is computed from trained values: then it is not a constant."""
+def _carries_a_gradient(value: Value) -> bool:
+    """Whether any tensor in (nested) arguments was computed from trained values, and so is not a constant."""
     return any(t.requires_grad and not isinstance(t, ParameterProxy) for t in tensors_in(value))
 
 
 def _on_the_parameters_side(
-    proxies: list[ParameterProxy], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    proxies: list[ParameterProxy], func: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
 ) -> ParameterProxy:
-    """An operation among parameters and constants: a proxy again."""
+    """An operation of parameters and constants alone: its result is a proxy again."""
     if len(proxies) == 1 and func in (torch.t, Tensor.t):
         return derive(proxies[0], torch.t, transposed)
 
-    def function(*values: Tensor) -> Any:
+    def function(*values: Tensor) -> Value:
         known = {id(p): v for p, v in zip(proxies, values, strict=True)}
         wider = values[0].dtype != proxies[0].plain_values.dtype  # in backward: the gradient's dtype, for constants too
 
-        def put(v: Any) -> Any:
+        def put(v: Value) -> Value:
             if isinstance(v, (tuple, list)):
                 return type(v)(put(u) for u in v)
             constant = isinstance(v, Tensor) and id(v) not in known and v.is_floating_point()
@@ -73,7 +72,7 @@ def _on_the_parameters_side(
     return derive_any(proxies, function)
 
 
-RULES: dict[str, Callable[..., Any]] = {
+RULES: dict[str, Callable[..., Value]] = {
     "linear": ops.linear,
     "addmm": ops.addmm,
     "matmul": ops.matmul,
@@ -99,13 +98,13 @@ RULES: dict[str, Callable[..., Any]] = {
     "float": ops.to_float,
     "multi_head_attention_forward": multi_head_attention,
 }
-FOR_EACH_EXAMPLE: dict[str, Callable[..., Any]] = {
+FOR_EACH_EXAMPLE: dict[str, Callable[..., Value]] = {
     "where": torch.where,
     "masked_fill": Tensor.masked_fill,
     "cat": torch.cat,
     "scaled_dot_product_attention": F.scaled_dot_product_attention,
 }
-EXAMPLE_BY_EXAMPLE: dict[str, Callable[..., Any]] = {
+EXAMPLE_BY_EXAMPLE: dict[str, Callable[..., Value]] = {
     "group_norm": F.group_norm,
     "instance_norm": F.instance_norm,
     "conv1d": F.conv1d,

@@ -1,8 +1,9 @@
-"""A batch against each of its examples alone, on synthetic records: an error where anything couples them.
+"""A batch and each of its examples alone, made up -> an error if anything couples the examples.
 
-The reference is autograd's own gradient with one example in the pass, so the check also proves the rules on the user's very model. It
-catches, among others: left padding with absolute positions, a loss averaged over the batch, a router's auxiliary loss, BatchNorm,
-layers that mix examples, gradients that reach a parameter unseen, and layers that write what they saw into the model's state.
+The reference is autograd's own gradient with one example in the pass, so the check also tests the per-example rules on
+the user's model. It catches, among others: left padding with absolute positions, a loss averaged over the batch, a
+router's auxiliary loss, BatchNorm, layers that mix examples, gradients that reach a parameter past its proxy, and
+layers that write what they saw into the model's state.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from hf_dp.per_example.factors import Factor, add_weighted_sum, exact
 from hf_dp.per_example.inventory import ExampleLosses
 from hf_dp.per_example.proof import state_put_back, untouched
 
-# The relative difference that rounding alone may make, by the dtype of the activations: bf16 has 8 bits, and the shapes of a batch and
-# of an example alone take different kernels. A coupling moves the sum by 0.1 or more.
+# The relative difference that rounding alone may make, by the dtype of the activations: bf16 has 8 bits, and the shapes
+# of a batch and of an example alone take different kernels. A coupling moves the sum by 0.1 or more.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 
 
@@ -30,7 +31,7 @@ class Report(dict[str, float]):
 
 
 class _NoDropout(TorchFunctionMode):
-    """Dropout of rate 0 everywhere, so that two passes can be compared; the model stays in training mode."""
+    """Within, dropout has rate 0, so that two passes can be compared; the model stays in training mode."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -51,16 +52,16 @@ def self_check(
     factors_of: Pass = per_example_factors,
     one_a_pass: bool = False,
 ) -> Report:
-    """Compares the gradient sum of a batch with that of its examples alone, and clipped sums of neighbours.
+    """Compares a batch's gradients with those of its examples alone, and clipped sums of neighbouring batches.
 
     Args:
-        model: unwrapped; left in training mode, buffers and random state as they were.
-        collated: the whole batch first, then each of its examples collated alone, in the same order. Where examples have a pass of their
-            own, the whole is the first one, and what is looked at of the others is what they leave in the model.
+        model: unwrapped; left in its mode, with buffers and random state as they were.
+        collated: the whole batch first, then each of its examples collated alone, in the same order. If examples have a
+            pass of their own, the whole is the first example, and only what the others leave in the model is checked.
         example_losses: (model, batch) -> one loss an example.
         clip_norm: C.
         factors_of: what will do the passes over several examples.
-        one_a_pass: there will be none: then only what a pass leaves in the model is looked for.
+        one_a_pass: there will be no such passes; only what a pass leaves in the model is checked.
 
     Raises:
         SelfCheckError: with the measured difference and the usual causes.
@@ -83,11 +84,11 @@ def self_check(
 
 
 def is_coupled(model: nn.Module, collated: Sequence[Batch], example_losses: ExampleLosses) -> bool:
-    """Whether an example's gradient in the batch is another than alone, by more than rounding, or is not finite.
+    """Whether an example's gradient in the batch differs from that alone by more than rounding, or is not finite.
 
     Args:
         model: unwrapped; left as it was.
-        collated: as `self_check`, of several examples in the whole.
+        collated: as for `self_check`, with several examples in the whole.
         example_losses: (model, batch) -> one loss an example.
     """
     whole, *alone = collated
@@ -99,7 +100,7 @@ def is_coupled(model: nn.Module, collated: Sequence[Batch], example_losses: Exam
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Passes in training mode without dropout, which leave no trace in the model, or in anybody's random numbers."""
+    """Around passes in training mode without dropout: they leave no trace in the model or in random states."""
     was_training = model.training
     model.train()
     try:
@@ -110,7 +111,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _draws(model: nn.Module, batch: Batch, example_losses: ExampleLosses) -> bool:
-    """Whether a pass takes random numbers. Where it does not, a compiled model is checked in the very graphs that will be trained."""
+    """Whether a pass draws random numbers. If not, a compiled model is checked with the graphs that will be trained."""
     devices = _devices(model)
     before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
     with untouched(model):
@@ -120,7 +121,7 @@ def _draws(model: nn.Module, batch: Batch, example_losses: ExampleLosses) -> boo
 
 
 def _refuse_what_is_written(model: nn.Module, alone: Sequence[Batch], example_losses: ExampleLosses) -> None:
-    """An error where forward and backward leave something of the example in the model: it would be saved without noise."""
+    """An error if forward and backward leave something of an example in the model: it would be saved without noise."""
     saved = set(model.state_dict(keep_vars=True))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     ends = []
@@ -133,9 +134,9 @@ def _refuse_what_is_written(model: nn.Module, alone: Sequence[Batch], example_lo
     written = [n for n in names if n in frozen or n not in first or n not in last or not torch.equal(first[n], last[n])]
     if written:
         raise SelfCheckError(
-            f"the forward or backward pass writes to {', '.join(written)}, which then holds something of the private examples and is "
-            "saved without noise: freeze these statistics (module.eval(), momentum=0) or replace the layer (BatchNorm by "
-            "GroupNorm or LayerNorm)."
+            f"the forward or backward pass writes to {', '.join(written)}, which then holds something of the private "
+            "examples and is saved without noise: freeze these statistics (module.eval(), momentum=0) or replace the "
+            "layer (BatchNorm by GroupNorm or LayerNorm)."
         )
 
 
@@ -170,7 +171,9 @@ def _difference(
 def _squared_differences(
     model: nn.Module, batch: MicroBatch, alone: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass
 ) -> tuple[Tensor, Tensor]:
-    """|g_b in the batch - g_b alone|^2 and |g_b alone|^2 for each example, [B] each; one parameter of one example at a time."""
+    """|g_b in the batch - g_b alone|^2 and |g_b alone|^2 for each example, [B] each; one parameter of one example at a
+    time.
+    """
     size = batch.size
     together, losses = factors_of(model, lambda: example_losses(model, batch), size)
     totals = torch.zeros(2, size, dtype=exact(losses).dtype, device=losses.device)
@@ -228,11 +231,12 @@ def _clipped_sum(
 
 def _explanation(difference: float, tolerance: float) -> str:
     return (
-        f"an example's gradient in a batch differs from its gradient alone by {difference:.3g} (relative; rounding allows "
-        f"{tolerance:.0e}): something couples the examples, so no bound on one example's influence holds. Usual causes: padding "
-        "on the left with absolute positions (set tokenizer.padding_side='right'), a loss averaged over the batch or over its "
-        "tokens, a router's auxiliary loss, batch statistics, a layer that mixes examples. With per_device_train_batch_size=1 each "
-        "example has a pass of its own, in which there is nobody to mix it with."
+        f"an example's gradient in a batch differs from its gradient alone by {difference:.3g} (relative; rounding "
+        f"allows {tolerance:.0e}): something couples the examples, so no bound on one example's influence holds. Usual "
+        "causes: padding on the left with absolute positions (set tokenizer.padding_side='right'), a loss averaged "
+        "over the batch or over its tokens, a router's auxiliary loss, batch statistics, a layer that mixes examples. "
+        "With per_device_train_batch_size=1 each example has a pass of its own, in which there is nobody to mix it "
+        "with."
     )
 
 

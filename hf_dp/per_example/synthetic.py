@@ -1,50 +1,50 @@
-"""The columns of one record -> made-up records of chosen lengths: what checks run on, so that nothing depends on
-private ones.
+"""The columns of one record -> made-up records of chosen lengths, on which checks run: so nothing depends on private
+ones.
 
-Only the record's *schema* is looked at: column names, types, which columns are sequences and which of these are as long
-as `input_ids`. Values and lengths are made up from a fixed generator and the model's public sizes.
+Only the record's *schema* is used: names and types of columns, and which of them are sequences. Values and lengths come
+from a fixed generator and the model's public sizes.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from hf_dp.errors import ConfigError
+from hf_dp.per_example.batches import Leaf, Record
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega")
 LENGTHS = (5, 9, 7)
 MANY = 512  # tokens, where a model's config does not say how many it takes
 
 
-def longest_taken(model: Any) -> int | None:
-    """How many tokens a model's config has positions for, if it says so; XLNet's says -1, for any number."""
+def longest_taken(model: Leaf) -> int | None:
+    """How many tokens a model's config has positions for, or None. (XLNet's config says -1: any number.)"""
     config = getattr(model, "config", None)
-    taken = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    return taken if isinstance(taken, int) and taken > 0 else None
+    found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 SAMPLES = 400  # of sound, where a text would have a token: what reads waveforms takes windows of hundreds
 
 
 def synthetic_records(
-    record: dict[str, Any],
+    record: dict[str, Leaf],
     *,
     vocab_size: int,
     label_values: int,
     lengths: Sequence[int] = LENGTHS,
     end: int | None = None,
-) -> list[dict[str, Any]]:
-    """As many records as `lengths`, with the columns and types of `record`.
+) -> list[dict[str, Leaf]]:
+    """One made-up record for each length, with the columns and types of `record`.
 
     Args:
-        record: one record as the dataset returns it; only its schema is used.
+        record: one record as the data set returns it; only its schema is used.
         vocab_size: token ids are drawn below it (public).
         label_values: labels are drawn below it: the number of classes, or the vocabulary's size for a language model.
         lengths: number of tokens in each record's sequences.
-        end: the token that ends a text, which `input_ids` end with where it is given; models that pool there need it,
-            once.
+        end: the token that ends a text, or None. If given, `input_ids` have it once, at the end; some models pool
+            there.
 
     Raises:
         ConfigError: a column of a type that cannot be made up; names all of them.
@@ -69,8 +69,8 @@ def synthetic_records(
     return made if end is None else [_ended(one, end) for one in made]
 
 
-def _ended(record: dict[str, Any], end: int) -> dict[str, Any]:
-    """Its `input_ids`, where they are a row of tokens, hold `end` once, at the end."""
+def _ended(record: dict[str, Leaf], end: int) -> dict[str, Leaf]:
+    """The record, with `end` once in its `input_ids`, at the end, if these are a row of tokens."""
     ids = record.get("input_ids")
     if not isinstance(ids, (list, torch.Tensor, np.ndarray)) or np.ndim(ids) != 1:
         return record
@@ -79,24 +79,24 @@ def _ended(record: dict[str, Any], end: int) -> dict[str, Any]:
     return {**record, "input_ids": ended if isinstance(ids, list) else _like_values(ids, ended)}
 
 
-def _like_values(like: Any, values: list[int]) -> Any:
+def _like_values(like: Leaf, values: list[int]) -> Leaf:
     return torch.tensor(values, dtype=like.dtype) if isinstance(like, torch.Tensor) else np.asarray(values, like.dtype)
 
 
-def records_of_the_same_shape(record: Any, count: int = 3) -> list[Any]:
-    """As many made-up records with the tensors, arrays and numbers of `record`, each in its own shape and type.
+def records_of_the_same_shape(record: Record, count: int = 3) -> list[Record]:
+    """Made-up records with the tensors, arrays and numbers of `record`, each in its own shape and type.
 
-    Real numbers are normal, whole ones 0 or 1, which any table of classes or tokens holds. Only shapes and types are
-    looked at.
+    Real numbers are normal; whole numbers are 0 or 1, which every table of classes or tokens has. Only shapes and types
+    of the record are used.
 
     Raises:
-        ConfigError: a member of a type that can't be made up.
+        ConfigError: a member of a type that cannot be made up.
     """
     generator = np.random.default_rng(0)
     return [_like(record, generator) for _ in range(count)]
 
 
-def _like(value: Any, generator: np.random.Generator) -> Any:
+def _like(value: Leaf, generator: np.random.Generator) -> Leaf:
     if isinstance(value, dict):
         return {name: _like(member, generator) for name, member in value.items()}
     if isinstance(value, (tuple, list)):
@@ -116,13 +116,13 @@ def _like(value: Any, generator: np.random.Generator) -> Any:
     return made.astype(value.dtype) if isinstance(value, np.ndarray) else np.asarray(value).dtype.type(made).item()
 
 
-def _known(value: Any) -> bool:
+def _known(value: Leaf) -> bool:
     return value is None or isinstance(
         value, (torch.Tensor, np.ndarray, np.generic, str, list, tuple, bool, int, float)
     )
 
 
-def _made_up(name: str, value: Any, length: int, limit: int, generator: np.random.Generator) -> Any:
+def _made_up(name: str, value: Leaf, length: int, limit: int, generator: np.random.Generator) -> Leaf:
     if isinstance(value, torch.Tensor):
         return torch.as_tensor(_made_up(name, value.numpy(), length, limit, generator)).to(value.dtype)
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""A model, records and a `PrivacyConfig` go in; a privately trained model with its card comes out. Wiring, no formulas."""
+"""A model, records and a `PrivacyConfig` go in; a privately trained model with its card comes out. Wiring only."""
 
 from hf_dp.training.evaluation import STEPS_TAKEN
 from hf_dp.training.loop import PrivateLoop, plan

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
-from hf_dp.per_example import Batch, MicroBatch, Untied, leaves, precision, stacked, undisturbed
+from hf_dp.per_example import Batch, MicroBatch, Path, Untied, leaves, precision, stacked, undisturbed
 from hf_dp.training.objective import ROUNDING
 
 COPIES = 3
@@ -72,7 +72,7 @@ class Measured(NamedTuple):
     """Losses [n], and the outputs of the model's last call by their path in it."""
 
     losses: Tensor
-    outputs: dict[Any, Tensor]
+    outputs: dict[Path, Tensor]
 
 
 def _tried(model: nn.Module, losses: Losses, batch: MicroBatch) -> Measured | None:
@@ -99,7 +99,7 @@ def _measured(model: nn.Module, losses: Losses, batch: MicroBatch, seed: int = 0
     return Measured(found, tensors)
 
 
-def _same_outputs(alone: dict[Any, Tensor], beside: dict[Any, Tensor], model: nn.Module) -> bool:
+def _same_outputs(alone: dict[Path, Tensor], beside: dict[Path, Tensor], model: nn.Module) -> bool:
     """Whether the outputs for each copy are those for the record alone, as far as they have one row an example."""
     for path in alone.keys() & beside.keys():
         a, b = alone[path], beside[path]

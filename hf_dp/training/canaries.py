@@ -116,7 +116,7 @@ class Canaries:
     # ---- in a step -------------------------------------------------------------------------------------------------
 
     def add_to(self, clipped_sum: Tensor, container: Mapping[str, Any], clip_norm: float) -> None:
-        """Adds the gradient canaries drawn in this process's part: each a vector of norm C in a direction of its own."""
+        """Adds the gradient canaries drawn in this process's part: vectors of norm C, each in its own direction."""
         slots = container.get(SLOTS, [])
         if slots:
             part, signs = self._columns(clipped_sum)

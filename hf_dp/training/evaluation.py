@@ -42,7 +42,7 @@ class MarkedEvaluation(_Host):
     _evaluates_public = False
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`; marked unless it is on the trainer's own `eval_dataset` and that was declared public."""
+        """As `Trainer.evaluate`; marked, unless it is on the trainer's `eval_dataset` and that was declared public."""
         with self._on(eval_dataset):
             return super().evaluate(eval_dataset, *args, **kwargs)
 

@@ -31,7 +31,7 @@ class GuardedWeights(_Host):
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def _refuse_side_doors(self) -> None:
-        """Before training: refuses optimizers that hold more than the model, and callbacks that decide by private data."""
+        """Before training: refuses optimizers that hold more than the model, and callbacks that follow private data."""
         refuse_deciders(self.callback_handler.callbacks, public_eval=self.privacy.public_eval)
         refuse_foreign_parameters(self.model, torch_optimizer(self.create_optimizer()))
 

@@ -12,7 +12,7 @@ from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import Batch, MicroBatch, Record
 from hf_dp.sampling import Collate, Collation, Records
-from hf_dp.step import PrivateRun
+from hf_dp.step import PrivateRun, PrivateStep
 
 
 class Objective(NamedTuple):
@@ -43,6 +43,7 @@ class PrivateTrainer(Protocol):
     processing_class: Any
     accelerator: Accelerator
     callback_handler: CallbackHandler
+    private_step: PrivateStep
     _run: PrivateRun | None
 
     def example_losses(self, model: nn.Module, inputs: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from hf_dp.errors import ConfigError
 
 
 class ModelOnly(HfApi):
-    """`HfApi` whose `upload_folder` sends only what `leaving` allows, whatever its caller chose, and says what stayed."""
+    """`HfApi` whose `upload_folder` sends only what `leaving` allows, whatever its caller chose, and reports it."""
 
     def upload_folder(self, *, folder_path: str | Path, path_in_repo: str | None = None, **kwargs: Any) -> Any:
         """As `HfApi.upload_folder`. A checkpoint (uploaded to a folder in the repository) keeps what resuming needs."""

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from hf_dp.errors import ConfigError
-from hf_dp.per_example import IGNORED, State, longest_taken, losses, state_put_back, undisturbed
+from hf_dp.per_example import IGNORED, Leaf, Record, State, longest_taken, losses, state_put_back, undisturbed
 from hf_dp.randomness import fork_forward_rng
+from hf_dp.sampling import Records
+from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.objective import as_in_training
 
 TOKENS, LABELS = "input_ids", ("labels", "label", "label_ids")
@@ -63,7 +65,7 @@ class Problem(NamedTuple):
     what: str
 
 
-def refuse_unusable_records(trainer: Any) -> None:
+def refuse_unusable_records(trainer: PrivateTrainer) -> None:
     """Looks through the training set of a trainer whose objective is chosen.
 
     A `datasets.Dataset` without a transform is read as Arrow; of one with a transform, the first records are read. Any
@@ -91,7 +93,7 @@ def refuse_unusable_records(trainer: Any) -> None:
     )
 
 
-def complete_record(dataset: Any) -> Any:
+def complete_record(dataset: Records) -> Record:
     """The first of the first records that has tokens and no missing label: one of which others can be made up."""
     for row in range(min(FIRST, len(dataset))):
         record = dataset[row]
@@ -100,20 +102,20 @@ def complete_record(dataset: Any) -> Any:
     return dataset[0]
 
 
-def _is_incomplete(record: dict[str, Any]) -> bool:
+def _is_incomplete(record: dict[str, Leaf]) -> bool:
     lengths = {name: length for name, value in record.items() if (length := _length(value)) is not None}
     empty = lengths.get(TOKENS, 0) == 0 if TOKENS in record else 0 in lengths.values()
     return empty or any(name in record and record[name] is None for name in LABELS)
 
 
-def _limits(trainer: Any) -> Limits:
+def _limits(trainer: PrivateTrainer) -> Limits:
     base = trainer._base_model()
     config = getattr(base, "config", None)
     if config is None:
         return Limits({}, None)
     tokens, labels = losses.public_sizes(type(base).__name__, config)
     with suppress(AttributeError, NotImplementedError):  # such as of a model of pictures
-        tokens = base.get_input_embeddings().num_embeddings
+        tokens = cast(Any, base).get_input_embeddings().num_embeddings
     below = {TOKENS: tokens}
     if trainer.objective.kind != "regression":
         below |= dict.fromkeys(LABELS, labels)
@@ -135,7 +137,7 @@ def _remedy(what: str, column: str, limits: Limits) -> str:
 # ---- looking ---------------------------------------------------------------------------------------------------------
 
 
-def _problems(dataset: Any, limits: Limits, labels: Sequence[str]) -> Iterator[tuple[int, Problem]]:
+def _problems(dataset: Records, limits: Limits, labels: Sequence[str]) -> Iterator[tuple[int, Problem]]:
     names = dict.fromkeys((TOKENS, *AS_LONG, *labels))
     kinds: dict[str, dict[Any, list[int]]] = {}
     for first, records in _suspicious(dataset, [*names], limits):
@@ -153,7 +155,7 @@ def _problems(dataset: Any, limits: Limits, labels: Sequence[str]) -> Iterator[t
         yield from ((row, Problem(name, OTHER_TYPE)) for rows in rows_of.values() if rows is not usual for row in rows)
 
 
-def _suspicious(dataset: Any, names: list[str], limits: Limits) -> Iterator[tuple[int, Iterable[Any]]]:
+def _suspicious(dataset: Records, names: list[str], limits: Limits) -> Iterator[tuple[int, Iterable[Leaf]]]:
     """Records with the number of the first, but for batches of a table in which nothing is wrong."""
     if not isinstance(dataset, datasets.Dataset):
         yield from ((row, [_read(dataset, row)]) for row in range(len(dataset)))
@@ -169,7 +171,7 @@ def _suspicious(dataset: Any, names: list[str], limits: Limits) -> Iterator[tupl
             yield number * ROWS, table.to_pylist()
 
 
-def _read(dataset: Any, row: int) -> Any:
+def _read(dataset: Records, row: int) -> Record:
     try:
         return dataset[row]
     except Exception:  # of whatever kind; what it says may quote the record
@@ -202,7 +204,7 @@ def _is_list(kind: Any) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _inside(values: Any, below: int) -> bool:
+def _inside(values: Leaf, below: int) -> bool:
     return bool((((values >= 0) & (values < below)) | (values == IGNORED)).all())
 
 
@@ -214,7 +216,7 @@ class Seen(NamedTuple):
     inside: bool
 
 
-def _seen(value: Any, below: int | None) -> Seen:
+def _seen(value: Leaf, below: int | None) -> Seen:
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         kind = _type_of(value.dtype)
         inside = below is None or kind is not int or _inside(value, below)
@@ -236,7 +238,7 @@ def _type_of(dtype: Any) -> type:
     return {"f": float, "i": int, "u": int, "b": bool, "U": str}.get(dtype.kind, object)
 
 
-def _of_record(record: dict[str, Any], seen: dict[str, Seen], limits: Limits) -> Iterator[Problem]:
+def _of_record(record: dict[str, Leaf], seen: dict[str, Seen], limits: Limits) -> Iterator[Problem]:
     for name, one in seen.items():
         if type(None) in one.types:
             yield Problem(name, MISSING)
@@ -254,7 +256,7 @@ def _of_record(record: dict[str, Any], seen: dict[str, Seen], limits: Limits) ->
             yield Problem(name, OTHER_LENGTH)
 
 
-def _length(value: Any) -> int | None:
+def _length(value: Leaf) -> int | None:
     """Of a sequence; None where it is none."""
     if isinstance(value, (Tensor, np.ndarray)):
         return len(value) if value.ndim else None
@@ -264,7 +266,7 @@ def _length(value: Any) -> int | None:
 # ---- trying ----------------------------------------------------------------------------------------------------------
 
 
-def _fails(trainer: Any, dataset: Any, row: int) -> bool:
+def _fails(trainer: PrivateTrainer, dataset: Records, row: int) -> bool:
     """Whether a record, collated by itself, does not come to a loss. Model and random numbers stay as they were."""
     below, model, on_cpu = _limits(trainer).below, trainer.model, trainer.args.device.type == "cpu"
     try:
@@ -281,7 +283,7 @@ def _fails(trainer: Any, dataset: Any, row: int) -> bool:
     return False
 
 
-def _is_outside(values: Any, below: int | None) -> bool:
+def _is_outside(values: Leaf, below: int | None) -> bool:
     if below is None or not isinstance(values, Tensor) or values.is_floating_point():
         return False
     return not _inside(values, below)

@@ -1,9 +1,11 @@
-"""A trainer (its class, arguments and model) -> the loss of an example that training takes, held against the one that was asked for.
+"""A trainer (its class, arguments and model) -> the loss of an example that training takes, compared with the one asked
+for.
 
-What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; what the model itself returns as its loss for
-one example, to which the host's `compute_loss` comes. A class of models whose loss is known has a fast form, for many examples a pass; it
-is taken where, on made-up records, its loss and gradient are the model's own. Everywhere else the model's own loss is trained, one example
-a pass, which is that example's alone by construction.
+What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; the loss that the model
+itself returns for one example, to which a host's `compute_loss` may add. For some classes of models this loss is known
+in a fast form, for many examples a pass. The fast form is used if, on made-up records, its loss and gradient are those
+of the model. In all other cases the model's own loss is trained with one example a pass, where it is that example's
+alone by construction.
 """
 
 import copy
@@ -31,13 +33,17 @@ from hf_dp.per_example import (
     precision,
     undisturbed,
 )
+from hf_dp.per_example import (
+    factors as fx,
+)
 from hf_dp.training.host import Objective, PrivateTrainer
 from hf_dp.training.overrides import host_of, owns
 
 YOURS, FUNCTION, OWN, HOST = "example_losses", "compute_loss_func", "the model's own", "the host's compute_loss"
 ALONE = (OWN, HOST)  # for one example a pass
 RECORDS = 2  # made-up ones that losses are compared on
-# What rounding may make of a loss and of its gradient (relative), by the dtype of the activations: both come of the same forward pass.
+# What rounding may make of a loss and of its gradient (relative), by the dtype of the activations: both come of the
+# same forward pass.
 ROUNDING = {
     torch.float64: (1e-9, 1e-8),
     torch.float32: (5e-5, 5e-4),
@@ -48,7 +54,7 @@ REMEDY = "override DPTrainer.example_losses(model, inputs), which returns one lo
 
 
 DRAWS = 5
-UNTOLD = Objective(OWN, "it is not finite on any made-up record")
+NEVER_FINITE = Objective(OWN, "it is not finite on any made-up record")
 
 
 class Measured(NamedTuple):
@@ -59,11 +65,12 @@ class Measured(NamedTuple):
 
 
 def choose(trainer: PrivateTrainer) -> Objective:
-    """The objective of a trainer, on made-up records, each collated by itself. The model is left as it was.
+    """The objective of a trainer, found on made-up records, each collated by itself. The model is left as it was.
 
     Raises:
-        ConfigError: no loss of an example is known or comes from the model, the host's `compute_loss` is another than the one that would be
-            trained, or settings that only a known loss can follow, or the model can't take the made-up records. With the remedy.
+        ConfigError: no loss of an example is known and the model returns none; the host's `compute_loss` is not the
+            loss that would be trained; settings apply only to a known loss; or the model does not take the made-up
+            records. The message has the remedy.
     """
     alone = trainer._synthetic_batches()[1:]
     try:
@@ -78,23 +85,23 @@ def choose(trainer: PrivateTrainer) -> Objective:
 
 
 def refused_records(error: Exception, batch: Batch) -> ConfigError:
-    """The one error for made-up records that a model, or a loss, can't take."""
+    """The error for made-up records that the model, or the loss, does not take."""
     return ConfigError(
-        f"the model does not take made-up records with {', '.join(sorted(batch))} ({type(error).__name__}: {first_line(error)}). Pass "
-        "check_records=[...], a few public records like yours; columns that the model's forward does not name are dropped unless "
-        "TrainingArguments(remove_unused_columns=False)"
+        f"the model does not take made-up records with {', '.join(sorted(batch))} ({type(error).__name__}: "
+        f"{first_line(error)}). Pass check_records=[...], a few public records like yours; columns that the model's "
+        "forward does not name are dropped unless TrainingArguments(remove_unused_columns=False)"
     )
 
 
 @contextmanager
 def as_in_training(trainer: PrivateTrainer) -> Iterator[None]:
-    """Around passes that only check: training's precision. Accelerate wraps the model's forward in it later, in `train`."""
+    """Around passes that only check: in training's precision. `train` wraps the model's forward in it only later."""
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         yield
 
 
 def first_line(error: Exception) -> str:
-    """What an error on made-up records says, shortened."""
+    """The first line of an error raised on made-up records, shortened."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return text if len(text) <= 300 else text[:300] + "..."
 
@@ -106,12 +113,12 @@ def _chosen(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
         return Objective(FUNCTION, "given")
     found = _known_or_own(trainer, alone[:RECORDS])
     for _ in range(DRAWS):  # of a collator that masks at random, on records as short as these
-        found = _known_or_own(trainer, trainer._synthetic_batches()[1:]) if found == UNTOLD else found
-    return found if _host_agrees(trainer, found, alone[0]) else _of_the_host(trainer)
+        found = _known_or_own(trainer, trainer._synthetic_batches()[1:]) if found == NEVER_FINITE else found
+    return found if _host_agrees(trainer, found, alone[0]) else _loss_of_the_host(trainer)
 
 
 def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batch) -> Tensor:
-    """One loss an example, [B], times its class's weight where the trainer has weights."""
+    """One loss an example, [B], multiplied by its class's weight if the trainer has class weights."""
     if kind == YOURS:  # an override that calls ours
         kind = FUNCTION if trainer.compute_loss_func is not None else _kind_of_class(trainer) or OWN
     if kind in ALONE:
@@ -132,18 +139,19 @@ def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batc
 
 
 def mean_of_the_users(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> tuple[Tensor, Leaf]:
-    """For evaluation: the mean over the batch of what `compute_loss_func` returns, and the model's outputs."""
+    """For evaluation: the mean of the losses that `compute_loss_func` returns, and the model's outputs."""
     inputs = dict(inputs)
     labels = _taken(inputs, trainer.label_names)
     outputs = model(**inputs, **_decoder_reads(trainer, inputs, labels))
     return trainer.compute_loss_func(outputs, labels).mean(), outputs
 
 
-# ---- the losses ------------------------------------------------------------------------------------------------------------
+# ---- the losses
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _taken(inputs: Batch, names: Sequence[str]) -> Leaf:
-    """The labels, taken out of the inputs: `labels`, or where there is none all that `label_names` name, as a tuple.
+    """The labels, removed from the inputs: `labels`, or else all that `label_names` name, as a tuple.
 
     Raises:
         ConfigError: there are none.
@@ -153,8 +161,8 @@ def _taken(inputs: Batch, names: Sequence[str]) -> Leaf:
     found = tuple(inputs.pop(name) for name in names if name in inputs)
     if not found:
         raise ConfigError(
-            f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}): name the target column `labels`, name the columns "
-            f"in TrainingArguments(label_names=[...]), or {REMEDY}"
+            f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}): name the target column "
+            f"`labels`, name the columns in TrainingArguments(label_names=[...]), or {REMEDY}"
         )
     return found
 
@@ -172,7 +180,7 @@ def _from_labels(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: B
 
 
 def _one_by_one(loss: Callable[[Batch], Tensor], inputs: Batch) -> Tensor:
-    """[B], by a pass for each example. A batch of one is passed on as it is."""
+    """One loss an example, [B], with a pass for each. A batch of one example is passed on as it is."""
     each: list[Batch] = [inputs]
     if isinstance(inputs, MicroBatch):
         each = [inputs.rows(slice(i, i + 1)) for i in range(inputs.size)]
@@ -193,7 +201,7 @@ def of_a_batch(trainer: PrivateTrainer) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _hosts_loss(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> Tensor:
-    """The host's `compute_loss`, of which nothing stays but the loss: what it notes of private examples would be logged."""
+    """The host's `compute_loss`. Only the loss is kept: what the host notes of private examples would be logged."""
     host: Any = host_of(type(trainer), "compute_loss")
     with _books_put_back(trainer):
         loss: Tensor = host.compute_loss(trainer, model, dict(inputs))
@@ -215,11 +223,12 @@ def _weight_of_each(weights: Tensor, inputs: Batch) -> Tensor:
     return weights.to(labels.device)[labels.masked_fill(labels == losses.IGNORED, 0)]
 
 
-# ---- what was asked for ----------------------------------------------------------------------------------------------------
+# ---- what was asked for
+# ----------------------------------------------------------------------------------------------------
 
 
 def _known_or_own(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
-    name, found = type(trainer._base_model()).__name__, UNTOLD
+    name, found = type(trainer._base_model()).__name__, NEVER_FINITE
     for batch in alone:
         theirs = _measured(trainer.model, partial(_own_or_none, trainer.model, batch))
         kind = _kind_of_class(trainer)  # after that pass, which may settle config.problem_type
@@ -246,7 +255,7 @@ def _kind_of_class(trainer: PrivateTrainer) -> str | None:
 
 
 def _known(trainer: PrivateTrainer, kind: str, batch: Batch) -> Tensor | None:
-    """A known loss as the model itself would take it, without smoothing or weights; None where it can't be formed."""
+    """A known loss as the model would compute it, without smoothing or weights; None if it cannot be computed."""
     inputs, model = dict(batch), trainer.model
     try:
         labels = _taken(inputs, ("labels",))
@@ -267,7 +276,11 @@ def _own_or_none(model: nn.Module, batch: Batch) -> Tensor | None:
 
 
 def _host_agrees(trainer: PrivateTrainer, chosen: Objective, batch: Batch) -> bool:
-    """Whether a host's `compute_loss` (trl's, for supervised fine-tuning: `overrides` refuses all others) is what is chosen."""
+    """Whether the host's `compute_loss` gives the loss that was chosen.
+
+    Only trl's trainer for supervised fine-tuning gets here; `overrides` refuses all other hosts with a loss of their
+    own.
+    """
     if host_of(type(trainer), "compute_loss").__module__.startswith("transformers."):
         return True
     model = trainer.model
@@ -276,9 +289,10 @@ def _host_agrees(trainer: PrivateTrainer, chosen: Objective, batch: Batch) -> bo
     return same(ours, theirs, precision(model))
 
 
-def _of_the_host(trainer: PrivateTrainer) -> Objective:
+def _loss_of_the_host(trainer: PrivateTrainer) -> Objective:
     name, setting = host_of(type(trainer), "compute_loss").__name__, vars(trainer.args).get("loss_type")
-    rule = f"{name}'s{f' with loss_type={setting!r}' if setting else ''} is not the mean cross entropy over a record's own targets"
+    named = f"{name}'s{f' with loss_type={setting!r}' if setting else ''}"
+    rule = f"{named} is not the mean cross entropy over a record's own targets"
     if trainer.args.world_size > 1:
         raise ConfigError(
             f"{rule}, and it can't be trained in several processes, which it makes wait for each other: {REMEDY}"
@@ -288,7 +302,7 @@ def _of_the_host(trainer: PrivateTrainer) -> Objective:
 
 @contextmanager
 def _books_put_back(trainer: PrivateTrainer) -> Iterator[None]:
-    """trl's trainers keep averages of what their `compute_loss` has seen, and log them."""
+    """Around a host's `compute_loss`: trl's trainers keep averages of what it has seen, and log them."""
     kept = {
         name: copy.deepcopy(value)
         for name, value in vars(trainer).items()
@@ -303,8 +317,8 @@ def _books_put_back(trainer: PrivateTrainer) -> Iterator[None]:
 def _refuse_settings(trainer: PrivateTrainer, chosen: Objective) -> None:
     if chosen.kind == OWN and trainer.args.label_smoothing_factor:
         raise ConfigError(
-            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into the model's own loss, which is trained here "
-            f"({chosen.rule}): leave it at 0, or {REMEDY}"
+            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into the model's own loss, "
+            f"which is trained here ({chosen.rule}): leave it at 0, or {REMEDY}"
         )
     if chosen.kind == YOURS and trainer.class_weights is not None:
         raise ConfigError("class_weights are not for an example_losses of your own: multiply its losses by them there")
@@ -324,11 +338,15 @@ def class_weights(given: Sequence[float] | None) -> Tensor | None:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-# ---- on one record ---------------------------------------------------------------------------------------------------------
+# ---- on one record
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _measured(model: nn.Module, compute: Callable[[], Tensor | None]) -> Measured | None:
-    """The loss and gradient of one record, with dropout off and the same random numbers for everybody; None where there is no loss."""
+    """The loss and gradient of one record, without dropout and from the same random state each time.
+
+    None if there is no loss.
+    """
     seen: list[Tensor | None] = []
 
     def loss() -> Tensor:
@@ -341,7 +359,7 @@ def _measured(model: nn.Module, compute: Callable[[], Tensor | None]) -> Measure
         factors, values = per_example_factors(model, loss, 1)
     if seen[0] is None:
         return None
-    return Measured(float(values[0]), {name: uses[0].gradient[0] for name, uses in factors.items()})  # type: ignore[union-attr]
+    return Measured(float(values[0]), {name: fx.materialise(uses[0])[0] for name, uses in factors.items()})
 
 
 def _square_sum(x: Tensor | None) -> float:
@@ -354,7 +372,7 @@ def _square_sum(x: Tensor | None) -> float:
 
 
 def same(a: Measured | None, b: Measured | None, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether two losses and their gradients differ by what rounding in `dtype` makes of them and no more."""
+    """Whether two losses, and their gradients, differ by no more than rounding in `dtype` explains."""
     if a is None or b is None:
         return False
     of_loss, of_gradient = ROUNDING[dtype]

@@ -1,4 +1,4 @@
-"""A trainer's class -> methods of Trainer that it overrides and that private training never calls, each with a remedy."""
+"""A trainer's class -> methods of Trainer that it overrides in vain, since private training never calls them."""
 
 from collections.abc import Iterator
 

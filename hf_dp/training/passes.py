@@ -1,8 +1,9 @@
-"""A model, its loss and made-up records -> the inventory of a training, and why a pass holds one example, where it does.
+"""A model, its loss and made-up records -> the inventory of a training, and why each example needs a pass of its own.
 
-One example a pass is exact for any layer and any loss: autograd's gradient is the example's. It is slower than many at once, so it is
-taken where many can't be: the loss is the model's own, the collator mixes records, an operation has no rule for each example's gradient,
-it is not proved that the examples of a pass are independent, or padding changes what an example's gradient is.
+One example a pass is exact for any layer and any loss, because autograd's gradient is the example's. It is slower than
+many examples a pass, so it is used only where these are not possible: the loss is the model's own, the collator mixes
+records, an operation has no rule for each example's gradient, or it is not proved that the examples of a pass are
+independent.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_dp.errors import ConfigError, HfDpError, UnsupportedParameterError
+from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.per_example import (
     SIZE,
     Batch,
@@ -35,13 +36,13 @@ from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.objective import ALONE, as_in_training, first_line, of_a_batch, refused_records
 
 COUPLED = (
-    "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left padding with absolute "
-    "positions, numbers drawn for the whole batch)"
+    "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left "
+    "padding with absolute positions, numbers drawn for the whole batch)"
 )
 
 
 class Subject(NamedTuple):
-    """What is examined: a model in training mode, its losses, and public records with the ways to bring them there."""
+    """What is examined: a model in training mode, its losses, and public records with the way to bring them there."""
 
     model: nn.Module
     example_losses: Callable[[nn.Module, Batch], Tensor]
@@ -50,14 +51,17 @@ class Subject(NamedTuple):
     to_device: Callable[[Batch], Batch]
 
     def batches(self, records: Sequence[Record] | None = None) -> list[MicroBatch]:
-        """All the records, its own if none are given, in one batch, if they ever are, else the first; then each alone."""
+        """The records, or the subject's own if none are given: together in one batch, then each alone.
+
+        If records never share a batch, the first one stands for all of them together.
+        """
         with fork_forward_rng():  # a collator may draw
             made = self.collation.together_and_alone(list(self.records if records is None else records))
         return [batch.mapped(self.to_device) for batch in made]
 
 
 class Settled:
-    """What the findings about a trainer rest on, as it is when this is made: its model's memory, loss, records, options."""
+    """What the findings about a trainer depend on, noted when this is made: model state, loss, records and options."""
 
     def __init__(self, trainer: PrivateTrainer) -> None:
         self._objects, self._settings, self._state = _objects(trainer), _settings(trainer), State(trainer.model)
@@ -79,10 +83,10 @@ def _settings(trainer: PrivateTrainer) -> tuple[object, ...]:
 
 
 def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
-    """How each parameter's per-example gradient is formed, and why a pass holds one example; "" where it may hold many.
+    """How each parameter's per-example gradient is formed, and why each example has a pass of its own, or "".
 
     Raises:
-        UnsupportedParameterError, CaptureError: a trained parameter or a loss that one example a pass can't help either.
+        UnsupportedParameterError, CaptureError: a parameter or a loss that is not exact even with one example a pass.
     """
     trainer.model.train()
     with as_in_training(trainer):
@@ -106,7 +110,8 @@ def subject_of(trainer: PrivateTrainer) -> Subject:
 def examined(
     subject: Subject, known: str = "", of_several: Callable[[nn.Module, Batch], Tensor] | None = None
 ) -> tuple[list[Row], str]:
-    """The inventory, and why a pass holds one example: `known` where that is known beforehand, else what is found; "" for no reason.
+    """The inventory, and why a pass holds one example: `known` where that is known beforehand, else what is found; ""
+    for no reason.
 
     Args:
         subject: what is examined.
@@ -163,7 +168,7 @@ def _of_one(subject: Subject, one: Batch, reason: str) -> list[Row]:
 
 
 def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:
-    """Names of the parameters that a pass over one example writes to, if only to write them back."""
+    """Names of the parameters that a pass over one example writes to, even if it writes the same values back."""
     before = {name: p._version for name, p in model.named_parameters()}
     with undisturbed(model):
         per_example_factors(model, lambda: example_losses(model, one), 1)
@@ -171,22 +176,15 @@ def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Te
 
 
 def proof_of(subject: Subject) -> Proof:
-    """Whether the examples of a pass are independent, shown on passes over public records.
+    """Follows passes over public records to show that the examples of a pass are independent.
 
-    Raises:
-        UnsupportedParameterError: parameters outside of the model receive gradients, which nothing would clip.
+    That no parameter outside of the model receives a gradient has been checked by the inventory.
     """
     some = list(islice(cycle(subject.records), SIZE))
     batches = [subject.batches(order)[0] for order in (some, some[::-1])]
     if any(batch.size != SIZE for batch in batches):
         return Proof(False, ("the collator does not put several records into one batch",))
-    proof = prove(subject.model, subject.example_losses, batches)
-    if proof.foreign:
-        raise UnsupportedParameterError(
-            f"parameters that are not the model's receive gradients ({', '.join(proof.foreign)}): nothing would clip them. Make the module "
-            "that holds them a submodule of the model, or freeze them (requires_grad_(False))"
-        )
-    return proof
+    return prove(subject.model, subject.example_losses, batches)
 
 
 def _known_beforehand(trainer: PrivateTrainer) -> str:

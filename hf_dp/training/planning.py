@@ -1,4 +1,4 @@
-"""A trainer's settings, options and records -> its mechanism and its passes, and a check that records stay as planned."""
+"""A trainer's settings, options and records -> its mechanism and its passes; a check that records stay as planned."""
 
 from typing import Any
 
@@ -30,7 +30,8 @@ def plan_training(
         num_canaries: slots that the draw has besides the records.
 
     Raises:
-        ConfigError, AccountingError: as `accounting.plan_mechanism`; or the noise needs a library that is not installed.
+        ConfigError, AccountingError: as `accounting.plan_mechanism`; or the noise needs a library that is not
+            installed.
     """
     if dataset is None:
         return None

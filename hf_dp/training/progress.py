@@ -1,4 +1,4 @@
-"""A trainer -> what a person sees: the plan with its rules before the first step, and epsilon beside the progress bar."""
+"""A trainer -> what a person sees: the plan with its rules before the first step, and epsilon on the progress bar."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""`DPTrainer`: Trainer with a private `training_step`. Wiring only; every formula is in the module that it calls."""
+"""`DPTrainer`: Trainer with a private `training_step`. This file wires; each formula is in the module that it calls."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +17,18 @@ from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import METRICS, Mechanism
 from hf_dp.per_example import (
     Batch,
+    Record,
     Report,
     Row,
     self_check,
 )
 from hf_dp.sampling import (
     DRAW_NUMBER,
+    Container,
     DrawnRecords,
     LogicalBatchCollator,
     PoissonSampler,
+    Records,
     groups_by,
     logical_batches,
     micro_batches,
@@ -49,6 +52,7 @@ from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, write_card
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
 from hf_dp.training.guarded import GuardedWeights
+from hf_dp.training.host import Objective
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
@@ -66,41 +70,42 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     Args:
         *args: as the host class takes them.
         privacy: what the run must guarantee.
-        micro_batch_tokens: the most padded tokens in one micro-batch, besides its `per_device_train_batch_size`
-            examples. A matter of speed and memory: it never changes the result.
-        check_records: a few public records for the self-check, where none can be made up from the data set's columns.
-        class_weights: a public number a class: in training each example's loss is multiplied by that of its label,
-            before clipping.
-        audit: canaries among the records, of which `audit_result` says what a lower bound on epsilon they allow.
-        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with one example at a
-            time, whose rows are alone in both, and returns its loss, [1] or a scalar.
+        micro_batch_tokens: the most padded tokens of one micro-batch, which also holds at most
+            `per_device_train_batch_size` examples. It affects speed and memory, never the result.
+        check_records: a few public records for the self-check, if none can be made up from the data set's columns.
+        audit: puts canaries among the records; `audit_result` then gives the lower bound on epsilon that they show.
+        class_weights: one public number a class. In training, each example's loss is multiplied by the number of its
+            label, before clipping.
+        **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with the outputs and
+            labels of one example at a time, with a leading dimension of 1, and returns its loss: [1] or a scalar.
 
     Attributes:
         mechanism: what will be run, calibrated; None without a training set.
-        private_step: takes each step; there is one where there is a training set.
-        objective: which loss of an example is trained, and why; alone_because: why a pass holds one example, "" where
-            more.
+        private_step: takes each step; exists if there is a training set.
+        objective: which loss of an example is trained, and why.
+        alone_because: why each example has a pass of its own; "" if a pass may hold several.
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
-        UnsupportedParameterError: trainable parameters that one example a pass does not help.
-        ConfigError: no example's loss is known, or a plan that is impossible, such as q > 1 or an epsilon out of reach.
+        UnsupportedParameterError: trainable parameters whose gradients are not exact, even with one example a pass.
+        ConfigError: no loss of an example is known, or the plan is impossible, such as q > 1 or an epsilon out of
+            reach.
     """
 
-    step_class: type[PrivateStep] = PrivateStep  # takes the steps; the audit's broken controls put their own here
+    step_class: type[PrivateStep] = PrivateStep  # the audit's broken controls put a class of their own here
     private_step: PrivateStep
     model: Any  # always there once the host is built
     optimizer: Any
     args: Any
     compute_loss_func: Any
-    objective: Any  # an Objective, chosen at construction with a train_dataset
+    objective: Objective  # chosen at construction with a train_dataset
 
     def __init__(
         self,
         *args: Any,
         privacy: PrivacyConfig,
         micro_batch_tokens: int | None = None,
-        check_records: list[dict[str, Any]] | None = None,
+        check_records: list[Record] | None = None,
         audit: AuditConfig | None = None,
         class_weights: Sequence[float] | None = None,
         **kwargs: Any,
@@ -130,15 +135,13 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             refuse_foreign_parameters(self.model, self.optimizer)
         show_epsilon(self)
         if self.mechanism is not None:
-            refuse_other_records(self, len(cast(Any, given_data)), self._groups)
+            refuse_other_records(self, len(cast(Records, given_data)), self._groups)
             self._settle()
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
     def privacy_spent(self) -> PrivacySpent:
-        """(epsilon, delta) that is claimed of the training in this output folder: 0 before the first step, then the
-        plan's.
-        """
+        """(epsilon, delta) claimed of the training in this output folder: 0 before the first step, then the plan's."""
         mechanism = self._planned()
         if self._run is None:
             return PrivacySpent(0.0, mechanism.delta, 0)
@@ -156,13 +159,13 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         """Each trainable parameter, the operations that use it, and how its per-example gradient is formed.
 
         Raises:
-            UnsupportedParameterError: naming all that have no exact rule.
+            UnsupportedParameterError: naming all parameters without an exact rule.
         """
         self._settle()
         return self._inventory
 
     def self_check(self) -> Report:
-        """Compares a batch of synthetic records with each of them alone; runs at the start of every training.
+        """Compares a batch of made-up records with each record alone. Runs at the start of every training.
 
         Raises:
             SelfCheckError: something couples the examples of a batch.
@@ -175,7 +178,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     # ---- the loss --------------------------------------------------------------------------------------------------
 
     def example_losses(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """One loss an example, [B]. Override it for a task of your own: each must be a function of its example alone.
+        """One loss an example, [B]. Override it for a task of your own.
+
+        Each loss must be a function of its example alone.
 
         Raises:
             ConfigError: the batch has no labels.
@@ -185,16 +190,16 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the host's, for evaluation alone; with `compute_loss_func` the mean of the losses that it returns, one an
-        example.
-        """
+        """As the host's, but for evaluation only. With `compute_loss_func`: the mean of its losses, one an example."""
         if self.compute_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = objectives.mean_of_the_users(self, model, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _settle(self) -> None:
-        """Finds which loss is trained and the passes that it takes: at construction, and again where what they rest on changed."""
+        """Finds which loss is trained and the passes that it takes: at construction, and again where what they rest on
+        changed.
+        """
         if self._settled is not None and self._settled.holds(self):
             return
         self.objective, self.alone_because = objectives.choose(self), ""
@@ -205,8 +210,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
 
     # ---- seams of Trainer ------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Poisson logical batches, this process's slice, cut into micro-batches by the collator; never re-sharded."""
+    def get_train_dataloader(self) -> DataLoader[Container]:
+        """Poisson draws: this process's slice of each, in micro-batches. The loader must not be sharded again."""
         mechanism = self._planned()
         dataset, _ = self._columns_for_model()
         sampler = PoissonSampler(
@@ -223,15 +228,15 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         return logical_batches(records, sampler, cut, self.args, self.accelerator.device)
 
     def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any
+        self, resume_from_checkpoint: str | bool | None = None, trial: object = None, **kwargs: Any
     ) -> TrainOutput:
-        """As `Trainer.train`; first the self-check, then the ledger is opened and what will happen is printed.
+        """As `Trainer.train`. First the self-check runs, the ledger is opened, and the plan is printed.
 
         Raises:
             SelfCheckError: something couples examples.
-            LedgerError: the output folder holds a ledger of another run, or lacks the one that a resumed run needs.
-            ConfigError: the target epsilon is already spent, or `trial` is given; a BudgetError: the budget file does
-                not hold this run.
+            LedgerError: the output folder holds the ledger of another run, or lacks the one that a resumed run needs.
+            ConfigError: the target epsilon is already spent, or `trial` is given.
+            BudgetError: the budget file does not hold this run.
         """
         if trial is not None:
             raise ConfigError(
@@ -259,10 +264,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         metrics = {k: v for k, v in output.metrics.items() if k not in NOT_RELEASED}
         return output._replace(training_loss=float("nan"), metrics=metrics)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One logical batch: the algorithm is in `PrivateStep`, which writes `p.grad`. Returns 0, not the loss, which
-        is private.
-        """
+    def training_step(self, model: nn.Module, inputs: Container, num_items_in_batch: object = None) -> Tensor:
+        """One private step: see `PrivateStep`, which writes `p.grad`. Returns 0, because the loss is private."""
         run, step = self._running(), self.private_step
         self._begin_pass()
         add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
@@ -276,9 +279,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         return torch.zeros((), device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, without numbers that the mechanism did not release, with those that it did, and with
-        epsilon so far.
-        """
+        """As `Trainer.log`, without numbers that were not released, and with those that were, and epsilon so far."""
         released = self._released_metrics.take() if self._released_metrics is not None and "loss" in logs else {}
         for name in NOT_RELEASED:
             logs.pop(name, None)
@@ -293,21 +294,22 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._write_card(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`; the privacy section is put back after whoever rewrote the card."""
+        """As `Trainer.create_model_card`; the privacy section is written again after the card was rewritten."""
         super().create_model_card(*args, **kwargs)
         self._write_card(Path(self.args.output_dir))
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """The expected logical batch over all processes."""
+        """B, the expected batch size over all processes."""
         return self.privacy.expected_batch_size
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
         self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, but what leaves is the model, whole and of one step: sealed before, and waited for before the
-        ledger grows.
+        """As Trainer's, but only the model is uploaded, whole and of one step.
+
+        The checkpoint is sealed before, and the upload is waited for before the ledger grows.
         """
         self._seal(Path(checkpoint_folder))
         self._write_card(Path(self.args.output_dir))
@@ -316,7 +318,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._finish_current_push()
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.push_to_hub`; of the output folder only what a model is made of."""
+        """As `Trainer.push_to_hub`; of the output folder only the files of a model are uploaded."""
         with only_the_model_leaves():
             return super().push_to_hub(*args, **kwargs)
 
@@ -345,7 +347,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def _passes(self) -> Passes:
         """How a step's passes are made."""
         return Passes(
-            example_losses=lambda model, batch: self.example_losses(model, batch),  # looked up then: it may be replaced
+            example_losses=lambda model, batch: self.example_losses(model, batch),  # looked up late: it may be replaced
             device=self.args.device,
             to_device=self._prepare_inputs,
             precision=self.compute_loss_context_manager,

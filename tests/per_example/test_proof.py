@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from hf_dp.errors import SelfCheckError
+from hf_dp.errors import SelfCheckError, UnsupportedParameterError
 from hf_dp.per_example import head, losses
+from hf_dp.per_example.batches import MicroBatch
+from hf_dp.per_example.inventory import take_inventory
 from hf_dp.per_example.proof import Proof, State, prove, state_put_back
 from hf_dp.per_example.proof.calls import tensors_in
 from hf_dp.per_example.proof.labels import UNWRITTEN
@@ -234,9 +236,8 @@ def test_the_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_parameters_outside_of_the_model_are_named(place: str) -> None:
     stray = nn.Linear(16, 16)
-    found = proof_of(planted(place, stray, tiny()))
-    assert not found.independent
-    assert set(found.foreign) == {"shape [16, 16]", "shape [16]"}
+    with pytest.raises(UnsupportedParameterError, match=r"shape \[16, 16\], one of shape \[16\]"):
+        take_inventory(planted(place, stray, tiny()), MicroBatch(M.token_batch(), 3), token_losses)
 
 
 def test_inputs_made_to_require_gradients_are_no_parameters() -> None:

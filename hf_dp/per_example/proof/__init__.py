@@ -1,4 +1,4 @@
-"""Whether one example's loss can depend on another: shown for a model by following every operation of a pass, and why it is not."""
+"""Every operation of a pass is followed -> whether one example's loss can depend on another, and if so, why."""
 
 from hf_dp.per_example.proof.labels import SIZE
 from hf_dp.per_example.proof.prove import Proof, prove

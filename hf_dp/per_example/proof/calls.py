@@ -1,13 +1,15 @@
 """One operation as it was called -> its arguments by name, with what each depends on: what a rule is given."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_dp.per_example.proof.labels import NOTHING, Book, Labels, distinct
+
+Value: TypeAlias = Any  # an argument or a result of an operation
 
 
 class Call:
@@ -22,7 +24,7 @@ class Call:
         everything: all that any input depends on.
     """
 
-    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, book: Book) -> None:
+    def __init__(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], out: Value, book: Book) -> None:
         self.func, self.book = func, book
         self.name = plain_name(func)
         self._schema = func._schema.arguments
@@ -36,7 +38,7 @@ class Call:
         """What an argument depends on; a number, None or an absent argument: on nothing."""
         return self.read(self.arguments.get(name))
 
-    def read(self, value: Any) -> Labels:
+    def read(self, value: Value) -> Labels:
         """What a value depends on."""
         if not isinstance(value, Tensor):
             return NOTHING
@@ -48,30 +50,30 @@ class Call:
         """The tensors among the arguments that the operation writes to."""
         return _written(self.func, self.arguments)
 
-    def replay(self, changed: dict[str, Any]) -> Any:
+    def replay(self, changed: dict[str, Value]) -> Value:
         """The operation itself, on other values for some of its arguments, on the CPU."""
         given = {k: v for k, v in {**self.arguments, **changed}.items() if k not in ("device", "pin_memory")}
         return self.func(**given)
 
 
-def plain_name(func: Any) -> str:
+def plain_name(func: Value) -> str:
     """'add' for aten.add_.Tensor; in another namespace than PyTorch's own, with it."""
     space, name = func._schema.name.split("::")
     name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     return name if space in ("aten", "prims") else f"{space}::{name}"
 
 
-def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def written(func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> list[Tensor]:
     """The tensors that an operation, as it is about to be called, writes to."""
     return _written(func, bound(func, args, kwargs))
 
 
-def _written(func: Any, arguments: dict[str, Any]) -> list[Tensor]:
+def _written(func: Value, arguments: dict[str, Value]) -> list[Tensor]:
     writes = (a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     return [t for name in writes for t in tensors_in(arguments[name])]
 
 
-def bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound(func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> dict[str, Value]:
     """The arguments by the names of the operation's schema, defaults included."""
     found = {}
     for position, argument in enumerate(func._schema.arguments):
@@ -80,7 +82,7 @@ def bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
     return found
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Value) -> Iterator[Tensor]:
     """The tensors of a value, nested lists, tuples and mappings included."""
     if isinstance(value, Tensor):
         yield value

@@ -1,9 +1,10 @@
-"""Transformers' experts, which sort the tokens of a batch by expert -> the same numbers token by token, which a proof can follow.
+"""Transformers' experts, which sort the tokens of a batch by expert -> the same numbers token by token, which a proof
+can follow.
 
-`grouped_mm_experts_forward` sorts all tokens, multiplies group by group and puts them back into their order. That no token's result
-depends on another follows from the two permutations undoing each other, which no rule of an operation can tell. Within
-`spelt_out` each token goes through every expert and counts with its router's weight, 0 for experts that were not chosen. A test
-holds the two to each other.
+`grouped_mm_experts_forward` sorts all tokens, multiplies group by group and puts them back into their order. That no
+token's result depends on another follows from the two permutations undoing each other, which no rule of an operation
+can tell. Within `spelt_out` each token goes through every expert and counts with its router's weight, 0 for experts
+that were not chosen. A test holds the two to each other.
 
 Legend: N tokens of all examples, E experts, K experts chosen for a token, H hidden size.
 """
@@ -21,7 +22,7 @@ SORTING = "grouped_mm"
 
 @contextmanager
 def spelt_out() -> Iterator[None]:
-    """Within, Transformers' own form of grouped experts is `every_expert`; a form that somebody else registered stays."""
+    """Within, Transformers' own grouped experts are `every_expert`; a form that somebody else registered stays."""
     functions = moe.ALL_EXPERTS_FUNCTIONS
     if functions.get(SORTING) is not moe.grouped_mm_experts_forward:
         yield

@@ -1,6 +1,7 @@
 """How dependence flows, as pure functions of bytes: over a dimension, along one, through products, through indices.
 
-Each result's byte is the union of the bytes of all numbers that may reach it, whatever the values: zeros count, masks do not help.
+Each result's byte is the union of the bytes of all numbers that may reach it, whatever the values: zeros count, masks
+do not help.
 """
 
 from collections.abc import Iterable, Sequence
@@ -57,5 +58,7 @@ def leading(parts: Iterable[Labels], shape: Sequence[int]) -> Labels:
 
 
 def cropped(labels: Labels, shape: Sequence[int], dim: int) -> Labels:
-    """The part of `labels` that indices of `shape` along `dim` can reach: all of `dim`, the first numbers of every other."""
+    """The part of `labels` that indices of `shape` along `dim` can reach: all of `dim`, the first numbers of every
+    other.
+    """
     return labels[tuple(slice(None) if d == dim else slice(0, n) for d, n in enumerate(shape))]

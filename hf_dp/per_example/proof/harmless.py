@@ -1,7 +1,9 @@
-"""The reads of example-dependent values into Python that change no result, each with its reason. A short list, and each has a test.
+"""The reads of example-dependent values into Python that change no result, each with its reason. A short list, and each
+has a test.
 
-A read is named by the end of the file's path, the function that reads, and what is read through. Anything else that a pass reads
-from an example's values, or from values made of the padded length, can decide what is computed, and leaves the pass unproved.
+A read is named by the end of the file's path, the function that reads, and what is read through. Anything else that a
+pass reads from an example's values, or from values made of the padded length, can decide what is computed, and leaves
+the pass unproved.
 """
 
 from typing import Any, NamedTuple
@@ -26,15 +28,21 @@ HARMLESS = (
 )
 
 
-SETTINGS = {  # what a first pass sets once, whatever its data: the name of an attribute, or the module whose functions are installed
-    "problem_type": "a classifier's configuration notes whether labels are whole numbers, from their type and the number of classes",
-    "_output_capturing_hooks_installed": "Transformers notes that its hooks stand, which hand out layers' outputs when asked",
+# What a first pass sets once, whatever its data: the name of an attribute, or of the module whose functions are
+# installed.
+SETTINGS = {
+    "problem_type": (
+        "a classifier's configuration notes whether labels are whole numbers, from their type and the number of classes"
+    ),
+    "_output_capturing_hooks_installed": (
+        "Transformers notes that its hooks are installed, which give out layers' outputs when asked"
+    ),
     "transformers.utils.output_capturing": "those hooks themselves",
 }
 
 
 def is_harmless_setting(key: Any, value: Any) -> bool:
-    """Whether an attribute, or a hook, that a pass sets is one that any first pass sets alike."""
+    """Whether an attribute, or a hook, that a pass sets is one that any first pass would set in the same way."""
     return key in SETTINGS or getattr(value, "__module__", None) in SETTINGS
 
 
@@ -45,5 +53,5 @@ def is_harmless(file: str, function: str) -> bool:
 
 
 def is_harmless_file(file: str) -> bool:
-    """Whether the reads of a file are looked through: what it mixes for them is no news."""
+    """Whether this file's reads are known to be harmless, so that mixtures made for them are not reported."""
     return any(file.replace("\\", "/").endswith(read.file) for read in HARMLESS)

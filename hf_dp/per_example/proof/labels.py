@@ -1,8 +1,9 @@
-"""Which examples each number of a tensor depends on: one byte a number, kept beside the tensor's memory and never in the tensor.
+"""Which examples each number of a tensor depends on: one byte a number, kept beside the tensor's memory and never in
+the tensor.
 
-A byte is a set of bits (`EXAMPLES`, one bit an example; `SHAPED`, `UNWRITTEN`). Bytes belong to memory, not to tensor objects, so
-views share them as they share numbers, and an operation in place is seen by whoever else looks at the same memory. Memory without
-bytes is the same for all examples: weights, buffers, constants.
+A byte is a set of bits (`EXAMPLES`, one bit an example; `SHAPED`, `UNWRITTEN`). Bytes belong to memory, not to tensor
+objects, so views share them as they share numbers, and an operation in place is seen by whoever else looks at the same
+memory. Memory without bytes is the same for all examples: weights, buffers, constants.
 """
 
 from typing import Any
@@ -16,8 +17,9 @@ Labels = npt.NDArray[np.uint8]
 
 PASSES, SIZE = 2, 3  # two passes are followed, of three examples each: six bits of a byte
 EXAMPLES = 0b0011_1111
-SHAPED = 0b0100_0000  # made within the pass: its sizes, and so its values, follow the padded length and the number of examples
-UNWRITTEN = 0b1000_0000  # memory whose content no operation that was seen has written
+# Made within the pass: its sizes, and so its values, depend on the padded length and the number of examples.
+SHAPED = 0b0100_0000
+UNWRITTEN = 0b1000_0000  # memory that no observed operation has written to
 NOTHING = np.zeros((), dtype=np.uint8)
 
 
@@ -34,7 +36,7 @@ def bits_of(number: int) -> Labels:
 
 
 class _Shadow:
-    """The bytes of one piece of memory, and that memory itself, so that no other can take its address meanwhile."""
+    """The bytes of one piece of memory. It keeps that memory alive, so that no other gets its address meanwhile."""
 
     def __init__(self, like: Tensor) -> None:
         self.unit = like.element_size()
@@ -69,7 +71,7 @@ class _Shadow:
 
 
 def address(tensor: Tensor) -> int:
-    """What tells one piece of memory from another."""
+    """Identifies a piece of memory."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -1,18 +1,17 @@
 """Rules of operations that move numbers about or add them up at given places: indexing, gathering, scattering, joining.
 
-Where the places are the same for all examples, the very operation is done on the bytes. Where an example's own numbers say the
-place, whatever might have been taken from, or put to, counts.
+Where the places are the same for all examples, the very operation is done on the bytes. Where an example's own numbers
+say the place, whatever might have been taken from, or put to, counts.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_dp.per_example.proof import flow
-from hf_dp.per_example.proof.calls import Call, as_tensor, tensors_in
+from hf_dp.per_example.proof.calls import Call, Value, as_tensor, tensors_in
 from hf_dp.per_example.proof.labels import EXAMPLES, UNWRITTEN, Labels
 
 aten = torch.ops.aten
@@ -20,7 +19,7 @@ aten = torch.ops.aten
 
 def moved(call: Call) -> Labels:
     """flip, roll, repeat, cat, pad and their like: the operation itself on the bytes."""
-    changed: dict[str, Any] = {}
+    changed: dict[str, Value] = {}
     for name, value in call.arguments.items():
         if isinstance(value, Tensor):
             changed[name] = as_tensor(call.read(value))
@@ -70,7 +69,7 @@ def index(call: Call) -> Labels:
         return np.full(call.results[0].shape, call.everything | UNWRITTEN, dtype=np.uint8)
     open_dims, fixed = _open(call, where)
     taken = _array(aten.index.Tensor(as_tensor(flow.along(labels, open_dims) if open_dims else labels), fixed))
-    return np.asarray(taken | _of_indices(call, where, taken.ndim))
+    return np.asarray(taken | _index_labels(call, where, taken.ndim))
 
 
 def index_put(call: Call) -> Labels:
@@ -80,7 +79,7 @@ def index_put(call: Call) -> Labels:
         return _masked_put(call, labels, where)
     open_dims, fixed = _open(call, where)
     ndim = _array(aten.index.Tensor(torch.zeros(labels.shape, dtype=torch.uint8), fixed)).ndim
-    values = np.asarray(call.labels("values") | _of_indices(call, where, ndim))
+    values = np.asarray(call.labels("values") | _index_labels(call, where, ndim))
     start = np.zeros_like(labels) if open_dims or call.arguments.get("accumulate") else labels
     put = _by_bit(lambda s, v: aten.index_put(s, fixed, v, True), np.zeros_like(labels), values)
     if open_dims:
@@ -92,7 +91,7 @@ def index_put(call: Call) -> Labels:
     return np.asarray(labels | start | put)
 
 
-def _masked_put(call: Call, labels: Labels, where: Any) -> Labels:
+def _masked_put(call: Call, labels: Labels, where: Value) -> Labels:
     """x[mask] = one number is a choice number by number; several values go to places that depend on all of the mask."""
     if len(where) == 1 and call.arguments["values"].numel() == 1 and not call.arguments.get("accumulate"):
         mask = call.read(where[0])
@@ -149,7 +148,7 @@ def _by_bit(function: Callable[[Tensor, Tensor], Tensor], start: Labels, values:
     return total
 
 
-def _open(call: Call, where: Any) -> tuple[list[int], list[Tensor | None]]:
+def _open(call: Call, where: Value) -> tuple[list[int], list[Tensor | None]]:
     """The dimensions whose index depends on examples, and the indices with zeros in the place of those."""
     open_dims: list[int] = []
     fixed: list[Tensor | None] = []
@@ -166,7 +165,7 @@ def _open(call: Call, where: Any) -> tuple[list[int], list[Tensor | None]]:
     return open_dims, fixed
 
 
-def _of_indices(call: Call, where: Any, ndim: int) -> Labels:
+def _index_labels(call: Call, where: Value, ndim: int) -> Labels:
     """The bytes of the indices themselves, where their dimensions stand in the result."""
     given = [k for k, i in enumerate(where) if i is not None]
     if any(_is_mask(i) for i in where):

@@ -1,29 +1,32 @@
-"""A model, its losses and two public batches -> whether the examples of a pass are independent, or why that is not shown.
+"""A model, its losses and two public batches -> whether the examples of a pass are independent, or why that is not
+shown.
 
-What is shown. Every number of a pass carries the set of examples that it may depend on (`labels`), through a rule an operation
-(`rules`); the result of one without a rule depends on everything. Where then
+What is shown. Every number of a pass carries the set of examples that it may depend on (`labels`), through a rule an
+operation (`rules`); the result of one without a rule depends on everything. Where then
 
     the loss of example b depends on example b alone,
     nothing that depends on examples, or on the padded length, is read into Python, and no size is made of such values,
     wherever trained values meet the examples, row b is example b's (what the per-example rules take for granted), and
     a second pass, with other bits, depends on nothing of the first, nor does either write to anything that outlives it,
 
-the loss of b is a function of the parameters and example b alone, whatever values the examples have, since no rule looks at values.
-Then its gradient is as well: an operation of PyTorch's own returns in backward the derivative of what it computed, and a derivative
-depends on nothing else. Autograd functions written in Python, and hooks on gradients, may return anything: where a pass has such,
-its backward is followed too.
+the loss of b is a function of the parameters and example b alone, whatever values the examples have, since no rule
+looks at values. Then its gradient is as well: an operation of PyTorch's own returns in backward the derivative of what
+it computed, and a derivative depends on nothing else. Autograd functions written in Python, and hooks on gradients, may
+return anything: where a pass has such, its backward is followed too.
 
-The library's own fast losses over tokens pick the rows that have targets, which no rule can tell from a coupling: in their place
-stand the losses spelt out (`losses.spelt_out`), the same numbers by PyTorch's own operations, which tests hold them to. So it is with
-Transformers' experts, which sort a batch's tokens (`experts.spelt_out`).
+The library's own fast losses over tokens pick the rows that have targets, which no rule can tell from a coupling: in
+their place stand the losses spelt out (`losses.spelt_out`), the same numbers by PyTorch's own operations, which tests
+hold them to. So it is with Transformers' experts, which sort a batch's tokens (`experts.spelt_out`).
 
-What is not shown, and stays with the numeric check (`self_check`): the influence of sizes themselves, of the number of examples in
-a pass and of the padded length, where Python takes them from `shape`; padding that is not masked; the gradient rules' exactness.
+What is not shown, and stays with the numeric check (`self_check`): the influence of sizes themselves, of the number of
+examples in a pass and of the padded length, where Python takes them from `shape`; padding that is not masked; the
+gradient rules' exactness.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 from hf_dp.per_example.batches import Batch
 from hf_dp.per_example.losses import spelt_out
 from hf_dp.per_example.proof import experts
-from hf_dp.per_example.proof.calls import tensors_in
+from hf_dp.per_example.proof.calls import Value, tensors_in
 from hf_dp.per_example.proof.labels import PASSES, SIZE
 from hf_dp.per_example.proof.state import State, state_put_back
 from hf_dp.per_example.proof.tracker import Tracker
@@ -43,13 +46,11 @@ class Proof(NamedTuple):
     Attributes:
         independent: shown to be.
         reasons: what was found, each with module and function; of no private content.
-        foreign: what receives gradients though it is no parameter of the model: such a training is to be refused.
         written: what a pass writes to: parameters, buffers, attributes, by name.
     """
 
     independent: bool
     reasons: tuple[str, ...]
-    foreign: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
 
 
@@ -66,22 +67,20 @@ def prove(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor]
     """
     if len(batches) != PASSES:
         raise ValueError(f"expected {PASSES} batches, of {SIZE} examples each; got {len(batches)}")
-    foreign: dict[str, None] = {}
     with _undisturbed(model) as state:
         tracker = Tracker(model, state.copy)
         backward = False
         for number, batch in enumerate(batches):
             if not _marked(tracker, batch, number):
                 break
-            backward = _follow(tracker, model, lambda batch=batch: example_losses(model, batch), backward, foreign)  # type: ignore[misc]
+            backward = _follow(tracker, model, partial(example_losses, model, batch), backward)
         written = tuple(dict.fromkeys([*tracker.written, *state.changes()]))
     reasons = [
         *(tracker.mixes if tracker.crossed else ()),
         *tracker.found,
         *(f"the pass changes what outlives it: {name}" for name in written),
     ]
-    reasons += [f"a parameter outside of the model receives gradients: {name}" for name in foreign]
-    return Proof(not reasons, tuple(reasons), tuple(foreign), written)
+    return Proof(not reasons, tuple(reasons), written)
 
 
 @contextmanager
@@ -113,9 +112,7 @@ def _marked(tracker: Tracker, batch: Batch, number: int) -> bool:
     return True
 
 
-def _follow(
-    tracker: Tracker, model: nn.Module, losses_of: Callable[[], Tensor], backward: bool, foreign: dict[str, None]
-) -> bool:
+def _follow(tracker: Tracker, model: nn.Module, losses_of: Callable[[], Tensor], backward: bool) -> bool:
     """One pass. Answers whether its backward has to be followed too."""
     try:
         with torch.enable_grad(), spelt_out(), experts.spelt_out(), tracker.watching(backward):
@@ -129,19 +126,15 @@ def _follow(
     if not tracker.own(tracker.book.read(losses), leading=False):
         tracker.found["a loss depends on more than its own example"] = None
         tracker.crossed = True
-    known = {id(p) for p in model.parameters()}
     written_in_python = tracker.gradients_mended
     for node in _graph(losses):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and id(leaf) not in known and not tracker.book.read(leaf).any():
-            foreign[f"shape {list(leaf.shape)}"] = None
         written_in_python |= isinstance(node, torch.autograd.function.BackwardCFunction) and not _only_saves(node)
     return written_in_python
 
 
-def _graph(losses: Tensor) -> Iterator[Any]:
+def _graph(losses: Tensor) -> Iterator[Value]:
     """All nodes of the graph behind the losses."""
-    seen: set[Any] = set()
+    seen: set[Value] = set()
     waiting = [losses.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -151,6 +144,6 @@ def _graph(losses: Tensor) -> Iterator[Any]:
             waiting.extend(following for following, _ in node.next_functions)
 
 
-def _only_saves(node: Any) -> bool:
+def _only_saves(node: Value) -> bool:
     """Whether a node is checkpointing's own, which computes nothing."""
     return type(node).__name__ == "_NoopSaveInputsBackward"

@@ -1,6 +1,8 @@
-"""An operation's name -> what each of its results depends on. What is in no table has no rule, and counts as a mixture of everything.
+"""An operation's name -> what each of its results depends on. What is in no table has no rule, and counts as a mixture
+of everything.
 
-Rules are of memory alone, so that views need none. An operation that PyTorch itself tags as pointwise needs none either.
+Rules are of memory alone, so that views need none. An operation that PyTorch itself tags as pointwise needs none
+either.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,28 +35,30 @@ def pointwise(call: Call) -> Sequence[Labels]:
 
 
 def born(call: Call) -> Sequence[Labels]:
-    """arange, zeros, noise: values of sizes and chance alone."""
+    """arange, zeros, random numbers: values that depend on sizes and chance only."""
     return [np.full(tuple(r.shape), SHAPED, dtype=np.uint8) for r in call.results]
 
 
 def unwritten(call: Call) -> Sequence[Labels]:
-    """Memory that awaits its content."""
+    """Memory whose content is still to be written."""
     return [np.full(tuple(r.shape), SHAPED | UNWRITTEN, dtype=np.uint8) for r in call.results]
 
 
 def resized(call: Call) -> Labels:
-    """Memory that may have grown by what nothing has written."""
+    """Memory that may have grown by a part that nothing has written."""
     return np.full(tuple(call.results[0].shape), call.everything | UNWRITTEN, dtype=np.uint8)
 
 
 def overwritten(call: Call) -> Labels:
-    """copy, fill: what was there is gone."""
+    """copy, fill: what was there before does not matter any more."""
     source = call.arguments.get("src", call.arguments.get("value"))
     return np.broadcast_to(call.read(source) | SHAPED, tuple(call.results[0].shape))
 
 
 def chance(call: Call) -> Labels | Sequence[Labels]:
-    """Random numbers: in place, of their parameters alone; else of the tensors that hold the parameters, number by number."""
+    """Random numbers: in place, of their parameters alone; else of the tensors that hold the parameters, number by
+    number.
+    """
     if not call.written():
         return pointwise(call)
     return np.broadcast_to(call.read(call.arguments.get("p")) | SHAPED, tuple(call.results[0].shape))
@@ -75,7 +79,7 @@ def scanned(call: Call) -> Sequence[Labels]:
 
 
 def selected(call: Call) -> Sequence[Labels]:
-    """topk, kthvalue: some of those along `dim`."""
+    """topk, kthvalue: some of the numbers along `dim`."""
     labels, dim = call.labels("self"), call.arguments.get("dim", -1)
     keep = flow.over(labels, dim, True)
     return [
@@ -110,7 +114,7 @@ def vector_product(a: str, b: str, *more: str) -> Rule:
     return rule
 
 
-def of_matrices(call: Call) -> Sequence[Labels]:
+def matrix_wise(call: Call) -> Sequence[Labels]:
     """Solutions and inverses: everything within a matrix."""
     matrices = flow.union(flow.over(call.read(t), (-2, -1), True) for t in call.inputs)
     return [np.broadcast_to(matrices, tuple(r.shape)) for r in call.results[:1]]
@@ -213,7 +217,7 @@ def _everything(call: Call, start: int) -> list[Labels]:
     return [np.full(tuple(r.shape), call.everything) for r in call.results[start:]]
 
 
-def of_reduction(call: Call) -> Labels:
+def reduced_as_told(call: Call) -> Labels:
     """mse_loss and others that reduce where they are told to."""
     each = flow.union(call.read(t) for t in call.inputs)
     return each if call.arguments["reduction"] == 0 else flow.over(each, None)
@@ -236,7 +240,7 @@ def among(call: Call) -> Labels:
 
 
 def mixed(call: Call) -> Sequence[Labels]:
-    """Everything reaches everything."""
+    """Every result depends on every input."""
     return [np.full(tuple(r.shape), call.everything, dtype=np.uint8) for r in call.results]
 
 
@@ -248,10 +252,10 @@ RULES: dict[str, Rule] = {
     **_named(
         pointwise,
         "native_dropout _to_copy nan_to_num masked_fill tril triu clone contiguous lift_fresh_copy _conj_physical "
-        "fused_dropout threshold_backward gelu_backward silu_backward tanh_backward sigmoid_backward native_dropout_backward "
-        "hardtanh_backward leaky_relu_backward elu_backward softplus_backward hardswish_backward hardsigmoid_backward "
-        "floor_divide log_sigmoid_forward log_sigmoid_backward polar complex bucketize rrelu_with_noise prelu _prelu_kernel "
-        "poisson",
+        "fused_dropout threshold_backward gelu_backward silu_backward tanh_backward sigmoid_backward "
+        "native_dropout_backward hardtanh_backward leaky_relu_backward elu_backward softplus_backward "
+        "hardswish_backward hardsigmoid_backward floor_divide log_sigmoid_forward log_sigmoid_backward polar complex "
+        "bucketize rrelu_with_noise prelu _prelu_kernel poisson",
     ),
     **_named(
         born, "zeros_like ones_like full_like rand_like randn_like randint_like new_zeros new_ones new_full lift_fresh"
@@ -263,21 +267,21 @@ RULES: dict[str, Rule] = {
     **_named(overwritten, "copy fill"),
     **_named(
         reduced,
-        "sum nansum mean nanmean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin "
-        "median nanmedian mode aminmax count_nonzero",
+        "sum nansum mean nanmean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm "
+        "logsumexp argmax argmin median nanmedian mode aminmax count_nonzero",
     ),
     **_named(
         scanned,
-        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort "
-        "_softmax_backward_data _log_softmax_backward_data _fft_c2c",
+        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cummax cummin logcumsumexp sort "
+        "argsort _softmax_backward_data _log_softmax_backward_data _fft_c2c",
     ),
     **_named(selected, "topk kthvalue"),
     "glu": halved,
     **_named(
         moves.moved,
-        "flip roll repeat cat stack constant_pad_nd expand_copy view_copy _unsafe_view _reshape_copy slice_scatter select_scatter "
-        "diagonal_scatter diag_embed select_backward slice_backward unfold_backward permute_copy squeeze_copy unsqueeze_copy "
-        "diagonal_backward rot90",
+        "flip roll repeat cat stack constant_pad_nd expand_copy view_copy _unsafe_view _reshape_copy slice_scatter "
+        "select_scatter diagonal_scatter diag_embed select_backward slice_backward unfold_backward permute_copy "
+        "squeeze_copy unsqueeze_copy diagonal_backward rot90",
     ),
     **_named(moves.scatter, "scatter scatter_add scatter_reduce"),
     **_named(moves.index_add, "index_add index_copy index_reduce"),
@@ -299,13 +303,14 @@ RULES: dict[str, Rule] = {
     "addmv": vector_product("mat", "vec", "self"),
     "dot": vector_product("self", "tensor"),
     "linear": linear,
-    **_named(of_matrices, "linalg_solve_triangular linalg_inv_ex"),
+    **_named(matrix_wise, "linalg_solve_triangular linalg_inv_ex"),
     **_named(
         by_rows,
-        "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d max_pool2d_with_indices "
-        "max_pool3d_with_indices max_pool1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d "
-        "upsample_bicubic2d upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa reflection_pad1d reflection_pad2d "
-        "replication_pad1d replication_pad2d pixel_shuffle pixel_unshuffle grid_sampler_2d grid_sampler_3d channel_shuffle",
+        "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
+        "max_pool2d_with_indices max_pool3d_with_indices max_pool1d upsample_nearest1d upsample_nearest2d "
+        "upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d "
+        "_upsample_bicubic2d_aa _upsample_bilinear2d_aa reflection_pad1d reflection_pad2d replication_pad1d "
+        "replication_pad2d pixel_shuffle pixel_unshuffle grid_sampler_2d grid_sampler_3d channel_shuffle",
     ),
     **_named(convolution, "convolution _convolution cudnn_convolution mkldnn_convolution"),
     **_named(layer_norm, "native_layer_norm _fused_rms_norm"),
@@ -314,7 +319,7 @@ RULES: dict[str, Rule] = {
     **_named(batch_norm, "_native_batch_norm_legit_no_training"),
     **_named(negative_log_likelihood, "nll_loss_forward nll_loss2d_forward"),
     **_named(
-        of_reduction,
+        reduced_as_told,
         "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss",
     ),
     **_named(likelihood_backward, "nll_loss_backward nll_loss2d_backward"),
@@ -323,8 +328,8 @@ RULES: dict[str, Rule] = {
     **_named(mixed, "embedding_dense_backward native_batch_norm_backward"),
     **_named(
         by_rows,
-        "avg_pool2d_backward _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward upsample_nearest2d_backward "
-        "upsample_bilinear2d_backward upsample_bicubic2d_backward",
+        "avg_pool2d_backward _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward "
+        "upsample_nearest2d_backward upsample_bilinear2d_backward upsample_bicubic2d_backward",
     ),
     **_named(pointwise, "mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward"),
     "_ctc_loss": temporal_classification,

@@ -4,9 +4,9 @@
     lists, dicts, sets, arrays, objects and closures that these hold, modules outside of the registry too
     the tensors among them: their memory, shape, type, values
 
-Parameters are the exception: their values change by every step, rightly, and are too large to copy before every pass. A pass that
-writes to one is found by its version, and named. It can be put back where it was given as `copied`, or where the operations of the
-pass are followed, so that it is copied just before the first write to it (`untouched`).
+Parameters are the exception: their values change by every step, rightly, and are too large to copy before every pass. A
+pass that writes to one is found by its version, and named. It can be put back where it was given as `copied`, or where
+the operations of the pass are followed, so that it is copied just before the first write to it (`untouched`).
 """
 
 import itertools
@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
-from hf_dp.per_example.proof.calls import written
+from hf_dp.per_example.proof.calls import Value, written
 from hf_dp.per_example.proof.harmless import is_harmless_setting
 from hf_dp.per_example.proof.labels import address
 
@@ -37,7 +36,7 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 class _Kept:
     """One container and what it held."""
 
-    def __init__(self, name: str, read: Callable[[], list[Any]], write: Callable[[list[Any]], None]) -> None:
+    def __init__(self, name: str, read: Callable[[], list[Value]], write: Callable[[list[Value]], None]) -> None:
         self.name, self._read, self._write, self._held = name, read, write, read()
 
     def differs(self) -> bool:
@@ -117,7 +116,7 @@ class State:
         self._tensors: list[_KeptTensor] = []
         self._at: dict[int, list[_KeptTensor]] = {}
         self._copied = frozenset(copied)
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, Value] = {}
         modules = list(model.named_modules())
         self._seen.update((id(module), module) for _, module in modules)
         for name, module in modules:
@@ -160,7 +159,7 @@ class State:
             if tensor.changes():
                 tensor.put_back()
 
-    def _walk(self, value: Any, name: str, depth: int) -> None:
+    def _walk(self, value: Value, name: str, depth: int) -> None:
         if isinstance(value, (*_PLAIN, type, types.ModuleType, types.BuiltinFunctionType)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
@@ -183,7 +182,7 @@ class State:
                 inner = name if key in ("_parameters", "_buffers", "_modules") else _joined(name, key)
                 self._walk(value, inner, 0)
 
-    def _container(self, value: Any, name: str, depth: int) -> None:
+    def _container(self, value: Value, name: str, depth: int) -> None:
         if isinstance(value, dict):
             self._keep(name, partial(_items, value), partial(_set_items, value))
             for key, element in value.items():
@@ -207,7 +206,7 @@ class State:
         else:
             self._object(value, name, depth)
 
-    def _walk_all(self, values: Any, name: str, depth: int) -> None:
+    def _walk_all(self, values: Value, name: str, depth: int) -> None:
         for number, element in enumerate(values):
             self._walk(element, f"{name}[{number}]", depth)
 
@@ -217,7 +216,7 @@ class State:
             for value in _contents(cell):
                 self._walk(value, name, depth)
 
-    def _object(self, value: Any, name: str, depth: int) -> None:
+    def _object(self, value: Value, name: str, depth: int) -> None:
         try:
             own = vars(value)
         except TypeError:  # without attributes of its own
@@ -227,7 +226,7 @@ class State:
             for key, element in own.items():
                 self._walk(element, _joined(name, key), depth)
 
-    def _keep(self, name: str, read: Callable[[], list[Any]], write: Callable[[list[Any]], None]) -> None:
+    def _keep(self, name: str, read: Callable[[], list[Value]], write: Callable[[list[Value]], None]) -> None:
         self._containers.append(_Kept(name, read, write))
 
 
@@ -252,7 +251,9 @@ def state_put_back(model: nn.Module, state: State | None = None) -> Iterator[Sta
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[State]:
-    """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as they are written."""
+    """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as
+    they are written.
+    """
     state = State(model)
     try:
         with torch.compiler.set_stance("force_eager"), _CopyBeforeWrite(state):
@@ -268,7 +269,7 @@ class _CopyBeforeWrite(TorchDispatchMode):
         super().__init__()
         self._state = state
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         if func._schema.is_mutable:
             with torch._C.DisableTorchFunction():
                 for tensor in written(func, args, kwargs or {}):
@@ -276,7 +277,7 @@ class _CopyBeforeWrite(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Value, b: Value) -> bool:
     if a is b:
         return True
     if isinstance(a, tuple) and isinstance(b, tuple):
@@ -298,51 +299,51 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(torch.equal(first, second))
 
 
-def _joined(name: str, key: Any) -> str:
+def _joined(name: str, key: Value) -> str:
     return f"{name}.{key}" if name else str(key)
 
 
-def _items(own: dict[Any, Any]) -> list[Any]:
+def _items(own: dict[Value, Value]) -> list[Value]:
     return list(own.items())
 
 
-def _set_items(own: dict[Any, Any], held: list[Any]) -> None:
+def _set_items(own: dict[Value, Value], held: list[Value]) -> None:
     own.clear()
     own.update(held)
 
 
-def _set_list(own: Any, held: list[Any]) -> None:
+def _set_list(own: Value, held: list[Value]) -> None:
     own.clear()
     own.extend(held)
 
 
-def _sorted_set(own: set[Any]) -> list[Any]:
+def _sorted_set(own: set[Value]) -> list[Value]:
     return sorted(own, key=id)
 
 
-def _set_set(own: set[Any], held: list[Any]) -> None:
+def _set_set(own: set[Value], held: list[Value]) -> None:
     own.clear()
     own.update(held)
 
 
-def _set_array(own: Any, copy: Any, held: list[Any]) -> None:
+def _set_array(own: Value, copy: Value, held: list[Value]) -> None:
     own[...] = copy
 
 
-def _contents(cell: types.CellType) -> list[Any]:
+def _contents(cell: types.CellType) -> list[Value]:
     try:
         return [cell.cell_contents]
     except ValueError:  # not filled yet
         return []
 
 
-def _set_contents(cell: types.CellType, held: list[Any]) -> None:
+def _set_contents(cell: types.CellType, held: list[Value]) -> None:
     for value in held:
         cell.cell_contents = value
 
 
-def _cannot(name: str) -> Callable[[list[Any]], None]:
-    def refuse(held: list[Any]) -> None:
+def _cannot(name: str) -> Callable[[list[Value]], None]:
+    def refuse(held: list[Value]) -> None:
         raise SelfCheckError(f"a pass advances {name}, an iterator that cannot be put back: keep a number instead")
 
     return refuse

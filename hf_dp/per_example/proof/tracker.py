@@ -1,14 +1,15 @@
-"""A pass, operation by operation -> what each result depends on, and everything by which one example could reach another.
+"""A pass, operation by operation -> what each result depends on, and everything by which one example could reach
+another.
 
-A `TorchDispatchMode` sees each operation below autograd, those within autograd functions, checkpointed blocks and backward too; a
-`TorchFunctionMode` above it sees what leaves PyTorch (`tolist`, `numpy`, an address for a foreign kernel).
+A `TorchDispatchMode` sees each operation below autograd, those within autograd functions, checkpointed blocks and
+backward too; a `TorchFunctionMode` above it sees what leaves PyTorch (`tolist`, `numpy`, an address for a foreign
+kernel).
 """
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dp.per_example.proof.calls import Call, plain_name, tensors_in, written
+from hf_dp.per_example.proof.calls import Call, Value, plain_name, tensors_in, written
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
 from hf_dp.per_example.proof.labels import (
     EXAMPLES,
@@ -33,14 +34,18 @@ from hf_dp.per_example.proof.labels import (
 from hf_dp.per_example.proof.rules import RULES, rule_of
 
 NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
-    "_fused_sdp_choice sym_size sym_numel sym_stride sym_storage_offset sym_is_contiguous size stride dim numel is_same_size "
-    "is_pinned is_contiguous is_strides_like_format is_non_overlapping_and_dense _has_same_storage_numel result_type".split()
+    "_fused_sdp_choice sym_size sym_numel sym_stride sym_storage_offset sym_is_contiguous size stride dim numel "
+    "is_same_size "
+    "is_pinned is_contiguous is_strides_like_format is_non_overlapping_and_dense _has_same_storage_numel "
+    "result_type".split()
 )
 SIZED_BY_VALUES = frozenset(
-    "nonzero masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive repeat_interleave bincount".split()
+    "nonzero masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive "
+    "repeat_interleave bincount".split()
 )
 LEAVES = frozenset(
-    "tolist numpy __array__ data_ptr storage untyped_storage _typed_storage __dlpack__ __deepcopy__ __reduce_ex__ __repr__".split()
+    "tolist numpy __array__ data_ptr storage untyped_storage _typed_storage __dlpack__ __deepcopy__ "
+    "__reduce_ex__ __repr__".split()
 )
 FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
 INDEXING = frozenset("__getitem__ __setitem__".split())
@@ -56,7 +61,7 @@ HIDDEN_WRITES = {  # arguments that are written to though the schema does not sa
 _MIXED = np.array([bin(byte & EXAMPLES).count("1") > 1 for byte in range(256)])
 _OWN = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
-LONGEST = 12  # reasons of a kind that are kept
+LONGEST = 12  # how many reasons of a kind are kept
 
 
 class Tracker:
@@ -64,14 +69,15 @@ class Tracker:
 
     Attributes:
         book: what each tensor depends on.
-        mixes: operations whose results depend on several examples, though none of their inputs did.
-        found: what leaves a pass unproved wherever its result goes: reads into Python, sizes made of values, crossed rows.
+        mixes: operations whose results depend on several examples, while none of their inputs did.
+        found: what leaves a pass unproved wherever its result goes: reads into Python, sizes made of values, crossed
+            rows.
         written: parameters, buffers and other memory from before the pass that were written to.
-        gradients_mended: a hook on gradients was registered.
-        function: the function of PyTorch's that is at work.
-        dropped_are_own: dropout is at work, on numbers of the examples' own.
-        crossed: trained parameters met rows that are not the examples' own.
-        in_backward: what follows are gradients, which add up over examples where they reach trained parameters.
+        gradients_mended: whether a hook on gradients was registered.
+        function: the name of the PyTorch function under way.
+        dropped_are_own: whether dropout is at work, on numbers of the examples' own.
+        crossed: whether trained parameters met rows that are not the examples' own.
+        in_backward: what follows are gradients, which are summed over examples where they reach trained parameters.
     """
 
     def __init__(self, model: nn.Module, before_write: Callable[[Tensor], None] = lambda tensor: None) -> None:
@@ -96,7 +102,9 @@ class Tracker:
         self._pass = number
 
     def own(self, labels: Labels, leading: bool) -> bool:
-        """Whether row b depends on example b of this pass alone; with `leading`, rows of B in equal parts of the first dimension."""
+        """Whether row b depends on example b of this pass alone; with `leading`, rows of B in equal parts of the first
+        dimension.
+        """
         if labels.ndim == 0 or (labels.shape[0] % SIZE if leading else labels.shape[0] != SIZE):
             return False
         rows = labels.reshape(SIZE, -1) & (EXAMPLES | UNWRITTEN)
@@ -109,23 +117,23 @@ class Tracker:
             yield
 
     def note(self, into: dict[str, None], what: str) -> None:
-        """One finding, with its place."""
+        """Notes one finding, with the place in the model or in the code."""
         if len(into) < LONGEST:
             into[f"{what} in {self._place()}"] = None
 
     def read_into_python(self, what: str) -> None:
-        """A value of the examples that Python sees."""
+        """Notes that Python reads a value that depends on examples, unless the read is known to be harmless."""
         file, function = _reader()
         if not is_harmless(file, function):
             self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
 
-    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
         """Tells of a write before it is done."""
         if func._schema.is_mutable:
             for tensor in written(func, args, kwargs):
                 self._before_write(tensor)
 
-    def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def after(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], out: Value) -> None:
         """Follows one operation that has been done."""
         call = Call(func, args, kwargs, out, self.book)
         inputs, present = call.inputs, int(call.everything)
@@ -248,13 +256,13 @@ class Tracker:
 
 
 class _Operations(TorchDispatchMode):
-    """Hands each operation to the tracker; one that PyTorch composes of others is taken apart first."""
+    """Passes each operation to the tracker; one that PyTorch composes of others is taken apart first."""
 
     def __init__(self, tracker: Tracker) -> None:
         super().__init__()
         self._tracker = tracker
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         kwargs = kwargs or {}
         if plain_name(func) not in RULES and _is_composite(func):
             with self:
@@ -276,7 +284,7 @@ class _Leaving(TorchFunctionMode):
         super().__init__()
         self._tracker, self._backward = tracker, backward
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in LEAVES or name in FROM_PYTHON or name in INDEXING:
@@ -295,7 +303,7 @@ class _Leaving(TorchFunctionMode):
                 self._watch(tensor, name)
         return out
 
-    def _look(self, name: str, arguments: list[Any]) -> None:
+    def _look(self, name: str, arguments: list[Value]) -> None:
         book = self._tracker.book
         if name in ("as_tensor", "asarray") and isinstance(arguments[0], Tensor):
             return  # the tensor itself, or an operation that is followed
@@ -327,11 +335,11 @@ def _mixed(labels: Labels) -> bool:
     return bool(_MIXED[distinct(labels)].any())
 
 
-def _is_composite(func: Any) -> bool:
+def _is_composite(func: Value) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
-def _listed(arguments: list[Any]) -> list[Any]:
+def _listed(arguments: list[Value]) -> list[Value]:
     """The argument that indexes, and what stands in it if it is a tuple."""
     return [part for a in arguments for part in (a if isinstance(a, tuple) else (a,))]
 
@@ -341,7 +349,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _reader() -> tuple[str, str]:
-    """File and function of the innermost frame that is neither PyTorch's nor this package's."""
+    """File and function of the innermost frame that is neither in PyTorch nor in this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_OWN, _TORCH)):
         frame = frame.f_back
