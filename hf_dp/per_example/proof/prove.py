@@ -36,7 +36,7 @@ from hf_dp.per_example.losses import spelt_out
 from hf_dp.per_example.proof import experts
 from hf_dp.per_example.proof.calls import Value, tensors_in
 from hf_dp.per_example.proof.labels import PASSES, SIZE
-from hf_dp.per_example.proof.state import State, state_put_back
+from hf_dp.per_example.proof.state import State, in_shards, state_put_back, tensors_put_back
 from hf_dp.per_example.proof.tracker import Tracker
 
 
@@ -93,7 +93,7 @@ def _undisturbed(model: nn.Module) -> Iterator[State]:
         p.grad = None
     try:
         with (
-            state_put_back(model, State(model)) as state,
+            tensors_put_back(model) if in_shards(model) else state_put_back(model) as state,
             torch.random.fork_rng(devices),
         ):
             yield state

@@ -19,6 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -261,8 +262,8 @@ def untouched(model: nn.Module) -> Iterator[State]:
     """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as
     they are written.
     """
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        with _tensors_put_back(model) as state:
+    if in_shards(model):
+        with tensors_put_back(model) as state:
             yield state
         return
     state = State(model)
@@ -273,9 +274,24 @@ def untouched(model: nn.Module) -> Iterator[State]:
         state.put_back()
 
 
+def in_shards(model: nn.Module) -> bool:
+    """Whether several processes hold a part of each weight."""
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
+
+
+def _let_go_of_gathered_weights(model: nn.Module) -> None:
+    """A pass without backward leaves whole weights in place of this process's parts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
-def _tensors_put_back(model: nn.Module) -> Iterator[State]:
+def tensors_put_back(model: nn.Module) -> Iterator[State]:
     """Trainable parameters and buffers alone: sharding sets itself up in the first pass, which must stay."""
+    _let_go_of_gathered_weights(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     state = State(nn.Identity())
     for name, tensor in (*trained, *model.named_buffers()):
@@ -283,6 +299,7 @@ def _tensors_put_back(model: nn.Module) -> Iterator[State]:
     try:
         yield state
     finally:
+        _let_go_of_gathered_weights(model)
         state.put_back()
 
 
