@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
-from hf_dp.per_example.proof.calls import Value, written
+from hf_dp.per_example.proof.calls import Value, bound, written
 from hf_dp.per_example.proof.harmless import is_harmless_setting
 from hf_dp.per_example.proof.labels import address
 
@@ -173,8 +173,7 @@ class State:
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             if value.layout is torch.strided:
-                shards = isinstance(value, DTensor)  # gathered and let go of in each pass, which counts as writing
-                copied = not isinstance(value, nn.Parameter) or name in self._copied or shards
+                copied = not isinstance(value, nn.Parameter) or name in self._copied
                 self.keep(name, value, copied)
         elif isinstance(value, nn.Module):
             self._module(value, name, lambda key: True)
@@ -262,8 +261,8 @@ def untouched(model: nn.Module) -> Iterator[State]:
     """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as
     they are written.
     """
-    if in_shards(model):
-        with tensors_put_back(model) as state:
+    if is_sharded(model):
+        with _tensors_put_back(model) as state:
             yield state
         return
     state = State(model)
@@ -274,7 +273,7 @@ def untouched(model: nn.Module) -> Iterator[State]:
         state.put_back()
 
 
-def in_shards(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether several processes hold a part of each weight."""
     return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
         isinstance(p, DTensor) for p in model.parameters()
@@ -289,7 +288,7 @@ def _let_go_of_gathered_weights(model: nn.Module) -> None:
 
 
 @contextmanager
-def tensors_put_back(model: nn.Module) -> Iterator[State]:
+def _tensors_put_back(model: nn.Module) -> Iterator[State]:
     """Trainable parameters and buffers alone: sharding sets itself up in the first pass, which must stay."""
     _let_go_of_gathered_weights(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -313,7 +312,7 @@ class _CopyBeforeWrite(TorchDispatchMode):
     def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         if func._schema.is_mutable:
             with torch._C.DisableTorchFunction():
-                for tensor in written(func, args, kwargs or {}):
+                for tensor in written(func, bound(func, args, kwargs or {})):
                     self._state.copy(tensor)
         return func(*args, **(kwargs or {}))
 
