@@ -43,8 +43,8 @@ def first_line(error: Exception) -> str:
 
 
 def _fails_by_its_wrapper(model: nn.Module, batch: Batch) -> bool:
-    """Whether peft's class for a task_type fails on the batch, and the model in it, with its adapter, does not."""
-    if not isinstance(model, PeftModel) or type(model) is PeftModel:
+    """Whether peft's class for a task_type fails without `input_ids`, and the adapted model in it does not."""
+    if not isinstance(model, PeftModel) or type(model) is PeftModel or "input_ids" in batch:
         return False
     return not _takes(model, model, batch) and _takes(model, model.base_model, batch)
 
