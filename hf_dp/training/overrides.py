@@ -90,7 +90,7 @@ def refuse_replaced(trainer: Trainer) -> None:
     """Refuses what was put in the place of such a method on the object alone, as in `trainer.compute_loss = mine`.
 
     Raises:
-        UnsupportedOptionError: names all of them. (A `training_step` that takes no private step is seen by its weights.)
+        UnsupportedOptionError: names all of them. (What another `training_step` does is seen by the weights.)
     """
     mine = [name for name in NEVER_CALLED if name in vars(trainer) and name != "training_step"]
     if "example_losses" in vars(trainer) or owns(type(trainer), "example_losses"):
