@@ -23,7 +23,8 @@ from hf_dp import accounting
 from hf_dp.accounting import RATES, Epsilon, selection
 from hf_dp.audit import computed_again
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, WHOLE_NUMBERS, kind_of, sampler, sentences
-from hf_dp.card.readme import read_readme, section_of, tags_of, yaml_of
+from hf_dp.card.description import wrong_claims
+from hf_dp.card.readme import read_readme, section_of, tags_of, words_of, yaml_of
 from hf_dp.card.record import INFINITE, Record, RecordedLevel, RecordedMechanism, RecordedSelection, in_json
 from hf_dp.card.schema import PRIVACY_JSON, read_record, schema_problems
 from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
@@ -34,6 +35,7 @@ from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_n
 
 ROUNDING = 1e-6  # relative; another version of the accountant may round the other way
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
+OLD_TAGS = ("differential-privacy", "dp-sgd")  # cards of earlier times have no others
 Settings = RecordedMechanism | RecordedLevel | ExecutedSegment
 
 
@@ -306,7 +308,10 @@ def _readme(folder: Path, record: Record) -> Iterator[Check]:
         return
     yield Check("the card's YAML block", front.get("privacy") == yaml_block(record), f"{_short(front.get('privacy'))}")
     tagged = [tag for tag in TAGS if tag in tags_of(front)]
-    yield _equal("the card's tags", tagged, list(TAGS) if record.private else [])
+    needed = [tag for tag in TAGS if tag in OLD_TAGS or tag in tagged] if record.private else []
+    yield _equal("the card's tags", tagged, needed)
+    wrong = wrong_claims(words_of(text, "model") or "", record)
+    yield Check("the claim at the card's head", not wrong, ", ".join(wrong) or "as privacy.json has it")
     same = written is not None and written.split() == section(record).split()
     yield _as_rendered("the card's section in words", same)
     if record.private and record.schema_version > 1:
