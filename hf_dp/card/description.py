@@ -98,7 +98,7 @@ def training_section(record: Record, described: Described) -> str:
             f"{_table('measure', numbers)}\n"
         )
     versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
-    return f"{text}\n### Framework versions\n\n{versions}\n"
+    return f"{text}\n**Framework versions.** {versions}\n"  # as a heading, PEFT would write below it
 
 
 def front_matter(

@@ -136,6 +136,18 @@ def with_whole_card(text: str, sections: Mapping[str, str]) -> str:
     return head + body[:place] + added + body[place:]
 
 
+def kept(before: str, after: str) -> str:
+    """The card that holds after somebody else has made a new one: `before` with what is new in the YAML of `after`,
+    or `after` where nobody had written in `before`, nor we.
+    """
+    body = before[_end_of_yaml(before) :]
+    if not _SECTION.search(body) and untouched(_without_ours(body)):
+        return after
+    old, new = yaml_of(before), yaml_of(after)
+    tags = [*tags_of(old), *(tag for tag in tags_of(new) if tag not in tags_of(old))]
+    return with_keys(before, {key: value for key, value in new.items() if key not in old} | {"tags": tags})
+
+
 def words_of(text: str, name: str) -> str | None:
     """What stands in one of SECTIONS, or None where the card has none."""
     return next((found["words"] for found in _SECTION.finditer(text) if found["name"] == name), None)
@@ -214,7 +226,9 @@ def _mapping(front: str) -> dict[str, object]:
 
 
 def _with_key(front: str, key: str, value: object, newline: str) -> str:
-    """The YAML text with one top-level key set, or taken away where `value` is None: the new lines replace the old ones, or come at the end.
+    """The YAML text with one top-level key set, or taken away where `value` is None.
+
+    New lines replace the old ones, or come at the end.
 
     Raises:
         ConfigError: the result is not YAML, as where the old text was one flow mapping `{a: 1}`.

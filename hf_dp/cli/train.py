@@ -43,11 +43,12 @@ def _run(asked: "Recipe") -> None:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     after = task.evaluate(trainer)
+    trainer.write_card()  # again, with the results
     if trainer.is_world_process_zero():
         if after:
             print_metrics(before, after)
         _print_end(trainer, asked)
-        task.save_class_names(trainer, asked)
+        task.tell_class_names(trainer, asked)
 
 
 def _print_end(trainer: "DPTrainer", asked: "Recipe") -> None:
