@@ -138,11 +138,12 @@ def _release(record: Record, segments: Sequence[ExecutedSegment]) -> Check:
         "noise_generator": GENERATORS[generator],
         "generator": generator_of(noise),
     }
-    return _equal(
+    check = _equal(
         "the sampler, what a step releases, and the noise",
         {name: getattr(mechanism, name) for name in expected},
         expected,
     )
+    return check._replace(found=f"as {words['name']} has them") if check.holds else check
 
 
 def _epsilon(record: Record) -> Iterator[Check]:
@@ -310,8 +311,10 @@ def _readme(folder: Path, record: Record) -> Iterator[Check]:
     tagged = [tag for tag in TAGS if tag in tags_of(front)]
     needed = [tag for tag in TAGS if tag in OLD_TAGS or tag in tagged] if record.private else []
     yield _equal("the card's tags", tagged, needed)
-    wrong = wrong_claims(words_of(text, "model") or "", record)
-    yield Check("the claim at the card's head", not wrong, ", ".join(wrong) or "as privacy.json has it")
+    head = words_of(text, "model")
+    if head is not None:
+        wrong = wrong_claims(head, record)
+        yield Check("the claim at the card's head", not wrong, ", ".join(wrong) or "as privacy.json has it")
     same = written is not None and written.split() == section(record).split()
     yield _as_rendered("the card's section in words", same)
     if record.private and record.schema_version > 1:
@@ -324,7 +327,21 @@ def _as_rendered(name: str, same: bool) -> Check:
 
 
 def _equal(name: str, found: object, expected: object) -> Check:
-    return Check(name, found == expected, f"{found}" if found == expected else f"found {found}, expected {expected}")
+    if found == expected:
+        return Check(name, True, _in_words(found))
+    if isinstance(found, dict) and isinstance(expected, dict):  # only what differs
+        expected = {key: value for key, value in expected.items() if found.get(key) != value}
+        found = {key: found.get(key) for key in expected}
+    return Check(name, False, f"found {_in_words(found)}, expected {_in_words(expected)}")
+
+
+def _in_words(value: object) -> str:
+    """A value as people read it: without braces, quotation marks and what is not there."""
+    if isinstance(value, dict):
+        return "; ".join(f"{k.replace('_', ' ')}: {_in_words(v)}" for k, v in value.items() if v is not None) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(_in_words(v) for v in value) or "none"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _short(value: object) -> str:

@@ -18,7 +18,7 @@ def check(
     from hf_dp.cli.libraries import quiet
     from hf_dp.cli.tables import print_inventory
     from hf_dp.ledger import budget
-    from hf_dp.recipe import read, task
+    from hf_dp.recipe import columns_in_words, data_files, read, task
     from hf_dp.tables import print_plan
 
     quiet()
@@ -27,6 +27,10 @@ def check(
         trainer = task.build(asked, output_dir=folder)
         rows = trainer.inventory()
         report = trainer.self_check()
+    for which in ("train", "validation"):
+        records = data_files.load(asked.data, which)
+        if records is not None:
+            print(f"data.{which}: {len(records):,} records of {columns_in_words(records)}")
     print_inventory(rows)
     mechanism = trainer.mechanism
     assert mechanism is not None  # a recipe always has a training set

@@ -61,6 +61,9 @@ def prepare(recipe: Recipe) -> Parts:
     """
     train, validation = data_files.load(recipe.data, "train"), data_files.load(recipe.data, "validation")
     assert train is not None  # a recipe always names it
+    for which, records in (("train", train), ("validation", validation)):
+        if records is not None:
+            examples.refuse_wrong_columns(recipe.data, records, which)
     args = training_arguments(recipe)
     column = recipe.privacy.unit_column
     groups = groups_by(train, column)

@@ -9,6 +9,8 @@ from hf_dp import accounting
 from hf_dp.tables import print_plan
 from hf_dp.training.host import PrivateTrainer
 
+QUIET = ("warning", "error", "critical")  # values of TrainingArguments.log_level
+
 
 class EpsilonProgress(ProgressCallback):
     """Trainer's progress bar, with the epsilon spent so far behind it."""
@@ -35,8 +37,12 @@ def show_epsilon(trainer: PrivateTrainer) -> None:
 
 
 def print_summary(trainer: PrivateTrainer) -> None:
-    """Prints every derived number with the rule that it came from, on the main process."""
-    if not trainer.is_world_process_zero():
+    """Prints every derived number with the rule that it came from, on the main process.
+
+    `TrainingArguments(log_level="error")` (or "warning", "critical") leaves it out, unless there is no guarantee.
+    """
+    quiet = trainer.args.log_level in QUIET and trainer._planned().is_private
+    if quiet or not trainer.is_world_process_zero():
         return
     args, mechanism = trainer.args, trainer._planned()
     rows = accounting.derivation(
