@@ -32,6 +32,7 @@ class PrivateTrainer(Protocol):
 
     args: TrainingArguments
     model: nn.Module
+    optimizer: Any
     privacy: PrivacyConfig
     objective: Objective
     alone_because: str
