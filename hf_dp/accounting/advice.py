@@ -45,9 +45,7 @@ def loudness(m: Mechanism, num_parameters: int) -> Loudness:
 def loudness_rows(m: Mechanism, num_parameters: int) -> list[Derived]:
     """Both ratios with their rules."""
     found = loudness(m, num_parameters)
-    step = (
-        f"sigma x sqrt(d) / B, d = {num_parameters:,}; norm of a step's noise, in units of C; the signal has at most 1"
-    )
+    step = f"in units of C: sigma x sqrt(d) / B, d = {num_parameters:,}; the signal is 1 at most"
     return [
         Derived("noise : signal, a step", f"{found.of_a_step:.3g}", step),
         Derived(
