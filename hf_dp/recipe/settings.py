@@ -5,7 +5,8 @@ import enum
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
+
+from hf_dp.config import nearest
 
 Problem = str
 _PLAIN = (bool, int, float, str, type(None), list, dict)
@@ -66,13 +67,6 @@ def meant(section: str, name: str, known: Iterable[str]) -> str:
     word = name.lower()
     asked = MEANT.get(word) or MEANT.get(word.removeprefix(f"{section}_"))
     return f"; did you mean {asked}?" if asked else nearest(name, known)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing if no known name is similar."""
-    known = list(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.6) or [k for k in known if k.startswith(name) and len(name) > 3]
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def problems(section: str, given: Mapping[str, object], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
