@@ -21,7 +21,7 @@ _BY_TRAINER = re.compile(
     r"|This model (is a fine-tuned version of|was trained from scratch on) .*"
     r"|It achieves the following results on the evaluation set:|- [A-Z][\w ]*: (-?[\d.]+(e-?\d+)?|nan)"
     r"|## Model description|More information needed|## Intended uses & limitations|## Training and evaluation data"
-    r"|## Training procedure"
+    r"|## Training procedure|No additional optimizer arguments"
     r"|### Training hyperparameters|The following hyperparameters were used during training:"
     rf"|- ({'|'.join(_SETTINGS)}): .*|### Training results|\|.*\||### Framework versions"
     r"|- (Transformers|Pytorch|Datasets|Tokenizers|PEFT) \S+"

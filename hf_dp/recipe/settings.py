@@ -65,7 +65,10 @@ MEANT = {
 def meant(section: str, name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` for an unknown setting, by its meaning or by its letters."""
     word = name.lower()
-    asked = MEANT.get(word) or MEANT.get(word.removeprefix(f"{section}_"))
+    asked = MEANT.get(word) or MEANT.get(word.removeprefix(f"{section}_")) or ""
+    there, _, key = asked.partition(".")
+    if there == section and key.isidentifier():
+        asked = repr(key)
     return f"; did you mean {asked}?" if asked else nearest(name, known)
 
 

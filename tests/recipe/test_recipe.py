@@ -195,13 +195,13 @@ def test_mistakes_are_named(tmp_path, override, message):
 
 def test_a_setting_is_found_by_what_people_call_it(tmp_path):
     called = {
-        "training.lr=1": "did you mean training.learning_rate?",
-        "training.epochs=1": "did you mean training.num_train_epochs?",
+        "training.lr=1": "did you mean 'learning_rate'?",
+        "training.epochs=1": "did you mean 'num_train_epochs'?",
         "training.batch_size=8": "did you mean privacy.expected_batch_size",
-        "lora.rank=4": "did you mean lora.r?",
-        "lora.alpha=4": "did you mean lora.lora_alpha?",
-        "privacy.sigma=1": "did you mean privacy.noise_multiplier?",
-        "data.file=x": "did you mean data.train?",
+        "lora.rank=4": "did you mean 'r'?",
+        "lora.alpha=4": "did you mean 'lora_alpha'?",
+        "privacy.sigma=1": "did you mean 'noise_multiplier'?",
+        "data.file=x": "did you mean 'train'?",
     }
     with pytest.raises(RecipeError) as error:
         read(R.write(tmp_path), list(called))
