@@ -63,8 +63,8 @@ def test_each_extra_is_named_where_people_install():
 def test_wheel_and_sdist_build_and_what_is_installed_verifies_a_model(tmp_path):
     built, installed = tmp_path / "built", tmp_path / "installed"
     code = (
-        "import os, sys; from setuptools import build_meta as b; os.chdir(sys.argv[1]);"
-        "print(b.build_sdist(sys.argv[2]), b.build_wheel(sys.argv[2]))"
+        "import os, sys; from setuptools import build_meta; _, source, built = sys.argv; os.chdir(source);"
+        "build_meta.build_sdist(built); build_meta.build_wheel(built)"
     )
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True, timeout=100)
