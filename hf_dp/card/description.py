@@ -80,7 +80,7 @@ def model_section(record: Record, model: Model, front: Mapping[str, object], nam
 
 
 def training_section(record: Record, described: Described) -> str:
-    """The second section: what it was trained on and how, and the results that may be stated."""
+    """The second section: what it was trained on, and how."""
     each = settings(record)
     rows = {
         f"training {units(record.unit)}": f"{record.mechanism.num_examples:,}",
@@ -89,24 +89,30 @@ def training_section(record: Record, described: Described) -> str:
         "clipping bound of an example's gradient": in_turn(s.clip_norm for s in each),
         "noise multiplier": in_turn(s.joint_noise_multiplier for s in each),
     }
-    text = f"## Training\n\n{_table('setting', {**described.rows, **rows})}\n"
-    if described.results:
-        where = f" ({described.evaluated_on})" if described.evaluated_on else ""
-        numbers = {name: f"{value:.4g}" for name, value in described.results.items()}
-        text += (
-            f"\n### Results\n\nOn evaluation data that whoever trained the model declared public{where}:\n\n"
-            f"{_table('measure', numbers)}\n"
-        )
     versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
-    return f"{text}\n**Framework versions.** {versions}\n"  # as a heading, PEFT would write below it
+    table = _table("setting", {**described.rows, **rows})
+    return f"## Training\n\n{table}\n\n**Framework versions.** {versions}\n"  # as a heading, PEFT would write below it
+
+
+def results_section(described: Described) -> str:
+    """The third section: the results that may be stated; "" where there are none."""
+    if not described.results:
+        return ""
+    where = f" ({described.evaluated_on})" if described.evaluated_on else ""
+    numbers = {name: f"{value:.4g}" for name, value in described.results.items()}
+    return (
+        f"## Results\n\nOn evaluation data that whoever trained the model declared public{where}:\n\n"
+        f"{_table('measure', numbers)}\n"
+    )
 
 
 def front_matter(
-    model: Model, front: Mapping[str, object], described: Described | None, name: str
+    model: Model, front: Mapping[str, object], described: Described | None, name: str, *, selected: bool
 ) -> dict[str, object]:
     """Keys of the YAML that a whole card has besides the privacy block; the user's own values stay.
 
-    The base is named where it is a name on the Hub, which refuses paths.
+    The base is named where it is a name on the Hub, which refuses paths. Of a model that was `selected` by its results,
+    none are stated.
     """
     known = described or Described()
     base = front.get("base_model") or known.base
@@ -121,8 +127,9 @@ def front_matter(
     if "base_model" in front and "base_model" not in keys:
         keys |= {"base_model": None, "tags": [t for t in tags_of(front) if not str(t).startswith(PREFIX)]}
     index = front.get("model-index")
-    if described is not None and (index is None or _has_our_form(index)):
-        keys["model-index"] = _model_index(model, known, name) if known.results and known.evaluated_on else None
+    if (described is not None or selected) and (index is None or _has_our_form(index)):
+        may = known.results and known.evaluated_on and not selected
+        keys["model-index"] = _model_index(model, known, name) if may else None
     return keys
 
 

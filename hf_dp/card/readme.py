@@ -20,9 +20,13 @@ from hf_dp.errors import ConfigError
 START = "<!-- hf_dp: privacy section, start; rewritten at every save, write outside of it -->"
 END = "<!-- hf_dp: privacy section, end -->"
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-SECTIONS = ("model", "training")  # of the whole card, in the order in which they stand before the privacy section
+SECTIONS = (
+    "model",
+    "training",
+    "results",
+)  # of the whole card, in the order in which they stand before the privacy section
 _SECTION = re.compile(
-    r"<!-- hf_dp: (?P<name>model|training) section, start (?P<sum>\w+)[^>]*-->\r?\n(?P<words>.*?)\r?\n"
+    r"<!-- hf_dp: (?P<name>model|training|results) section, start (?P<sum>\w+)[^>]*-->\r?\n(?P<words>.*?)\r?\n"
     r"<!-- hf_dp: (?P=name) section, end -->",
     re.DOTALL,
 )
@@ -116,7 +120,8 @@ def is_ours(text: str) -> bool:
 def with_whole_card(text: str, sections: Mapping[str, str]) -> str:
     """`text`, which has a privacy section, with these of SECTIONS before it; as it is where it is not ours to write.
 
-    Templates' words go, the user's stay where they are. A section that was edited stays as it is.
+    Templates' words go, the user's stay where they are. A section that was edited stays as it is, one with no words
+    is taken away.
     """
     if not is_ours(text):
         return text
@@ -125,12 +130,12 @@ def with_whole_card(text: str, sections: Mapping[str, str]) -> str:
     old = {found["name"]: found for found in _SECTION.finditer(body)}
     new = {name: _marked(name, words) for name, words in sections.items()}
     new |= {name: found[0] for name, found in old.items() if name not in new or _edited(found)}
-    written = {name: new[name].replace("\r\n", "\n").replace("\n", newline) for name in SECTIONS if name in new}
+    written = {name: new[name].replace("\r\n", "\n").replace("\n", newline) for name in SECTIONS if new.get(name)}
     if untouched(_without_ours(body)):
         privacy = f"{START}{section_of(text)}{END}"
         return head + newline + (newline * 2).join([*written.values(), privacy]) + newline
     for name, found in reversed(old.items()):
-        body = body[: found.start()] + written.pop(name) + body[found.end() :]
+        body = body[: found.start()] + written.pop(name, "") + body[found.end() :]
     added = "".join(words + newline * 2 for words in written.values())
     place = body.index(START)
     return head + body[:place] + added + body[place:]
@@ -155,6 +160,8 @@ def words_of(text: str, name: str) -> str | None:
 
 def _marked(name: str, words: str) -> str:
     words = words.strip()
+    if not words:
+        return ""
     mark = f"<!-- hf_dp: {name} section, start {_sum(words)}; rewritten at every save until you edit it -->"
     return f"{mark}\n{words}\n<!-- hf_dp: {name} section, end -->"
 

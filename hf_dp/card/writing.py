@@ -18,7 +18,7 @@ from hf_dp import accounting, durable
 from hf_dp.accounting import RATES, Epsilon, Selection, Tradeoff, selection, tradeoff, tradeoff_below
 from hf_dp.audit import Counts, audit_record
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, kind_of, sampler, sentences
-from hf_dp.card.description import Described, front_matter, model_section, training_section
+from hf_dp.card.description import Described, front_matter, model_section, results_section, training_section
 from hf_dp.card.readme import (
     is_ours,
     of_a_whole_model,
@@ -202,10 +202,13 @@ def write_card(folder: str | Path, record: Record, described: Described | None =
 
 
 def _whole_card(text: str, record: Record, model: Model, described: Described | None, name: str) -> str:
-    text = with_keys(text, front_matter(model, yaml_of(text), described, name))
+    selected = record.selection is not None
+    text = with_keys(text, front_matter(model, yaml_of(text), described, name, selected=selected))
     sections = {"model": model_section(record, model, yaml_of(text), name)}
     if described is not None or words_of(text, "training") is None:
         sections["training"] = training_section(record, described or Described())
+    if described is not None or selected:  # the results that a model was selected by are not covered, nor typical
+        sections["results"] = "" if selected or described is None else results_section(described)
     return with_whole_card(text, sections)
 
 
@@ -219,9 +222,9 @@ def carry_card(source: Path, target: Path, *, name: str) -> None:
     Raises:
         ConfigError: as `write_card`, or the record cannot be read.
     """
-    for name in (LEDGER_NAME, "README.md"):
-        if (source / name).is_file():
-            durable.replace(target / name, (source / name).read_bytes())
+    for carried in (LEDGER_NAME, "README.md"):
+        if (source / carried).is_file():
+            durable.replace(target / carried, (source / carried).read_bytes())
     readme = target / "README.md"
     durable.replace(readme, of_a_whole_model(read_readme(readme)).encode())
     write_card(target, Record.of(read_record(source)), name=name)

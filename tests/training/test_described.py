@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
 
 def test_the_card_tells_settings_and_after_an_evaluation_its_results(trained):
     readme = Path(trained.args.output_dir) / "README.md"
-    assert "### Results" not in readme.read_text()
+    assert "## Results" not in readme.read_text()
     found = trained.evaluate()
     trained.write_card()
     text = readme.read_text()
