@@ -22,7 +22,7 @@ from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_fa
 from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
-from hf_dp.per_example.inventory import Row, inventory_of_one, take_inventory
+from hf_dp.per_example.inventory import Inventory, Row, inventory_of_one, take_inventory
 from hf_dp.per_example.losses import IGNORED, public_sizes
 from hf_dp.per_example.one_at_a_time import each_alone
 from hf_dp.per_example.outside import hooks_in, refuse_hooks
@@ -40,6 +40,7 @@ __all__ = [
     "SIZE",
     "Batch",
     "CompiledBlocks",
+    "Inventory",
     "Leaf",
     "MicroBatch",
     "Padding",

@@ -48,6 +48,11 @@ class MicroBatch(Batch):
             return self
         return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, size)
 
+    def first(self, count: int) -> "MicroBatch":
+        """The first `count` examples; beyond the last one, the first ones again."""
+        where = [i % self.size for i in range(count)]
+        return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, count)
+
     def mapped(self, change: Callable[[Batch], Batch]) -> "MicroBatch":
         """The same examples after `change` was applied to the batch as a whole, for example to move it to a device."""
         return MicroBatch(change(dict(self)), self.size)
@@ -159,14 +164,16 @@ def _joined_tensors(tensors: list[Tensor], path: Path, paddings: Mapping[Path, P
     return torch.cat(tensors)
 
 
-def _sliced(value: Leaf, where: slice) -> Leaf:
+def _sliced(value: Leaf, where: slice | list[int]) -> Leaf:
     if isinstance(value, Mapping):
         return {key: _sliced(member, where) for key, member in value.items()}
     if isinstance(value, Tensor):
         return value[where]
     if _is_sequence_of_fields(value):
         return [_sliced(member, where) for member in value]
-    return value[where] if isinstance(value, (tuple, list)) else value
+    if not isinstance(value, (tuple, list)):
+        return value
+    return value[where] if isinstance(where, slice) else type(value)(value[i] for i in where)
 
 
 def _is_sequence_of_fields(value: Leaf) -> bool:

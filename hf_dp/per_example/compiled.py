@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.per_example.capture import per_example_factors
 from hf_dp.per_example.factors import Dense, Factor, per_example_product, wide
-from hf_dp.per_example.inventory import Row
+from hf_dp.per_example.inventory import Inventory
 from hf_dp.per_example.taps import Context
 
 # How many graphs one class of blocks may have (first block or later, padded or not, checked or trained, ...). Beyond
@@ -92,7 +92,8 @@ class CompiledBlocks:
         UnsupportedOptionError: there is nothing to compile, or other parameters are trained in the blocks; names all.
     """
 
-    def __init__(self, model: nn.Module, inventory: Sequence[Row], backend: str = "inductor") -> None:
+    def __init__(self, model: nn.Module, inventory: Inventory, backend: str = "inductor") -> None:
+        self._forms = inventory.forms
         self._blocks = list(_repeated_blocks(model))
         inside = {id(m) for blocks in self._blocks for m in blocks.modules()}
         self._leaves = list(_leaves(model, inside))
@@ -119,7 +120,7 @@ class CompiledBlocks:
         from torch._dynamo import config as dynamo  # 2 s, which only those who compile need to spend
 
         with self._lent(batch_size) as anchors, dynamo.patch(recompile_limit=GRAPHS):
-            factors, losses = per_example_factors(model, example_losses, batch_size)
+            factors, losses = per_example_factors(model, example_losses, batch_size, forms=self._forms)
         found = {name: anchor.grad for name, anchor in anchors.items() if anchor.grad is not None}
         return factors | {name: [Dense(gradient)] for name, gradient in found.items()}, losses
 
