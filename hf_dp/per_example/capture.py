@@ -52,7 +52,8 @@ class Capture:
     def __init__(self, batch_size: int, *, collecting: bool = False, forms: Forms | None = None) -> None:
         self.batch_size = batch_size
         self.seen: dict[Key, list[Use]] = {}
-        self._forms, self._coincidences = forms, None
+        self._forms = forms
+        self._coincidences: Coincidences | None = None
         self.anchor = torch.zeros((), requires_grad=True)
         self.recorded: dict[str, list[Factor]] = {}
         self.operations: dict[str, dict[str, None]] = {}

@@ -67,8 +67,9 @@ class Coincidences(TorchDispatchMode):
     """Watches a pass without forms for sizes from which it cannot be told whether rows are the examples'.
 
     By contract each tensor of the batch leads with the examples, and so does what trained parameters made of it. The
-    model's own tensors do not. Of values made within the pass before any trained parameter, such as positions, the size
-    alone speaks: where the number of examples is also another dimension of what the parameters meet, it is not enough.
+    model's own tensors do not, nor do values that the pass makes of sizes alone and that differ from row to row, such
+    as positions. Of all else the number of rows alone speaks: where the number of examples is also another dimension of
+    what the parameters meet, it is not enough.
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
@@ -76,31 +77,52 @@ class Coincidences(TorchDispatchMode):
         self._batch_size = batch_size
         self._kept = {_memory(t) for t in (*model.parameters(), *model.buffers())}
         self._born: set[int] = set()
+        self._of_the_batch: set[int] = set()  # of what was born
         self._inner: set[int] = set()
         self._doubtful: dict[str, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
-            self._born |= set(map(_memory, tensors_in(out))) - set(map(_memory, tensors_in([args, kwargs])))
+            tensors = tensors_in([args, kwargs])
+            given, made = set(map(_memory, tensors)), set(map(_memory, tensors_in(out)))
+            foreign = given - self._born - self._kept
+            for t in tensors if foreign else ():
+                if _memory(t) in foreign:
+                    self._inner.update(t.shape[1 if t.dim() < 4 else 2 :])  # not the channels of pictures
+        if foreign or given & self._of_the_batch:
+            self._of_the_batch |= made
+        self._born |= made - given
         return out
 
     def leads(self, parameter: str, shape: Sequence[int], data: Tensor | None, fits: bool) -> bool:
-        """Whether rows, whose number `fits` or not, are taken for the examples'; notes what is in doubt until the pass ends."""
-        born = data is None or _memory(data) in self._born
-        if data is not None and not born and data._base is None and _memory(data) not in self._kept:
-            return fits  # of the batch
+        """Whether rows, whose number `fits` or not, are taken for the examples'; notes what is in doubt until the pass
+        ends.
+        """
         self._inner.update(shape[1:])
-        if not fits or (data is not None and data.requires_grad):
+        if not fits or (data is not None and (data.requires_grad or self._is_given(data))):
             return fits
-        if data is not None and ((born and shape[0] != self._batch_size) or (not born and self._is_kept(data))):
+        if data is not None and (self._is_constant(data) or self._is_flattened(data)):
             return False
         self._doubtful[parameter] = None
         return True
 
-    def _is_kept(self, data: Tensor) -> bool:
-        """Whether it is a tensor of the model, or rows of one; not if one row is repeated for each example."""
-        return _memory(data) in self._kept and data.stride(0) != 0
+    def _is_given(self, data: Tensor) -> bool:
+        """Whether it is a tensor of the batch as it came."""
+        memory = _memory(data)
+        return memory not in self._born and memory not in self._kept and data._base is None
+
+    def _is_constant(self, data: Tensor) -> bool:
+        """Whether nothing of the batch is in it, and its rows differ."""
+        memory = _memory(data)
+        if memory in self._of_the_batch or memory not in self._born | self._kept or data.is_meta:
+            return False
+        return not torch.equal(data, data[:1].expand_as(data))
+
+    def _is_flattened(self, data: Tensor) -> bool:
+        """Whether nothing of the batch is in several rows an example."""
+        memory = _memory(data)
+        return memory in self._born - self._of_the_batch and data.shape[0] != self._batch_size
 
     def refuse_doubtful(self) -> None:
         """At the end of the pass.

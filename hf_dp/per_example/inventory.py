@@ -56,9 +56,9 @@ ROUNDS = 4  # a form found in one pair of passes may change what the next pair s
 def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses) -> Inventory:
     """Every trainable parameter, with the operations that use it and the form of its per-example gradient.
 
-    Runs passes on `batch`, which is made up, and on one of another number of the same examples (see `forms`). A parameter that this batch does not use is listed
-    as unused; in training it gets noise alone unless a record uses it. A batch of one example is left to
-    `inventory_of_one`.
+    Runs passes on `batch`, which is made up, and on another number of the same examples (see `forms`). A parameter that
+    this batch does not use is listed as unused; in training it gets noise alone unless a record uses it. A batch of one
+    example is left to `inventory_of_one`.
 
     Raises:
         UnsupportedParameterError: parameters are used without an exact rule, or meet rows of which it stays open
