@@ -164,8 +164,8 @@ def _of_one(subject: Subject, one: Batch, reason: str) -> Inventory:
         raise
     except Exception as error:
         raise ConfigError(
-            f"each example needs a pass of its own ({reason}), and the model does not take one alone ({type(error).__name__}: "
-            f"{first_line(error)}): make it take a batch of one example"
+            f"each example needs a pass of its own ({reason}), and the model does not take one alone "
+            f"({type(error).__name__}: {first_line(error)}): make it take a batch of one example"
         ) from error
 
 

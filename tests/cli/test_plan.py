@@ -1,11 +1,9 @@
-"""`hf-dp plan`: its numbers by another road, its speed, and its picture."""
+"""`hf-dp plan`: its numbers by another road, what it imports, and its picture."""
 
 import dataclasses
-import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
@@ -20,20 +18,16 @@ PUBLISHED = "--num-examples 42061 --expected-batch-size 1024 --epochs 10 --targe
 
 
 def plan(*arguments):
-    start = time.perf_counter()
-    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
-    return done, time.perf_counter() - start
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
 def number(text, name):
     return float(re.search(rf"│ {name} +│ ([\d.e,+-]+) ", text)[1].replace(",", ""))
 
 
-def test_the_published_setting_is_planned_within_seconds_and_within_the_target():
-    done, seconds = plan(*PUBLISHED, "--target-epsilon", 8)
+def test_the_published_setting_is_planned_within_the_target():
+    done = plan(*PUBLISHED, "--target-epsilon", 8)
     assert done.returncode == 0, done.stderr
-    # 5 s on a machine of its own; 2.5 s measured. A machine that others use as well gets three times as long.
-    assert seconds < (15 if os.getloadavg()[0] > 1 else 5)
     sigma, q = number(done.stdout, "noise multiplier sigma"), 1024 / 42061
     assert number(done.stdout, "steps T") == 410
     by_grid = pld.from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=1e-4)
@@ -44,32 +38,30 @@ def test_the_published_setting_is_planned_within_seconds_and_within_the_target()
 
 
 def test_a_noise_multiplier_gives_its_epsilon():
-    done, _ = plan(*PUBLISHED, "--noise-multiplier", 1)
+    done = plan(*PUBLISHED, "--noise-multiplier", 1)
     assert number(done.stdout, "noise multiplier sigma") == 1
     assert 1 < number(done.stdout, "epsilon") < 8
-    done, _ = plan(*PUBLISHED, "--noise-multiplier", 0)
+    done = plan(*PUBLISHED, "--noise-multiplier", 0)
     assert "NOT PRIVATE" in done.stdout
 
 
 def test_steps_in_place_of_epochs():
-    done, _ = plan("--num-examples", 1000, "--expected-batch-size", 100, "--max-steps", 7, "--target-epsilon", 3)
+    done = plan("--num-examples", 1000, "--expected-batch-size", 100, "--max-steps", 7, "--target-epsilon", 3)
     assert number(done.stdout, "steps T") == 7
     assert number(done.stdout, "delta") == 5e-4  # 1000**-1.1 = 5.01e-4, rounded down
 
 
-def test_help_comes_at_once():
-    done, seconds = plan("--help")
-    assert "--target-epsilon" in done.stdout
-    assert seconds < (3 if os.getloadavg()[0] > 1 else 1)  # 0.3 s measured on two busy cores
+SETTINGS = "--num-examples 1000 --expected-batch-size 10 --epochs 1 --noise-multiplier 1".split()
+HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib")
 
 
-def test_planning_imports_nothing_heavy():
+@pytest.mark.parametrize("arguments", [SETTINGS, ["--help"]])
+def test_planning_and_its_help_import_nothing_heavy(arguments):
     code = (
-        "import sys; sys.argv = ['hf-dp', 'plan', '--num-examples', '1000', '--expected-batch-size', '10', "
-        "'--epochs', '1', '--noise-multiplier', '1']\n"
+        f"import sys; sys.argv = {['hf-dp', 'plan', *arguments]}\n"
         "from hf_dp.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print('heavy:', *[m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"
+        f"print('heavy:', *[m for m in {HEAVY} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "heavy:", done.stderr
@@ -98,7 +90,7 @@ def test_planning_imports_nothing_heavy():
     ],
 )
 def test_mistakes_end_in_a_few_lines(arguments, message):
-    done, _ = plan(*arguments)
+    done = plan(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -106,10 +98,10 @@ def test_mistakes_end_in_a_few_lines(arguments, message):
 
 def test_the_picture(tmp_path):
     size = "--num-examples 1000 --expected-batch-size 50 --max-steps 40 --target-epsilon 3".split()
-    done, _ = plan(*size, "--plot", tmp_path / "p.svg")
+    done = plan(*size, "--plot", tmp_path / "p.svg")
     assert done.returncode == 0, done.stderr
     assert "epsilon" in (tmp_path / "p.svg").read_text()
-    done, _ = plan(*size, "--plot", tmp_path / "p.word")
+    done = plan(*size, "--plot", tmp_path / "p.word")
     assert done.returncode == 2
     assert "cannot write the picture" in done.stderr
 

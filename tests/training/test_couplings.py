@@ -28,7 +28,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def random_architecture(seed: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """A stack of layers, in two cases of three with a coupling, and records of one length or several, one an outlier."""
+    """A stack of layers, in two cases of three with a coupling; records of one length or several, one an outlier."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n: int) -> int:

@@ -50,8 +50,8 @@ LEAVES = frozenset(
 FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
 INDEXING = frozenset("__getitem__ __setitem__".split())
 CHANCE = frozenset(
-    "native_dropout fused_dropout bernoulli uniform normal random exponential cauchy geometric log_normal rand randn randint randperm "
-    "rand_like randn_like randint_like multinomial poisson rrelu_with_noise".split()
+    "native_dropout fused_dropout bernoulli uniform normal random exponential cauchy geometric log_normal rand "
+    "randn randint randperm rand_like randn_like randint_like multinomial poisson rrelu_with_noise".split()
 )
 HIDDEN_WRITES = {  # arguments that are written to though the schema does not say so
     "native_batch_norm": ("running_mean", "running_var"),
@@ -156,7 +156,7 @@ class Tracker:
         return (tensor.dim() > 0 and len(tensor) == SIZE) or bool((self.book.read(tensor) & EXAMPLES).all())
 
     def _note_chance(self, call: Call) -> None:
-        """Numbers that examples share tie them to whoever is in their pass: what one adds to the sum then hangs on the others."""
+        """Random numbers that a pass draws for all its examples make each depend on who else is in it."""
         if call.name in CHANCE and not self.in_backward and not self.dropped_are_own:
             of = [*call.results[:1], *call.inputs[:1]]
             if not any(self.is_each_examples_own(t) for t in of):
