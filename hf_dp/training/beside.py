@@ -88,14 +88,15 @@ def _tried(model: nn.Module, losses: Losses, batch: MicroBatch) -> Measured | No
 def _measured(model: nn.Module, losses: Losses, batch: MicroBatch, seed: int = 0) -> Measured:
     """Without dropout, and with the same random numbers for the same seed."""
     seen: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        with undisturbed(model), torch.no_grad():
-            torch.manual_seed(seed)
+    with undisturbed(model), torch.no_grad():
+        torch.manual_seed(seed)
+        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
             found = losses(model, batch).reshape(-1).double().cpu()
-    finally:
-        handle.remove()
-    tensors = {path: leaf for path, leaf in leaves(seen[-1] if seen else {}).items() if isinstance(leaf, Tensor)}
+        finally:
+            handle.remove()
+        # read in here: with the model, the list that its hook holds is put back too
+        tensors = {path: leaf for path, leaf in leaves(seen[-1] if seen else {}).items() if isinstance(leaf, Tensor)}
     return Measured(found, tensors)
 
 
