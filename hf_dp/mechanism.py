@@ -70,8 +70,37 @@ def first_steps(segments: Iterable[Segment], num_steps: int) -> tuple[Segment, .
     return tuple(s for s in found if s.num_steps)
 
 
+class _Noisy:
+    """What follows from the settings of a step, or from those of a whole run: the first level's where it has levels."""
+
+    noise_multiplier: float
+    clip_norm: float
+    noise: str
+    loss_bound: float | None
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the clipped *sum*: sigma x C."""
+        return self.noise_multiplier * self.clip_norm
+
+    @property
+    def sensitivity(self) -> float:
+        """The most, in Euclidean norm, by which one record moves the vector that a step releases; C without metrics."""
+        return self.clip_norm * release_norm(self.loss_bound)
+
+    @property
+    def joint_noise_multiplier(self) -> float:
+        """Noise over the sensitivity of all that a step releases, from which epsilon follows; sigma without metrics."""
+        return self.noise_multiplier / release_norm(self.loss_bound)
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether sums and noise are whole numbers, and each example has a pass of its own."""
+        return self.noise == DISCRETE
+
+
 @dataclass(frozen=True)
-class StepSettings:
+class StepSettings(_Noisy):
     """The settings of one step: those of the whole run, or of the schedule's level that the step belongs to.
 
     The attributes have the names and meanings of `Mechanism`'s.
@@ -84,33 +113,13 @@ class StepSettings:
     noise: str = "gaussian"
     loss_bound: float | None = None
 
-    @property
-    def noise_std(self) -> float:
-        """Standard deviation of the noise on the clipped *sum*: sigma x C."""
-        return self.noise_multiplier * self.clip_norm
-
-    @property
-    def sensitivity(self) -> float:
-        """The most, in Euclidean norm, by which one record moves what the step releases; C without metrics."""
-        return self.clip_norm * release_norm(self.loss_bound)
-
-    @property
-    def joint_noise_multiplier(self) -> float:
-        """Noise over the sensitivity of everything that the step releases; sigma without metrics."""
-        return self.noise_multiplier / release_norm(self.loss_bound)
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether sum and noise are whole numbers."""
-        return self.noise == DISCRETE
-
     def steps(self, num_steps: int) -> Segment:
         """The segment of `num_steps` steps with these settings."""
         return Segment(self.sample_rate, self.joint_noise_multiplier, num_steps, self.noise)
 
 
 @dataclass(frozen=True)
-class Mechanism:
+class Mechanism(_Noisy):
     """DP-SGD as it will run (Abadi et al. 2016, algorithm 1, with Poisson sampling).
 
     Each of `num_steps` steps keeps every one of `num_examples` records with probability `sample_rate`, clips each kept
@@ -155,29 +164,9 @@ class Mechanism:
         return self.expected_batch_size / self.num_examples
 
     @property
-    def noise_std(self) -> float:
-        """Standard deviation of the noise on the clipped *sum*: sigma x C."""
-        return self.noise_multiplier * self.clip_norm
-
-    @property
-    def sensitivity(self) -> float:
-        """The most, in Euclidean norm, by which one record moves the vector that a step releases; C without metrics."""
-        return self.clip_norm * release_norm(self.loss_bound)
-
-    @property
-    def joint_noise_multiplier(self) -> float:
-        """Noise over the sensitivity of everything that a step releases, from which epsilon is computed."""
-        return self.noise_multiplier / release_norm(self.loss_bound)
-
-    @property
     def generator(self) -> str:
         """Where the random bits of sampling and noise come from: "philox" or "chacha20"."""
         return generator_of(self.noise)
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether sums and noise are whole numbers, and each example has a pass of its own."""
-        return self.noise == DISCRETE
 
     @property
     def is_private(self) -> bool:

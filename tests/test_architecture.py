@@ -5,6 +5,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,11 @@ class Import(NamedTuple):
     line: int
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def own_imports(tree: ast.AST) -> Iterator[Import]:
     """Every import of hf_dp's own, within functions too."""
     for node in ast.walk(tree):
@@ -68,9 +74,20 @@ def own_imports(tree: ast.AST) -> Iterator[Import]:
                 yield Import(name, len(rest), names, node.lineno)
 
 
+@cache
+def imports_in(path: Path) -> tuple[Import, ...]:
+    return tuple(own_imports(tree_of(path)))
+
+
+@cache
+def attributes_in(path: Path) -> frozenset[str]:
+    return frozenset(node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute))
+
+
+@cache
 def offered(name: str) -> set[str]:
     """What a room's door offers: `__all__` of its `__init__`."""
-    tree = ast.parse((PACKAGE / name / "__init__.py").read_text())
+    tree = tree_of(PACKAGE / name / "__init__.py")
     for node in tree.body:
         if isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["__all__"]:
             return set(ast.literal_eval(node.value))
@@ -100,7 +117,7 @@ def test_a_room_imports_only_from_those_above_it(source):
     here = room(source)
     if here == "__init__":
         return
-    for there, _, _, line in own_imports(ast.parse(source.read_text())):
+    for there, _, _, line in imports_in(source):
         assert there in ORDER, f"{source.name}:{line} imports hf_dp.{there}, which has no place in ORDER"
         assert ORDER.index(there) <= ORDER.index(here), (
             f"{source.name}:{line}: {here} may not import {there}, which is below it"
@@ -111,7 +128,7 @@ def test_a_room_imports_only_from_those_above_it(source):
 
 
 def test_a_room_is_entered_by_its_door(source):
-    for there, depth, names, line in own_imports(ast.parse(source.read_text())):
+    for there, depth, names, line in imports_in(source):
         if there in WORDS or there == room(source):
             continue
         assert depth == 0, f"{source.name}:{line} imports past the door of {there}: take it from hf_dp.{there}"
@@ -121,9 +138,9 @@ def test_a_room_is_entered_by_its_door(source):
 
 @pytest.mark.parametrize("name", [name for name in ORDER if name not in WORDS])
 def test_a_door_offers_only_what_another_room_takes(name):
-    others = [ast.parse(p.read_text()) for p in SOURCES if room(p) != name]
-    taken = {n for tree in others for there, _, names, _ in own_imports(tree) if there == name for n in names}
-    attributes = {node.attr for tree in others for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    others = [p for p in SOURCES if room(p) != name]
+    taken = {n for path in others for there, _, names, _ in imports_in(path) if there == name for n in names}
+    attributes = {attribute for path in others for attribute in attributes_in(path)}
     assert offered(name) <= taken | attributes | {"main"}
 
 
@@ -132,7 +149,7 @@ def test_no_files_of_a_room_import_each_other_in_a_circle():
     for path in SOURCES:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         graph[module] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom) and path.name != "__init__.py":
                 for alias in node.names:
                     graph[module] |= {str(node.module), f"{node.module}.{alias.name}"}
@@ -150,9 +167,8 @@ def test_the_import_rule_sees_every_way_to_import():
 
 
 def test_files_functions_and_signatures_are_short(source):
-    text = source.read_text()
-    assert len(text.splitlines()) <= MAX_FILE, "a file holds one idea: split it"
-    for function in functions(ast.parse(text)):
+    assert len(source.read_text().splitlines()) <= MAX_FILE, "a file holds one idea: split it"
+    for function in functions(tree_of(source)):
         length = function.end_lineno - function.lineno + 1
         assert length <= MAX_FUNCTION, f"{function.name} has {length} lines"
         exempt = function.name in (VERBS if room(source) == "cli" else MIRRORS)
@@ -162,13 +178,13 @@ def test_files_functions_and_signatures_are_short(source):
 
 
 def test_attributes_are_neither_probed_nor_set_by_name(source):
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(tree_of(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("hasattr", "setattr", "delattr"), f"{source.name}:{node.lineno}: {node.func.id}"
 
 
 def test_every_file_says_what_it_is(source):
-    assert ast.get_docstring(ast.parse(source.read_text())), "the first line says what goes in and what comes out"
+    assert ast.get_docstring(tree_of(source)), "the first line says what goes in and what comes out"
 
 
 @pytest.mark.parametrize("module", LIGHT)

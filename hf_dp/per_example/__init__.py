@@ -26,7 +26,7 @@ from hf_dp.per_example.inventory import Inventory, Row, inventory_of_one, take_i
 from hf_dp.per_example.losses import IGNORED, public_sizes
 from hf_dp.per_example.one_at_a_time import each_alone
 from hf_dp.per_example.outside import hooks_in, refuse_hooks
-from hf_dp.per_example.proof import SIZE, Proof, State, prove, state_put_back
+from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, prove, state_put_back
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
 
@@ -59,6 +59,7 @@ __all__ = [
     "hooks_in",
     "inventory_of_one",
     "is_coupled",
+    "is_sharded",
     "is_tied",
     "leaves",
     "longest_taken",

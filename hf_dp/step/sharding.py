@@ -15,14 +15,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from hf_dp import per_example
 from hf_dp.per_example import MicroBatch
 
 LOADING = "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=number of processes))"
 
 
 def is_sharded(model: object) -> bool:
-    """Whether any parameter lies in parts on several processes."""
-    return isinstance(model, nn.Module) and any(isinstance(p, DTensor) for p in model.parameters())
+    """Whether it is a model of which any parameter lies in parts on several processes."""
+    return isinstance(model, nn.Module) and per_example.is_sharded(model)
 
 
 def counted(parts: Iterable[MicroBatch], device: torch.device) -> tuple[list[MicroBatch], int]:

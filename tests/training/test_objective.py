@@ -518,7 +518,7 @@ def test_what_cannot_be_says_why(model: Any, rows: Any, message: str, tmp_path: 
 
 
 def test_an_infinite_epsilon_is_told_how_to_train_without_privacy() -> None:
-    with pytest.raises(ConfigError, match=r"for training without privacy take transformers\.Trainer"):
+    with pytest.raises(ConfigError, match=r"for training without privacy use transformers\.Trainer"):
         PrivacyConfig(target_epsilon=float("inf"))
 
 

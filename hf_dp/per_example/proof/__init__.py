@@ -2,6 +2,6 @@
 
 from hf_dp.per_example.proof.labels import SIZE
 from hf_dp.per_example.proof.prove import Proof, prove
-from hf_dp.per_example.proof.state import State, state_put_back, untouched
+from hf_dp.per_example.proof.state import State, is_sharded, state_put_back, untouched
 
-__all__ = ["SIZE", "Proof", "State", "prove", "state_put_back", "untouched"]
+__all__ = ["SIZE", "Proof", "State", "is_sharded", "prove", "state_put_back", "untouched"]

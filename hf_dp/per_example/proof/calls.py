@@ -48,7 +48,7 @@ class Call:
 
     def written(self) -> list[Tensor]:
         """The tensors among the arguments that the operation writes to."""
-        return _written(self.func, self.arguments)
+        return written(self.func, self.arguments)
 
     def replay(self, changed: dict[str, Value]) -> Value:
         """The operation itself, on other values for some of its arguments, on the CPU."""
@@ -63,12 +63,8 @@ def plain_name(func: Value) -> str:
     return name if space in ("aten", "prims") else f"{space}::{name}"
 
 
-def written(func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> list[Tensor]:
-    """The tensors that an operation, as it is about to be called, writes to."""
-    return _written(func, bound(func, args, kwargs))
-
-
-def _written(func: Value, arguments: dict[str, Value]) -> list[Tensor]:
+def written(func: Value, arguments: dict[str, Value]) -> list[Tensor]:
+    """The tensors among the arguments, by name, that an operation writes to."""
     writes = (a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     return [t for name in writes for t in tensors_in(arguments[name])]
 

@@ -36,7 +36,7 @@ from hf_dp.per_example.losses import spelt_out
 from hf_dp.per_example.proof import experts
 from hf_dp.per_example.proof.calls import Value, tensors_in
 from hf_dp.per_example.proof.labels import PASSES, SIZE
-from hf_dp.per_example.proof.state import State, state_put_back
+from hf_dp.per_example.proof.state import State, untouched
 from hf_dp.per_example.proof.tracker import Tracker
 
 
@@ -68,7 +68,7 @@ def prove(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor]
     if len(batches) != PASSES:
         raise ValueError(f"expected {PASSES} batches, of {SIZE} examples each; got {len(batches)}")
     with _undisturbed(model) as state:
-        tracker = Tracker(model, state.copy)
+        tracker = Tracker(model)
         backward = False
         for number, batch in enumerate(batches):
             if not _marked(tracker, batch, number):
@@ -93,7 +93,7 @@ def _undisturbed(model: nn.Module) -> Iterator[State]:
         p.grad = None
     try:
         with (
-            state_put_back(model, State(model)) as state,
+            untouched(model) as state,
             torch.random.fork_rng(devices),
         ):
             yield state

@@ -19,11 +19,12 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
-from hf_dp.per_example.proof.calls import Value, written
+from hf_dp.per_example.proof.calls import Value, bound, written
 from hf_dp.per_example.proof.harmless import is_harmless_setting
 from hf_dp.per_example.proof.labels import address
 
@@ -115,6 +116,7 @@ class State:
         self._containers: list[_Kept] = []
         self._tensors: list[_KeptTensor] = []
         self._at: dict[int, list[_KeptTensor]] = {}
+        self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._copied = frozenset(copied)
         self._seen: dict[int, Value] = {}
         modules = list(model.named_modules())
@@ -123,6 +125,12 @@ class State:
             self._module(module, name, lambda key: not key.endswith("_hooks"))
         for name, module in modules:
             self._module(module, name, lambda key: key.endswith("_hooks"))
+
+    def keep(self, name: str, tensor: Tensor, copied: bool = True) -> None:
+        """Notes one tensor more, under a name."""
+        self._tensors.append(_KeptTensor(name, tensor, copied))
+        if id(tensor) in self._own:  # others' memory, such as what sharding gathers, may be freed meanwhile
+            self._at.setdefault(address(_local(tensor)), []).append(self._tensors[-1])
 
     def copy(self, about_to_be_written: Tensor) -> None:
         """Takes a copy of the parameters in the memory that is about to be written to, where there is none yet."""
@@ -166,8 +174,7 @@ class State:
         if isinstance(value, Tensor):
             if value.layout is torch.strided:
                 copied = not isinstance(value, nn.Parameter) or name in self._copied
-                self._tensors.append(_KeptTensor(name, value, copied))
-                self._at.setdefault(address(_local(value)), []).append(self._tensors[-1])
+                self.keep(name, value, copied)
         elif isinstance(value, nn.Module):
             self._module(value, name, lambda key: True)
         elif depth < DEPTH:
@@ -254,11 +261,44 @@ def untouched(model: nn.Module) -> Iterator[State]:
     """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as
     they are written.
     """
+    if is_sharded(model):
+        with _tensors_put_back(model) as state:
+            yield state
+        return
     state = State(model)
     try:
         with torch.compiler.set_stance("force_eager"), _CopyBeforeWrite(state):
             yield state
     finally:
+        state.put_back()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether several processes hold a part of each weight."""
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
+
+
+def _let_go_of_gathered_weights(model: nn.Module) -> None:
+    """A pass without backward leaves whole weights in place of this process's parts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def _tensors_put_back(model: nn.Module) -> Iterator[State]:
+    """Trainable parameters and buffers alone: sharding sets itself up in the first pass, which must stay."""
+    _let_go_of_gathered_weights(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    state = State(nn.Identity())
+    for name, tensor in (*trained, *model.named_buffers()):
+        state.keep(name, tensor)
+    try:
+        yield state
+    finally:
+        _let_go_of_gathered_weights(model)
         state.put_back()
 
 
@@ -272,7 +312,7 @@ class _CopyBeforeWrite(TorchDispatchMode):
     def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         if func._schema.is_mutable:
             with torch._C.DisableTorchFunction():
-                for tensor in written(func, args, kwargs or {}):
+                for tensor in written(func, bound(func, args, kwargs or {})):
                     self._state.copy(tensor)
         return func(*args, **(kwargs or {}))
 
@@ -295,6 +335,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """The same bits: a NaN equals itself, and -0.0 is not 0.0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if a.is_meta or b.is_meta:  # lies elsewhere, as a module's hooks say
+        return a.is_meta == b.is_meta
     first, second = (_local(t).contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return bool(torch.equal(first, second))
 

@@ -7,7 +7,7 @@ kernel).
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dp.per_example.proof.calls import Call, Value, plain_name, tensors_in, written
+from hf_dp.per_example.proof.calls import Call, Value, plain_name, tensors_in
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
 from hf_dp.per_example.proof.labels import (
     EXAMPLES,
@@ -80,8 +80,7 @@ class Tracker:
         in_backward: what follows are gradients, which are summed over examples where they reach trained parameters.
     """
 
-    def __init__(self, model: nn.Module, before_write: Callable[[Tensor], None] = lambda tensor: None) -> None:
-        self._before_write = before_write
+    def __init__(self, model: nn.Module) -> None:
         self.book = Book()
         self.mixes: dict[str, None] = {}
         self.found: dict[str, None] = {}
@@ -126,12 +125,6 @@ class Tracker:
         file, function = _reader()
         if not is_harmless(file, function):
             self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
-
-    def before(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
-        """Tells of a write before it is done."""
-        if func._schema.is_mutable:
-            for tensor in written(func, args, kwargs):
-                self._before_write(tensor)
 
     def after(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], out: Value) -> None:
         """Follows one operation that has been done."""
@@ -269,8 +262,6 @@ class _Operations(TorchDispatchMode):
                 whole = func.decompose(*args, **kwargs)
             if whole is not NotImplemented:
                 return whole
-        with torch._C.DisableTorchFunction():
-            self._tracker.before(func, args, kwargs)
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             self._tracker.after(func, args, kwargs, out)
