@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from hf_dp.errors import CaptureError, UnsupportedParameterError
 from hf_dp.per_example import losses
-from hf_dp.per_example.batches import MicroBatch, unambiguous
+from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.capture import Capture, clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.forms import Forms
+from hf_dp.per_example.inventory import take_inventory
 from tests.support import models as M
 from tests.support import reference
 
@@ -148,13 +150,18 @@ ADAPTERS = {
 
 
 def engine_sum(
-    model: nn.Module, batch: dict[str, Tensor], kind: str, clip_norm: float
+    model: nn.Module, batch: dict[str, Tensor], kind: str, clip_norm: float, forms: Forms | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The engine's clipped sum by parameter name, and the norms."""
     into = {name: torch.zeros_like(p) for name, p in reference.trainable(model).items()}
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     norms, _ = clipped_gradient_sum(
-        model, lambda: losses.LOSSES[kind](model(**inputs), batch["labels"]), len(batch["labels"]), clip_norm, into
+        model,
+        lambda: losses.LOSSES[kind](model(**inputs), batch["labels"]),
+        len(batch["labels"]),
+        clip_norm,
+        into,
+        partial(per_example_factors, forms=forms),
     )
     return into, norms
 
@@ -502,10 +509,9 @@ def test_any_number_of_rows_of_any_length(lengths: list[int], row: str, seed: in
     for i, ids in enumerate(rows):
         batch["input_ids"][i, : len(ids)], batch["labels"][i, : len(ids)] = ids, ids
         batch["attention_mask"][i, : len(ids)] = 1
-    ours = {name: torch.zeros_like(p) for name, p in slow.items()}
-    for part in unambiguous(MicroBatch(batch, len(rows))):
-        for name, g in engine_sum(model, part, "ForCausalLM", 0.05)[0].items():
-            ours[name] += g
+    public = MicroBatch({name: torch.randint(3, M.VOCAB, (3, 5)) for name in ("input_ids", "labels")}, 3)
+    forms = take_inventory(model, public, lambda m, b: losses.LOSSES["ForCausalLM"](m(b["input_ids"]), b["labels"]))
+    ours, _ = engine_sum(model, batch, "ForCausalLM", 0.05, forms.forms)
     assert reference.relative_difference(ours, slow) < EXACT or float(reference.norm(slow)) == 0.0
 
 
