@@ -1,6 +1,10 @@
-"""A trainer's class -> methods of Trainer that it overrides in vain, since private training never calls them."""
+"""A trainer's class -> why it can't be private, or methods that it overrides in vain: private training calls none."""
 
 from collections.abc import Iterator
+
+from transformers import Trainer
+
+from hf_dp.errors import ConfigError
 
 _DRAWS = "batches must be Poisson draws of train_dataset, which no other sampler or loader makes"
 # method of Trainer -> why it is not called, and what to do instead
@@ -15,10 +19,57 @@ NEVER_CALLED = {
     "get_batch_samples": f"{_DRAWS}; drop it",
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
 }
-PREFERENCES = (
-    "its loss compares answers that lie in several rows of a batch. To train on preferences, put a record's answers "
-    "in one row, give it to DPTrainer with a data_collator for such rows, and override example_losses"
+ANSWERS = (
+    "put a record's answers into one row, give it to DPTrainer with a data_collator for such rows, and override "
+    "example_losses(model, inputs), which calls the model once for each answer"
 )
+# words in the names of trl's trainers -> why they are not private by this mixin, and what to do instead
+OF_TRL = {
+    ("GRPO", "RLOO", "Online", "NashMD", "XPO", "PPO", "GMPO", "PAPO", "MiniLLM", "Distill", "GKD", "GOLD"): (
+        "it trains on texts that the model writes while it trains, and compares them over a group; clipping bounds "
+        "records. Let a model write the texts beforehand, and train on those that you choose as records, with "
+        "DPTrainerMixin on trl's SFTTrainer (the prompt's number as PrivacyConfig(unit_column=...))"
+    ),
+    ("KTO",): (
+        "its loss has a term over the whole batch (the divergence of answers from others' prompts); clipping bounds a "
+        f"record's own loss. Leave that term out, or train on pairs: {ANSWERS}"
+    ),
+    ("DPO", "CPO", "ORPO", "TPO", "BCO", "Reward"): (
+        f"its loss is of pairs, whose answers lie in several rows of a batch; clipping bounds one row: {ANSWERS}"
+    ),
+    ("",): (
+        "its loss is of a batch, or its batches are other ones than draws of train_dataset; clipping bounds a record's "
+        "own loss. Give the records to DPTrainer, and override example_losses(model, inputs)"
+    ),
+}
+
+
+def refuse_order(trainer: type, mixin: type) -> None:
+    """Refuses a class in which Trainer stands before the mixin, whose methods would then never be called.
+
+    Raises:
+        ConfigError: with the order that works.
+    """
+    host = next((c for c in trainer.__mro__ if issubclass(c, Trainer) and not issubclass(c, mixin)), None)
+    if host is not None and trainer.__mro__.index(host) < trainer.__mro__.index(mixin):
+        raise ConfigError(
+            f"{trainer.__name__} would train without privacy: put the mixin first, as class {trainer.__name__}("
+            f"{mixin.__name__}, {host.__name__})"
+        )
+
+
+def unfit(trainer: type) -> str:
+    """Why no option or record would make `trainer` private, and what to do instead; "" where there is no such reason.
+
+    Of trl's trainers, only the one for supervised fine-tuning trains on records.
+    """
+    if not issubclass(trainer, Trainer):
+        return f"{trainer.__name__} has no Trainer beside DPTrainerMixin: class Mine(DPTrainerMixin, Trainer)"
+    foreign = next((c for c in trainer.__mro__ if _is_foreign_to_records(c)), None)
+    if foreign is None:
+        return ""
+    why = next(why for words, why in OF_TRL.items() if any(word in foreign.__name__ for word in words))
+    return f"trl's {foreign.__name__}: {why}"
 
 
 def ignored(trainer: type) -> Iterator[str]:
@@ -31,10 +82,7 @@ def ignored(trainer: type) -> Iterator[str]:
             continue
         if method == "training_step" and classes.index(owner) < private:
             continue  # it wraps the private step, and calls it
-        theirs = owner.__module__.startswith("trl.")
-        if theirs and method == "training_step":
-            continue  # it only offloads activations, or its trainer's compute_loss is refused anyway
-        yield f"{owner.__name__}.{method}: it would never be called while training: {PREFERENCES if theirs else remedy}"
+        yield f"{owner.__name__}.{method}: it would never be called while training: {remedy}"
 
 
 def owns(trainer: type, method: str) -> bool:
@@ -54,3 +102,12 @@ def _ours(owner: type) -> bool:
 def _stock(owner: type) -> bool:
     """Trainer itself; and trl's SFTTrainer, whose loss is compared with the one that is trained (see `objective`)."""
     return owner.__module__.startswith("transformers.") or owner.__module__ == "trl.trainer.sft_trainer"
+
+
+def _is_foreign_to_records(owner: type) -> bool:
+    """Whether a class is a trainer of trl's with a loss, batches or steps of its own; supervised fine-tuning is not."""
+    return (
+        owner.__module__.startswith("trl.")
+        and not _stock(owner)
+        and any(method in vars(owner) for method in (*NEVER_CALLED, "train"))
+    )

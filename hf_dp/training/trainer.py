@@ -43,6 +43,7 @@ from hf_dp.step import (
     PrivateStep,
     ReleasedMetrics,
     Session,
+    Spending,
     WeightGuard,
     refuse_foreign_parameters,
     sharding,
@@ -51,12 +52,14 @@ from hf_dp.training import objective as objectives
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, write_card
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
+from hf_dp.training.given import refuse_other_types
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.host import Objective
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.options import check_options, positional_names, without_batch_clipping
+from hf_dp.training.overrides import refuse_order
 from hf_dp.training.passes import Settled, inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
@@ -100,6 +103,10 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     compute_loss_func: Any
     objective: Objective  # chosen at construction with a train_dataset
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_order(cls, DPTrainerMixin)
+
     def __init__(
         self,
         *args: Any,
@@ -111,6 +118,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         **kwargs: Any,
     ) -> None:
         options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
+        refuse_other_types(privacy, options.get("args"), audit, micro_batch_tokens, check_records)
         training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
         others = {k: v for k, v in options.items() if k != "args"} | {"trainer": type(self)}
         check_options(training, public_eval=privacy.public_eval, **others)
@@ -141,10 +149,13 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
     def privacy_spent(self) -> PrivacySpent:
-        """(epsilon, delta) claimed of the training in this output folder: 0 before the first step, then the plan's."""
-        mechanism = self._planned()
+        """(epsilon, delta) claimed of the training in this output folder: 0 before the first step, then the plan's.
+
+        Raises:
+            LedgerError: another session's ledger lies in the folder, and is damaged.
+        """
         if self._run is None:
-            return PrivacySpent(0.0, mechanism.delta, 0)
+            return Spending.noted(self._planned(), Path(self.args.output_dir)).total()
         return self._run.spent()
 
     def audit_result(self) -> dict[str, object]:
@@ -242,6 +253,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             raise ConfigError(
                 "hyperparameter search spends privacy that nobody accounts for: train once, with fixed settings"
             )
+        self._planned()
         self._settle()
         self._refuse_side_doors()
         refuse_unusable_records(self)
