@@ -3,6 +3,7 @@
 from hf_dp.training.evaluation import STEPS_TAKEN
 from hf_dp.training.loop import PrivateLoop, plan
 from hf_dp.training.options import REFUSED, check_options
+from hf_dp.training.progress import print_plan_of
 from hf_dp.training.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "PrivateLoop",
     "check_options",
     "plan",
+    "print_plan_of",
 ]
