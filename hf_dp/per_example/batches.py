@@ -5,7 +5,7 @@ tensor. A leaf is anything in a batch that is not a mapping, tuple or list of fu
 indices that lead to it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -48,26 +48,14 @@ class MicroBatch(Batch):
             return self
         return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, size)
 
+    def first(self, count: int) -> "MicroBatch":
+        """The first `count` examples; beyond the last one, the first ones again."""
+        where = [i % self.size for i in range(count)]
+        return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, count)
+
     def mapped(self, change: Callable[[Batch], Batch]) -> "MicroBatch":
         """The same examples after `change` was applied to the batch as a whole, for example to move it to a device."""
         return MicroBatch(change(dict(self)), self.size)
-
-
-def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
-    """Cuts the batch into parts whose number of examples differs from all other dimensions of their tensors.
-
-    The per-example rules recognise the examples by the size of the leading dimension. With 32 examples of 32 tokens,
-    relative positions [T, T], or a layer that puts the sequence first, could be taken for examples; in parts of 31 and
-    1 they cannot. A single example is never ambiguous, because autograd's own gradient is used for it.
-    """
-    others = {n for leaf in leaves(batch).values() if isinstance(leaf, Tensor) for n in leaf.shape[1:]}
-    start = 0
-    while start < batch.size:
-        part = batch.size - start
-        while part > 1 and part in others:
-            part -= 1
-        yield batch.rows(slice(start, start + part))
-        start += part
 
 
 def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:
@@ -159,14 +147,16 @@ def _joined_tensors(tensors: list[Tensor], path: Path, paddings: Mapping[Path, P
     return torch.cat(tensors)
 
 
-def _sliced(value: Leaf, where: slice) -> Leaf:
+def _sliced(value: Leaf, where: slice | list[int]) -> Leaf:
     if isinstance(value, Mapping):
         return {key: _sliced(member, where) for key, member in value.items()}
     if isinstance(value, Tensor):
         return value[where]
     if _is_sequence_of_fields(value):
         return [_sliced(member, where) for member in value]
-    return value[where] if isinstance(value, (tuple, list)) else value
+    if not isinstance(value, (tuple, list)):
+        return value
+    return value[where] if isinstance(where, slice) else type(value)(value[i] for i in where)
 
 
 def _is_sequence_of_fields(value: Leaf) -> bool:

@@ -19,6 +19,7 @@ from hf_dp.per_example import norms
 from hf_dp.per_example.clipping import clip_factors
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
+from hf_dp.per_example.forms import Forms, Key, Use
 from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
@@ -38,12 +39,20 @@ class Capture:
         operations: parameter name -> the operations that used it, in order.
         refusals: (parameter, operation) pairs without an exact rule. If `collecting`, they are noted here instead of
             raised.
+        seen: the uses in which it had to be decided whether rows are the examples'.
+
+    Args:
+        batch_size: B.
+        collecting: to take an inventory.
+        forms: whether rows are the examples', as far as an inventory has found it.
     """
 
     apply_rule = staticmethod(apply_rule)  # proxies call the rules through their capture, which imports both
 
-    def __init__(self, batch_size: int, *, collecting: bool = False) -> None:
+    def __init__(self, batch_size: int, forms: Forms, *, collecting: bool = False) -> None:
         self.batch_size = batch_size
+        self.seen: dict[Key, list[Use]] = {}
+        self._forms = forms
         self.anchor = torch.zeros((), requires_grad=True)
         self.recorded: dict[str, list[Factor]] = {}
         self.operations: dict[str, dict[str, None]] = {}
@@ -62,6 +71,38 @@ class Capture:
     def used(self, parameter: str, operation: str) -> None:
         """Notes that an operation with a rule uses `parameter`."""
         self.operations.setdefault(parameter, {})[operation] = None
+
+    def leads(self, parameter: str, operation: str, shape: Sequence[int], *, flat: bool = False) -> bool:
+        """Whether the rows that `parameter` meets are the examples'.
+
+        Args:
+            parameter: its name.
+            operation: in which they meet.
+            shape: of the rows, or what the parameter is repeated to.
+            flat: a matrix may have several rows an example, one after the other.
+
+        Raises:
+            CaptureError: they cannot be what the inventory found.
+        """
+        if not shape or (shape[0] == 1 and len(shape) > 1):
+            return False
+        flat = flat and len(shape) == 2
+        fits = shape[0] % self.batch_size == 0 if flat else shape[0] == self.batch_size
+        led = self._noted((parameter, operation, len(shape)), fits)
+        if self._collecting:
+            self.seen.setdefault((parameter, operation, len(shape)), []).append(Use(shape[0], flat, led))
+        return led
+
+    def _noted(self, key: Key, fits: bool) -> bool:
+        led = self._forms.get(key)
+        if self._collecting and (led is None or (led and not fits)):
+            return fits
+        if led is None or (led and not fits):
+            raise CaptureError(
+                f"{key[0]} is used by {key[1]} as it was not on public records, so that it cannot be told which rows "
+                f"are the examples': {REMEDY}"
+            )
+        return led
 
     def record(self, parameter: str, factor: Factor) -> None:
         """Records one use of `parameter`, from a tap's backward; materialised now if that is cheaper (see `cost`)."""
@@ -139,7 +180,12 @@ def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) 
 
 
 def per_example_factors(
-    model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, *, capture: Capture | None = None
+    model: nn.Module,
+    example_losses: Callable[[], Tensor],
+    batch_size: int,
+    *,
+    capture: Capture | None = None,
+    forms: Forms | None = None,
 ) -> tuple[dict[str, list[Factor]], Tensor]:
     """One forward and backward pass.
 
@@ -148,19 +194,27 @@ def per_example_factors(
         example_losses: runs the forward pass and returns one loss an example, [B].
         batch_size: B.
         capture: the record to fill, of batch size B.
+        forms: of the model's inventory (`take_inventory(...).forms`). One example needs none.
 
     Returns:
         Parameter name -> factors of its per-example gradients; and the losses [B], detached.
 
     Raises:
         UnsupportedParameterError: an operation that uses a parameter has no rule.
-        CaptureError: the losses are not [B], or a parameter is used from elsewhere than its module.
+        CaptureError: the losses are not [B], a parameter is used from elsewhere than its module, or it is not known
+            which rows are the examples'.
     """
     if batch_size == 1 and capture is None:
         return _single_example(model, example_losses)
-    capture = capture or Capture(batch_size)
+    if capture is None and forms is None:
+        raise CaptureError(
+            f"a pass of {batch_size} examples needs the forms of the model's inventory: give `per_example_factors` "
+            "forms=take_inventory(model, batch, example_losses).forms"
+        )
+    capture = capture or Capture(batch_size, forms or {})
+    stand_in = lambda name, p: ParameterProxy.of(p, name, capture)  # noqa: E731
     try:
-        with borrowed(model, lambda name, p: ParameterProxy.of(p, name, capture)) as lent, torch.enable_grad():
+        with borrowed(model, stand_in) as lent, torch.enable_grad():
             losses = _checked(example_losses(), batch_size)
             _backward(losses)
         capture.refuse_hidden(lent.strays)

@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dp.per_example.operations import linear
+from hf_dp.per_example.operations import project
 from hf_dp.per_example.proxy import ParameterProxy, proxies_in
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b, through a tap if weight or bias is trained."""
-    result = linear(x, weight, bias) if proxies_in((weight, bias)) else F.linear(x, weight, bias)
-    assert result is not None
-    return result
+    return project(x, weight, bias) if proxies_in((weight, bias)) else F.linear(x, weight, bias)
 
 
 def multi_head_attention(

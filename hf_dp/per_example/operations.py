@@ -34,11 +34,30 @@ def _to_dtype(dtype: torch.dtype, *operands: Value) -> tuple[Value, ...]:
 
 def linear(input: Value, weight: Value, bias: Value = None) -> Tensor | None:
     """y = x W^T + b, in any layout with the examples in front."""
-    if isinstance(input, ParameterProxy) or (input.dim() > 2 and input.shape[0] == 1):
+    if isinstance(input, ParameterProxy):
+        return None
+    led = _leads("linear", proxies_in((weight, bias))[0], input, flat=True)
+    if not led and not input.requires_grad:
         return None  # one input for all examples: the result is on the parameters' side too
+    return _tapped(input, weight, bias, led)
+
+
+def project(input: Tensor, weight: Value, bias: Value = None) -> Tensor:
+    """`linear` for inputs of the examples; others are refused in backward."""
+    return _tapped(input, weight, bias, _leads("linear", proxies_in((weight, bias))[0], input, flat=True))
+
+
+def _tapped(input: Tensor, weight: Value, bias: Value, led: bool) -> Tensor:
     x, w, b = autocast(input, weight, bias)
     capture = proxies_in((weight, bias))[0].capture
-    result: Tensor = LinearTap.apply(x, capture.anchor, plain(w), plain(b), capture.batch_size, _sink(w), _sink(b))
+    batch = capture.batch_size if led else None
+    result: Tensor = LinearTap.apply(x, capture.anchor, plain(w), plain(b), batch, _sink(w), _sink(b))
+    return result
+
+
+def _leads(operation: str, w: ParameterProxy, data: Tensor, *, flat: bool = False) -> bool:
+    """Whether the rows of `data`, which meets the parameter `w`, are the examples'; see `forms`."""
+    result: bool = w.capture.leads(w.parameter, operation, data.shape, flat=flat)
     return result
 
 
@@ -60,9 +79,9 @@ def matmul(input: Value, other: Value) -> Tensor | None:
         result = linear(data.transpose(-1, -2), w) if data.dim() > 2 else None
         return None if result is None else result.transpose(-1, -2)
     batch = w.capture.batch_size
-    if data.shape[0] != batch or not (2 < w.dim() < data.dim() or (w.dim() == data.dim() and w.shape[0] == 1)):
+    if not (2 < w.dim() < data.dim() or (w.dim() == data.dim() and w.shape[0] == 1)) or not _leads("matmul", w, data):
         return None
-    wide = expand(w, batch, *[1] * (data.dim() - w.dim() - 1), *(w.shape if w.dim() < data.dim() else w.shape[1:]))
+    wide = _expanded(w, batch, *[1] * (data.dim() - w.dim() - 1), *(w.shape if w.dim() < data.dim() else w.shape[1:]))
     return None if wide is None else torch.matmul(data, wide) if w is other else torch.matmul(wide, data)
 
 
@@ -79,27 +98,30 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
-    """A lookup in a table. Positions that all examples share (leading dimension not B) stay on the parameter's side."""
+    """A lookup in a table. Positions that all examples share stay on the parameter's side."""
     if not isinstance(weight, ParameterProxy):
         return None
-    capture = weight.capture
     if max_norm is not None or scale_grad_by_freq:
         return _refuse(
             weight, "embedding with max_norm or scale_grad_by_freq", lambda: F.embedding(input, plain(weight))
         )
-    if input.shape[0] == capture.batch_size:
-        padding = None if padding_idx is None else padding_idx % weight.shape[0]
-        result: Tensor = EmbeddingTap.apply(input, capture.anchor, weight.plain_values, padding, weight.sink)
-        return result
+    if _leads("embedding", weight, input):
+        return _looked_up(input, weight, None if padding_idx is None else padding_idx % weight.shape[0])
     return derive_any([weight], lambda table: F.embedding(input, table, padding_idx))
+
+
+def _looked_up(index: Tensor, table: ParameterProxy, padding: int | None = None) -> Tensor:
+    capture = table.capture
+    result: Tensor = EmbeddingTap.apply(index, capture.anchor, table.plain_values, padding, table.sink)
+    return result
 
 
 def getitem(input: Value, index: Value) -> Tensor | None:
     """w[index] with a row of whole numbers for each example, [B, T]: a lookup."""
     rows = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) and index.dim() > 1
-    if not rows or not isinstance(input, ParameterProxy) or input.dim() != 2 or len(index) != input.capture.batch_size:
+    if not rows or not isinstance(input, ParameterProxy) or input.dim() != 2:
         return None
-    return embedding(index % len(input), input)
+    return _looked_up(index % len(input), input) if _leads("getitem", input, index) else None
 
 
 def embedding_bag(input: Tensor, weight: Value, offsets: Value = None, *args: Value, **kwargs: Value) -> Tensor | None:
@@ -122,13 +144,15 @@ def layer_norm(
     """LayerNorm with a trainable scale, shift, or both; in float32 under autocast, as in PyTorch."""
     if isinstance(input, ParameterProxy) or weight is None:
         return None
+    led = _leads("layer_norm", proxies_in((weight, bias))[0], input, flat=weight.dim() == 1)
+    if not led and not input.requires_grad:
+        return None
     x, w, b = input, weight, bias
     if torch.is_autocast_enabled(x.device.type):
         x, w, b = _to_dtype(torch.float32, x, w, b)
     capture = proxies_in((weight, bias))[0].capture
-    result: Tensor = LayerNormTap.apply(
-        x, capture.anchor, plain(w), plain(b), eps, capture.batch_size, _sink(w), _sink(b)
-    )
+    batch = capture.batch_size if led else None
+    result: Tensor = LayerNormTap.apply(x, capture.anchor, plain(w), plain(b), eps, batch, _sink(w), _sink(b))
     return result
 
 
@@ -178,7 +202,11 @@ def _shift(data: Tensor, w: ParameterProxy, scale: float) -> Tensor:
 def expand(input: Value, *sizes: Value) -> Tensor | None:
     """One value repeated for each example (class tokens, prompts): x.expand(B, ...), x.repeat(B, 1, ...)."""
     shape = _sizes(sizes)
-    wide = _for_each(input, len(shape)) if shape and _leads(input, shape) else None
+    return _expanded(input, *shape) if _is_for_each("expand", input, shape) else None
+
+
+def _expanded(w: ParameterProxy, *shape: int) -> Tensor | None:
+    wide = _for_each(w, len(shape))
     return None if wide is None else wide.expand(-1, *shape[1:])
 
 
@@ -187,7 +215,7 @@ def repeat(input: Value, *sizes: Value) -> Tensor | None:
     it.
     """
     shape = _sizes(sizes)
-    if not shape or not _leads(input, shape):
+    if not _is_for_each("repeat", input, shape):
         return None
     wide = _for_each(input, len(shape))
     if wide is not None:
@@ -200,9 +228,11 @@ def _sizes(sizes: tuple[Value, ...]) -> tuple[int, ...]:
     return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
 
 
-def _leads(input: Value, shape: tuple[int, ...]) -> bool:
+def _is_for_each(operation: str, input: Value, shape: tuple[int, ...]) -> bool:
     """Whether the first of the sizes that a parameter is repeated to is the number of examples."""
-    return isinstance(input, ParameterProxy) and shape[0] == input.capture.batch_size and len(shape) >= input.dim()
+    if not isinstance(input, ParameterProxy) or len(shape) < max(1, input.dim()):
+        return False
+    return bool(input.capture.leads(input.parameter, operation, shape))
 
 
 def _for_each(w: ParameterProxy, dims: int) -> Tensor | None:
@@ -237,12 +267,16 @@ def conv2d(
     if isinstance(padding, str) or groups != 1:
         return example_by_example(F.conv2d, input, weight, bias, stride, padding, dilation, groups)
     kernel = tuple(weight.shape[2:])
+    w, positions = (
+        proxies_in((weight, bias))[0],
+        (*input.shape[:1], *input.shape[2:]),
+    )  # channels are no rows of anything
+    led = w.capture.leads(w.parameter, "conv2d", positions)
     flat = (
         derive(weight, lambda w: w.flatten(1), unchanged) if isinstance(weight, ParameterProxy) else weight.flatten(1)
     )
     patches = F.unfold(input, kernel, dilation, padding, stride).transpose(1, 2)
-    out = linear(patches, flat, bias)
-    assert out is not None
+    out = _tapped(patches, flat, bias, led)
     size, pad, dil, step = (torch.Size(_pair(v)) for v in (tuple(input.shape[2:]), padding, dilation, stride))
     height, width = ((size[i] + 2 * pad[i] - dil[i] * (kernel[i] - 1) - 1) // step[i] + 1 for i in (0, 1))
     return out.transpose(1, 2).unflatten(2, (height, width))
@@ -253,7 +287,8 @@ def example_by_example(func: Callable[..., Value], *args: Value, **kwargs: Value
     proxies = proxies_in((args, kwargs))
     capture = proxies[0].capture
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not isinstance(v, ParameterProxy)]
-    data = [t for t in tensors if t.dim() and t.shape[0] == capture.batch_size and (t.requires_grad or t is tensors[0])]
+    mapped = [t for t in tensors if t.requires_grad or t is tensors[0]]
+    data = [t for t in mapped if capture.leads(proxies[0].parameter, func.__name__, t.shape)]
     if not data or any(t.requires_grad and not any(t is d for d in data) for t in tensors):
         return None
     return _through_any_tap(func, args, kwargs, data)
@@ -287,9 +322,9 @@ def einsum(equation: Value, *operands: Value) -> Tensor | None:
     if not isinstance(equation, str) or "->" not in equation or "." in equation:
         return None
     terms, result = equation.replace(" ", "").split("->")
-    batch, letter = proxies_in(list(values))[0].capture.batch_size, result[:1]
+    w, letter = proxies_in(list(values))[0], result[:1]
     for term, value in zip(terms.split(","), values, strict=True):
-        own = not isinstance(value, ParameterProxy) and term[:1] == letter and len(value) == batch
+        own = not isinstance(value, ParameterProxy) and term[:1] == letter and _leads("einsum", w, value)
         if not letter or (
             not own and (letter in term or (value.requires_grad and not isinstance(value, ParameterProxy)))
         ):
@@ -331,19 +366,15 @@ def to_float(input: Value) -> Tensor | None:
 
 
 def _meets_data(data: Value, w: Value) -> bool:
-    """Whether an elementwise operand carries the examples: it leads with B where `w` has one row or none, or with B*T
-    for [B*T, k].
+    """Whether an elementwise operand carries the examples: in front, where `w` has one row or none; or, for a vector
+    `w`, flattened with their positions, [B*T, k].
     """
     if not isinstance(w, ParameterProxy) or not isinstance(data, Tensor) or isinstance(data, ParameterProxy):
         return False
-    shape, batch = torch.broadcast_shapes(data.shape, w.shape), w.capture.batch_size
-    if len(shape) == 2 and w.dim() == 1 and data.shape == shape and shape[0] % batch == 0:
-        return True
-    return (
-        data.dim() == len(shape)
-        and shape[:1] == data.shape[:1] == (batch,)
-        and (w.dim() < len(shape) or w.shape[0] == 1)
-    )
+    shape = torch.broadcast_shapes(data.shape, w.shape)
+    if data.dim() != len(shape) or shape[:1] != data.shape[:1] or not (w.dim() < len(shape) or w.shape[:1] == (1,)):
+        return False
+    return _leads("elementwise", w, data, flat=w.dim() == 1 and data.shape == shape)
 
 
 def for_each_example(func: Callable[..., Value], *args: Value, **kwargs: Value) -> Value:
@@ -354,7 +385,7 @@ def for_each_example(func: Callable[..., Value], *args: Value, **kwargs: Value) 
             return type(value)(widen(v) for v in value)
         if not isinstance(value, ParameterProxy) or value.dim() == 0 or value.shape[0] != 1:
             return value
-        return expand(value, value.capture.batch_size, *value.shape[1:])
+        return _expanded(value, value.capture.batch_size, *value.shape[1:])
 
     wide = [widen(v) for v in args], {k: widen(v) for k, v in kwargs.items()}
     stack = [*wide[0], *wide[1].values()]

@@ -124,5 +124,5 @@ RANDOM = frozenset(
 PARAMETER_SIDE = frozenset(
     "clone contiguous t T mT transpose permute view reshape flatten unflatten unsqueeze squeeze movedim swapaxes "
     "expand getitem select narrow index_select neg mul multiply add sub rsub truediv div rdiv "
-    "linear matmul embedding layer_norm tanh relu gelu silu sigmoid".split()
+    "linear addmm matmul embedding layer_norm tanh relu gelu silu sigmoid".split()
 )

@@ -49,7 +49,7 @@ def self_check(
     collated: Sequence[Batch],
     example_losses: ExampleLosses,
     clip_norm: float,
-    factors_of: Pass = per_example_factors,
+    factors_of: Pass,
     one_a_pass: bool = False,
 ) -> Report:
     """Compares a batch's gradients with those of its examples alone, and clipped sums of neighbouring batches.
@@ -72,29 +72,31 @@ def self_check(
     model.train()
     try:
         with torch.random.fork_rng(devices=_devices(model)), ExitStack() as stack:
-            if factors_of is per_example_factors or _draws(model, alone[0], example_losses):
+            plain = getattr(factors_of, "func", factors_of) is per_example_factors  # compiled blocks are not
+            if plain or _draws(model, alone[0], example_losses):
                 stack.enter_context(_NoDropout())
             _refuse_what_is_written(model, alone, example_losses)
             if one_a_pass:
                 return Report(difference=0.0, tolerance=0.0, sensitivity=1.0)
-            with untouched(model) if factors_of is per_example_factors else state_put_back(model):
+            with untouched(model) if plain else state_put_back(model):
                 return _compare(model, batch, alone, example_losses, clip_norm, factors_of)
     finally:
         model.train(was_training)
 
 
-def is_coupled(model: nn.Module, collated: Sequence[Batch], example_losses: ExampleLosses) -> bool:
+def is_coupled(model: nn.Module, collated: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass) -> bool:
     """Whether an example's gradient in the batch differs from that alone by more than rounding, or is not finite.
 
     Args:
         model: unwrapped; left as it was.
         collated: as for `self_check`, with several examples in the whole.
         example_losses: (model, batch) -> one loss an example.
+        factors_of: what will do the passes over several examples.
     """
     whole, *alone = collated
     batch = whole if isinstance(whole, MicroBatch) else MicroBatch(whole, len(alone))
     with undisturbed(model):
-        difference = _difference(model, batch, alone, example_losses, per_example_factors)
+        difference = _difference(model, batch, alone, example_losses, factors_of)
     return not difference <= TOLERANCE[precision(model)]
 
 

@@ -21,11 +21,12 @@ Sink: TypeAlias = Callable[[Factor | None], None]
 Context: TypeAlias = Any  # of an autograd function: forward keeps in it, as attributes, what backward needs
 
 
-def by_example(x: Tensor, batch: int) -> Tensor | None:
-    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k]; None if the examples are not in front."""
-    if x.shape[0] == batch or (x.dim() == 2 and x.shape[0] % batch == 0):
-        return x.reshape(batch, -1, x.shape[-1])
-    return None
+def by_example(x: Tensor, batch: int | None) -> Tensor | None:
+    """[B, ..., k], or [B*T, k] flattened example by example -> [B, T, k]; None if `batch` is.
+
+    Whether the examples are in front is never read off a size here: the rule that applies a tap knows it.
+    """
+    return None if batch is None else x.reshape(batch, -1, x.shape[-1])
 
 
 class LinearTap(torch.autograd.Function):
@@ -33,9 +34,15 @@ class LinearTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, batch: int, *sinks: Sink | None
+        ctx: Context,
+        x: Tensor,
+        anchor: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: int | None,
+        *sinks: Sink | None,
     ) -> Tensor:
-        """`sinks`: of the weight and of the bias, None where that one is frozen."""
+        """`batch`: None if the examples are not in front. `sinks`: of weight and bias, None where frozen."""
         ctx.batch, (ctx.weight_sink, ctx.bias_sink) = batch, sinks
         ctx.save_for_backward(x if ctx.weight_sink else None, weight)
         y = F.linear(x, weight, bias)
@@ -127,10 +134,10 @@ class LayerNormTap(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
-        batch: int,
+        batch: int | None,
         *sinks: Sink | None,
     ) -> Tensor:
-        """`sinks`: of weight and bias, None where frozen."""
+        """`batch`: None if the examples are not in front. `sinks`: of weight and bias, None where frozen."""
         ctx.batch = batch
         out, mean, rstd = torch.native_layer_norm(x, list(weight.shape), weight, bias, eps)
         ctx.weight_sink, ctx.bias_sink = sinks
@@ -185,17 +192,15 @@ class AnyTap(torch.autograd.Function):
         return None, None, None, *([None] * count), *inputs
 
 
-def summed(g: Tensor, shape: torch.Size, batch: int) -> Dense | None:
+def summed(g: Tensor, shape: torch.Size, batch: int | None) -> Dense | None:
     """[B, ...] -> [B, *shape]: the sum over the positions along which a tensor of `shape` was broadcast.
 
-    The sum is in float32 or better. `g` may also be [B*T, k], flattened example by example. None if the examples are
-    not in front.
+    The sum is in float32 or better. `g` may also be [B*T, k], flattened example by example. None if `batch` is.
     """
+    if batch is None:
+        return None
     if g.shape[0] != batch:
-        flattened = by_example(g, batch)
-        if flattened is None:
-            return None
-        g = flattened
+        g = g.reshape(batch, -1, g.shape[-1])
     padded = (1,) * (g.dim() - len(shape)) + tuple(shape)
     axes = [i for i in range(1, g.dim()) if padded[i] == 1 and g.shape[i] != 1]
     total = g.sum(axes, dtype=wide(g)) if axes else g.to(wide(g))

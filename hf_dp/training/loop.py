@@ -6,6 +6,7 @@ an error before the weights change.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from hf_dp.per_example import (
     MicroBatch,
     Record,
     hooks_in,
+    per_example_factors,
     records_of_the_same_shape,
     self_check,
 )
@@ -236,11 +238,15 @@ class PrivateLoop:
         self.model.train()
         subject = Subject(self.model, self._losses, collation, collation.tried, self._on_device)
         with taken_by_the_model():
-            _, reason = examined(subject, "noise='discrete'" if self.mechanism.is_discrete else "")
+            rows, reason = examined(subject, "noise='discrete'" if self.mechanism.is_discrete else "")
             batches = subject.batches(collation.tried)
-            self_check(self.model, batches, self._losses, self.mechanism.clip_norm, one_a_pass=bool(reason))
+            factors_of = partial(per_example_factors, forms=rows.forms)
+            what = self.model, batches, self._losses, self.mechanism.clip_norm, factors_of
+            self_check(*what, one_a_pass=bool(reason))
         copied = written_by(self.model, self._losses, batches[1]) if reason else ()
-        passes = Passes(self._losses, self._device, self._on_device, alone=bool(reason), copied=copied)
+        passes = Passes(
+            self._losses, self._device, self._on_device, factors_of=factors_of, alone=bool(reason), copied=copied
+        )
         self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
 
     def _on_device(self, batch: Batch) -> Batch:

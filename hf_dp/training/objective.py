@@ -31,6 +31,7 @@ from hf_dp.per_example import (
     losses,
     per_example_factors,
     precision,
+    tied_members,
     undisturbed,
 )
 from hf_dp.per_example import (
@@ -77,6 +78,8 @@ def choose(trainer: PrivateTrainer) -> Objective:
     try:
         with as_in_training(trainer):
             found = _chosen(trainer, alone)
+            if trainer.compute_loss_func is not None:
+                found = found._replace(tied=_tied_outputs(trainer))
     except (HfDpError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -103,6 +106,23 @@ def _chosen(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
     return found if _host_agrees(trainer, found, alone[0]) else _loss_of_the_host(trainer)
 
 
+def _tied_outputs(trainer: PrivateTrainer) -> frozenset[str]:
+    """The names of the outputs that have one row an example; none where made-up records do not share a batch."""
+    whole = trainer._synthetic_batches()[0]
+    if whole.size == 1:
+        return frozenset()
+    some, found = whole.first(whole.size - 1 if whole.size > 2 else 3), []
+    for batch in (whole, some):
+        inputs = dict(batch)
+        labels = _taken(inputs, trainer.label_names)
+        try:
+            with undisturbed(trainer.model), torch.no_grad():
+                found.append(trainer.model(**inputs, **_decoder_reads(trainer, inputs, labels)))
+        except Exception:  # the model does not take several examples, so that each will have a pass of its own
+            return frozenset()
+    return tied_members(found[0], found[1], whole.size, some.size)
+
+
 def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batch) -> Tensor:
     """One loss an example, [B], multiplied by its class's weight if the trainer has class weights."""
     if kind == YOURS:  # an override that calls ours
@@ -115,7 +135,7 @@ def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batc
         if kind == FUNCTION:
             size = given.size if isinstance(given, MicroBatch) else len(leaves({"labels": labels}).popitem()[1])
             outputs = model(**inputs, **_decoder_reads(trainer, inputs, labels))
-            found = each_alone(trainer.compute_loss_func, outputs, labels, size)
+            found = each_alone(trainer.compute_loss_func, outputs, labels, size, trainer.objective.tied)
         else:
             found = _from_labels(trainer, kind, model, inputs, labels)
     weights = trainer.class_weights

@@ -7,6 +7,7 @@ independent.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle, islice
 from typing import NamedTuple
 
@@ -17,10 +18,10 @@ from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.per_example import (
     SIZE,
     Batch,
+    Inventory,
     MicroBatch,
     Proof,
     Record,
-    Row,
     State,
     inventory_of_one,
     is_coupled,
@@ -83,7 +84,7 @@ def _settings(trainer: PrivateTrainer) -> tuple[object, ...]:
     return trainer.args.to_dict(), list(trainer.label_names)
 
 
-def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
+def inventory_and_reason(trainer: PrivateTrainer) -> tuple[Inventory, str]:
     """How each parameter's per-example gradient is formed, and why each example has a pass of its own, or "".
 
     Raises:
@@ -96,7 +97,8 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[list[Row], str]:
         if reason:
             return rows, reason
         batches = subject.batches()
-        if not is_coupled(subject.model, batches, subject.example_losses):
+        factors_of = partial(per_example_factors, forms=rows.forms)
+        if not is_coupled(subject.model, batches, subject.example_losses, factors_of):
             return rows, ""
         refuse_comparing(subject.model, of_a_batch(trainer), batches[1:])
         return _of_one(subject, batches[1], COUPLED), COUPLED
@@ -110,7 +112,7 @@ def subject_of(trainer: PrivateTrainer) -> Subject:
 
 def examined(
     subject: Subject, known: str = "", of_several: Callable[[nn.Module, Batch], Tensor] | None = None
-) -> tuple[list[Row], str]:
+) -> tuple[Inventory, str]:
     """The inventory, and why a pass holds one example: `known` where that is known beforehand, else what is found; ""
     for no reason.
 
@@ -134,7 +136,7 @@ def examined(
     return rows, reason
 
 
-def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], known: str) -> tuple[list[Row], str]:
+def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], known: str) -> tuple[Inventory, str]:
     one, reason = alone[0], known or subject.collation.apart or ""
     if reason:
         return _of_one(subject, one, reason), reason
@@ -155,7 +157,7 @@ def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], 
     return _of_one(subject, one, reason), reason
 
 
-def _of_one(subject: Subject, one: Batch, reason: str) -> list[Row]:
+def _of_one(subject: Subject, one: Batch, reason: str) -> Inventory:
     """The inventory where each example has a pass of its own, for that reason."""
     try:
         return inventory_of_one(subject.model, one, subject.example_losses)

@@ -1,5 +1,6 @@
 """A trainer's settings, options and records -> its mechanism and its passes; a check that records stay as planned."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hf_dp import accounting
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError, UnsupportedOptionError
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import CompiledBlocks, Pass, Row, per_example_factors
+from hf_dp.per_example import CompiledBlocks, Inventory, Pass, per_example_factors
 from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import Groups, groups_by
 from hf_dp.step import is_sharded
@@ -64,14 +65,14 @@ def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups |
         )
 
 
-def passes_for(model: nn.Module, inventory: list[Row], args: TrainingArguments, *, alone_because: str) -> Pass:
+def passes_for(model: nn.Module, inventory: Inventory, args: TrainingArguments, *, alone_because: str) -> Pass:
     """What forms the per-example factors; with compiled blocks if `TrainingArguments` ask for them.
 
     Raises:
         UnsupportedOptionError: as `CompiledBlocks`; or an option does not go together with compiling.
     """
     if not args.torch_compile:
-        return per_example_factors
+        return partial(per_example_factors, forms=inventory.forms)
     against = {
         f"one example a pass ({alone_because})": bool(alone_because),
         "gradient_checkpointing": args.gradient_checkpointing

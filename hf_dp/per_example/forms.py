@@ -1,0 +1,55 @@
+"""Whether the rows that a trained parameter meets are the examples', or shared by all: found once on public records,
+and never read off a size, which may coincide.
+
+The inventory makes two passes over the same public records, of n and of m examples. A leading dimension of k n rows in
+the one and k m rows in the other is that of the examples; one of equal size in both belongs to all of them, such as T
+positions, heads, or a table of distances. This stays so whatever the sizes of a later batch are: there, the form that
+was found is taken, and rows that cannot have it are an error.
+
+A pass over several examples is not possible without forms.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+Key: TypeAlias = tuple[str, str, int]  # a parameter, an operation, the number of dimensions of what it meets
+Forms: TypeAlias = Mapping[Key, bool]  # whether the rows are the examples'
+
+
+class Use(NamedTuple):
+    """One meeting of a parameter with other values.
+
+    Attributes:
+        size: the leading one.
+        flat: whether several rows an example have a rule there.
+        led: whether the rows were taken for the examples'.
+    """
+
+    size: int
+    flat: bool
+    led: bool
+
+
+def settled(first: Mapping[Key, Sequence[Use]], second: Mapping[Key, Sequence[Use]], n: int, m: int) -> Forms:
+    """The forms on which passes of n and of m examples agree."""
+    forms = {}
+    for key in first.keys() & second.keys():
+        if len(first[key]) == len(second[key]):
+            found = {_form(a, b, n, m) for a, b in zip(first[key], second[key], strict=True)}
+            if found == {True} or found == {False}:
+                forms[key] = found.pop() is True
+    return forms
+
+
+def _form(a: Use, b: Use, n: int, m: int) -> bool | None:
+    times, rest = divmod(a.size, n)
+    if not rest and b.size == times * m and (times == 1 or a.flat):
+        return True
+    return False if a.size == b.size else None
+
+
+def disagreeing(forms: Forms, *passes: Mapping[Key, Sequence[Use]]) -> list[Key]:
+    """What the passes used in another form than that, or in none that is known."""
+    return list(
+        {key: None for seen in passes for key, uses in seen.items() for use in uses if use.led != forms.get(key)}
+    )
