@@ -29,6 +29,7 @@ from hf_dp.per_example.outside import hooks_in, refuse_hooks
 from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, prove, state_put_back
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
+from hf_dp.per_example.units import as_rows, as_units
 
 __all__ = [
     "IGNORED",
@@ -52,6 +53,8 @@ __all__ = [
     "Row",
     "State",
     "Untied",
+    "as_rows",
+    "as_units",
     "clipped_gradient_sum",
     "decoder_inputs",
     "each_alone",

@@ -23,6 +23,7 @@ from hf_dp.per_example.forms import Coincidences, Forms, Key, Use
 from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
+from hf_dp.per_example.units import folded
 
 T = TypeVar("T")
 REMEDY = (
@@ -32,9 +33,11 @@ REMEDY = (
 
 
 class Capture:
-    """What one pass over `batch_size` examples records: parameter name -> factors of its per-example gradients.
+    """What one pass over `size` examples records: parameter name -> factors of its per-example gradients.
 
     Attributes:
+        batch_size: how many rows lead in the pass: one an example, or `forms.unit_rows` where examples are units of
+            several rows. Rules speak of rows; what they hand over is folded to examples (see `units`).
         anchor: a leaf without values, through which taps make their outputs require a gradient.
         operations: parameter name -> the operations that used it, in order.
         refusals: (parameter, operation) pairs without an exact rule. If `collecting`, they are noted here instead of
@@ -42,15 +45,16 @@ class Capture:
         seen: the uses in which it had to be decided whether rows are the examples'.
 
     Args:
-        batch_size: B.
+        size: B.
         collecting: to take an inventory.
         forms: whether rows are the examples', as an inventory found it; None: this is read off their number.
     """
 
     apply_rule = staticmethod(apply_rule)  # proxies call the rules through their capture, which imports both
 
-    def __init__(self, batch_size: int, *, collecting: bool = False, forms: Forms | None = None) -> None:
-        self.batch_size = batch_size
+    def __init__(self, size: int, *, collecting: bool = False, forms: Forms | None = None) -> None:
+        self._unit_rows = 1 if forms is None else forms.unit_rows
+        self.batch_size = size * self._unit_rows
         self.seen: dict[Key, list[Use]] = {}
         self._forms = forms
         self._coincidences: Coincidences | None = None
@@ -126,7 +130,10 @@ class Capture:
             self._coincidences.refuse_doubtful()
 
     def record(self, parameter: str, factor: Factor) -> None:
-        """Records one use of `parameter`, from a tap's backward; materialised now if that is cheaper (see `cost`)."""
+        """Records one use of `parameter`, from a tap's backward: folded to examples, and materialised now if that is
+        cheaper (see `cost`).
+        """
+        factor = folded(factor, self._unit_rows)
         if isinstance(factor, Outer):
             _, positions, d = factor.inputs.shape
             if materialise_is_cheaper(positions, d, factor.grads.shape[-1]):
