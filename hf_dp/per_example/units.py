@@ -9,7 +9,7 @@ There trained parameters meet k rows a unit. What a tap hands over for each row 
 (`folded`), and so before any norm is formed:
 
     Dense  [U k, *shape]               -> [U, *shape], the sum over a unit's rows
-    Outer  [U k, T, d], [U k, T, r]    -> [U, k T, d], [U, k T, r]: the Gram form has the products of two rows' positions
+    Outer  [U k, T, d], [U k, T, r]    -> [U, k T, d], [U, k T, r]; the Gram form has the products across rows
     Rows   [U k, T], [U k, T, d]       -> [U, k T], [U, k T, d]: a row of the table that both look up is added up first
 
 Each stands for the sum of what its rows stood for, so the norm is that of the unit's gradient. That the k rows are

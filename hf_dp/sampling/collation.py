@@ -31,6 +31,7 @@ from hf_dp.per_example import (
     Path,
     Record,
     Untied,
+    as_units,
     is_tied,
     leaves,
     pad_and_join,
@@ -159,6 +160,30 @@ class Collation:
         if any(not same(made.get(path), leaf) for path, leaf in whole.items() if path not in drawn):
             return "the collator makes something else of several records than of each alone"
         return None
+
+
+class OfUnits:
+    """A collator that makes `unit_rows` rows of each record -> one that makes a unit of it, [1, unit_rows, ...].
+
+    Several records are laid out as trl's collators for preferences do: the first row of each, then the second of each.
+
+    Raises:
+        CaptureError: on a call, if it makes another number of rows. The message tells nothing of the records.
+    """
+
+    def __init__(self, collate: Collate, unit_rows: int) -> None:
+        self.collate, self.unit_rows = collate, unit_rows
+
+    def __call__(self, records: list[Record]) -> Batch:
+        """A batch that leads with the units, see `units.as_units`."""
+        batch = as_mapping(self.collate(records))
+        try:
+            return as_units(batch, len(records), self.unit_rows) if batch else batch
+        except Untied:
+            raise CaptureError(
+                f"the collator did not make {self.unit_rows} rows of each record, which are clipped as one: return "
+                f"tensors with {self.unit_rows} rows, or one, for each record"
+            ) from None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from hf_dp.per_example import LENGTHS, MANY, MicroBatch, Record, longest_taken, losses, synthetic_records
 from hf_dp.randomness import fork_forward_rng
-from hf_dp.sampling import Collate, Collation, Records
+from hf_dp.sampling import Collate, Collation, OfUnits, Records
 from hf_dp.step import largest_micro_batch
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.look_through import complete_record
@@ -28,6 +28,7 @@ class CollatedRecords(_Host):
     train_dataset: Any
     alone_because: str
     micro_batch_tokens: int | None
+    unit_rows = 1  # how many rows the collator makes of each record
     _check_records: list[Record] | None
     _learnt: tuple[Any, Collation] | None = None
 
@@ -36,9 +37,12 @@ class CollatedRecords(_Host):
 
     def _columns_for_model(self) -> tuple[Records, Collate]:
         """The training set and the collator, reduced to the columns that the model takes, as Trainer reduces them."""
-        if isinstance(self.train_dataset, datasets.Dataset):
-            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
-        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+        dataset, collate = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        return dataset, collate if self.unit_rows == 1 else OfUnits(collate, self.unit_rows)
 
     def _collation(self) -> Collation:
         """How records become micro-batches; learnt on made-up ones, and again if the collator was replaced."""
