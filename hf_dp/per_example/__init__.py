@@ -1,6 +1,6 @@
 """A model, a batch and a loss go in; exact per-example norms and the clipped sum come out, in one backward pass."""
 
-from hf_dp.per_example import factors, losses
+from hf_dp.per_example import factors, losses, preferences
 from hf_dp.per_example.batches import (
     LEFT,
     RIGHT,
@@ -71,6 +71,7 @@ __all__ = [
     "pad_and_join",
     "per_example_factors",
     "precision",
+    "preferences",
     "prove",
     "public_sizes",
     "records_of_the_same_shape",

@@ -1,11 +1,12 @@
 """A trainer (its class, arguments and model) -> the loss of an example that training takes, compared with the one asked
 for.
 
-What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; the loss that the model
-itself returns for one example, to which a host's `compute_loss` may add. For some classes of models this loss is known
-in a fast form, for many examples a pass. The fast form is used if, on made-up records, its loss and gradient are those
-of the model. In all other cases the model's own loss is trained with one example a pass, where it is that example's
-alone by construction.
+What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; the host's `compute_loss`,
+where the trainer spells it out (`host_losses`); the loss that the model itself returns for one example, to which a
+host's `compute_loss` may add. For some classes of models this loss is known in a fast form, for many examples a pass.
+A fast form is used if, on made-up records, its loss and gradient are those of the model, or of the host. In all other
+cases the model's own loss, or the host's, is trained with one example a pass, where it is that example's alone by
+construction.
 """
 
 import copy
@@ -25,6 +26,7 @@ from hf_dp.per_example import (
     Batch,
     Leaf,
     MicroBatch,
+    as_rows,
     decoder_inputs,
     each_alone,
     leaves,
@@ -40,6 +42,7 @@ from hf_dp.training.host import Objective, PrivateTrainer
 from hf_dp.training.overrides import host_of, owns
 
 YOURS, FUNCTION, OWN, HOST = "example_losses", "compute_loss_func", "the model's own", "the host's compute_loss"
+SPELT_OUT = "the host's compute_loss, for many examples a pass"
 ALONE = (OWN, HOST)  # for one example a pass
 RECORDS = 2  # made-up ones that losses are compared on
 # What rounding may make of a loss and of its gradient (relative), by the dtype of the activations: both come of the
@@ -111,6 +114,9 @@ def _chosen(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
         return Objective(YOURS, "overridden")
     if trainer.compute_loss_func is not None:
         return Objective(FUNCTION, "given")
+    if trainer.host_losses is not None:
+        found = Objective(SPELT_OUT, "as compared on made-up records")
+        return found if _host_agrees(trainer, found, alone[0]) else _loss_of_the_host(trainer)
     found = _known_or_own(trainer, alone[:RECORDS])
     for _ in range(DRAWS):  # of a collator that masks at random, on records as short as these
         found = _known_or_own(trainer, trainer._synthetic_batches()[1:]) if found == NEVER_FINITE else found
@@ -121,6 +127,8 @@ def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batc
     """One loss an example, [B], multiplied by its class's weight if the trainer has class weights."""
     if kind == YOURS:  # an override that calls ours
         kind = FUNCTION if trainer.compute_loss_func is not None else _kind_of_class(trainer) or OWN
+    if kind == SPELT_OUT:
+        return trainer.host_losses(model, inputs)
     if kind in ALONE:
         found = _one_by_one(partial(_own_loss if kind == OWN else _hosts_loss, trainer, model), inputs)
     else:
@@ -204,7 +212,7 @@ def _hosts_loss(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> Ten
     """The host's `compute_loss`. Only the loss is kept: what the host notes of private examples would be logged."""
     host: Any = host_of(type(trainer), "compute_loss")
     with _books_put_back(trainer):
-        loss: Tensor = host.compute_loss(trainer, model, dict(inputs))
+        loss: Tensor = host.compute_loss(trainer, model, dict(inputs) if trainer.unit_rows == 1 else as_rows(inputs))
     return loss
 
 
@@ -278,21 +286,28 @@ def _own_or_none(model: nn.Module, batch: Batch) -> Tensor | None:
 def _host_agrees(trainer: PrivateTrainer, chosen: Objective, batch: Batch) -> bool:
     """Whether the host's `compute_loss` gives the loss that was chosen.
 
-    Only trl's trainer for supervised fine-tuning gets here; `overrides` refuses all other hosts with a loss of their
-    own.
+    Of hosts with a loss of their own, only trl's for supervised fine-tuning and those whose loss is spelt out get here;
+    `overrides` refuses all others.
     """
     if host_of(type(trainer), "compute_loss").__module__.startswith("transformers."):
         return True
     model = trainer.model
     theirs = _measured(model, lambda: _hosts_loss(trainer, model, batch).reshape(1))
-    ours = _measured(model, lambda: losses_of(trainer, chosen.kind, model, batch))
-    return same(ours, theirs, precision(model))
+    try:
+        ours = _measured(model, lambda: losses_of(trainer, chosen.kind, model, batch))
+    except KeyError:  # a loss of the host's that is not spelt out
+        return False
+    dtype = precision(model)
+    return same(ours, theirs, torch.float32 if dtype == torch.float64 else dtype)  # trl's losses are float32 at most
 
 
 def _loss_of_the_host(trainer: PrivateTrainer) -> Objective:
     name, setting = host_of(type(trainer), "compute_loss").__name__, vars(trainer.args).get("loss_type")
     named = f"{name}'s{f' with loss_type={setting!r}' if setting else ''}"
-    rule = f"{named} is not the mean cross entropy over a record's own targets"
+    known = (
+        "spelt out for many examples" if trainer.host_losses else "the mean cross entropy over a record's own targets"
+    )
+    rule = f"{named} is not {known}"
     if trainer.args.world_size > 1:
         raise ConfigError(
             f"{rule}, and it can't be trained in several processes, which it makes wait for each other: {REMEDY}"
@@ -315,13 +330,13 @@ def _books_put_back(trainer: PrivateTrainer) -> Iterator[None]:
 
 
 def _refuse_settings(trainer: PrivateTrainer, chosen: Objective) -> None:
-    if chosen.kind == OWN and trainer.args.label_smoothing_factor:
+    if chosen.kind in (OWN, SPELT_OUT) and trainer.args.label_smoothing_factor:
         raise ConfigError(
-            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into the model's own loss, "
+            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into {chosen.kind}, "
             f"which is trained here ({chosen.rule}): leave it at 0, or {REMEDY}"
         )
-    if chosen.kind == YOURS and trainer.class_weights is not None:
-        raise ConfigError("class_weights are not for an example_losses of your own: multiply its losses by them there")
+    if chosen.kind in (YOURS, SPELT_OUT) and trainer.class_weights is not None:
+        raise ConfigError("class_weights are not for a loss of another kind: multiply its losses by them there")
 
 
 def class_weights(given: Sequence[float] | None) -> Tensor | None:

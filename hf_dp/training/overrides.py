@@ -15,9 +15,23 @@ NEVER_CALLED = {
     "get_batch_samples": f"{_DRAWS}; drop it",
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
 }
-PREFERENCES = (
-    "its loss compares answers that lie in several rows of a batch. To train on preferences, put a record's answers "
-    "in one row, give it to DPTrainer with a data_collator for such rows, and override example_losses"
+_ONLINE = (
+    "it generates answers from records while it trains, in a number of passes that no clipping bounds, and compares "
+    "rewards within a batch. Generate and rank answers first, of public prompts, and train on the pairs with "
+    "DPDPOTrainer"
+)
+# trl's trainer -> why it cannot be made private by the mixin, and what to do instead
+OF_TRL = {
+    "DPOTrainer": "the answers of a pair lie in two rows of a batch: use hf_dp.DPDPOTrainer, which clips them as one",
+    "RewardTrainer": "the answers of a pair lie in two rows of a batch: use hf_dp.DPRewardTrainer, which clips them as "
+    "one",
+    "KTOTrainer": "its reference point is a mean over the answers of other records in the batch, so that no loss is of "
+    "one record: make pairs of the records, and use hf_dp.DPDPOTrainer",
+    **dict.fromkeys(("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer", "DistillationTrainer"), _ONLINE),
+}
+COMPARES = (
+    "its loss compares rows of a batch. Put what is to be compared into one record, have the collator make "
+    "`unit_rows` rows of each, a class attribute of the trainer, and override example_losses"
 )
 
 
@@ -27,14 +41,15 @@ def ignored(trainer: type) -> Iterator[str]:
     private = next((i for i, c in enumerate(classes) if c.__name__ == "DPTrainerMixin"), len(classes))
     for method, remedy in NEVER_CALLED.items():
         owner = next(c for c in classes if method in vars(c) and not _ours(c))
-        if _stock(owner) or (method == "compute_loss" and owns(trainer, "example_losses")):
+        if _is_known(owner, trainer) or (method == "compute_loss" and owns(trainer, "example_losses")):
             continue
         if method == "training_step" and classes.index(owner) < private:
             continue  # it wraps the private step, and calls it
         theirs = owner.__module__.startswith("trl.")
         if theirs and method == "training_step":
             continue  # it only offloads activations, or its trainer's compute_loss is refused anyway
-        yield f"{owner.__name__}.{method}: it would never be called while training: {PREFERENCES if theirs else remedy}"
+        remedy = OF_TRL.get(owner.__name__, COMPARES) if theirs and method == "compute_loss" else remedy
+        yield f"{owner.__name__}.{method}: it would never be called while training: {remedy}"
 
 
 def owns(trainer: type, method: str) -> bool:
@@ -51,6 +66,10 @@ def _ours(owner: type) -> bool:
     return owner.__module__.startswith("hf_dp.")
 
 
-def _stock(owner: type) -> bool:
-    """Trainer itself; and trl's SFTTrainer, whose loss is compared with the one that is trained (see `objective`)."""
-    return owner.__module__.startswith("transformers.") or owner.__module__ == "trl.trainer.sft_trainer"
+def _is_known(owner: type, trainer: type) -> bool:
+    """Whether `owner` is Trainer itself, or one of trl's whose loss is compared with the one that is trained (see
+    `objective`).
+    """
+    spelt_out = getattr(trainer, "host_losses", None) is not None
+    compared = owner.__module__ == "trl.trainer.sft_trainer" or (spelt_out and owner.__module__.startswith("trl."))
+    return compared or owner.__module__.startswith("transformers.")

@@ -1,6 +1,6 @@
 """`DPTrainer`: Trainer with a private `training_step`. This file wires; each formula is in the module that it calls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from hf_dp.sampling import (
     LogicalBatchCollator,
     PoissonSampler,
     Records,
+    feature_length,
     groups_by,
     logical_batches,
     micro_batches,
@@ -56,7 +57,7 @@ from hf_dp.training.host import Objective
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
-from hf_dp.training.options import check_options, positional_names, without_batch_clipping
+from hf_dp.training.options import check_options, positional_names, refuse_model, without_batch_clipping
 from hf_dp.training.passes import Settled, inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
@@ -84,6 +85,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         private_step: takes each step; exists if there is a training set.
         objective: which loss of an example is trained, and why.
         alone_because: why each example has a pass of its own; "" if a pass may hold several.
+        unit_rows: a class attribute, k: the collator makes k rows of each record, which are clipped as one example. The
+            batches that `example_losses` is given then lead with the examples, [B, k, ...].
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
@@ -93,6 +96,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     """
 
     step_class: type[PrivateStep] = PrivateStep  # the audit's broken controls put a class of their own here
+    config_class: type[TrainingArguments] = TrainingArguments  # of the host, for a trainer that is given no args
+    host_losses: Callable[[nn.Module, Batch], Tensor] | None = None  # the host's own loss, for many examples a pass
+    length_of: Callable[[Record], int] = staticmethod(feature_length)  # tokens of a record in a pass, with padding
     private_step: PrivateStep
     model: Any  # always there once the host is built
     optimizer: Any
@@ -111,10 +117,10 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         **kwargs: Any,
     ) -> None:
         options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
-        training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
+        training = options.get("args") or self.config_class(output_dir="tmp_trainer")
         others = {k: v for k, v in options.items() if k != "args"} | {"trainer": type(self)}
         check_options(training, public_eval=privacy.public_eval, **others)
-        options["args"] = without_batch_clipping(training)
+        options["args"] = self.adjusted(without_batch_clipping(training))
         refuse_audit(audit, privacy)
         self.privacy = privacy
         self._canaries = Canaries(audit)
@@ -131,12 +137,24 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num)
         with sharding.checkpoints_allowed(options["args"], options.get("model")):
             super().__init__(**options)
+        if self.model is not options.get("model"):  # the host loaded it, or put adapters on it
+            refuse_model(self.model)
         if self.optimizer is not None:
             refuse_foreign_parameters(self.model, self.optimizer)
         show_epsilon(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Records, given_data)), self._groups)
             self._settle()
+
+    @classmethod
+    def unfit_settings(cls, args: TrainingArguments) -> Iterator[str]:
+        """To be overridden: one line for each setting of the host's own that cannot be private, with a remedy."""
+        return iter(())
+
+    @classmethod
+    def adjusted(cls, args: TrainingArguments) -> TrainingArguments:
+        """To be overridden: settings of the host's own that privacy decides, put into this copy of the user's."""
+        return args
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
@@ -222,7 +240,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
         )
-        bounds = self._most_examples(), self.micro_batch_tokens, tokens_of_a_pass(self.args.device)
+        pass_cost = tokens_of_a_pass(self.args.device)
+        bounds = self._most_examples(), self.micro_batch_tokens, pass_cost, self.length_of
         cut = self._canaries.collated(LogicalBatchCollator(self._collation(), *bounds))
         records = DrawnRecords(self._canaries.among(dataset), mechanism.num_examples)
         return logical_batches(records, sampler, cut, self.args, self.accelerator.device)

@@ -10,15 +10,13 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_dp import ConfigError, DPTrainerMixin, PrivacyConfig, UnsupportedOptionError
 from hf_dp.card.readme import section_of
 from tests.support import models as M
 from tests.support import reference, runs
+from tests.support.on_trl import settings, tokenizer, words
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
@@ -28,28 +26,14 @@ class DPSFTTrainer(DPTrainerMixin, trl.SFTTrainer):
 
 
 def rows(count: int = 24) -> Dataset:
-    generator = random.Random(0)
-
-    def words(most: int) -> str:
-        return " ".join(f"w{generator.randrange(3, M.VOCAB)}" for _ in range(generator.randint(2, most)))
-
-    return Dataset.from_list([{"prompt": words(9), "completion": " " + words(5)} for _ in range(count)])
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<unk>": 1, "<end>": 2, **{f"w{i}": i for i in range(3, M.VOCAB)}}
-    model = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    model.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+    g = random.Random(0)
+    return Dataset.from_list([{"prompt": words(g, 9), "completion": " " + words(g, 5)} for _ in range(count)])
 
 
 def sft(folder: Path, data: Dataset, callbacks: Any = None, privacy: Any = runs.NOISELESS, **k: Any) -> DPSFTTrainer:
-    plain = runs.arguments(folder).to_dict()
-    kept = "output_dir use_cpu report_to disable_tqdm max_steps per_device_train_batch_size save_strategy optim"
-    settings = {name: plain[name] for name in (*kept.split(), "lr_scheduler_type")}
     return DPSFTTrainer(
         model=M.llama(),
-        args=trl.SFTConfig(**{**settings, "bf16": False, "gradient_checkpointing": False, "max_length": 32, **k}),
+        args=trl.SFTConfig(**{**settings(folder), "max_length": 32, **k}),
         privacy=PrivacyConfig(**privacy, expected_batch_size=len(data), clip_norm=0.1),
         train_dataset=data,
         processing_class=tokenizer(),
