@@ -26,7 +26,7 @@ from tests.support.on_trl import settings, tokenizer, words
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
-PAIRS, CLIP = 5, 0.1
+PAIRS, CLIP, BETA = 5, 0.1, 1.0  # at this beta, all pairs are clipped
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
@@ -49,7 +49,7 @@ def dpo(folder: Path, model: nn.Module, data: Dataset | None = None, privacy: An
     own = {name: k.pop(name) for name in ("ref_model", "peft_config", "callbacks") if name in k}
     return hf_dp.DPDPOTrainer(
         model=model,
-        args=trl.DPOConfig(**{**settings(folder), **k}),
+        args=trl.DPOConfig(**{**settings(folder), "beta": BETA, **k}),
         privacy=PrivacyConfig(**privacy, expected_batch_size=PAIRS, clip_norm=CLIP),
         train_dataset=pairs() if data is None else data,
         processing_class=tokenizer(),
@@ -127,7 +127,7 @@ def dpo_loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad(), model.disable_adapter():
             reference_of = log_probability(model, batch, row)
         ratios.append(log_probability(model, batch, row) - reference_of)
-    return -F.logsigmoid(0.1 * (ratios[0] - ratios[1]))
+    return -F.logsigmoid(BETA * (ratios[0] - ratios[1]))
 
 
 def test_the_sum_is_that_of_one_pair_at_a_time_in_float64(adapted: Any) -> None:
@@ -166,7 +166,7 @@ def test_removing_a_pair_moves_the_sum_by_at_most_the_bound(adapted: Any) -> Non
     for number in range(PAIRS):
         rest = adapted._collation()(records[:number] + records[number + 1 :])
         move = float((whole - runs.clipped_sum(adapted, rest)).norm())
-        assert 0.5 * CLIP < move <= CLIP * (1 + 1e-6)
+        assert 0.9 * CLIP < move <= CLIP * (1 + 1e-6)
 
 
 def test_discrete_sums_take_a_pair_a_pass(tmp_path: Path, adapted: Any) -> None:
@@ -226,7 +226,6 @@ def test_a_training_logs_and_leaves_nothing_that_was_not_released(tmp_path: Path
     assert not {name for name in logged if "reward" in name or "logp" in name or "loss" in name or "token" in name}
     assert "epsilon" in logged
     assert trainer.privacy_spent().num_steps == 2
-    assert '"unit": "record"' in (tmp_path / "privacy_ledger.jsonl").read_text().replace('":"', '": "')
     trainer.save_model()
     assert "## Privacy" in (tmp_path / "README.md").read_text()
 
@@ -270,9 +269,9 @@ def test_the_mixin_on_trls_other_trainers_is_refused_with_the_reason(tmp_path: P
 
 
 def test_adapters_that_trl_puts_on_are_looked_at(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedOptionError, match="merged adapters|OSF|eva"):
-        config = adapters()
-        config.init_lora_weights = "eva"
+    config = adapters()
+    config.init_lora_weights = "eva"
+    with pytest.raises(UnsupportedOptionError, match="init_lora_weights='eva': it reads the private data"):
         dpo(tmp_path, base(), peft_config=config)
 
 
