@@ -8,15 +8,16 @@ from hf_dp.training.options import REFUSED, check_options
 from hf_dp.training.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
 
 if TYPE_CHECKING:
-    from hf_dp.training.on_trl import DPDPOTrainer as DPDPOTrainer
-    from hf_dp.training.on_trl import DPRewardTrainer as DPRewardTrainer
-    from hf_dp.training.on_trl import DPSFTTrainer as DPSFTTrainer
+    from hf_dp.training.on_trl import DPDPOTrainer, DPRewardTrainer, DPSFTTrainer
 
-ON_TRL = ("DPDPOTrainer", "DPRewardTrainer", "DPSFTTrainer")  # not in __all__, which is there without trl
+ON_TRL = ("DPDPOTrainer", "DPRewardTrainer", "DPSFTTrainer")  # imported when they are first used
 
 __all__ = [
     "REFUSED",
     "STEPS_TAKEN",
+    "DPDPOTrainer",
+    "DPRewardTrainer",
+    "DPSFTTrainer",
     "DPSeq2SeqTrainer",
     "DPTrainer",
     "DPTrainerMixin",

@@ -14,7 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from hf_dp.per_example import IGNORED, OVER_VOCABULARY, Batch, Record, as_rows, preferences
 from hf_dp.training.trainer import DPTrainerMixin
@@ -28,7 +33,7 @@ OF_A_BATCH = {  # loss_type of DPOConfig -> what it does with the pairs of a bat
 }
 
 
-class DPSFTTrainer(DPTrainerMixin, SFTTrainer):
+class DPSFTTrainer(DPTrainerMixin, SFTTrainer):  # type: ignore[misc]
     """`trl.SFTTrainer` with differential privacy; see `DPTrainerMixin` for what it takes besides.
 
     What is trained is the mean cross entropy over a record's own targets: its text, completion or assistant's turns, as
@@ -38,7 +43,7 @@ class DPSFTTrainer(DPTrainerMixin, SFTTrainer):
     config_class = SFTConfig
 
 
-class DPDPOTrainer(DPTrainerMixin, DPOTrainer):
+class DPDPOTrainer(DPTrainerMixin, DPOTrainer):  # type: ignore[misc]
     """`trl.DPOTrainer` with differential privacy; see `DPTrainerMixin` for what it takes besides.
 
     A record is a pair: the gradient of its loss goes over both answers, and is clipped as one. Each `loss_type` that is
@@ -118,7 +123,7 @@ class DPDPOTrainer(DPTrainerMixin, DPOTrainer):
         return preferences.answer_log_probabilities(means, labels, rows.get("attention_mask"))
 
 
-class DPRewardTrainer(DPTrainerMixin, RewardTrainer):
+class DPRewardTrainer(DPTrainerMixin, RewardTrainer):  # type: ignore[misc]
     """`trl.RewardTrainer` with differential privacy; see `DPTrainerMixin` for what it takes besides.
 
     A record is a pair: the gradient of its loss goes over both answers, and is clipped as one.
