@@ -2,19 +2,27 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from numbers import Real
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, TypeVar, cast, get_args
 
 from hf_dp import schedule
 from hf_dp.errors import ConfigError
 
+T = TypeVar("T")
 Noise = Literal["gaussian", "gaussian-chacha20", "discrete"]
 NOISES: tuple[str, ...] = get_args(Noise)
 CanaryKind = Literal["gradient", "new-token", "random-token"]
 CANARY_KINDS: tuple[str, ...] = get_args(CanaryKind)
 _COLUMN = re.compile(r"\w([\w .-]*\w)?")  # the name is printed on the card
+ELSEWHERE = {  # what other libraries call a setting of ours -> our name
+    "max_grad_norm": "clip_norm",
+    "per_sample_max_grad_norm": "clip_norm",
+    "l2_norm_clip": "clip_norm",
+    "sigma": "noise_multiplier",
+}
 MIN_DELTA = 1e-12  # below it the PLD accountant is too coarse: at 1e-14 it gives 8.59 for a true epsilon of 4.25
 
 
@@ -87,6 +95,10 @@ class PrivacyConfig:
         metadata={"help": "For tests only: sampling and noise are fixed. Card and ledger say NOT PRIVATE."},
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PrivacyConfig":
+        """As ever; a setting that does not exist is an error with the nearest name."""
+        return _known(cls, kwargs)
+
     @property
     def schedules(self) -> schedule.Schedules:
         """How sigma, C and B change from their first values."""
@@ -127,6 +139,10 @@ class AuditConfig:
     control_auc: float | None = field(
         default=None, metadata={"help": "Area under the curve of a positive control of the same kind."}
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "AuditConfig":
+        """As ever; a setting that does not exist is an error with the nearest name."""
+        return _known(cls, kwargs)
 
     def __post_init__(self) -> None:
         wrong = list(_broken(self, _AUDIT_RULES))
@@ -185,12 +201,42 @@ def _contradictions(c: PrivacyConfig) -> Iterator[str]:
     if (c.target_epsilon is None) == (c.noise_multiplier is None):
         given = "both" if c.target_epsilon is not None else "neither"
         yield f"give exactly one of target_epsilon and noise_multiplier (got {given})"
-    if c.target_epsilon == math.inf:
+    if _is_infinite(c.target_epsilon):
         yield "for training without privacy use transformers.Trainer, or noise_multiplier=0 to debug"
     if c.noise == "discrete" and c.log_loss_up_to is not None:
         yield "log_loss_up_to has no place on the grid of noise='discrete': leave it out, or choose another noise"
     if c.noise == "discrete" and any(c.schedules):
         yield "noise='discrete' has one grid for the whole run: leave the schedules out, or choose another noise"
+
+
+def _is_infinite(x: object) -> bool:
+    """Whether a number, or a text as people write it, means infinity: inf, .inf, Infinity."""
+    try:
+        return isinstance(x, (str, float)) and float(x.removeprefix(".") if isinstance(x, str) else x) == math.inf
+    except ValueError:
+        return False
+
+
+def _known(cls: type[T], given: Iterable[str]) -> T:
+    """A new object of the dataclass `cls`, not filled in yet.
+
+    Raises:
+        ConfigError: a name in `given` is none of its settings.
+    """
+    names = [f.name for f in fields(cast(Any, cls))]
+    wrong = [f"there is no setting {name}{nearest(name, names)}" for name in given if name not in names]
+    if wrong:
+        raise ConfigError(f"{cls.__name__}: " + "; ".join(wrong))
+    return object.__new__(cls)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing if no known name is similar."""
+    known = list(known)
+    elsewhere = [ELSEWHERE[name]] if ELSEWHERE.get(name) in known else []
+    parts = [k for k in known if name in k and len(name) > 3]
+    near = elsewhere or get_close_matches(name, known, n=1, cutoff=0.6) or parts
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def is_number(x: object) -> TypeGuard[float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_dp import PrivacyConfig
+from hf_dp import AuditConfig, PrivacyConfig
 from hf_dp.config import MIN_DELTA, is_number
 from hf_dp.errors import ConfigError
 
@@ -44,6 +44,32 @@ def test_what_is_out_of_range_is_refused_by_name(name: str, bad: object) -> None
     with pytest.raises(ConfigError, match=name) as refusal:
         PrivacyConfig(**settings)
     assert "got" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["inf", ".inf", "Infinity", math.inf])
+def test_an_infinite_epsilon_is_told_how_to_train_without_privacy(name: object) -> None:
+    with pytest.raises(ConfigError, match=r"without privacy use transformers\.Trainer, or noise_multiplier=0"):
+        PrivacyConfig(target_epsilon=name)
+    with pytest.raises(ConfigError, match=r"got '-inf'\)\.$"):
+        PrivacyConfig(target_epsilon="-inf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "meant"),
+    [
+        (PrivacyConfig, "epsilon", "; did you mean 'target_epsilon'?"),
+        (PrivacyConfig, "delta", "; did you mean 'target_delta'?"),
+        (PrivacyConfig, "batch_size", "; did you mean 'expected_batch_size'?"),
+        (PrivacyConfig, "noise_mulitplier", "; did you mean 'noise_multiplier'?"),
+        (PrivacyConfig, "max_grad_norm", "; did you mean 'clip_norm'?"),
+        (PrivacyConfig, "qqq", ""),
+        (AuditConfig, "canaries", "; did you mean 'num_canaries'?"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_told_the_nearest(kind: type, given: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        kind(**{given: 1.0})
+    assert str(refusal.value) == f"{kind.__name__}: there is no setting {given}{meant}"
 
 
 def test_everything_wrong_is_named_at_once() -> None:

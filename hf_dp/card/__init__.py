@@ -5,8 +5,8 @@ from hf_dp.card.report.page import page
 from hf_dp.card.report.training import DESCRIPTIONS
 from hf_dp.card.schema import PRIVACY_JSON, read_record
 from hf_dp.card.verification import verify
-from hf_dp.card.what_leaves import CARD_FILES, WEIGHTS, leaving
-from hf_dp.card.writing import library_versions, privacy_record, with_selection, write_card
+from hf_dp.card.what_leaves import CARD_FILES, WEIGHTS, leaving, processing_files
+from hf_dp.card.writing import carry_card, library_versions, privacy_record, with_selection, write_card
 
 __all__ = [
     "CARD_FILES",
@@ -14,10 +14,12 @@ __all__ = [
     "PRIVACY_JSON",
     "WEIGHTS",
     "Record",
+    "carry_card",
     "leaving",
     "library_versions",
     "page",
     "privacy_record",
+    "processing_files",
     "read_record",
     "verify",
     "with_selection",

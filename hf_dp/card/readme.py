@@ -44,19 +44,36 @@ def with_front_matter(text: str, block: Mapping[str, object], tags: Sequence[str
     Raises:
         ConfigError: the front matter is not a YAML mapping with one key a line.
     """
-    match = _FRONT_MATTER.match(text)
+    present = tags_of(yaml_of(text))
+    add = [tag for tag in tags if tag not in present] if tagged else []
+    kept = [tag for tag in present if tagged or tag not in tags]
+    return with_keys(text, {"privacy": dict(block), "tags": kept + add})
+
+
+def with_keys(text: str, keys: Mapping[str, object]) -> str:
+    """`text` with these keys in its YAML. Other keys, their order and their comments stay.
+
+    Raises:
+        ConfigError: the front matter is not a YAML mapping with one key a line.
+    """
+    match, newline = _FRONT_MATTER.match(text), _newline(text)
     front, body = (match["yaml"], text[match.end() :]) if match else ("", text and "\n" + text)
     before = _mapping(front)
-    present = tags_of(before)
-    add = [tag for tag in tags if tag not in present] if tagged else []
-    ours = {"privacy": dict(block), "tags": [tag for tag in present if tagged or tag not in tags] + add}
-    for key, value in ours.items():
+    for key, value in keys.items():
         if before.get(key, []) != value:
-            front = _with_key(front, key, value, _newline(text))
-    expected, got = ({"tags": []} | mapping for mapping in (before | ours, _mapping(front)))
+            front = _with_key(front, key, value, newline)
+    expected, got = ({"tags": []} | mapping for mapping in (before | dict(keys), _mapping(front)))
     assert yaml.safe_dump(got) == yaml.safe_dump(expected), "more than hf_dp's own keys was changed"  # NaN is not NaN
-    newline = _newline(text)
     return f"---{newline}{front}---{newline}{body}"
+
+
+def of_a_whole_model(text: str) -> str:
+    """`text` of an adapter with the YAML of a whole model: the library is transformers, and PEFT's tags are gone."""
+    front = yaml_of(text)
+    if front.get("library_name") != "peft":
+        return text
+    tags = [t for t in tags_of(front) if t != "lora" and not str(t).startswith("base_model:adapter:")]
+    return with_keys(text, {"library_name": "transformers", "tags": tags, "base_model_relation": "finetune"})
 
 
 def with_section(text: str, section: str) -> str:

@@ -76,5 +76,11 @@ def leaving(folder: Path, *, resumable: bool = False) -> Leaving:
     return Leaving(tuple(files), tuple(behind))
 
 
+def processing_files(folder: Path) -> tuple[str, ...]:
+    """The files of `folder` that a tokenizer or processor is made of, of those that are uploaded."""
+    names = (*TOKENIZER, *PROCESSOR)
+    return tuple(name for name in leaving(folder).files if name in names or name.startswith(f"{TEMPLATES}/"))
+
+
 def _is_one_of(path: Path, allowed: tuple[str, ...]) -> bool:
     return path.is_file() and not path.is_symlink() and any(fnmatchcase(path.name, pattern) for pattern in allowed)

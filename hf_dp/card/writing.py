@@ -18,7 +18,7 @@ from hf_dp import accounting, durable
 from hf_dp.accounting import RATES, Epsilon, Selection, Tradeoff, selection, tradeoff, tradeoff_below
 from hf_dp.audit import Counts, audit_record
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, kind_of, sampler, sentences
-from hf_dp.card.readme import read_readme, to_json, with_front_matter, with_section
+from hf_dp.card.readme import of_a_whole_model, read_readme, to_json, with_front_matter, with_section
 from hf_dp.card.record import (
     Accountant,
     EpsilonAt,
@@ -28,7 +28,7 @@ from hf_dp.card.record import (
     RecordedSelection,
     TradeoffCurve,
 )
-from hf_dp.card.schema import PRIVACY_JSON, SCHEMA_VERSION
+from hf_dp.card.schema import PRIVACY_JSON, SCHEMA_VERSION, read_record
 from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, LedgerError
@@ -176,6 +176,23 @@ def write_card(folder: str | Path, record: Record) -> None:
     readme = folder / "README.md"
     text = with_front_matter(read_readme(readme), yaml_block(record), TAGS, tagged=record.private)
     durable.replace(readme, with_section(text, section(record)).encode())
+
+
+def carry_card(source: Path, target: Path) -> None:
+    """Writes card, record and ledger of the adapter in `source` beside the whole model in `target`, which it is part
+    of now.
+
+    The words of README.md stay; what its YAML says of an adapter becomes what holds for a whole model.
+
+    Raises:
+        ConfigError: as `write_card`, or the record cannot be read.
+    """
+    for name in (LEDGER_NAME, "README.md"):
+        if (source / name).is_file():
+            durable.replace(target / name, (source / name).read_bytes())
+    readme = target / "README.md"
+    durable.replace(readme, of_a_whole_model(read_readme(readme)).encode())
+    write_card(target, Record.of(read_record(source)))
 
 
 def further_bounds(segments: Sequence[Segment], delta: float) -> Bounds:

@@ -12,6 +12,7 @@ from hf_dp.cli.budget import budget
 from hf_dp.cli.card import card
 from hf_dp.cli.check import check
 from hf_dp.cli.libraries import quiet
+from hf_dp.cli.merge import merge
 from hf_dp.cli.plan import plan
 from hf_dp.cli.push import push
 from hf_dp.cli.report import report
@@ -37,6 +38,7 @@ app.command()(plan)
 app.command()(verify)
 app.command()(card)
 app.command()(report)
+app.command()(merge)
 app.command()(push)
 app.command()(budget)
 app.command()(audit)

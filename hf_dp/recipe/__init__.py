@@ -3,7 +3,6 @@
 from hf_dp.recipe import data_files, model_shapes, run_cost, task
 from hf_dp.recipe.examples import PadRight, completions
 from hf_dp.recipe.recipe import DataSection, Recipe, from_mapping, is_file, read
-from hf_dp.recipe.settings import nearest
 from hf_dp.recipe.task import training_arguments
 from hf_dp.recipe.template import Template
 from hf_dp.recipe.yaml_text import nested, parse
@@ -18,7 +17,6 @@ __all__ = [
     "from_mapping",
     "is_file",
     "model_shapes",
-    "nearest",
     "nested",
     "parse",
     "read",

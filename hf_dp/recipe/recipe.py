@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from hf_dp.config import PrivacyConfig, is_number
+from hf_dp.config import PrivacyConfig, is_number, nearest
 from hf_dp.errors import ConfigError, RecipeError
-from hf_dp.recipe.settings import nearest, problems
+from hf_dp.recipe.settings import problems
 from hf_dp.recipe.template import Template
 from hf_dp.recipe.yaml_text import Section, nested
 

@@ -5,7 +5,8 @@ import enum
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
+
+from hf_dp.config import nearest
 
 Problem = str
 _PLAIN = (bool, int, float, str, type(None), list, dict)
@@ -18,13 +19,6 @@ _WORDS: dict[object, str] = {
     list: "a list",
     dict: "a mapping",
 }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing if no known name is similar."""
-    known = list(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.6) or [k for k in known if k.startswith(name) and len(name) > 3]
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def problems(section: str, given: Mapping[str, object], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:

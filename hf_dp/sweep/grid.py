@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from hf_dp import recipe as recipes
+from hf_dp.config import nearest
 from hf_dp.errors import RecipeError
-from hf_dp.recipe import Recipe, nearest, nested, parse
+from hf_dp.recipe import Recipe, nested, parse
 
 MOST = 1000  # combinations
 PRIVACY = tuple(

@@ -13,6 +13,7 @@ from hf_dp.sampling import Collate, Collation, OfUnits, Records
 from hf_dp.step import largest_micro_batch
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.look_through import complete_record
+from hf_dp.training.of_the_host import OfTheHost
 from hf_dp.training.passes import subject_of
 
 if TYPE_CHECKING:
@@ -21,14 +22,13 @@ else:
     _Host = object
 
 
-class CollatedRecords(_Host):
+class CollatedRecords(OfTheHost, _Host):
     """The part of `DPTrainerMixin` that deals with records."""
 
     model: Any  # always there once the host is built
     train_dataset: Any
     alone_because: str
     micro_batch_tokens: int | None
-    unit_rows = 1  # how many rows the collator makes of each record
     _check_records: list[Record] | None
     _learnt: tuple[Any, Collation] | None = None
 

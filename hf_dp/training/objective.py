@@ -39,6 +39,7 @@ from hf_dp.per_example import (
     factors as fx,
 )
 from hf_dp.training.host import Objective, PrivateTrainer
+from hf_dp.training.not_taken import refused_records
 from hf_dp.training.overrides import host_of, owns
 
 YOURS, FUNCTION, OWN, HOST = "example_losses", "compute_loss_func", "the model's own", "the host's compute_loss"
@@ -82,18 +83,9 @@ def choose(trainer: PrivateTrainer) -> Objective:
     except (HfDpError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise refused_records(error, alone[0]) from error
+        raise refused_records(error, alone[0], trainer.model) from error
     _refuse_settings(trainer, found)
     return found
-
-
-def refused_records(error: Exception, batch: Batch) -> ConfigError:
-    """The error for made-up records that the model, or the loss, does not take."""
-    return ConfigError(
-        f"the model does not take made-up records with {', '.join(sorted(batch))} ({type(error).__name__}: "
-        f"{first_line(error)}). Pass check_records=[...], a few public records like yours; columns that the model's "
-        "forward does not name are dropped unless TrainingArguments(remove_unused_columns=False)"
-    )
 
 
 @contextmanager
@@ -101,12 +93,6 @@ def as_in_training(trainer: PrivateTrainer) -> Iterator[None]:
     """Around passes that only check: in training's precision. `train` wraps the model's forward in it only later."""
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         yield
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error raised on made-up records, shortened."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return text if len(text) <= 300 else text[:300] + "..."
 
 
 def _chosen(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:

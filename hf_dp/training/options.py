@@ -15,10 +15,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_dp.errors import UnsupportedOptionError
-from hf_dp.sampling import REMEDY, own_generators
 from hf_dp.step import COARSE, coarse_products, sharding
 from hf_dp.training.deciders import deciders
-from hf_dp.training.overrides import ignored
+from hf_dp.training.given import unusable_data
+from hf_dp.training.overrides import ignored, unfit
 
 # Trainer's default, which nobody chose. It rescaled private updates 12-fold in an experiment, so it is switched off.
 DEFAULT_MAX_GRAD_NORM = 1.0
@@ -187,8 +187,10 @@ def check_options(args: TrainingArguments, *, public_eval: bool, **others: Any) 
     Raises:
         UnsupportedOptionError: with one line an option.
     """
-    problems = [*_wrong_arguments(args, public_eval), *_wrong_environment(), *_wrong_data(others)]
     trainer = others.get("trainer", Trainer)
+    if why := unfit(trainer):
+        raise UnsupportedOptionError(f"cannot be combined with differential privacy: {why}")
+    problems = [*_wrong_arguments(args, public_eval), *_wrong_environment(), *_wrong_others(others)]
     problems += [*ignored(trainer), *getattr(trainer, "unfit_settings", lambda args: ())(args)]
     problems += [*_wrong_model(others.get("model")), *(() if public_eval else deciders(others.get("callbacks") or ()))]
     _refuse(problems)
@@ -275,40 +277,15 @@ def _listed(value: object) -> list[object]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _wrong_data(others: dict[str, Any]) -> Iterator[str]:
-    dataset, collator = others.get("train_dataset"), others.get("data_collator")
-    if isinstance(dataset, dict):
-        splits = ", ".join(map(str, dataset))
-        yield (
-            f"train_dataset is a {type(dataset).__name__} of the splits {splits}: give one of them, as "
-            "train_dataset=data['train']"
-        )
-    elif dataset is not None and not _has_length(dataset):
-        yield (
-            f"train_dataset of type {type(dataset).__name__}: Poisson sampling needs its length and random access; "
-            "load it as a map-style dataset (datasets.load_dataset without streaming=True)"
-        )
-    if type(collator).__name__ == "DataCollatorWithFlattening":
-        yield "DataCollatorWithFlattening: packing joins records in one row; use a padding collator"
-    if getattr(collator, "seed", None) is not None:
-        yield (
-            f"{type(collator).__name__}(seed=...): masks from a public seed are dealt out in the order of the batch, "
-            "which couples its records; leave the seed out (masks then come from the operating system)"
-        )
-    kept = own_generators(collator, "data_collator") + own_generators(dataset, "train_dataset")
-    if kept:
-        yield f"random generators of its own in {', '.join(kept)}: {REMEDY}"
+def _wrong_others(others: dict[str, Any]) -> Iterator[str]:
+    yield from unusable_data(others.get("train_dataset"), others.get("data_collator"))
     if others.get("model_init") is not None:
-        yield "model_init: hyperparameter search spends privacy that nobody accounts for; pass a model"
+        yield (
+            "model_init: it is for hyperparameter search, which spends privacy that nobody accounts for; give "
+            "model=model_init()"
+        )
     if others.get("optimizer_cls_and_kwargs") is not None and "lomo" in str(others["optimizer_cls_and_kwargs"]).lower():
         yield "optimizer_cls_and_kwargs: LOMO updates inside backward; use adamw_torch or sgd"
-
-
-def _has_length(dataset: Any) -> bool:
-    try:
-        return len(dataset) >= 0 and callable(type(dataset).__getitem__)
-    except (TypeError, AttributeError, NotImplementedError):
-        return False
 
 
 def _wrong_model(model: object) -> Iterator[str]:

@@ -1,6 +1,10 @@
-"""A trainer's class -> methods of Trainer that it overrides in vain, since private training never calls them."""
+"""A trainer's class -> why it can't be private, or methods that it overrides in vain: private training calls none."""
 
 from collections.abc import Iterator
+
+from transformers import Trainer
+
+from hf_dp.errors import ConfigError
 
 _DRAWS = "batches must be Poisson draws of train_dataset, which no other sampler or loader makes"
 # method of Trainer -> why it is not called, and what to do instead
@@ -15,24 +19,54 @@ NEVER_CALLED = {
     "get_batch_samples": f"{_DRAWS}; drop it",
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
 }
-_ONLINE = (
-    "it generates answers from records while it trains, in a number of passes that no clipping bounds, and compares "
-    "rewards within a batch. Generate and rank answers first, of public prompts, and train on the pairs with "
-    "DPDPOTrainer"
-)
-# trl's trainer -> why it cannot be made private by the mixin, and what to do instead
+ANSWERS = "its loss is of pairs, whose answers lie in several rows of a batch; clipping bounds the two as one in"
+# words in the names of trl's trainers -> why they are not private by this mixin, and what to do instead
 OF_TRL = {
-    "DPOTrainer": "the answers of a pair lie in two rows of a batch: use hf_dp.DPDPOTrainer, which clips them as one",
-    "RewardTrainer": "the answers of a pair lie in two rows of a batch: use hf_dp.DPRewardTrainer, which clips them as "
-    "one",
-    "KTOTrainer": "its reference point is a mean over the answers of other records in the batch, so that no loss is of "
-    "one record: make pairs of the records, and use hf_dp.DPDPOTrainer",
-    **dict.fromkeys(("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer", "DistillationTrainer"), _ONLINE),
+    ("GRPO", "RLOO", "Online", "NashMD", "XPO", "PPO", "GMPO", "PAPO", "MiniLLM", "Distill", "GKD", "GOLD"): (
+        "it trains on texts that the model writes while it trains, and compares them over a group; clipping bounds "
+        "records. Let a model write the texts beforehand, and train on those that you choose as records, with "
+        "hf_dp.DPSFTTrainer (the prompt's number as PrivacyConfig(unit_column=...))"
+    ),
+    ("KTO",): (
+        "its loss has a term over the whole batch (the divergence of answers from others' prompts); clipping bounds a "
+        "record's own loss. Train on pairs of answers instead, with hf_dp.DPDPOTrainer"
+    ),
+    ("DPO", "CPO", "ORPO", "TPO", "BCO"): f"{ANSWERS} hf_dp.DPDPOTrainer: use that",
+    ("Reward",): f"{ANSWERS} hf_dp.DPRewardTrainer: use that",
+    ("",): (
+        "its loss is of a batch, or its batches are other ones than draws of train_dataset; clipping bounds a record's "
+        "own loss. Give the records to DPTrainer, and override example_losses(model, inputs)"
+    ),
 }
-COMPARES = (
-    "its loss compares rows of a batch. Put what is to be compared into one record, have the collator make "
-    "`unit_rows` rows of each, a class attribute of the trainer, and override example_losses"
-)
+
+
+def refuse_order(trainer: type, mixin: type) -> None:
+    """Refuses a class in which Trainer stands before the mixin, whose methods would then never be called.
+
+    Raises:
+        ConfigError: with the order that works.
+    """
+    host = next((c for c in trainer.__mro__ if issubclass(c, Trainer) and not issubclass(c, mixin)), None)
+    if host is not None and trainer.__mro__.index(host) < trainer.__mro__.index(mixin):
+        raise ConfigError(
+            f"{trainer.__name__} would train without privacy: put the mixin first, as class {trainer.__name__}("
+            f"{mixin.__name__}, {host.__name__})"
+        )
+
+
+def unfit(trainer: type) -> str:
+    """Why no option or record would make `trainer` private, and what to do instead; "" where there is no such reason.
+
+    Of trl's trainers, only the one for supervised fine-tuning trains on records, and those whose loss this library
+    spells out.
+    """
+    if not issubclass(trainer, Trainer):
+        return f"{trainer.__name__} has no Trainer beside DPTrainerMixin: class Mine(DPTrainerMixin, Trainer)"
+    foreign = next((c for c in trainer.__mro__ if _is_foreign_to_records(c)), None)
+    if foreign is None or _is_spelt_out(foreign, trainer):
+        return ""
+    why = next(why for words, why in OF_TRL.items() if any(word in foreign.__name__ for word in words))
+    return f"trl's {foreign.__name__}: {why}"
 
 
 def ignored(trainer: type) -> Iterator[str]:
@@ -41,14 +75,12 @@ def ignored(trainer: type) -> Iterator[str]:
     private = next((i for i, c in enumerate(classes) if c.__name__ == "DPTrainerMixin"), len(classes))
     for method, remedy in NEVER_CALLED.items():
         owner = next(c for c in classes if method in vars(c) and not _ours(c))
-        if _is_known(owner, trainer) or (method == "compute_loss" and owns(trainer, "example_losses")):
+        if _stock(owner) or (method == "compute_loss" and owns(trainer, "example_losses")):
+            continue
+        if _is_spelt_out(owner, trainer):
             continue
         if method == "training_step" and classes.index(owner) < private:
             continue  # it wraps the private step, and calls it
-        theirs = owner.__module__.startswith("trl.")
-        if theirs and method == "training_step":
-            continue  # it only offloads activations, or its trainer's compute_loss is refused anyway
-        remedy = OF_TRL.get(owner.__name__, COMPARES) if theirs and method == "compute_loss" else remedy
         yield f"{owner.__name__}.{method}: it would never be called while training: {remedy}"
 
 
@@ -66,10 +98,20 @@ def _ours(owner: type) -> bool:
     return owner.__module__.startswith("hf_dp.")
 
 
-def _is_known(owner: type, trainer: type) -> bool:
-    """Whether `owner` is Trainer itself, or one of trl's whose loss is compared with the one that is trained (see
-    `objective`).
-    """
-    spelt_out = getattr(trainer, "host_losses", None) is not None
-    compared = owner.__module__ == "trl.trainer.sft_trainer" or (spelt_out and owner.__module__.startswith("trl."))
-    return compared or owner.__module__.startswith("transformers.")
+def _stock(owner: type) -> bool:
+    """Trainer itself; and trl's SFTTrainer, whose loss is compared with the one that is trained (see `objective`)."""
+    return owner.__module__.startswith("transformers.") or owner.__module__ == "trl.trainer.sft_trainer"
+
+
+def _is_spelt_out(owner: type, trainer: type) -> bool:
+    """Whether `owner` is one of trl's whose loss `trainer` spells out, and compares (see `objective`)."""
+    return owner.__module__.startswith("trl.") and getattr(trainer, "host_losses", None) is not None
+
+
+def _is_foreign_to_records(owner: type) -> bool:
+    """Whether a class is a trainer of trl's with a loss, batches or steps of its own; supervised fine-tuning is not."""
+    return (
+        owner.__module__.startswith("trl.")
+        and not _stock(owner)
+        and any(method in vars(owner) for method in (*NEVER_CALLED, "train"))
+    )

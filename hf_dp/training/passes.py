@@ -34,7 +34,8 @@ from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation
 from hf_dp.training.beside import refuse_comparing
 from hf_dp.training.host import PrivateTrainer
-from hf_dp.training.objective import ALONE, as_in_training, first_line, of_a_batch, refused_records
+from hf_dp.training.not_taken import first_line, refused_records
+from hf_dp.training.objective import ALONE, as_in_training, of_a_batch
 
 COUPLED = (
     "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left "
@@ -153,7 +154,7 @@ def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], 
         try:
             rows = inventory_of_one(subject.model, one, subject.example_losses)
         except Exception as alone_too:
-            raise error if isinstance(error, HfDpError) else refused_records(alone_too, one) from None
+            raise error if isinstance(error, HfDpError) else refused_records(alone_too, one, subject.model) from None
         return rows, first_line(error)
     proof = proof_of(subject)
     if proof.independent:
@@ -169,10 +170,7 @@ def _of_one(subject: Subject, one: Batch, reason: str) -> Inventory:
     except (HfDpError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ConfigError(
-            f"each example needs a pass of its own ({reason}), and the model does not take one alone "
-            f"({type(error).__name__}: {first_line(error)}): make it take a batch of one example"
-        ) from error
+        raise refused_records(error, one, subject.model, reason) from error
 
 
 def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], one: Batch) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """`DPTrainer`: Trainer with a private `training_step`. This file wires; each formula is in the module that it calls."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +29,6 @@ from hf_dp.sampling import (
     LogicalBatchCollator,
     PoissonSampler,
     Records,
-    feature_length,
     groups_by,
     logical_batches,
     micro_batches,
@@ -52,12 +51,14 @@ from hf_dp.training import objective as objectives
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, write_card
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
+from hf_dp.training.given import refuse_other_types
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.host import Objective
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.options import check_options, positional_names, refuse_model, without_batch_clipping
+from hf_dp.training.overrides import refuse_order
 from hf_dp.training.passes import Settled, inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_epsilon
@@ -96,15 +97,16 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     """
 
     step_class: type[PrivateStep] = PrivateStep  # the audit's broken controls put a class of their own here
-    config_class: type[TrainingArguments] = TrainingArguments  # of the host, for a trainer that is given no args
-    host_losses: Callable[[nn.Module, Batch], Tensor] | None = None  # the host's own loss, for many examples a pass
-    length_of: Callable[[Record], int] = staticmethod(feature_length)  # tokens of a record in a pass, with padding
     private_step: PrivateStep
     model: Any  # always there once the host is built
     optimizer: Any
     args: Any
     compute_loss_func: Any
     objective: Objective  # chosen at construction with a train_dataset
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_order(cls, DPTrainerMixin)
 
     def __init__(
         self,
@@ -117,6 +119,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         **kwargs: Any,
     ) -> None:
         options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
+        refuse_other_types(privacy, options.get("args"), audit, micro_batch_tokens, check_records)
         training = options.get("args") or self.config_class(output_dir="tmp_trainer")
         others = {k: v for k, v in options.items() if k != "args"} | {"trainer": type(self)}
         check_options(training, public_eval=privacy.public_eval, **others)
@@ -145,16 +148,6 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Records, given_data)), self._groups)
             self._settle()
-
-    @classmethod
-    def unfit_settings(cls, args: TrainingArguments) -> Iterator[str]:
-        """To be overridden: one line for each setting of the host's own that cannot be private, with a remedy."""
-        return iter(())
-
-    @classmethod
-    def adjusted(cls, args: TrainingArguments) -> TrainingArguments:
-        """To be overridden: settings of the host's own that privacy decides, put into this copy of the user's."""
-        return args
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
@@ -261,6 +254,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             raise ConfigError(
                 "hyperparameter search spends privacy that nobody accounts for: train once, with fixed settings"
             )
+        self._planned()
         self._settle()
         self._refuse_side_doors()
         refuse_unusable_records(self)

@@ -149,6 +149,14 @@ def test_everything_wrong_is_named_at_once(tmp_path):
         read(R.write(tmp_path), ["privcy.x=1"])
 
 
+@pytest.mark.parametrize("written", ["inf", ".inf", "Infinity"])
+def test_an_infinite_epsilon_is_told_how_to_train_without_privacy(written, tmp_path):
+    with pytest.raises(RecipeError, match=r"for training without privacy use transformers\.Trainer"):
+        read(R.write(tmp_path), [f"privacy.target_epsilon={written}"])
+    with pytest.raises(RecipeError, match=r"privacy\.epsilon: there is no such setting; did you mean 'target_epsilon'"):
+        read(R.write(tmp_path), [f"privacy.epsilon={written}"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

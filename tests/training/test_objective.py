@@ -12,78 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_dp import ConfigError, DPTrainer, DPTrainerMixin, PrivacyConfig, UnsupportedOptionError
+from hf_dp import ConfigError, DPTrainer, DPTrainerMixin, UnsupportedOptionError
 from hf_dp.training.objective import OWN, YOURS, Measured, same
 from tests.support import models as M
-from tests.support import reference, runs
-
-CLIP = 0.1
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-
-
-def own(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
-    return model(**one).loss
+from tests.support import runs
+from tests.support.exact import collate, exact, summed
 
 
 def cross_entropy(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
     inputs = {name: value for name, value in one.items() if name != "labels"}
     return F.cross_entropy(model(**inputs).logits, one["labels"], reduction="none")
-
-
-def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Right padding of rows of tokens, with -100 for labels; what is of one shape is stacked."""
-    batch = {}
-    for name in features[0]:
-        values = [torch.as_tensor(f[name]) for f in features]
-        if values[0].dim() == 1 and not values[0].is_floating_point():
-            filler, longest = -100 if name == "labels" else 0, max(map(len, values))
-            values = [F.pad(v, (0, longest - len(v)), value=filler) for v in values]
-        batch[name] = torch.stack(values)
-    return batch
-
-
-def summed(folder: Path, model: nn.Module, rows: Any, **k: Any) -> tuple[DPTrainer, dict[str, Tensor]]:
-    """A trainer after one step at q = 1, and the clipped sum that it was about to release, by parameter."""
-    trainer_class = k.pop("trainer_class", DPTrainer)
-    own_settings = {n: k.pop(n) for n in list(k) if n in ("compute_loss_func", "class_weights", "eval_dataset")}
-    privacy = PrivacyConfig(**runs.NOISELESS, expected_batch_size=len(rows), clip_norm=CLIP)
-    args = runs.arguments(
-        folder, **{"per_device_train_batch_size": k.pop("size", 3), "remove_unused_columns": False, **k}
-    )
-    settings = {"train_dataset": rows, "data_collator": collate, "privacy": privacy}
-    trainer = trainer_class(model, args, **settings, **own_settings)
-    with pytest.MonkeyPatch.context() as patch:
-        sums = runs.record_sums(patch)
-        trainer.train()
-    parts = sums[0].split([p.numel() for p in reference.trainable(model).values()])
-    return trainer, {n: s.view(p.shape) for (n, p), s in zip(reference.trainable(model).items(), parts, strict=True)}
-
-
-def by_hand(model: nn.Module, rows: Any, loss: Loss) -> dict[str, Tensor]:
-    model.train()
-    parameters = reference.trainable(model)
-    slow = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for row in rows:
-        found = torch.autograd.grad(loss(model, collate([row])).sum(), list(parameters.values()), allow_unused=True)
-        gradient = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
-        factor = min(1.0, CLIP / max(float(reference.norm(gradient)), 1e-30))
-        for name, g in gradient.items():
-            slow[name] += factor * g
-    return slow
-
-
-def exact(folder: Path, model: nn.Module, rows: Any, loss: Loss = own, **k: Any) -> DPTrainer:
-    """The trainer after a step whose sum was that of `loss`, one example at a time."""
-    slow = by_hand(model, rows, loss)
-    trainer, sums = summed(folder, model, rows, **k)
-    assert any(g.abs().max() > 0 for g in slow.values())
-    assert reference.relative_difference(sums, slow) < 1e-4  # float32
-    return trainer
 
 
 # ---- models whose own loss is another than that of their logits ------------------------------------------------------
@@ -492,7 +435,6 @@ def shared_memory() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "rows", "message"),
     [
-        (M.bert, lambda: DatasetDict(train=runs.class_rows(6)), r"DatasetDict of the splits train: give one of them"),
         (
             lambda: adapted(peft.OSFConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])),
             lambda: runs.text_rows(6),
@@ -515,11 +457,6 @@ def shared_memory() -> nn.Module:
 def test_what_cannot_be_says_why(model: Any, rows: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedOptionError, match=message):
         summed(tmp_path, model(), rows())
-
-
-def test_an_infinite_epsilon_is_told_how_to_train_without_privacy() -> None:
-    with pytest.raises(ConfigError, match=r"for training without privacy use transformers\.Trainer"):
-        PrivacyConfig(target_epsilon=float("inf"))
 
 
 @pytest.mark.parametrize(
