@@ -1,6 +1,5 @@
 """Preferences with trl: the pair is clipped as one, its loss is trl's, and what compares pairs is refused."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as tf
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 
 import hf_dp
@@ -21,52 +18,20 @@ from hf_dp.per_example.clipping import ROUNDING_MARGIN
 from hf_dp.per_example.preferences import PAIR_LOSSES
 from hf_dp.training import objective
 from tests.support import models as M
-from tests.support import reference, runs
-from tests.support.on_trl import settings, tokenizer, words
+from tests.support import on_trl, reference, runs
+from tests.support.on_trl import adapters, base, pairs
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
 PAIRS, CLIP, BETA = 5, 0.1, 1.0  # at this beta, all pairs are clipped
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
-def pairs(count: int = PAIRS) -> Dataset:
-    g = random.Random(0)
-    rows = [{"prompt": words(g, 6), "chosen": " " + words(g, 7), "rejected": " " + words(g, 5)} for _ in range(count)]
-    return Dataset.from_list(rows)
+def private(**k: Any) -> PrivacyConfig:
+    return PrivacyConfig(**{**runs.NOISELESS, **k}, expected_batch_size=PAIRS, clip_norm=CLIP)
 
 
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return M.llama(num_hidden_layers=1)
-
-
-def adapters(task: str = "CAUSAL_LM") -> LoraConfig:
-    return LoraConfig(**LORA, task_type=task)
-
-
-def dpo(folder: Path, model: nn.Module, data: Dataset | None = None, privacy: Any = runs.NOISELESS, **k: Any) -> Any:
-    own = {name: k.pop(name) for name in ("ref_model", "peft_config", "callbacks") if name in k}
-    return hf_dp.DPDPOTrainer(
-        model=model,
-        args=trl.DPOConfig(**{**settings(folder), "beta": BETA, **k}),
-        privacy=PrivacyConfig(**privacy, expected_batch_size=PAIRS, clip_norm=CLIP),
-        train_dataset=pairs() if data is None else data,
-        processing_class=tokenizer(),
-        **own,
-    )
-
-
-def reward(folder: Path, data: Dataset, **k: Any) -> Any:
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(**{**M.DECODER, "num_hidden_layers": 1, "num_labels": 1, "pad_token_id": 0})
-    return hf_dp.DPRewardTrainer(
-        model=tf.LlamaForSequenceClassification(config).double(),
-        args=trl.RewardConfig(**{**settings(folder), **k}),
-        privacy=PrivacyConfig(**runs.NOISELESS, expected_batch_size=PAIRS, clip_norm=CLIP),
-        train_dataset=data,
-        processing_class=tokenizer(),
-    )
+def dpo(folder: Path, model: nn.Module, privacy: PrivacyConfig | None = None, **k: Any) -> Any:
+    return on_trl.dpo(folder, model, pairs(PAIRS), privacy or private(), **{"beta": BETA, **k})
 
 
 def batches(trainer: Any) -> list[MicroBatch]:
@@ -171,7 +136,7 @@ def test_removing_a_pair_moves_the_sum_by_at_most_the_bound(adapted: Any) -> Non
 
 def test_discrete_sums_take_a_pair_a_pass(tmp_path: Path, adapted: Any) -> None:
     pytest.importorskip("cryptography")
-    privacy = {"noise": "discrete", "noise_multiplier": 1.0, "target_delta": 1e-3}
+    privacy = private(noise="discrete", noise_multiplier=1.0, debug_seed=None)
     trainer = dpo(tmp_path, base().double(), peft_config=adapters(), privacy=privacy)
     assert trainer.alone_because == "noise='discrete'"
     trainer.model.load_state_dict(adapted.model.state_dict())
@@ -219,7 +184,7 @@ def test_losses_of_a_batch_are_refused_by_name(tmp_path: Path, name: str) -> Non
 
 def test_a_training_logs_and_leaves_nothing_that_was_not_released(tmp_path: Path) -> None:
     """trl notes rewards, margins and log-probabilities of each batch that it meets, and logs their means."""
-    noisy = {"noise_multiplier": 1.0, "target_delta": 1e-3}
+    noisy = private(noise_multiplier=1.0, debug_seed=None)
     trainer = dpo(tmp_path, base(), peft_config=adapters(), privacy=noisy, max_steps=2, logging_steps=1)
     trainer.train()
     logged = {name for entry in trainer.state.log_history for name in entry}
@@ -232,8 +197,9 @@ def test_a_training_logs_and_leaves_nothing_that_was_not_released(tmp_path: Path
 
 @pytest.mark.parametrize("margin", [False, True])
 def test_rewards_are_those_of_one_pair_at_a_time(tmp_path: Path, margin: bool) -> None:
-    data = pairs().add_column("margin", [0.1 * i for i in range(PAIRS)]) if margin else pairs()
-    trainer = reward(tmp_path, data, center_rewards_coefficient=0.01)
+    data = pairs(PAIRS)
+    data = data.add_column("margin", [0.1 * i for i in range(PAIRS)]) if margin else data
+    trainer = on_trl.reward(tmp_path, data, private(), center_rewards_coefficient=0.01)
     M.stirred(trainer.model)
     assert (trainer.alone_because, trainer.objective.kind) == ("", objective.SPELT_OUT)
 
