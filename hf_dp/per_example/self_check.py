@@ -183,11 +183,12 @@ def _squared_differences(
     totals = torch.zeros(2, size, dtype=exact(losses).dtype, device=losses.device)
     for row, one in enumerate(alone[:size]):
         singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                reference = _gradient(singly.get(name, []), 0, 1, p)
-                totals[0, row] += (_gradient(together.get(name, []), row, size, p) - reference).square().sum()
-                totals[1, row] += reference.square().sum()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    reference = _gradient(singly.get(name, []), 0, 1, p)
+                    totals[0, row] += (_gradient(together.get(name, []), row, size, p) - reference).square().sum()
+                    totals[1, row] += reference.square().sum()
     return totals[0], totals[1]
 
 

@@ -8,7 +8,7 @@ from hf_dp.step.opening import Place, Session
 from hf_dp.step.private_step import Passes, PrivateStep
 from hf_dp.step.run import PrivateRun
 from hf_dp.step.sharding import is_sharded
-from hf_dp.step.spending import PrivacySpent
+from hf_dp.step.spending import PrivacySpent, Spending
 from hf_dp.step.weight_guard import WeightGuard, foreign_parameters, refuse_foreign_parameters
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "PrivateStep",
     "ReleasedMetrics",
     "Session",
+    "Spending",
     "WeightGuard",
     "coarse_products",
     "foreign_parameters",

@@ -1,8 +1,10 @@
 """Steps charged, and the plans they were taken under -> the (epsilon, delta) that is claimed of a training."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from hf_dp import accounting
+from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Mechanism, Segment
 
 
@@ -30,6 +32,19 @@ class Spending(NamedTuple):
     mechanism: Mechanism
     charged: tuple[Segment, ...]
     plans: tuple[tuple[Segment, ...], ...]
+
+    @classmethod
+    def noted(cls, mechanism: Mechanism, folder: Path) -> "Spending":
+        """What the ledger in `folder` says; nothing where there is none.
+
+        Raises:
+            LedgerError: the ledger is damaged.
+        """
+        path = folder / LEDGER_NAME
+        if not path.exists():
+            return cls(mechanism, (), ())
+        record = read_ledger(path)
+        return cls(mechanism, record.segments, record.plans)
 
     def claimed(self) -> tuple[Segment, ...]:
         """The steps whose epsilon is claimed: those of a plan, once a step of it was taken."""

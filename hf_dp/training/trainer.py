@@ -43,6 +43,7 @@ from hf_dp.step import (
     PrivateStep,
     ReleasedMetrics,
     Session,
+    Spending,
     WeightGuard,
     refuse_foreign_parameters,
     sharding,
@@ -152,10 +153,13 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     # ---- what a user asks -----------------------------------------------------------------------------------------
 
     def privacy_spent(self) -> PrivacySpent:
-        """(epsilon, delta) claimed of the training in this output folder: 0 before the first step, then the plan's."""
-        mechanism = self._planned()
+        """(epsilon, delta) claimed of the training in this output folder: 0 before the first step, then the plan's.
+
+        Raises:
+            LedgerError: another session's ledger lies in the folder, and is damaged.
+        """
         if self._run is None:
-            return PrivacySpent(0.0, mechanism.delta, 0)
+            return Spending.noted(self._planned(), Path(self.args.output_dir)).total()
         return self._run.spent()
 
     def audit_result(self) -> dict[str, object]:

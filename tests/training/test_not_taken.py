@@ -1,5 +1,6 @@
 """Records, data sets, classes and settings that can't be trained with: each error says what to do, and that works."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,18 @@ def test_an_argument_of_another_type_is_named(name: str, given: Any, message: st
     settings = {"args": runs.arguments(tmp_path), "privacy": PrivacyConfig(**runs.NOISELESS, expected_batch_size=24)}
     with pytest.raises(ConfigError, match=message):
         DPTrainer(**{**settings, "train_dataset": ROWS, "data_collator": runs.collate, name: given})
+
+
+def test_a_first_trainer_warns_of_nothing_in_the_checks(tmp_path: Path) -> None:
+    """PyTorch warns where a number is read out of a graph: once a process, unless it is told otherwise."""
+    model, before = M.with_lora(M.bert, task_type="SEQ_CLS"), torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            runs.trainer(tmp_path, model, train_dataset=runs.class_rows()).self_check()
+    finally:
+        torch.set_warn_always(before)
 
 
 def test_without_records_there_is_nothing_to_train(tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ def test_a_lower_target_than_an_earlier_plan_claims_is_refused(tmp_path: Path) -
     lower = trainer(tmp_path, privacy={**planned, "target_epsilon": 4.0}, **saving)
     with pytest.raises(ConfigError, match=r"the budget is spent: epsilon 7\.9"):
         lower.train(resume_from_checkpoint=True)
-    assert read_ledger(tmp_path / LEDGER_NAME).num_steps == 1
+    assert read_ledger(tmp_path / LEDGER_NAME).num_steps == lower.privacy_spent().num_steps == 1
+    assert 7.9 < lower.privacy_spent().epsilon <= 8.0
 
 
 def test_a_finished_run_claims_the_steps_that_it_took(tmp_path: Path) -> None:

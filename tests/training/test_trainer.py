@@ -335,10 +335,13 @@ def test_resuming_continues_the_ledger_and_ends_within_the_target(tmp_path: Path
 
 
 def test_another_training_in_the_same_folder_is_refused_and_the_ledger_stays(tmp_path: Path) -> None:
-    runs.trainer(tmp_path, None, PRIVATE).train()
+    first = runs.trainer(tmp_path, None, PRIVATE)
+    first.train()
     before = (tmp_path / LEDGER_NAME).read_bytes()
+    second = runs.trainer(tmp_path, None, PRIVATE)
     with pytest.raises(LedgerError, match="resume_from_checkpoint=True"):
-        runs.trainer(tmp_path, None, PRIVATE).train()
+        second.train()
+    assert second.privacy_spent() == first.privacy_spent() != (0.0, 1e-3, 0)
     assert (tmp_path / LEDGER_NAME).read_bytes() == before
 
 
