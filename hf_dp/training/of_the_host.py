@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_dp.mechanism import UNIT
 from hf_dp.per_example import Batch, Record
 from hf_dp.sampling import feature_length
 
@@ -18,11 +19,13 @@ class OfTheHost:
             `example_losses` is given then lead with the examples, [B, k, ...] (see `per_example.units`).
         host_losses: (model, batch) -> the host's own loss for each of many examples, [B]. It is compared with the
             host's `compute_loss`; where they differ, or it raises a KeyError, that one is trained, one example a pass.
+        row: what a record is, as the card names it.
         length_of: record -> how many tokens it takes in a pass.
     """
 
     config_class: type[TrainingArguments] = TrainingArguments
     unit_rows = 1
+    row: str = UNIT
     host_losses: Callable[[nn.Module, Batch], Tensor] | None = None
     length_of: Callable[[Record], int] = staticmethod(feature_length)
 

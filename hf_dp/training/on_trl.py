@@ -21,6 +21,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from hf_dp.mechanism import PAIR
 from hf_dp.per_example import IGNORED, OVER_VOCABULARY, Batch, Record, as_rows, preferences
 from hf_dp.training.trainer import DPTrainerMixin
 
@@ -52,7 +53,7 @@ class DPDPOTrainer(DPTrainerMixin, DPOTrainer):  # type: ignore[misc]
     """
 
     config_class = DPOConfig
-    unit_rows = CHOSEN_AND_REJECTED
+    unit_rows, row = CHOSEN_AND_REJECTED, PAIR
 
     @classmethod
     def unfit_settings(cls, args: TrainingArguments) -> Iterator[str]:
@@ -130,7 +131,7 @@ class DPRewardTrainer(DPTrainerMixin, RewardTrainer):  # type: ignore[misc]
     """
 
     config_class = RewardConfig
-    unit_rows = CHOSEN_AND_REJECTED
+    unit_rows, row = CHOSEN_AND_REJECTED, PAIR
 
     @staticmethod
     def length_of(record: Record) -> int:

@@ -138,7 +138,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column)
-        self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num)
+        self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num, self.row)
         with sharding.checkpoints_allowed(options["args"], options.get("model")):
             super().__init__(**options)
         if self.model is not options.get("model"):  # the host loaded it, or put adapters on it

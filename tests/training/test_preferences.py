@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hf_dp
 from hf_dp import ConfigError, DPTrainerMixin, PrivacyConfig, UnsupportedOptionError
+from hf_dp.card import verify
 from hf_dp.errors import CaptureError
 from hf_dp.per_example import Batch, MicroBatch
 from hf_dp.per_example.clipping import ROUNDING_MARGIN
@@ -192,7 +193,9 @@ def test_a_training_logs_and_leaves_nothing_that_was_not_released(tmp_path: Path
     assert "epsilon" in logged
     assert trainer.privacy_spent().num_steps == 2
     trainer.save_model()
-    assert "## Privacy" in (tmp_path / "README.md").read_text()
+    assert "| unit of privacy | one pair of answers |" in (tmp_path / "README.md").read_text()
+    assert "One person, one pair: whoever is in several pairs" in (tmp_path / "privacy.json").read_text()
+    assert all(check.holds for check in verify(tmp_path))
 
 
 @pytest.mark.parametrize("margin", [False, True])
