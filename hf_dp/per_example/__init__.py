@@ -16,7 +16,6 @@ from hf_dp.per_example.batches import (
     pad_and_join,
     same,
     stacked,
-    unambiguous,
 )
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.compiled import CompiledBlocks
@@ -24,7 +23,7 @@ from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
 from hf_dp.per_example.inventory import Inventory, Row, inventory_of_one, take_inventory
 from hf_dp.per_example.losses import IGNORED, public_sizes
-from hf_dp.per_example.one_at_a_time import each_alone
+from hf_dp.per_example.one_at_a_time import each_alone, tied_members
 from hf_dp.per_example.outside import hooks_in, refuse_hooks
 from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, prove, state_put_back
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
@@ -82,7 +81,7 @@ __all__ = [
     "state_put_back",
     "synthetic_records",
     "take_inventory",
-    "unambiguous",
+    "tied_members",
     "undisturbed",
     "views",
 ]

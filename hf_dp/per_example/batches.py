@@ -5,7 +5,7 @@ tensor. A leaf is anything in a batch that is not a mapping, tuple or list of fu
 indices that lead to it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -56,23 +56,6 @@ class MicroBatch(Batch):
     def mapped(self, change: Callable[[Batch], Batch]) -> "MicroBatch":
         """The same examples after `change` was applied to the batch as a whole, for example to move it to a device."""
         return MicroBatch(change(dict(self)), self.size)
-
-
-def unambiguous(batch: MicroBatch) -> Iterator[MicroBatch]:
-    """Cuts the batch into parts whose number of examples differs from all other dimensions of their tensors.
-
-    The per-example rules recognise the examples by the size of the leading dimension. With 32 examples of 32 tokens,
-    relative positions [T, T], or a layer that puts the sequence first, could be taken for examples; in parts of 31 and
-    1 they cannot. A single example is never ambiguous, because autograd's own gradient is used for it.
-    """
-    others = {n for leaf in leaves(batch).values() if isinstance(leaf, Tensor) for n in leaf.shape[1:]}
-    start = 0
-    while start < batch.size:
-        part = batch.size - start
-        while part > 1 and part in others:
-            part -= 1
-        yield batch.rows(slice(start, start + part))
-        start += part
 
 
 def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:

@@ -7,7 +7,7 @@ after an exception too, and `p.grad` is never written.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from hf_dp.per_example import norms
 from hf_dp.per_example.clipping import clip_factors
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
-from hf_dp.per_example.forms import Coincidences, Forms, Key, Use
+from hf_dp.per_example.forms import Forms, Key, Use
 from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
@@ -47,17 +47,16 @@ class Capture:
     Args:
         size: B.
         collecting: to take an inventory.
-        forms: whether rows are the examples', as an inventory found it; None: this is read off their number.
+        forms: whether rows are the examples', as far as an inventory has found it.
     """
 
     apply_rule = staticmethod(apply_rule)  # proxies call the rules through their capture, which imports both
 
-    def __init__(self, size: int, *, collecting: bool = False, forms: Forms | None = None) -> None:
-        self._unit_rows = 1 if forms is None else forms.unit_rows
+    def __init__(self, size: int, forms: Forms, *, collecting: bool = False) -> None:
+        self._unit_rows = forms.unit_rows
         self.batch_size = size * self._unit_rows
         self.seen: dict[Key, list[Use]] = {}
         self._forms = forms
-        self._coincidences: Coincidences | None = None
         self.anchor = torch.zeros((), requires_grad=True)
         self.recorded: dict[str, list[Factor]] = {}
         self.operations: dict[str, dict[str, None]] = {}
@@ -77,16 +76,13 @@ class Capture:
         """Notes that an operation with a rule uses `parameter`."""
         self.operations.setdefault(parameter, {})[operation] = None
 
-    def leads(
-        self, parameter: str, operation: str, shape: Sequence[int], data: Tensor | None = None, *, flat: bool = False
-    ) -> bool:
+    def leads(self, parameter: str, operation: str, shape: Sequence[int], *, flat: bool = False) -> bool:
         """Whether the rows that `parameter` meets are the examples'.
 
         Args:
             parameter: its name.
             operation: in which they meet.
             shape: of the rows, or what the parameter is repeated to.
-            data: the rows, if there are any.
             flat: a matrix may have several rows an example, one after the other.
 
         Raises:
@@ -96,17 +92,12 @@ class Capture:
             return False
         flat = flat and len(shape) == 2
         fits = shape[0] % self.batch_size == 0 if flat else shape[0] == self.batch_size
-        led = fits
-        if self._coincidences is not None:
-            led = self._coincidences.leads(parameter, shape, data, fits)
-        if self._forms is not None:
-            led = self._noted((parameter, operation, len(shape)), fits)
+        led = self._noted((parameter, operation, len(shape)), fits)
         if self._collecting:
             self.seen.setdefault((parameter, operation, len(shape)), []).append(Use(shape[0], flat, led))
         return led
 
     def _noted(self, key: Key, fits: bool) -> bool:
-        assert self._forms is not None
         led = self._forms.get(key)
         if self._collecting and (led is None or (led and not fits)):
             return fits
@@ -116,18 +107,6 @@ class Capture:
                 f"are the examples': {REMEDY}"
             )
         return led
-
-    def watching(self, model: nn.Module) -> AbstractContextManager[object]:
-        """Around a pass: watches its sizes where they alone say which rows are the examples'."""
-        if self._forms is not None or self._collecting:
-            return nullcontext()
-        self._coincidences = Coincidences(model, self.batch_size)
-        return self._coincidences
-
-    def refuse_doubtful(self) -> None:
-        """At the end of a pass: see `Coincidences.refuse_doubtful`."""
-        if self._coincidences is not None:
-            self._coincidences.refuse_doubtful()
 
     def record(self, parameter: str, factor: Factor) -> None:
         """Records one use of `parameter`, from a tap's backward: folded to examples, and materialised now if that is
@@ -222,27 +201,31 @@ def per_example_factors(
         example_losses: runs the forward pass and returns one loss an example, [B].
         batch_size: B.
         capture: the record to fill, of batch size B.
-        forms: of the model's inventory (`Inventory.forms`). Without them the number of rows decides which are the
-            examples', and a pass in which it is not enough is refused.
+        forms: of the model's inventory (`take_inventory(...).forms`). One example needs none.
 
     Returns:
         Parameter name -> factors of its per-example gradients; and the losses [B], detached.
 
     Raises:
         UnsupportedParameterError: an operation that uses a parameter has no rule.
-        CaptureError: the losses are not [B], a parameter is used from elsewhere than its module, or it cannot be told
+        CaptureError: the losses are not [B], a parameter is used from elsewhere than its module, or it is not known
             which rows are the examples'.
     """
     if batch_size == 1 and capture is None:
         return _single_example(model, example_losses)
-    capture = capture or Capture(batch_size, forms=forms)
+    if capture is None and forms is not None:
+        capture = Capture(batch_size, forms)
+    if capture is None:
+        raise CaptureError(
+            f"a pass of {batch_size} examples needs the forms of the model's inventory: give `per_example_factors` "
+            "forms=take_inventory(model, batch, example_losses).forms"
+        )
     stand_in = lambda name, p: ParameterProxy.of(p, name, capture)  # noqa: E731
     try:
-        with capture.watching(model), borrowed(model, stand_in) as lent, torch.enable_grad():
+        with borrowed(model, stand_in) as lent, torch.enable_grad():
             losses = _checked(example_losses(), batch_size)
             _backward(losses)
         capture.refuse_hidden(lent.strays)
-        capture.refuse_doubtful()
         return {name: fx.merge(uses) for name, uses in capture.recorded.items()}, losses.detach()
     finally:
         capture.forget()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.per_example.capture import per_example_factors
 from hf_dp.per_example.factors import Dense, Factor, per_example_product, wide
+from hf_dp.per_example.forms import Forms
 from hf_dp.per_example.inventory import Inventory
 from hf_dp.per_example.taps import Context
 from hf_dp.per_example.units import folded
@@ -55,13 +56,17 @@ class TappedLinear(nn.Module):
     weight: Tensor
     anchor: Tensor
 
+    def __init__(self, dims: frozenset[int]) -> None:
+        super().__init__()
+        self.dims = dims  # numbers of dimensions with which x was seen to lead with the examples
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., d] -> [B, ..., r].
 
         Raises:
             UnsupportedOptionError: the examples do not lead.
         """
-        if x.shape[0] != self.anchor.shape[0] or x.dim() < 3:
+        if x.shape[0] != self.anchor.shape[0] or x.dim() not in self.dims:
             raise UnsupportedOptionError(
                 f"torch_compile: {list(x.shape)} does not lead with {self.anchor.shape[0]} examples; leave it off"
             )
@@ -97,8 +102,12 @@ class CompiledBlocks:
         self._forms = inventory.forms
         self._blocks = list(_repeated_blocks(model))
         inside = {id(m) for blocks in self._blocks for m in blocks.modules()}
-        self._leaves = list(_leaves(model, inside))
-        linear = {row.parameter for row in inventory if {*row.operations.split(", ")} <= {"linear", "to", "float"}}
+        self._leaves = list(_leaves(model, inside, inventory.forms))
+        linear = {
+            row.parameter
+            for row in inventory
+            if {*row.operations.split(", ")} <= {"linear", "to", "float"} and _dims(row.parameter, inventory.forms)
+        }
         wrong = list(_others(model, inside, linear & {leaf.name for leaf in self._leaves}))
         if wrong or not self._leaves:
             found = f"in them, {', '.join(wrong)}" if wrong else "no such parameter"
@@ -160,12 +169,19 @@ def _repeated_blocks(model: nn.Module) -> Iterator[nn.ModuleList]:
             yield from _repeated_blocks(child)
 
 
-def _leaves(model: nn.Module, inside: set[int]) -> Iterator[_Leaf]:
+def _dims(parameter: str, forms: Forms) -> frozenset[int]:
+    """The numbers of dimensions of what it meets; empty unless the examples always lead, with positions behind them."""
+    met = {dims: led for (name, _, dims), led in forms.items() if name == parameter}
+    return frozenset(met) if all(led and dims > 2 for dims, led in met.items()) else frozenset()
+
+
+def _leaves(model: nn.Module, inside: set[int], forms: Forms) -> Iterator[_Leaf]:
     for prefix, parent in model.named_modules():
         for key, module in parent.named_children():
             plain = type(module) is nn.Linear and module.bias is None and module.weight.requires_grad
             if plain and id(module) in inside:
-                yield _Leaf(f"{prefix}.{key}.weight", parent, key, module, TappedLinear())
+                name = f"{prefix}.{key}.weight"
+                yield _Leaf(name, parent, key, module, TappedLinear(_dims(name, forms)))
 
 
 def _others(model: nn.Module, inside: set[int], known: set[str]) -> Iterator[str]:

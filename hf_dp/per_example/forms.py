@@ -6,19 +6,11 @@ the one and k m rows in the other is that of the examples; one of equal size in 
 positions, heads, or a table of distances. This stays so whatever the sizes of a later batch are: there, the form that
 was found is taken, and rows that cannot have it are an error.
 
-A pass without forms, as in a program that calls `clipped_gradient_sum` by itself, has sizes alone to go by. It is
-watched by `Coincidences`, and refused where a size leaves it open.
+A pass over several examples is not possible without forms.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
-
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from hf_dp.errors import CaptureError
-from hf_dp.per_example.proxy import tensors_in
+from typing import NamedTuple, TypeAlias
 
 Key: TypeAlias = tuple[str, str, int]  # a parameter, an operation, the number of dimensions of what it meets
 
@@ -72,82 +64,3 @@ def disagreeing(forms: Forms, *passes: Mapping[Key, Sequence[Use]]) -> list[Key]
     return list(
         {key: None for seen in passes for key, uses in seen.items() for use in uses if use.led != forms.get(key)}
     )
-
-
-class Coincidences(TorchDispatchMode):
-    """Watches a pass without forms for sizes from which it cannot be told whether rows are the examples'.
-
-    By contract each tensor of the batch leads with the examples, and so does what trained parameters made of it. The
-    model's own tensors do not, nor do values that the pass makes of sizes alone and that differ from row to row, such
-    as positions. Of all else the number of rows alone speaks: where the number of examples is also another dimension of
-    what the parameters meet, it is not enough.
-    """
-
-    def __init__(self, model: nn.Module, batch_size: int) -> None:
-        super().__init__()
-        self._batch_size = batch_size
-        self._kept = {_memory(t) for t in (*model.parameters(), *model.buffers())}
-        self._born: set[int] = set()
-        self._of_the_batch: set[int] = set()  # of what was born
-        self._inner: set[int] = set()
-        self._doubtful: dict[str, None] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
-            tensors = tensors_in([args, kwargs])
-            given, made = set(map(_memory, tensors)), set(map(_memory, tensors_in(out)))
-            foreign = given - self._born - self._kept
-            for t in tensors if foreign else ():
-                if _memory(t) in foreign:
-                    self._inner.update(t.shape[1 if t.dim() < 4 else 2 :])  # not the channels of pictures
-        if foreign or given & self._of_the_batch:
-            self._of_the_batch |= made
-        self._born |= made - given
-        return out
-
-    def leads(self, parameter: str, shape: Sequence[int], data: Tensor | None, fits: bool) -> bool:
-        """Whether rows, whose number `fits` or not, are taken for the examples'; notes what is in doubt until the pass
-        ends.
-        """
-        self._inner.update(shape[1:])
-        if not fits or (data is not None and (data.requires_grad or self._is_given(data))):
-            return fits
-        if data is not None and (self._is_constant(data) or self._is_flattened(data)):
-            return False
-        self._doubtful[parameter] = None
-        return True
-
-    def _is_given(self, data: Tensor) -> bool:
-        """Whether it is a tensor of the batch as it came."""
-        memory = _memory(data)
-        return memory not in self._born and memory not in self._kept and data._base is None
-
-    def _is_constant(self, data: Tensor) -> bool:
-        """Whether nothing of the batch is in it, and its rows differ."""
-        memory = _memory(data)
-        if memory in self._of_the_batch or memory not in self._born | self._kept or data.is_meta:
-            return False
-        return not torch.equal(data, data[:1].expand_as(data))
-
-    def _is_flattened(self, data: Tensor) -> bool:
-        """Whether nothing of the batch is in several rows an example."""
-        memory = _memory(data)
-        return memory in self._born - self._of_the_batch and data.shape[0] != self._batch_size
-
-    def refuse_doubtful(self) -> None:
-        """At the end of the pass.
-
-        Raises:
-            CaptureError: naming the parameters.
-        """
-        if self._doubtful and self._batch_size in self._inner:
-            raise CaptureError(
-                f"a pass of {self._batch_size} examples, which is also another dimension of what parameters meet: it "
-                f"cannot be told which rows are the examples' for {', '.join(self._doubtful)}. Take another number of "
-                "examples a pass, or give `per_example_factors` the forms of an inventory (take_inventory(...).forms)"
-            )
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)

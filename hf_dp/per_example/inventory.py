@@ -94,7 +94,7 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
 def _watched(
     model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses, forms: Forms
 ) -> tuple[Capture, dict[str, list[Factor]]]:
-    capture = Capture(batch.size, collecting=True, forms=forms)
+    capture = Capture(batch.size, forms, collecting=True)
     with torch.random.fork_rng(devices=_cuda_devices(model)), nothing_outside(model, capture.anchor):
         factors, _ = per_example_factors(model, lambda: example_losses(model, batch), batch.size, capture=capture)
     return capture, factors

@@ -4,49 +4,68 @@ The function never has another example in its arguments. So whatever it does (a 
 largest losses left out) cannot make one example's loss depend on another.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from hf_dp.errors import CaptureError
-from hf_dp.per_example import Leaf, MicroBatch, is_tied
+from hf_dp.per_example.batches import Leaf, MicroBatch, is_tied
 
 
-def each_alone(function: Callable[[Leaf, Leaf], Tensor], outputs: Leaf, labels: Leaf, size: int) -> Tensor:
+def each_alone(
+    function: Callable[[Leaf, Leaf], Tensor], outputs: Leaf, labels: Leaf, size: int, tied: Collection[str]
+) -> Tensor:
     """`function(outputs, labels)` for each of `size` examples by itself, [size].
 
     Args:
         function: is given outputs and labels of one example, with a leading dimension of 1, and returns its loss, [1]
             or a scalar.
-        outputs: of the model. With several examples, members without one row an example (a cache, an auxiliary loss)
-            are left out.
+        outputs: of the model. With several examples, members that are not `tied` (a cache, an auxiliary loss) are left
+            out.
         labels: a tensor, or a mapping or tuple of tensors, with one row an example.
         size: number of examples.
+        tied: the names of the outputs that have one row an example, from `tied_members`.
 
     Raises:
-        CaptureError: labels without one row an example, or another number of losses than one.
+        CaptureError: labels or tied outputs without one row an example, or another number of losses than one.
     """
     if size == 1:
         return _single(function(outputs, labels))
     rows = {"labels": labels}
     if not is_tied(rows, size):
         raise CaptureError(f"expected labels of one row for each of {size} examples: return them so from the collator")
-    tied, whole = MicroBatch(_tied_members(outputs, size), size), MicroBatch(rows, size)
+    members = {name: value for name, value in _members(outputs).items() if name in tied}
+    if not is_tied(members, size):
+        raise CaptureError(f"expected {', '.join(members)} of the model's outputs to have one row for each example")
+    own, whole = MicroBatch(members, size), MicroBatch(rows, size)
     losses = []
     for example in range(size):
         one = slice(example, example + 1)
-        losses.append(_single(function(_as(outputs, tied.rows(one)), whole.rows(one)["labels"])))
+        losses.append(_single(function(_as(outputs, own.rows(one)), whole.rows(one)["labels"])))
     return torch.cat(losses)
 
 
-def _tied_members(outputs: Leaf, size: int) -> dict[str, Leaf]:
-    """The members of the outputs that have one row an example, by name, or by position in a tuple."""
+def tied_members(one: Leaf, other: Leaf, size: int, other_size: int) -> frozenset[str]:
+    """The names of the outputs that have one row an example, whatever the number of examples; positions in a tuple.
+
+    Args:
+        one: outputs for `size` examples.
+        other: outputs for `other_size` of these examples. Where only one of them were looked at, a dimension that
+            happens to be of this size would be taken for the examples.
+    """
+    return frozenset(
+        {name for name, value in _members(one).items() if is_tied({name: value}, size)}
+        & {name for name, value in _members(other).items() if is_tied({name: value}, other_size)}
+    )
+
+
+def _members(outputs: Leaf) -> dict[str, Leaf]:
     if isinstance(outputs, Mapping):
         members = dict(outputs)
     else:
         members = {str(i): value for i, value in enumerate(outputs if isinstance(outputs, tuple) else (outputs,))}
-    return {name: value for name, value in members.items() if value is not None and is_tied({name: value}, size)}
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def _as(outputs: Leaf, members: Mapping[str, Leaf]) -> Leaf:

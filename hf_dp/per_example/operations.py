@@ -57,7 +57,7 @@ def _tapped(input: Tensor, weight: Value, bias: Value, led: bool) -> Tensor:
 
 def _leads(operation: str, w: ParameterProxy, data: Tensor, *, flat: bool = False) -> bool:
     """Whether the rows of `data`, which meets the parameter `w`, are the examples'; see `forms`."""
-    result: bool = w.capture.leads(w.parameter, operation, data.shape, data, flat=flat)
+    result: bool = w.capture.leads(w.parameter, operation, data.shape, flat=flat)
     return result
 
 
@@ -271,7 +271,7 @@ def conv2d(
         proxies_in((weight, bias))[0],
         (*input.shape[:1], *input.shape[2:]),
     )  # channels are no rows of anything
-    led = w.capture.leads(w.parameter, "conv2d", positions, input)
+    led = w.capture.leads(w.parameter, "conv2d", positions)
     flat = (
         derive(weight, lambda w: w.flatten(1), unchanged) if isinstance(weight, ParameterProxy) else weight.flatten(1)
     )
@@ -288,7 +288,7 @@ def example_by_example(func: Callable[..., Value], *args: Value, **kwargs: Value
     capture = proxies[0].capture
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not isinstance(v, ParameterProxy)]
     mapped = [t for t in tensors if t.requires_grad or t is tensors[0]]
-    data = [t for t in mapped if capture.leads(proxies[0].parameter, func.__name__, t.shape, t)]
+    data = [t for t in mapped if capture.leads(proxies[0].parameter, func.__name__, t.shape)]
     if not data or any(t.requires_grad and not any(t is d for d in data) for t in tensors):
         return None
     return _through_any_tap(func, args, kwargs, data)

@@ -15,7 +15,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
-from hf_dp.per_example import MicroBatch, state_put_back, unambiguous
+from hf_dp.per_example import MicroBatch, state_put_back
 
 REMEDY = (
     "truncate the records when they are tokenized, set gradient_checkpointing=True or bf16=True, train fewer "
@@ -39,14 +39,11 @@ class MemoryLimit:
         self._tried = False
 
     def parts(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """The batches, one after the other, cut into parts that fit.
-
-        The size of a part differs from its other dimensions (see `unambiguous`).
-        """
+        """The batches, one after the other, cut into parts that fit."""
         for batch in batches:
             step = int(max(1, min(batch.size, self._tokens // _width(batch))))
             for start in range(0, batch.size, step):
-                yield from unambiguous(batch.rows(slice(start, start + step)))
+                yield batch.rows(slice(start, start + step))
 
     def one_by_one(self, parts: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The parts; remembers the one under way, in case memory runs out in it."""

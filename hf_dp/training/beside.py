@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
 from hf_dp.per_example import Batch, MicroBatch, Path, Untied, leaves, precision, stacked, undisturbed
-from hf_dp.training.objective import ROUNDING
+from hf_dp.training.compared import ROUNDING
 
 COPIES = 3
 RECORDS = 2  # of which copies are made

@@ -21,10 +21,12 @@ class Objective(NamedTuple):
     Attributes:
         kind: a key of `losses.LOSSES`, or one of `objective`'s YOURS, FUNCTION, OWN and HOST.
         rule: why this one, for the plan.
+        tied: for `compute_loss_func`: the names of the model's outputs that have one row an example.
     """
 
     kind: str
     rule: str
+    tied: frozenset[str] = frozenset()
 
 
 class PrivateTrainer(Protocol):

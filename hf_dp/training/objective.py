@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,11 @@ from hf_dp.per_example import (
     each_alone,
     leaves,
     losses,
-    per_example_factors,
     precision,
+    tied_members,
     undisturbed,
 )
-from hf_dp.per_example import (
-    factors as fx,
-)
+from hf_dp.training.compared import measure, same
 from hf_dp.training.host import Objective, PrivateTrainer
 from hf_dp.training.not_taken import refused_records
 from hf_dp.training.overrides import host_of, owns
@@ -46,26 +44,11 @@ YOURS, FUNCTION, OWN, HOST = "example_losses", "compute_loss_func", "the model's
 SPELT_OUT = "the host's compute_loss, for many examples a pass"
 ALONE = (OWN, HOST)  # for one example a pass
 RECORDS = 2  # made-up ones that losses are compared on
-# What rounding may make of a loss and of its gradient (relative), by the dtype of the activations: both come of the
-# same forward pass. Models and hosts form losses in float32 at most.
-ROUNDING = {
-    torch.float64: (5e-5, 5e-4),
-    torch.float32: (5e-5, 5e-4),
-    torch.bfloat16: (0.01, 0.08),
-    torch.float16: (2e-3, 0.02),
-}
 REMEDY = "override DPTrainer.example_losses(model, inputs), which returns one loss an example, [batch]"
 
 
 DRAWS = 5
 NEVER_FINITE = Objective(OWN, "it is not finite on any made-up record")
-
-
-class Measured(NamedTuple):
-    """A loss on one made-up record, and its gradient by parameter."""
-
-    loss: float
-    gradient: dict[str, Tensor]
 
 
 def choose(trainer: PrivateTrainer) -> Objective:
@@ -80,6 +63,8 @@ def choose(trainer: PrivateTrainer) -> Objective:
     try:
         with as_in_training(trainer):
             found = _chosen(trainer, alone)
+            if trainer.compute_loss_func is not None:
+                found = found._replace(tied=_tied_outputs(trainer))
     except (HfDpError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -109,6 +94,23 @@ def _chosen(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
     return found if _host_agrees(trainer, found, alone[0]) else _loss_of_the_host(trainer)
 
 
+def _tied_outputs(trainer: PrivateTrainer) -> frozenset[str]:
+    """The names of the outputs that have one row an example; none where made-up records do not share a batch."""
+    whole = trainer._synthetic_batches()[0]
+    if whole.size == 1:
+        return frozenset()
+    some, found = whole.first(whole.size - 1 if whole.size > 2 else 3), []
+    for batch in (whole, some):
+        inputs = dict(batch)
+        labels = _taken(inputs, trainer.label_names)
+        try:
+            with undisturbed(trainer.model), torch.no_grad():
+                found.append(trainer.model(**inputs, **_decoder_reads(trainer, inputs, labels)))
+        except Exception:  # the model does not take several examples, so that each will have a pass of its own
+            return frozenset()
+    return tied_members(found[0], found[1], whole.size, some.size)
+
+
 def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batch) -> Tensor:
     """One loss an example, [B], multiplied by its class's weight if the trainer has class weights."""
     if kind == YOURS:  # an override that calls ours
@@ -123,7 +125,7 @@ def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batc
         if kind == FUNCTION:
             size = given.size if isinstance(given, MicroBatch) else len(leaves({"labels": labels}).popitem()[1])
             outputs = model(**inputs, **_decoder_reads(trainer, inputs, labels))
-            found = each_alone(trainer.compute_loss_func, outputs, labels, size)
+            found = each_alone(trainer.compute_loss_func, outputs, labels, size, trainer.objective.tied)
         else:
             found = _from_labels(trainer, kind, model, inputs, labels)
     weights = trainer.class_weights
@@ -224,7 +226,7 @@ def _weight_of_each(weights: Tensor, inputs: Batch) -> Tensor:
 def _known_or_own(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
     name, found = type(trainer._base_model()).__name__, NEVER_FINITE
     for batch in alone:
-        theirs = _measured(trainer.model, partial(_own_or_none, trainer.model, batch))
+        theirs = measure(trainer.model, partial(_own_or_none, trainer.model, batch))
         kind = _kind_of_class(trainer)  # after that pass, which may settle config.problem_type
         if kind is None and theirs is None:
             raise ConfigError(
@@ -236,7 +238,7 @@ def _known_or_own(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
             return Objective(kind, f"{name} has no loss of its own")
         if not math.isfinite(theirs.loss):  # a mean over no target: masks may have left the record none
             continue
-        ours = _measured(trainer.model, partial(_known, trainer, kind, batch))
+        ours = measure(trainer.model, partial(_known, trainer, kind, batch))
         if not same(ours, theirs, precision(trainer.model)):
             return Objective(OWN, f"it is not the {kind} loss of its logits: that was seen on made-up records")
         found = Objective(kind, "the model's own, as compared on made-up records")
@@ -278,9 +280,9 @@ def _host_agrees(trainer: PrivateTrainer, chosen: Objective, batch: Batch) -> bo
     if host_of(type(trainer), "compute_loss").__module__.startswith("transformers."):
         return True
     model = trainer.model
-    theirs = _measured(model, lambda: _hosts_loss(trainer, model, batch).reshape(1))
+    theirs = measure(model, lambda: _hosts_loss(trainer, model, batch).reshape(1))
     try:
-        ours = _measured(model, lambda: losses_of(trainer, chosen.kind, model, batch))
+        ours = measure(model, lambda: losses_of(trainer, chosen.kind, model, batch))
     except KeyError:  # a loss of the host's that is not spelt out
         return False
     return same(ours, theirs, precision(model))
@@ -336,49 +338,3 @@ def class_weights(given: Sequence[float] | None) -> Tensor | None:
     if not numbers or not all(is_number(w) and w >= 0 for w in numbers):
         raise ConfigError(f"class_weights must be finite numbers, 0 or more, one a class (got {given!r})")
     return torch.tensor(numbers, dtype=torch.float32)
-
-
-# ---- on one record
-# ---------------------------------------------------------------------------------------------------------
-
-
-def _measured(model: nn.Module, compute: Callable[[], Tensor | None]) -> Measured | None:
-    """The loss and gradient of one record, without dropout and from the same random state each time.
-
-    None if there is no loss.
-    """
-    seen: list[Tensor | None] = []
-
-    def loss() -> Tensor:
-        found = compute()
-        seen.append(found)
-        return torch.zeros(1) if found is None else found
-
-    with undisturbed(model):
-        torch.manual_seed(0)
-        factors, values = per_example_factors(model, loss, 1)
-    if seen[0] is None:
-        return None
-    return Measured(float(values[0]), {name: fx.materialise(uses[0])[0] for name, uses in factors.items()})
-
-
-def _square_sum(x: Tensor | None) -> float:
-    """The sum of squares; in float64 where float32, eight times as fast, would overflow or lose what is small."""
-    if x is None:
-        return 0.0
-    flat = x.reshape(-1)
-    quick = float(torch.dot(flat, flat)) if flat.dtype == torch.float32 else 0.0
-    return quick if 1e-20 < quick < 1e30 else float(flat.double().square().sum())
-
-
-def same(a: Measured | None, b: Measured | None, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether two losses, and their gradients, differ by no more than rounding in `dtype` explains."""
-    if a is None or b is None:
-        return False
-    of_loss, of_gradient = ROUNDING[dtype]
-    apart = size = 0.0
-    for name in a.gradient.keys() | b.gradient.keys():
-        x, y = (m.gradient.get(name) for m in (a, b))
-        apart += _square_sum(y if x is None else x if y is None else x - y)
-        size += _square_sum(x)
-    return math.isclose(a.loss, b.loss, rel_tol=of_loss, abs_tol=of_loss) and apart <= of_gradient**2 * size

@@ -51,13 +51,12 @@ def test_factors_are_those_of_the_pass_without_compiling(case: str) -> None:
         graphs.append(graph)
         return graph.forward
 
-    compiled = CompiledBlocks(
-        model, take_inventory(model, MicroBatch(make(), 3), partial(example_losses, kind)), counting
-    )
+    inventory = take_inventory(model, MicroBatch(make(), 3), partial(example_losses, kind))
+    compiled, plainly = CompiledBlocks(model, inventory, counting), partial(per_example_factors, forms=inventory.forms)
     for examples, length in ((3, 9), (5, 11), (1, 7)):
         batch = make(examples, length)
         work = model, partial(example_losses, kind, model, batch), examples
-        (ours, own_losses), (theirs, plain_losses) = compiled(*work), per_example_factors(*work)
+        (ours, own_losses), (theirs, plain_losses) = compiled(*work), plainly(*work)
         assert torch.allclose(own_losses, plain_losses, rtol=1e-5)
         ours, theirs = gradients(ours), gradients(theirs)
         assert ours.keys() == theirs.keys()
@@ -80,9 +79,10 @@ def test_norms_are_in_float32_under_autocast() -> None:
     model, batch = M.with_lora(M.llama), M.token_batch(4, 9)
     losses_of = partial(example_losses, "ForCausalLM")
     with torch.autocast("cpu", torch.bfloat16):
-        compiled = CompiledBlocks(model, take_inventory(model, MicroBatch(batch, len(batch["labels"])), losses_of))
+        inventory = take_inventory(model, MicroBatch(batch, len(batch["labels"])), losses_of)
         work = model, partial(losses_of, model, batch), 4
-        ours, theirs = gradients(compiled(*work)[0]), gradients(per_example_factors(*work)[0])
+        ours = gradients(CompiledBlocks(model, inventory)(*work)[0])
+        theirs = gradients(per_example_factors(*work, forms=inventory.forms)[0])
     assert all(g.dtype == torch.float32 for g in ours.values())
     for name, gradient in theirs.items():
         assert float((ours[name] - gradient).norm() / gradient.norm()) < 1e-2, name  # bf16 has 8 bits

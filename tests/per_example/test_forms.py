@@ -1,20 +1,21 @@
-"""Sizes that coincide with the number of examples: no gradient is taken for another one's, with forms or without."""
+"""Sizes that coincide with the number of examples: no gradient is taken for another one's."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_dp.errors import CaptureError, UnsupportedParameterError
+from hf_dp.errors import CaptureError, UnsupportedOptionError, UnsupportedParameterError
 from hf_dp.per_example import losses
 from hf_dp.per_example.batches import MicroBatch
-from hf_dp.per_example.capture import clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.capture import per_example_factors
+from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.forms import Forms
 from hf_dp.per_example.inventory import take_inventory
+from hf_dp.per_example.one_at_a_time import each_alone, tied_members
+from tests.support import engine, reference
 from tests.support import models as M
-from tests.support import reference
 
 EXACT = 2e-6  # as in test_per_example
 Batch = dict[str, Tensor]
@@ -96,38 +97,14 @@ def _slow(model: nn.Module, batch: Batch, example_losses: Losses) -> dict[str, T
     return reference.clipped_sum(model, batch, lambda m, one: example_losses(m, one).sum(), 0.5)
 
 
-def _fast(model: nn.Module, batch: Batch, example_losses: Losses, forms=None) -> dict[str, Tensor]:
-    into = {name: torch.zeros_like(p) for name, p in reference.trainable(model).items()}
-    size, factors_of = len(batch["labels"]), partial(per_example_factors, forms=forms)
-    clipped_gradient_sum(model, lambda: example_losses(model, batch), size, 0.5, into, factors_of)
-    return into
-
-
 @pytest.mark.parametrize("name", ["t5", *CASES])
 @pytest.mark.parametrize("noted", [3, 8])
 def test_a_size_that_coincides_changes_no_gradient(name: str, noted: int) -> None:
     """`noted`: on how many public examples the inventory is taken; these numbers coincide with sizes, too."""
     model, batch, example_losses = _case(name)
     public = MicroBatch(batch, len(batch["labels"])).first(noted)
-    forms = take_inventory(model, public, example_losses).forms
-    ours = _fast(model, batch, example_losses, forms)
+    ours, _ = engine.clipped_sum(model, batch, example_losses, 0.5, engine.passes(model, public, example_losses))
     assert reference.relative_difference(ours, _slow(model, batch, example_losses)) < EXACT
-
-
-@pytest.mark.parametrize("name", ["t5", *CASES])
-def test_without_forms_it_is_exact_or_refused(name: str) -> None:
-    model, batch, example_losses = _case(name)
-    try:
-        ours = _fast(model, batch, example_losses)
-    except (CaptureError, UnsupportedParameterError):
-        return
-    assert reference.relative_difference(ours, _slow(model, batch, example_losses)) < EXACT
-
-
-def test_without_forms_distances_as_long_as_the_batch_are_refused_by_name() -> None:
-    model, batch, example_losses = _case("t5")
-    with pytest.raises(CaptureError, match=r"a pass of 7 examples.*relative_attention_bias\.weight"):
-        _fast(model, batch, example_losses)
 
 
 def test_rows_that_cannot_have_the_form_that_was_found_are_an_error() -> None:
@@ -148,3 +125,42 @@ def test_rows_that_are_the_examples_in_one_use_and_not_in_another_are_refused() 
         UnsupportedParameterError, match=r"linear\.weight \(used by linear, on rows of which it is open"
     ):
         take_inventory(model.double(), MicroBatch({"x": x}, 3), _square)
+
+
+def test_outputs_that_happen_to_have_as_many_rows_as_examples_do_not_reach_a_users_loss() -> None:
+    """The mean of all examples for each of four classes, and as many examples as classes."""
+    outputs = lambda size: {"logits": torch.randn(size, 4), "means": torch.randn(4), "cache": None}  # noqa: E731
+    four, three = outputs(4), outputs(3)
+    tied = tied_members(four, three, 4, 3)
+    assert tied == {"logits"}
+    assert tied_members(tuple(four.values()), tuple(three.values()), 4, 3) == {"0"}
+
+    def loss(given: Batch, labels: Tensor) -> Tensor:
+        assert given.keys() == {"logits"}
+        return given["logits"][0, labels].sum()
+
+    labels = torch.tensor([3, 0, 1, 2])
+    assert torch.equal(each_alone(loss, four, labels, 4, tied), four["logits"][range(4), labels])
+    with pytest.raises(CaptureError, match="expected logits of the model's outputs to have one row for each example"):
+        each_alone(loss, three, labels, 4, tied)
+
+
+class _Blocks(nn.Module):
+    """Two blocks, whose linear layers meet two tables of positions, [2, T, d]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4, bias=False)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x * block(_waves(16, 4).view(2, 8, 4)).sum(0)
+        return x
+
+
+def test_compiled_blocks_take_only_layers_that_the_examples_lead() -> None:
+    model, x = _Blocks().double(), torch.randn(3, 8, 4, dtype=torch.float64)
+    inventory = take_inventory(model, MicroBatch({"x": x}, 3), _square)
+    assert {led for (_, operation, _), led in inventory.forms.items() if operation == "linear"} == {False}
+    with pytest.raises(UnsupportedOptionError, match=r"blocks\.0\.0\.weight, blocks\.1\.0\.weight"):
+        CompiledBlocks(model, inventory)

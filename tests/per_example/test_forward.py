@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from hf_dp.per_example import head as forward
 from hf_dp.per_example import losses
-from hf_dp.per_example.capture import clipped_gradient_sum
 from hf_dp.per_example.head import next_token_losses
+from tests.support import engine
 from tests.support import models as M
 
 SMALL = {**M.DECODER, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -59,8 +59,7 @@ def fast(model: nn.Module, batch: dict[str, Tensor], smoothing: float) -> Tensor
 
 
 def sums(model: nn.Module, compute: Any, batch: dict[str, Tensor], smoothing: float) -> tuple[Any, dict[str, Tensor]]:
-    into = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
-    seen = clipped_gradient_sum(model, lambda: compute(model, batch, smoothing), 4, 0.05, into)
+    into, seen = engine.clipped_sum(model, batch, lambda m, b: compute(m, b, smoothing), 0.05)
     return seen, into
 
 

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from hf_dp.errors import CaptureError, UnsupportedParameterError
 from hf_dp.per_example import losses
-from hf_dp.per_example.batches import MicroBatch, unambiguous
-from hf_dp.per_example.capture import Capture, clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.batches import MicroBatch
+from hf_dp.per_example.capture import Capture, Pass, clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.forms import Forms
+from tests.support import engine, reference
 from tests.support import models as M
-from tests.support import reference
 
 # The clip factor aims 1e-6 below C (clipping.ROUNDING_MARGIN); float64 adds nothing to that.
 EXACT = 2e-6
@@ -148,15 +149,20 @@ ADAPTERS = {
 
 
 def engine_sum(
-    model: nn.Module, batch: dict[str, Tensor], kind: str, clip_norm: float
+    model: nn.Module, batch: dict[str, Tensor], kind: str, clip_norm: float, factors_of: Pass | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The engine's clipped sum by parameter name, and the norms."""
-    into = {name: torch.zeros_like(p) for name, p in reference.trainable(model).items()}
+    into, seen = engine.clipped_sum(model, batch, partial(_losses, kind), clip_norm, factors_of)
+    return into, seen.norms
+
+
+def _losses(kind: str, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    norms, _ = clipped_gradient_sum(
-        model, lambda: losses.LOSSES[kind](model(**inputs), batch["labels"]), len(batch["labels"]), clip_norm, into
-    )
-    return into, norms
+    return losses.LOSSES[kind](model(**inputs), batch["labels"])
+
+
+def _squares(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["x"]).square().flatten(1).sum(1)
 
 
 def _double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,9 +194,7 @@ def test_lower_precision_differs_by_its_rounding_alone(row: str, dtype: torch.dt
     build, (kind, make_batch) = {**FULL, **ADAPTERS}[row]
     model, batch = build().to(dtype).train(), make_batch()
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
-    into = {name: torch.zeros(p.shape) for name, p in reference.trainable(model).items()}
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    clipped_gradient_sum(model, lambda: losses.LOSSES[kind](model(**inputs), batch["labels"]), 3, 0.05, into)
+    into, _ = engine_sum(model, batch, kind, 0.05)
     plain = reference.clipped_sum(model, batch, REFERENCE[kind], 0.05)
     slow = reference.clipped_sum(model.double(), _double(batch), REFERENCE[kind], 0.05)
     plain = {name: g.double() for name, g in plain.items()}
@@ -251,21 +255,14 @@ def test_one_token_rows_and_the_empty_batch() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
 def test_an_example_without_a_finite_gradient_adds_exactly_nothing(bad: float) -> None:
     model = M.bert().train()
-    batch = M.class_batch(4)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    scale = torch.tensor([1.0, bad, 1.0, 1.0])
+    batch = {**M.class_batch(4), "scale": torch.tensor([1.0, bad, 1.0, 1.0])}
+
+    def scaled(model: nn.Module, part: dict[str, Tensor]) -> Tensor:
+        inputs = {k: v for k, v in part.items() if k not in ("labels", "scale")}
+        return losses.classification(model(**inputs), part["labels"]) * part["scale"]
 
     def run(rows: list[int]) -> dict[str, Tensor]:
-        into = {name: torch.zeros_like(p) for name, p in reference.trainable(model).items()}
-        part = {k: v[rows] for k, v in inputs.items()}
-        clipped_gradient_sum(
-            model,
-            lambda: losses.classification(model(**part), batch["labels"][rows]) * scale[rows],
-            len(rows),
-            0.1,
-            into,
-        )
-        return into
+        return engine.clipped_sum(model, {k: v[rows] for k, v in batch.items()}, scaled, 0.1)[0]
 
     with_bad, without = run([0, 1, 2, 3]), run([0, 2, 3])
     assert all(bool(torch.isfinite(v).all()) for v in with_bad.values())
@@ -280,7 +277,7 @@ def test_the_model_is_given_back_after_an_error() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        per_example_factors(model, fails, 3)
+        per_example_factors(model, fails, 3, forms=Forms())
     assert {name: id(p) for name, p in model.named_parameters()} == before
 
 
@@ -432,8 +429,7 @@ def test_plain_layers_are_exact_on_their_own(row: str, first: bool) -> None:
     build, shape = LAYERS[row]
     parts = [build()] if first else [nn.Linear(shape[-1], shape[-1]), build()]
     model, x = M.stirred(nn.Sequential(*parts)).double(), torch.randn(5, *shape).double()
-    into = {name: torch.zeros_like(p) for name, p in reference.trainable(model).items()}
-    clipped_gradient_sum(model, lambda: model(x).square().flatten(1).sum(1), 5, 1.0, into)
+    into, _ = engine.clipped_sum(model, {"x": x}, _squares, 1.0)
     slow = reference.clipped_sum(model, {"x": x, "labels": x}, lambda m, one: m(one["x"]).square().sum(), 1.0)
     assert reference.relative_difference(into, slow) < EXACT
 
@@ -450,7 +446,7 @@ def test_plain_layers_are_exact_on_their_own(row: str, first: bool) -> None:
 def test_operations_whose_rows_are_not_the_examples_have_no_rule(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), _Weighted((3, 4), function)), torch.randn(5, 6, 4)
     with pytest.raises(UnsupportedParameterError, match=r"1\.weight \(used by"):
-        per_example_factors(model, lambda: model(x).sum() * torch.ones(5), 5)
+        engine.factors(model, {"x": x}, lambda m, b: m(b["x"]).sum() * torch.ones(len(b["x"])))
 
 
 class _Bag(nn.Module):
@@ -465,8 +461,7 @@ class _Bag(nn.Module):
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_bags_of_embeddings(mode: str) -> None:
     model, x = _Bag(mode=mode).double(), torch.randint(0, 7, (5, 6))
-    into = {"table.weight": torch.zeros(7, 4).double()}
-    clipped_gradient_sum(model, lambda: model(x).square().sum(1), 5, 1.0, into)
+    into, _ = engine.clipped_sum(model, {"x": x}, _squares, 1.0)
     slow = reference.clipped_sum(model, {"x": x, "labels": x}, lambda m, one: m(one["x"]).square().sum(), 1.0)
     assert reference.relative_difference(into, slow) < EXACT
 
@@ -474,7 +469,7 @@ def test_bags_of_embeddings(mode: str) -> None:
 def test_bags_with_a_maximum_are_refused() -> None:
     model, x = _Bag(mode="max"), torch.randint(0, 7, (5, 6))
     with pytest.raises(UnsupportedParameterError, match=r"table.weight \(used by embedding_bag\)"):
-        per_example_factors(model, lambda: model(x).square().sum(1), 5)
+        engine.factors(model, {"x": x}, _squares)
 
 
 @given(
@@ -502,17 +497,17 @@ def test_any_number_of_rows_of_any_length(lengths: list[int], row: str, seed: in
     for i, ids in enumerate(rows):
         batch["input_ids"][i, : len(ids)], batch["labels"][i, : len(ids)] = ids, ids
         batch["attention_mask"][i, : len(ids)] = 1
-    ours = {name: torch.zeros_like(p) for name, p in slow.items()}
-    for part in unambiguous(MicroBatch(batch, len(rows))):
-        for name, g in engine_sum(model, part, "ForCausalLM", 0.05)[0].items():
-            ours[name] += g
+    public = MicroBatch({name: torch.randint(3, M.VOCAB, (3, 5)) for name in ("input_ids", "labels")}, 3)
+    ours, _ = engine_sum(
+        model, batch, "ForCausalLM", 0.05, engine.passes(model, public, partial(_losses, "ForCausalLM"))
+    )
     assert reference.relative_difference(ours, slow) < EXACT or float(reference.norm(slow)) == 0.0
 
 
 def test_a_use_hidden_in_a_fused_kernel_is_an_error() -> None:
     layer, x = _Fused(), torch.randn(5, 4)
     with pytest.raises(UnsupportedParameterError, match=r"weight \(used by a use hidden"):
-        per_example_factors(layer, lambda: layer(x).square().sum(1), 5)
+        engine.factors(layer, {"x": x}, _squares)
 
 
 class _KeepsASecondList(nn.Linear):
@@ -526,13 +521,13 @@ def test_a_parameter_used_from_elsewhere_than_its_module_is_an_error() -> None:
     for size in (5, 1):
         x = torch.randn(size, 4)
         with pytest.raises((UnsupportedParameterError, CaptureError), match="weight"):
-            per_example_factors(layer, lambda x=x: layer(x).square().sum(1), size)
+            per_example_factors(layer, lambda x=x: layer(x).square().sum(1), size, forms=Forms())
 
 
 def test_a_packed_sequence_is_refused_by_name() -> None:
     layer, x = nn.LSTM(4, 3), nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (6, 4, 1)])
     with pytest.raises(UnsupportedParameterError, match=r"weight_ih_l0 \(used by lstm\); weight_hh_l0"):
-        per_example_factors(layer, lambda: layer(x)[1][0][0].square().sum(1), 3)
+        per_example_factors(layer, lambda: layer(x)[1][0][0].square().sum(1), 3, forms=Forms())
 
 
 class _AsksWhetherItIsTrained(nn.Linear):
@@ -542,7 +537,7 @@ class _AsksWhetherItIsTrained(nn.Linear):
 
 def test_a_layer_that_asks_whether_its_weight_is_trained_hears_yes() -> None:
     layer, x = _AsksWhetherItIsTrained(4, 4), torch.randn(3, 4)
-    factors, losses_ = per_example_factors(layer, lambda: layer(x).square().sum(1), 3)
+    factors, losses_ = engine.factors(layer, {"x": x}, _squares)
     assert set(factors) == {"weight", "bias"}
     assert bool((losses_ > 0).all())
 
@@ -560,12 +555,13 @@ def test_a_gradient_that_was_there_before_is_neither_used_nor_lost() -> None:
 def test_a_pass_leaves_nothing_for_the_garbage_collector() -> None:
     """Per-example gradients are large: they must be freed as the pass ends, not when Python next looks for cycles."""
     model, batch = M.with_lora(M.llama), M.token_batch()
+    factors_of = engine.passes(model, batch, partial(_losses, "ForCausalLM"))
     gc.collect()
     gc.disable()
     try:
         before = sum(t.numel() for t in gc.get_objects() if isinstance(t, Tensor))
         for _ in range(3):
-            engine_sum(model, batch, "ForCausalLM", 0.05)
+            engine_sum(model, batch, "ForCausalLM", 0.05, factors_of)
         after = sum(t.numel() for t in gc.get_objects() if isinstance(t, Tensor))
     finally:
         gc.enable()
@@ -574,11 +570,11 @@ def test_a_pass_leaves_nothing_for_the_garbage_collector() -> None:
 
 def test_every_parameter_without_a_rule_is_named_with_the_remedy() -> None:
     layer, x = _Distances(), torch.randn(5, 4)
-    capture = Capture(5, collecting=True)
+    capture = Capture(5, Forms(), collecting=True)
     per_example_factors(layer, lambda: layer(x).square().sum(1), 5, capture=capture)
     assert capture.refusals == {("weight", "cdist"): None, ("bias", "fmin"): None}
     with pytest.raises(UnsupportedParameterError, match=r"weight \(used by cdist\).*per_device_train_batch_size=1"):
-        per_example_factors(layer, lambda: layer(x).square().sum(1), 5)
+        engine.factors(layer, {"x": x}, _squares)
 
 
 def test_one_example_at_a_time_is_exact_for_any_layer() -> None:
@@ -596,7 +592,13 @@ def test_one_example_at_a_time_is_exact_for_any_layer() -> None:
 def test_a_scalar_loss_is_refused() -> None:
     layer = nn.Linear(4, 3)
     with pytest.raises(CaptureError, match=r"shape \[5\]; got shape \[\]"):
-        per_example_factors(layer, lambda: layer(torch.randn(5, 4)).mean(), 5)
+        per_example_factors(layer, lambda: layer(torch.randn(5, 4)).mean(), 5, forms={("weight", "linear", 2): True})
+
+
+def test_several_examples_without_forms_are_refused_with_the_remedy() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    with pytest.raises(CaptureError, match=r"a pass of 5 examples needs .* forms=take_inventory\(model, batch"):
+        per_example_factors(layer, lambda: layer(x).square().sum(1), 5)
 
 
 def test_an_adapter_with_a_fused_operation_is_refused_by_name() -> None:
