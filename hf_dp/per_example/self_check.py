@@ -49,7 +49,7 @@ def self_check(
     collated: Sequence[Batch],
     example_losses: ExampleLosses,
     clip_norm: float,
-    factors_of: Pass = per_example_factors,
+    factors_of: Pass,
     one_a_pass: bool = False,
 ) -> Report:
     """Compares a batch's gradients with those of its examples alone, and clipped sums of neighbouring batches.
@@ -84,9 +84,7 @@ def self_check(
         model.train(was_training)
 
 
-def is_coupled(
-    model: nn.Module, collated: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass = per_example_factors
-) -> bool:
+def is_coupled(model: nn.Module, collated: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass) -> bool:
     """Whether an example's gradient in the batch differs from that alone by more than rounding, or is not finite.
 
     Args:

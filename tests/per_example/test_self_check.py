@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_dp.errors import CaptureError, SelfCheckError, UnsupportedParameterError
 from hf_dp.per_example import losses
-from hf_dp.per_example.self_check import self_check
+from hf_dp.per_example.self_check import Report, self_check
+from tests.support import engine, runs
 from tests.support import models as M
-from tests.support import runs
 
 Batch = dict[str, Tensor]
 LENGTHS = (5, 9, 7)
@@ -51,25 +51,32 @@ def square_loss(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch["x"]).square().flatten(1).sum(1)
 
 
+def checked(model: nn.Module, rows: list[Batch], example_losses: Any, clip_norm: float) -> Report:
+    def passes(*work: Any) -> Any:
+        return engine.passes(model, rows[0], example_losses)(*work)
+
+    return self_check(model, rows, example_losses, clip_norm, passes)
+
+
 @pytest.mark.parametrize("build", [M.llama, M.gpt2, M.opt, partial(M.with_lora, M.llama), partial(M.with_lora, M.gpt2)])
 def test_sound_models_pass(build: Callable[[], nn.Module]) -> None:
-    report = self_check(build(), token_rows(), lm_loss, 0.05)
+    report = checked(build(), token_rows(), lm_loss, 0.05)
     assert report["difference"] < 1e-5  # float32 rounding; the tolerance leaves room for other machines
     assert 0.1 < report["sensitivity"] <= 1 + 1e-5
 
 
 def test_dropout_does_not_disturb_the_check() -> None:
     model = partial(M.gpt2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)()
-    assert self_check(model, token_rows(), lm_loss, 0.05)["difference"] < 1e-5
+    assert checked(model, token_rows(), lm_loss, 0.05)["difference"] < 1e-5
 
 
 def test_left_padding_with_absolute_positions_is_caught() -> None:
     with pytest.raises(SelfCheckError, match="padding on the left"):
-        self_check(M.gpt2(), token_rows(left=True), lm_loss, 0.05)
+        checked(M.gpt2(), token_rows(left=True), lm_loss, 0.05)
 
 
 def test_left_padding_with_relative_positions_passes() -> None:
-    self_check(M.llama(), token_rows(left=True), lm_loss, 0.05)
+    checked(M.llama(), token_rows(left=True), lm_loss, 0.05)
 
 
 def test_left_padding_whose_first_token_is_a_target_of_padding_is_caught() -> None:
@@ -77,7 +84,7 @@ def test_left_padding_whose_first_token_is_a_target_of_padding_is_caught() -> No
         return losses.causal_lm(model(**batch), batch["labels"])
 
     with pytest.raises(SelfCheckError, match="padding on the left"):
-        self_check(M.llama(), token_rows(left=True), naive, 0.05)
+        checked(M.llama(), token_rows(left=True), naive, 0.05)
 
 
 def test_a_mean_over_the_batch_is_caught() -> None:
@@ -85,7 +92,7 @@ def test_a_mean_over_the_batch_is_caught() -> None:
         return lm_loss(model, batch) / len(batch["labels"])
 
     with pytest.raises(SelfCheckError, match="averaged over the batch"):
-        self_check(M.llama(), token_rows(), mean, 0.05)
+        checked(M.llama(), token_rows(), mean, 0.05)
 
 
 def test_a_mean_over_the_batchs_tokens_is_caught() -> None:
@@ -93,7 +100,7 @@ def test_a_mean_over_the_batchs_tokens_is_caught() -> None:
         return lm_loss(model, batch) * len(batch["labels"]) / (batch["labels"] != -100).sum()
 
     with pytest.raises(SelfCheckError, match="averaged over the batch or over its"):
-        self_check(M.llama(), token_rows(), token_mean, 0.05)
+        checked(M.llama(), token_rows(), token_mean, 0.05)
 
 
 def test_a_routers_auxiliary_loss_is_caught() -> None:
@@ -108,8 +115,8 @@ def test_a_routers_auxiliary_loss_is_caught() -> None:
         return losses.causal_lm(outputs, batch["labels"]) + outputs.aux_loss
 
     with pytest.raises(SelfCheckError, match="router's auxiliary loss"):
-        self_check(model, token_rows(), with_auxiliary, 0.05)
-    self_check(model, token_rows(), lm_loss, 0.05)  # without it the same model is sound
+        checked(model, token_rows(), with_auxiliary, 0.05)
+    checked(model, token_rows(), lm_loss, 0.05)  # without it the same model is sound
 
 
 def test_batch_norm_is_caught() -> None:
@@ -119,10 +126,10 @@ def test_batch_norm_is_caught() -> None:
         return model(torch.stack([batch["x"], 3 * batch["x"]], 1).flatten(0, 1)).square().sum(1).view(-1, 2).sum(1)
 
     with pytest.raises(SelfCheckError, match=r"writes to 1.running_mean, 1.running_var"):
-        self_check(model, vector_rows(), doubled, 0.05)
+        checked(model, vector_rows(), doubled, 0.05)
     model[1].track_running_stats, model[1].running_mean, model[1].running_var = False, None, None
     with pytest.raises(SelfCheckError, match="batch statistics"):
-        self_check(model, vector_rows(), doubled, 0.05)
+        checked(model, vector_rows(), doubled, 0.05)
 
 
 class _Mixes(nn.Linear):
@@ -133,7 +140,7 @@ class _Mixes(nn.Linear):
 
 def test_a_layer_that_mixes_examples_is_caught() -> None:
     with pytest.raises(SelfCheckError, match="a layer that mixes examples"):
-        self_check(_Mixes(4, 3), vector_rows(), square_loss, 0.05)
+        checked(_Mixes(4, 3), vector_rows(), square_loss, 0.05)
 
 
 class _GradientByHand(torch.autograd.Function):
@@ -160,7 +167,7 @@ class _Bypass(nn.Linear):
 def test_a_gradient_written_past_the_capture_is_caught() -> None:
     model = nn.Sequential(nn.Linear(4, 4), _Bypass(4, 3, bias=False))
     with pytest.raises((UnsupportedParameterError, CaptureError), match=r"1.weight"):
-        self_check(model, vector_rows(), square_loss, 0.05)
+        checked(model, vector_rows(), square_loss, 0.05)
 
 
 class _KeepsTheLast(nn.Linear):
@@ -182,19 +189,19 @@ def test_a_layer_that_writes_what_it_saw_into_its_parameters_is_caught(where: st
     model = _KeepsTheLast(where)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     with pytest.raises(SelfCheckError, match=rf"writes to {where}"):
-        self_check(model, vector_rows(), square_loss, 0.05)
+        checked(model, vector_rows(), square_loss, 0.05)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
 def test_a_loss_that_is_no_longer_finite_is_caught() -> None:
     with pytest.raises(SelfCheckError, match="nan"):
-        self_check(nn.Linear(4, 3), vector_rows(), lambda m, b: square_loss(m, b) * float("nan"), 0.05)
+        checked(nn.Linear(4, 3), vector_rows(), lambda m, b: square_loss(m, b) * float("nan"), 0.05)
 
 
 def test_the_model_and_the_generators_are_left_as_they_were() -> None:
     model = M.gpt2().eval()
     values, state = {n: v.clone() for n, v in model.state_dict().items()}, torch.get_rng_state()
-    self_check(model, token_rows(), lm_loss, 0.05)
+    checked(model, token_rows(), lm_loss, 0.05)
     assert not model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, values[n]) for n, v in model.state_dict().items())
