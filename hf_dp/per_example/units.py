@@ -37,8 +37,10 @@ def as_units(batch: Batch, size: int, unit_rows: int) -> Batch:
         Tensors [U, k, ...] or [U, ...].
 
     Raises:
-        Untied: a tensor has neither number of rows.
+        Untied: a tensor has neither number of rows, or none has k U.
     """
+    if not any(isinstance(leaf, Tensor) and leaf.shape[:1] == (size * unit_rows,) for leaf in batch.values()):
+        raise Untied
     return {name: _as_units(leaf, size, unit_rows) for name, leaf in batch.items()}
 
 

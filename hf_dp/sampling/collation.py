@@ -238,6 +238,8 @@ def _tried(collate: Collate, made_up: Sequence[Record]) -> tuple[list[Record], l
         except Exception as error:
             if not last:
                 continue
+            if isinstance(error, HfDpError):
+                raise ConfigError(str(error)) from error
             remedy = NUMBER_LABELS if any(map(_has_text_for_label, records)) else PASS_RECORDS
             raise ConfigError(f"the collator failed on a record {FOR_CHECKS} ({_said(error)}): {remedy}") from error
         for batch in alone:
