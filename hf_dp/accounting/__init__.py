@@ -1,6 +1,6 @@
 """Settings and the number of records go in, a calibrated `Mechanism` comes out; steps go in, epsilon comes out."""
 
-from hf_dp.accounting import selection
+from hf_dp.accounting import advice, selection
 from hf_dp.accounting.calibration import round_up
 from hf_dp.accounting.curve import plot_epsilon
 from hf_dp.accounting.derivation import Derived, derivation
@@ -23,6 +23,7 @@ __all__ = [
     "Epsilon",
     "Selection",
     "Tradeoff",
+    "advice",
     "affordable_steps",
     "claimed",
     "delta_problems",

@@ -8,10 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_dp.accounting.advice import at_batch, loudness
 from hf_dp.accounting.epsilon import Epsilon, spent
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, ConfigError
-from hf_dp.mechanism import Mechanism, Segment, steps_per_epoch
+from hf_dp.mechanism import Mechanism, Segment
 from hf_dp.pictures import Line, Panel, save_figure
 
 POINTS = 16
@@ -34,6 +35,8 @@ def plot_epsilon(
 ) -> None:
     """Writes the picture; the file name's ending is the format (png, svg, pdf).
 
+    Against batch, it is epsilon that stays: sigma is calibrated anew for each size, and the picture shows the noise.
+
     Args:
         mechanism: the plan.
         path: of the picture.
@@ -47,8 +50,11 @@ def plot_epsilon(
     """
     if not mechanism.noise_multiplier:
         raise ConfigError("cannot plot epsilon: without noise it is infinite after the first step")
-    curve = curve_of(mechanism, against, num_train_epochs)
-    ticks = [(x, f"{x:,.0f}" if against == "batch" else f"{x:.3g}") for x, _ in curve.points[:: POINTS // 4]]
+    if against == "batch":
+        _plot_sizes(mechanism, path, num_train_epochs)
+        return
+    curve = curve_of(mechanism, against)
+    ticks = [(x, f"{x:.3g}") for x, _ in curve.points[:: POINTS // 4]]
     panel = Panel(
         lines=[
             Line([(x, e.rdp) for x, e in curve.points], "by RDP, looser", color="0.6"),
@@ -56,17 +62,60 @@ def plot_epsilon(
         ],
         x=curve.name,
         y="epsilon" if against == "delta" else f"epsilon at delta {mechanism.delta:g}",
-        title=_what_is_fixed(mechanism, against, num_train_epochs),
+        title=_what_is_fixed(mechanism, against),
         log=("x" if curve.logarithmic else "") + ("y" if against == "sigma" else ""),
-        ticks=ticks if against in ("sigma", "batch") else None,
+        ticks=ticks if against == "sigma" else None,
         across=None if mechanism.target_epsilon is None else (mechanism.target_epsilon, "target"),
         upright=None if against == "steps" else (curve.planned, "as planned"),
     )
     save_figure(path, [panel], width=6.4, height=4.0)
 
 
-def curve_of(m: Mechanism, against: str, num_train_epochs: float | None = None) -> Curve:
-    """The points of the curve. Values at which no accountant has a finite answer are left out.
+def sizes_of(m: Mechanism, num_train_epochs: float | None = None) -> list[Mechanism]:
+    """The plan at expected batch sizes from a quarter to four times its own, each with the epsilon of the plan.
+
+    Sizes for which no sigma gives that epsilon are left out.
+    """
+    found = []
+    for size in sorted({max(1, min(m.num_examples, round(b))) for b in _around(m.expected_batch_size, POINTS // 2)}):
+        with suppress(AccountingError):
+            found.append(at_batch(m, size, num_train_epochs))
+    return found
+
+
+def _plot_sizes(m: Mechanism, path: Path, epochs: float | None) -> None:
+    """Noise against the batch size, at one epsilon: what a step adds, and what all steps leave beside their signal."""
+    found, planned = sizes_of(m, epochs), loudness(m, 1)
+    at = [(float(x.expected_batch_size), loudness(x, 1)) for x in found]
+    upright = (float(m.expected_batch_size), "as planned")
+    all_steps = Panel(
+        lines=[
+            Line([(b, x.of_all_steps / planned.of_all_steps) for b, x in at], "of all steps", marker="o"),
+            Line([(b, x.of_a_step / planned.of_a_step) for b, x in at], "of one step", marker="s"),
+        ],
+        x="expected batch size" + (" at first" if m.levels else ""),
+        y="noise : signal, planned = 1",
+        title=f"N = {m.num_examples:,}, epsilon = {spent(m.segments(), m.delta).epsilon:.4g} at every size, "
+        + (f"{m.num_steps:,} steps" if epochs is None else f"{epochs:g} epochs"),
+        log="x",
+        ticks=[(b, f"{b:,.0f}") for b, _ in at[::2]],
+        upright=upright,
+    )
+    sigma = Panel(
+        lines=[Line([(float(x.expected_batch_size), x.noise_multiplier) for x in found], "sigma", marker="o")],
+        x=all_steps.x,
+        y="noise multiplier sigma",
+        log="x",
+        ticks=all_steps.ticks,
+        upright=upright,
+        legend="none",
+    )
+    save_figure(path, [all_steps, sigma], width=6.4, height=6.4)
+
+
+def curve_of(m: Mechanism, against: str) -> Curve:
+    """The points of the curve, for all of AGAINST but batch. Values at which no accountant has a finite answer are left
+    out.
 
     Raises:
         ConfigError: `against` is not one of AGAINST.
@@ -81,10 +130,6 @@ def curve_of(m: Mechanism, against: str, num_train_epochs: float | None = None) 
     if against == "sigma":
         points = _points(_around(m.noise_multiplier), lambda s: spent(_with_sigma(m, s), m.delta))
         return Curve(f"noise multiplier sigma{first}", m.noise_multiplier, list(points), True)
-    if against == "batch":
-        sizes = sorted({max(1, min(m.num_examples, round(b))) for b in _around(m.expected_batch_size)})
-        points = _points(sizes, lambda b: spent(_with_batch(m, round(b), num_train_epochs), m.delta))
-        return Curve(f"expected batch size{first}", m.expected_batch_size, list(points), True)
     low, high = max(MIN_DELTA, m.delta * 1e-4), max(m.delta, 0.999 / m.num_examples)
     deltas = [low * (high / low) ** (i / POINTS) for i in range(POINTS + 1)]
     return Curve("delta", m.delta, list(_points(deltas, lambda d: spent(m.segments(), d))), True)
@@ -98,8 +143,8 @@ def _points(values: list[float] | list[int], epsilon_at: Callable[[float], Epsil
                 yield float(value), found
 
 
-def _around(value: float) -> list[float]:
-    return [value * 4 ** (2 * i / POINTS - 1) for i in range(POINTS + 1)]
+def _around(value: float, points: int = POINTS) -> list[float]:
+    return [value * 4 ** (2 * i / points - 1) for i in range(points + 1)]
 
 
 def _with_sigma(m: Mechanism, sigma: float) -> list[Segment]:
@@ -108,26 +153,10 @@ def _with_sigma(m: Mechanism, sigma: float) -> list[Segment]:
     return [s._replace(joint_noise_multiplier=s.joint_noise_multiplier * factor) for s in m.segments()]
 
 
-def _with_batch(m: Mechanism, batch: int, epochs: float | None) -> list[Segment]:
-    """Segments with another first B; the later B of a schedule change in proportion.
-
-    With `epochs`, the numbers of steps change too, level by level, so that the number of passes over the data stays.
-    """
-    factor = batch / m.expected_batch_size
-    if epochs is None or not m.levels:
-        steps = m.num_steps if epochs is None else math.ceil(epochs * steps_per_epoch(m.num_examples, batch))
-        found = m.segments(0, steps) if not m.levels else m.segments()
-    else:
-        found = tuple(s._replace(num_steps=max(1, round(s.num_steps / factor))) for s in m.segments())
-    return [s._replace(sample_rate=min(1.0, s.sample_rate * factor)) for s in found]
-
-
-def _what_is_fixed(m: Mechanism, against: str, epochs: float | None) -> str:
-    of_steps = f"{m.num_steps:,} steps" if epochs is None or against != "batch" else f"{epochs:g} epochs"
+def _what_is_fixed(m: Mechanism, against: str) -> str:
     fixed = {
         "steps": (f"q = {m.sample_rate:.4g}", f"sigma = {m.noise_multiplier:.4g}"),
-        "sigma": (f"q = {m.sample_rate:.4g}", of_steps),
-        "batch": (f"N = {m.num_examples:,}", f"sigma = {m.noise_multiplier:.4g}", of_steps),
-        "delta": (f"q = {m.sample_rate:.4g}", f"sigma = {m.noise_multiplier:.4g}", of_steps),
+        "sigma": (f"q = {m.sample_rate:.4g}", f"{m.num_steps:,} steps"),
+        "delta": (f"q = {m.sample_rate:.4g}", f"sigma = {m.noise_multiplier:.4g}", f"{m.num_steps:,} steps"),
     }
     return ", ".join(fixed[against])

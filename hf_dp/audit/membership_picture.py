@@ -10,7 +10,9 @@ import numpy as np
 from hf_dp.accounting import spent
 from hf_dp.audit.membership import Attack, ceilings
 from hf_dp.mechanism import Segment
-from hf_dp.pictures import Line, Panel, save_figure
+from hf_dp.pictures import PLAIN, PRIVATE, Line, Panel, save_figure
+
+COLORS = {"private": PRIVATE, "without noise": PLAIN}
 
 
 def plot_attacks(
@@ -19,7 +21,7 @@ def plot_attacks(
     """Writes the picture; the file name's ending is the format (png, svg, pdf).
 
     Args:
-        attacks: name in the legend -> attack.
+        attacks: name in the legend -> attack; those named in COLORS have the colours of other pictures.
         guarantees: segments of steps; each finite guarantee is drawn as a limit.
         delta: at which the epsilons in the legend are stated.
         path: of the picture.
@@ -38,6 +40,7 @@ def plot_attacks(
     lines.append(Line([(a, a) for a in rates], "guessing", color="0.6", style=":"))
     for name, attack in attacks.items():
         curve = list(zip(attack.false_positives.tolist(), attack.true_positives.tolist(), strict=True))
-        lines.append(Line(curve, f"{name}: area {attack.area.estimate:.3f}", steps=True))
+        label = f"{name}: area {attack.area.estimate:.3f}"
+        lines.append(Line(curve, label, color=COLORS.get(name), steps=True))
     panel = Panel(lines, x="false positives", y="true positives", log="xy", limits=(1e-4, 1))
     save_figure(path, [panel], width=5.6, height=5.0)

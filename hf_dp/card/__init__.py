@@ -1,5 +1,7 @@
 """A mechanism and its ledger go in; privacy.json, the model card and the report come out, and a check of all three."""
 
+from hf_dp.card.description import Described
+from hf_dp.card.readme import kept, read_readme
 from hf_dp.card.record import Record
 from hf_dp.card.report.page import page
 from hf_dp.card.report.training import DESCRIPTIONS
@@ -13,13 +15,16 @@ __all__ = [
     "DESCRIPTIONS",
     "PRIVACY_JSON",
     "WEIGHTS",
+    "Described",
     "Record",
     "carry_card",
+    "kept",
     "leaving",
     "library_versions",
     "page",
     "privacy_record",
     "processing_files",
+    "read_readme",
     "read_record",
     "verify",
     "with_selection",

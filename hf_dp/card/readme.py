@@ -2,9 +2,11 @@
 
 A README has a front matter (YAML between two lines `---`) and a body. Ours are the top-level key `privacy` in the front
 matter, and the text between START and END in the body. Everything else belongs to the user, PEFT or Trainer, and stays
-unchanged to the character.
+unchanged to the character. Only where PEFT's or Trainer's template made all of it, the whole card is ours: its sections
+stand between marks of their own, with a checksum, and one that was edited is the user's from then on.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,11 +14,22 @@ from pathlib import Path
 
 import yaml
 
+from hf_dp.card.untouched import untouched
 from hf_dp.errors import ConfigError
 
 START = "<!-- hf_dp: privacy section, start; rewritten at every save, write outside of it -->"
 END = "<!-- hf_dp: privacy section, end -->"
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+SECTIONS = (
+    "model",
+    "training",
+    "results",
+)  # of the whole card, in the order in which they stand before the privacy section
+_SECTION = re.compile(
+    r"<!-- hf_dp: (?P<name>model|training|results) section, start (?P<sum>\w+)[^>]*-->\r?\n(?P<words>.*?)\r?\n"
+    r"<!-- hf_dp: (?P=name) section, end -->",
+    re.DOTALL,
+)
 _ANY_MARK = re.compile(r"<!-- hf_dp: privacy section, (start|end)\b[^>]*-->")
 
 
@@ -51,7 +64,8 @@ def with_front_matter(text: str, block: Mapping[str, object], tags: Sequence[str
 
 
 def with_keys(text: str, keys: Mapping[str, object]) -> str:
-    """`text` with these keys in its YAML. Other keys, their order and their comments stay.
+    """`text` with these keys in its YAML, and without those that are None. Other keys, their order and their comments
+    stay.
 
     Raises:
         ConfigError: the front matter is not a YAML mapping with one key a line.
@@ -60,9 +74,10 @@ def with_keys(text: str, keys: Mapping[str, object]) -> str:
     front, body = (match["yaml"], text[match.end() :]) if match else ("", text and "\n" + text)
     before = _mapping(front)
     for key, value in keys.items():
-        if before.get(key, []) != value:
+        if (key in before or value is not None) and before.get(key, []) != value:
             front = _with_key(front, key, value, newline)
-    expected, got = ({"tags": []} | mapping for mapping in (before | dict(keys), _mapping(front)))
+    asked = {key: value for key, value in (before | dict(keys)).items() if value is not None or key not in keys}
+    expected, got = ({"tags": []} | mapping for mapping in (asked, _mapping(front)))
     assert yaml.safe_dump(got) == yaml.safe_dump(expected), "more than hf_dp's own keys was changed"  # NaN is not NaN
     return f"---{newline}{front}---{newline}{body}"
 
@@ -94,6 +109,82 @@ def with_section(text: str, section: str) -> str:
             "Delete the old section with its marks (<!-- hf_dp: privacy section ... -->); it is then written anew."
         )
     return text[: marks[0].start()] + marked + text[marks[1].end() :]
+
+
+def is_ours(text: str) -> bool:
+    """Whether the whole card is ours to write: nobody else's words are in it, or our sections are already."""
+    body = text[_end_of_yaml(text) :]
+    return bool(_SECTION.search(body)) or untouched(_without_ours(body))
+
+
+def with_whole_card(text: str, sections: Mapping[str, str]) -> str:
+    """`text`, which has a privacy section, with these of SECTIONS before it; as it is where it is not ours to write.
+
+    Templates' words go, the user's stay where they are. A section that was edited stays as it is, one with no words
+    is taken away.
+    """
+    if not is_ours(text):
+        return text
+    newline, end = _newline(text), _end_of_yaml(text)
+    head, body = text[:end], text[end:]
+    old = {found["name"]: found for found in _SECTION.finditer(body)}
+    new = {name: _marked(name, words) for name, words in sections.items()}
+    new |= {name: found[0] for name, found in old.items() if name not in new or _edited(found)}
+    written = {name: new[name].replace("\r\n", "\n").replace("\n", newline) for name in SECTIONS if new.get(name)}
+    if untouched(_without_ours(body)):
+        privacy = f"{START}{section_of(text)}{END}"
+        return head + newline + (newline * 2).join([*written.values(), privacy]) + newline
+    for name, found in reversed(old.items()):
+        body = body[: found.start()] + written.pop(name, "") + body[found.end() :]
+    added = "".join(words + newline * 2 for words in written.values())
+    place = body.index(START)
+    return head + body[:place] + added + body[place:]
+
+
+def kept(before: str, after: str) -> str:
+    """The card that holds after somebody else has made a new one: `before` with what is new in the YAML of `after`,
+    or `after` where nobody had written in `before`, nor we.
+    """
+    body = before[_end_of_yaml(before) :]
+    if not _SECTION.search(body) and untouched(_without_ours(body)):
+        return after
+    old, new = yaml_of(before), yaml_of(after)
+    tags = [*tags_of(old), *(tag for tag in tags_of(new) if tag not in tags_of(old))]
+    return with_keys(before, {key: value for key, value in new.items() if key not in old} | {"tags": tags})
+
+
+def words_of(text: str, name: str) -> str | None:
+    """What stands in one of SECTIONS, or None where the card has none."""
+    return next((found["words"] for found in _SECTION.finditer(text) if found["name"] == name), None)
+
+
+def _marked(name: str, words: str) -> str:
+    words = words.strip()
+    if not words:
+        return ""
+    mark = f"<!-- hf_dp: {name} section, start {_sum(words)}; rewritten at every save until you edit it -->"
+    return f"{mark}\n{words}\n<!-- hf_dp: {name} section, end -->"
+
+
+def _sum(words: str) -> str:
+    return hashlib.sha256(" ".join(words.split()).encode()).hexdigest()[:12]
+
+
+def _edited(found: "re.Match[str]") -> bool:
+    return _sum(found["words"]) != found["sum"]
+
+
+def _without_ours(body: str) -> str:
+    """The words between front matter and end that stand in none of our sections."""
+    marks = list(_ANY_MARK.finditer(body))
+    if [m[1] for m in marks] == ["start", "end"]:
+        body = body[: marks[0].start()] + body[marks[1].end() :]
+    return _SECTION.sub("", body)
+
+
+def _end_of_yaml(text: str) -> int:
+    match = _FRONT_MATTER.match(text)
+    return match.end() if match else 0
 
 
 def yaml_of(text: str) -> dict[str, object]:
@@ -142,12 +233,15 @@ def _mapping(front: str) -> dict[str, object]:
 
 
 def _with_key(front: str, key: str, value: object, newline: str) -> str:
-    """The YAML text with one top-level key set: the new lines replace the old ones, or come at the end.
+    """The YAML text with one top-level key set, or taken away where `value` is None.
+
+    New lines replace the old ones, or come at the end.
 
     Raises:
         ConfigError: the result is not YAML, as where the old text was one flow mapping `{a: 1}`.
     """
     new = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).replace("\n", newline)
+    new = "" if value is None else new
     lines = front.splitlines(keepends=True)
     node = yaml.compose(front)
     for name, old in node.value if node is not None else []:

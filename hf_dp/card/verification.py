@@ -23,7 +23,8 @@ from hf_dp import accounting
 from hf_dp.accounting import RATES, Epsilon, selection
 from hf_dp.audit import computed_again
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, WHOLE_NUMBERS, kind_of, sampler, sentences
-from hf_dp.card.readme import read_readme, section_of, tags_of, yaml_of
+from hf_dp.card.description import wrong_claims
+from hf_dp.card.readme import read_readme, section_of, tags_of, words_of, yaml_of
 from hf_dp.card.record import INFINITE, Record, RecordedLevel, RecordedMechanism, RecordedSelection, in_json
 from hf_dp.card.schema import PRIVACY_JSON, read_record, schema_problems
 from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
@@ -34,6 +35,7 @@ from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_n
 
 ROUNDING = 1e-6  # relative; another version of the accountant may round the other way
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
+OLD_TAGS = ("differential-privacy", "dp-sgd")  # cards of earlier times have no others
 Settings = RecordedMechanism | RecordedLevel | ExecutedSegment
 
 
@@ -136,11 +138,12 @@ def _release(record: Record, segments: Sequence[ExecutedSegment]) -> Check:
         "noise_generator": GENERATORS[generator],
         "generator": generator_of(noise),
     }
-    return _equal(
+    check = _equal(
         "the sampler, what a step releases, and the noise",
         {name: getattr(mechanism, name) for name in expected},
         expected,
     )
+    return check._replace(found=f"as {words['name']} has them") if check.holds else check
 
 
 def _epsilon(record: Record) -> Iterator[Check]:
@@ -306,7 +309,12 @@ def _readme(folder: Path, record: Record) -> Iterator[Check]:
         return
     yield Check("the card's YAML block", front.get("privacy") == yaml_block(record), f"{_short(front.get('privacy'))}")
     tagged = [tag for tag in TAGS if tag in tags_of(front)]
-    yield _equal("the card's tags", tagged, list(TAGS) if record.private else [])
+    needed = [tag for tag in TAGS if tag in OLD_TAGS or tag in tagged] if record.private else []
+    yield _equal("the card's tags", tagged, needed)
+    head = words_of(text, "model")
+    if head is not None:
+        wrong = wrong_claims(head, record)
+        yield Check("the claim at the card's head", not wrong, ", ".join(wrong) or "as privacy.json has it")
     same = written is not None and written.split() == section(record).split()
     yield _as_rendered("the card's section in words", same)
     if record.private and record.schema_version > 1:
@@ -319,7 +327,21 @@ def _as_rendered(name: str, same: bool) -> Check:
 
 
 def _equal(name: str, found: object, expected: object) -> Check:
-    return Check(name, found == expected, f"{found}" if found == expected else f"found {found}, expected {expected}")
+    if found == expected:
+        return Check(name, True, _in_words(found))
+    if isinstance(found, dict) and isinstance(expected, dict):  # only what differs
+        expected = {key: value for key, value in expected.items() if found.get(key) != value}
+        found = {key: found.get(key) for key in expected}
+    return Check(name, False, f"found {_in_words(found)}, expected {_in_words(expected)}")
+
+
+def _in_words(value: object) -> str:
+    """A value as people read it: without braces, quotation marks and what is not there."""
+    if isinstance(value, dict):
+        return "; ".join(f"{k.replace('_', ' ')}: {_in_words(v)}" for k, v in value.items() if v is not None) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(_in_words(v) for v in value) or "none"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _short(value: object) -> str:

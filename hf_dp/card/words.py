@@ -24,7 +24,7 @@ def yaml_block(record: Record) -> dict[str, object]:
     each segment, in the order of training.
     """
     return {
-        "epsilon": _rounded_up(in_json(record.epsilon), digits=5),
+        "epsilon": rounded_up(in_json(record.epsilon), digits=5),
         "delta": record.delta,
         "unit": record.unit,
         "relation": record.relation,
@@ -75,7 +75,7 @@ def in_words(record: Record) -> dict[str, str]:
     }
     if record.private:
         shown |= _in_words(record.epsilon, record.delta)
-        shown["epsilon_rdp"] = str(_rounded_up(record.epsilon_rdp, digits=4))
+        shown["epsilon_rdp"] = str(rounded_up(record.epsilon_rdp, digits=4))
         discrete = any(s.noise == DISCRETE for s in record.segments)
         shown["any_accountant"] = "Rényi accounting at whole orders" if discrete else "any accountant"
         shown["whence"] = "the segments and delta"
@@ -106,7 +106,7 @@ def _with_selection(text: str, selection: RecordedSelection) -> str:
         f"{selection.distribution} distribution with mean {selection.mean:g}, each time with settings drawn from a "
         "fixed list and fresh randomness, and the model with the best score was kept. Epsilon, and all that follows "
         "from it here, is that of the whole: the runs, their number and the choice. A single run by itself has "
-        f"epsilon {_rounded_up(selection.epsilon_of_one_run, digits=3)}. What else the runs gave is not part of this "
+        f"epsilon {rounded_up(selection.epsilon_of_one_run, digits=3)}. What else the runs gave is not part of this "
         "model and not covered."
     )
     return _after_first_paragraph(text, words)
@@ -132,7 +132,7 @@ def ended_early(record: Record) -> bool:
 
 def _plan_in_words(record: Record) -> str:
     """What is claimed of a run that took fewer steps than planned, and what holds for the steps that it took."""
-    alone = _rounded_up(in_json(record.epsilon_of_steps_taken or 0.0), digits=3)
+    alone = rounded_up(in_json(record.epsilon_of_steps_taken or 0.0), digits=3)
     return (
         f"**Steps taken: {record.num_steps:,} of {steps_claimed(record):,}.** Epsilon is that of the whole plan, "
         f"because when a training ends may follow from what it released (a filter). Epsilon of {record.num_steps:,} "
@@ -204,9 +204,9 @@ def _in_words(epsilon: float, delta: float) -> dict[str, str]:
     2.1.
     """
     accuracy = (1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon))
-    factor = _rounded_up(math.exp(epsilon), digits=3) if epsilon < 14 else f"10^{math.ceil(epsilon / math.log(10))}"
+    factor = rounded_up(math.exp(epsilon), digits=3) if epsilon < 14 else f"10^{math.ceil(epsilon / math.log(10))}"
     return {
-        "epsilon": str(_rounded_up(epsilon, digits=3)),
+        "epsilon": str(rounded_up(epsilon, digits=3)),
         "factor": str(factor),
         "accuracy": f"{min(100.0, math.ceil(accuracy * 1e4) / 100):.2f} %",
     }
@@ -218,9 +218,7 @@ def _attackers_in_words(record: Record, curve: TradeoffCurve) -> dict[str, str]:
     return {
         "best_guess": percent((1 + advantage) / 2),
         "advantage": percent(advantage),
-        "epsilon_at": "; ".join(
-            f"{_rounded_up(at.epsilon, digits=3)} at {at.delta:.3g}" for at in record.epsilon_at[1:]
-        )
+        "epsilon_at": "; ".join(f"{rounded_up(at.epsilon, digits=3)} at {at.delta:.3g}" for at in record.epsilon_at[1:])
         or "not computed",
     }
 
@@ -230,7 +228,7 @@ def percent(share: float) -> str:
     return f"{min(1000, math.ceil(round(share * 1000, 9))) / 10:.1f} %"
 
 
-def _rounded_up(value: float | str, *, digits: int) -> float | str:
+def rounded_up(value: float | str, *, digits: int) -> float | str:
     """Rounds up to significant digits; a word is returned as it is."""
     if isinstance(value, str) or value == 0:
         return value

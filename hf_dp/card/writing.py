@@ -18,7 +18,19 @@ from hf_dp import accounting, durable
 from hf_dp.accounting import RATES, Epsilon, Selection, Tradeoff, selection, tradeoff, tradeoff_below
 from hf_dp.audit import Counts, audit_record
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, kind_of, sampler, sentences
-from hf_dp.card.readme import of_a_whole_model, read_readme, to_json, with_front_matter, with_section
+from hf_dp.card.description import Described, front_matter, model_section, results_section, training_section
+from hf_dp.card.readme import (
+    is_ours,
+    of_a_whole_model,
+    read_readme,
+    to_json,
+    with_front_matter,
+    with_keys,
+    with_section,
+    with_whole_card,
+    words_of,
+    yaml_of,
+)
 from hf_dp.card.record import (
     Accountant,
     EpsilonAt,
@@ -29,13 +41,14 @@ from hf_dp.card.record import (
     TradeoffCurve,
 )
 from hf_dp.card.schema import PRIVACY_JSON, SCHEMA_VERSION, read_record
+from hf_dp.card.usage import Model, model_in
 from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
 from hf_dp.config import MIN_DELTA
 from hf_dp.errors import AccountingError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, LedgerHeader, LedgerRecord
 from hf_dp.mechanism import Mechanism, Segment
 
-TAGS = ("differential-privacy", "dp-sgd")
+TAGS = ("differential-privacy", "differential_privacy", "dp-sgd")  # both spellings are in use
 LIBRARIES = ("hf_dp", "torch", "transformers", "peft", "accelerate", "datasets", "dp-accounting", "numpy")
 NOTHING_CLAIMED = Epsilon(math.inf, math.inf, math.inf)
 Bounds = tuple[tuple[EpsilonAt, ...], TradeoffCurve | None]  # epsilon at several deltas, and the attacker's limits
@@ -156,12 +169,19 @@ def with_selection(record: Record, selected: Selection) -> Record:
     )
 
 
-def write_card(folder: str | Path, record: Record) -> None:
+def write_card(folder: str | Path, record: Record, described: Described | None = None, *, name: str = "") -> None:
     """Writes `privacy.json` and the picture of its trade-off curve into `folder`, and states the record in README.md.
 
-    README.md is made where there is none. Of an existing one, only the `privacy:` block, the two tags (taken away where
+    README.md is made where there is none. Of an existing one, only the `privacy:` block, the tags (taken away where
     nothing may be claimed) and the text between hf_dp's own comment marks are changed; every other character stays.
-    Writing twice is writing once. Each file is replaced in one piece or not at all.
+    Where a model lies in the folder, and a template made the whole text, the whole card is written in its place. What
+    somebody wrote is kept. Writing twice is writing once. Each file is replaced in one piece or not at all.
+
+    Args:
+        folder: of the model.
+        record: what is stated.
+        described: what only the training knows; without it, what an earlier card says of it stays.
+        name: of the model; by default the folder's.
 
     Raises:
         ConfigError: README.md is not UTF-8, its YAML cannot be read, or its marks are damaged; it is then left alone,
@@ -173,26 +193,41 @@ def write_card(folder: str | Path, record: Record) -> None:
         durable.replace(folder / PICTURE, picture(record).encode())
     else:
         (folder / PICTURE).unlink(missing_ok=True)
-    readme = folder / "README.md"
+    readme, model = folder / "README.md", model_in(folder)
     text = with_front_matter(read_readme(readme), yaml_block(record), TAGS, tagged=record.private)
-    durable.replace(readme, with_section(text, section(record)).encode())
+    text = with_section(text, section(record))
+    if model is not None and is_ours(text):
+        text = _whole_card(text, record, model, described, name or folder.resolve().name)
+    durable.replace(readme, text.encode())
 
 
-def carry_card(source: Path, target: Path) -> None:
+def _whole_card(text: str, record: Record, model: Model, described: Described | None, name: str) -> str:
+    selected = record.selection is not None
+    text = with_keys(text, front_matter(model, yaml_of(text), described, name, selected=selected))
+    sections = {"model": model_section(record, model, yaml_of(text), name)}
+    if described is not None or words_of(text, "training") is None:
+        sections["training"] = training_section(record, described or Described())
+    if described is not None or selected:  # the results that a model was selected by are not covered, nor typical
+        sections["results"] = "" if selected or described is None else results_section(described)
+    return with_whole_card(text, sections)
+
+
+def carry_card(source: Path, target: Path, *, name: str) -> None:
     """Writes card, record and ledger of the adapter in `source` beside the whole model in `target`, which it is part
     of now.
 
-    The words of README.md stay; what its YAML says of an adapter becomes what holds for a whole model.
+    The words of README.md stay; what its YAML says of an adapter becomes what holds for a whole model. `name` is the
+    whole model's.
 
     Raises:
         ConfigError: as `write_card`, or the record cannot be read.
     """
-    for name in (LEDGER_NAME, "README.md"):
-        if (source / name).is_file():
-            durable.replace(target / name, (source / name).read_bytes())
+    for carried in (LEDGER_NAME, "README.md"):
+        if (source / carried).is_file():
+            durable.replace(target / carried, (source / carried).read_bytes())
     readme = target / "README.md"
     durable.replace(readme, of_a_whole_model(read_readme(readme)).encode())
-    write_card(target, Record.of(read_record(source)))
+    write_card(target, Record.of(read_record(source)), name=name)
 
 
 def further_bounds(segments: Sequence[Segment], delta: float) -> Bounds:

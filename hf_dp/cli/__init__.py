@@ -4,9 +4,11 @@ Heavy libraries are imported by a verb only when it runs.
 """
 
 import sys
+from typing import Annotated
 
 import typer
 
+import hf_dp
 from hf_dp.cli.audit import audit
 from hf_dp.cli.budget import budget
 from hf_dp.cli.card import card
@@ -32,6 +34,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _tell_version(asked), help="The version.")
+    ] = False,
+) -> None:
+    """Options of `hf-dp` itself."""
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"hf_dp {hf_dp.__version__}")
+        raise typer.Exit
+
+
 app.command()(train)
 app.command()(check)
 app.command()(plan)

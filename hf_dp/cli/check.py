@@ -14,12 +14,11 @@ def check(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as you like.")] = None,
 ) -> None:
     """Shows every trainable parameter with its rule, checks the rules on made-up records, and prints the plan."""
-    from hf_dp import accounting
     from hf_dp.cli.libraries import quiet
     from hf_dp.cli.tables import print_inventory
     from hf_dp.ledger import budget
-    from hf_dp.recipe import read, task
-    from hf_dp.tables import print_plan
+    from hf_dp.recipe import columns_in_words, data_files, read, task
+    from hf_dp.training import print_plan_of
 
     quiet()
     asked = read(recipe, overrides or [])
@@ -27,14 +26,14 @@ def check(
         trainer = task.build(asked, output_dir=folder)
         rows = trainer.inventory()
         report = trainer.self_check()
+    for which in ("train", "validation"):
+        records = data_files.load(asked.data, which)
+        if records is not None:
+            print(f"data.{which}: {len(records):,} records of {columns_in_words(records)}")
     print_inventory(rows)
     mechanism = trainer.mechanism
     assert mechanism is not None  # a recipe always has a training set
-    args = trainer.args
-    derivation = accounting.derivation(
-        asked.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
-    )
-    print_plan("The plan", derivation, mechanism)
+    print_plan_of(trainer, "The plan")
     print(
         f"Self-check passed: a batch is the sum of its examples to {report['difference']:.1e} (rounding allows "
         f"{report['tolerance']:.0e}); removing one moves the clipped sum by {report['sensitivity']:.4f} x C, at most 1."

@@ -41,7 +41,7 @@ def merge(
         model = _merged(folder, settings)
         model.save_pretrained(unfinished)
         _save_processor(folder, str(settings["base_model_name_or_path"]), unfinished)
-        carry_card(folder, unfinished)
+        carry_card(folder, unfinished, name=target.name)
     print(f"Model: {target}\nCard: {target / 'README.md'}; `hf-dp verify {target}` says whether it is true")
 
 

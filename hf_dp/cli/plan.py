@@ -76,7 +76,7 @@ def _draw(mechanism: "Mechanism", plot: Path, against: str, epochs: float | None
     from hf_dp.accounting import plot_epsilon
 
     plot_epsilon(mechanism, plot, against, epochs)
-    print(f"Epsilon against {against}: {plot}")
+    print(f"{'Noise at the same epsilon' if against == 'batch' else 'Epsilon'} against {against}: {plot}")
 
 
 def _refuse_work(model: str | None, work: dict[str, int | None]) -> None:
@@ -91,6 +91,7 @@ def _refuse_work(model: str | None, work: dict[str, int | None]) -> None:
 
 
 def _cost(mechanism: "Mechanism", model: str, work: dict[str, int | None]) -> "list[Derived]":
+    from hf_dp.accounting import advice
     from hf_dp.cli.libraries import quiet
     from hf_dp.recipe import model_shapes, run_cost
 
@@ -102,4 +103,7 @@ def _cost(mechanism: "Mechanism", model: str, work: dict[str, int | None]) -> "l
         max_tokens=work["micro_batch_tokens"],
         length=work["max_length"] or 256,
     )
-    return run_cost.derivation(mechanism, shapes, dealt)
+    warning = advice.warning(mechanism, shapes.trainable)
+    if warning:
+        print(warning)
+    return [*advice.loudness_rows(mechanism, shapes.trainable), *run_cost.derivation(mechanism, shapes, dealt)]

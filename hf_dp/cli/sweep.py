@@ -114,8 +114,8 @@ def _show(folder: Path, found: "SweepResult") -> None:
     print_table(f"Convergence on the validation set. {found['note']}", columns, rows)
     total, together = round_up(found["epsilon_selected"]), round_up(found["epsilon_all_published"])
     print(
-        f"Selected model: epsilon {total:.5g} at delta {found['delta']:g}, the selection included. Were all "
-        f"{len(rows)} trials published: {together:.5g}."
+        f"Selected model: epsilon {total:.5g} at delta {found['delta']:g}, the selection included. "
+        + (f"Were all {len(rows)} trials published: {together:.5g}." if len(rows) > 1 else "It was the only trial.")
     )
     print(f"Model: {folder / SELECTED}\nCard: {folder / SELECTED / 'README.md'}")
     print(f"Not for publication: {folder / 'sweep.json'}, {folder / 'sweep.png'}, {folder / 'trials'}")

@@ -43,11 +43,12 @@ def _run(asked: "Recipe") -> None:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     after = task.evaluate(trainer)
+    trainer.write_card()  # again, with the results
     if trainer.is_world_process_zero():
         if after:
             print_metrics(before, after)
         _print_end(trainer, asked)
-        task.save_class_names(trainer, asked)
+        task.tell_class_names(trainer, asked)
 
 
 def _print_end(trainer: "DPTrainer", asked: "Recipe") -> None:
@@ -61,7 +62,7 @@ def _print_end(trainer: "DPTrainer", asked: "Recipe") -> None:
         print(f"NOT PRIVATE: epsilon is infinite, after {spent.num_steps} steps.")
     if trainer.eval_dataset is not None and not asked.privacy.public_eval:
         print(
-            "The numbers on the validation set are not covered by it (privacy.public_eval=true declares that set "
-            "public)."
+            "The numbers on the validation set are not covered by it\n"
+            "(privacy.public_eval=true declares that set public)."
         )
     print(f"Model: {folder}\nCard: {folder / 'README.md'}\nRecord: {folder / PRIVACY_JSON}")

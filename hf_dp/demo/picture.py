@@ -5,9 +5,9 @@ then.
 from pathlib import Path
 
 from hf_dp.demo.compare import Tuned
-from hf_dp.pictures import Line, Panel, save_figure
+from hf_dp.pictures import PLAIN, PRIVATE, Line, Panel, save_figure
 
-BASE, PLAIN, PRIVATE = "#666666", "#b35900", "#1f5fa8"
+BASE = "#666666"
 
 
 def plot_fine_tunings(path: Path, *, plain: Tuned, private: Tuned, target_epsilon: float | None) -> None:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+PRIVATE, PLAIN = "#1f5fa8", "#b35900"  # of lines about runs with and without noise, in every picture
+
+
 @dataclass(frozen=True)
 class Line:
     """Points in order of x, and how they are joined; colours, markers and styles are matplotlib's."""

@@ -234,6 +234,32 @@ def pairs(records: datasets.Dataset, data: DataSection, which: str) -> Examples:
 # ---- both ----------------------------------------------------------------------------------------------------------
 
 
+def refuse_wrong_columns(data: DataSection, records: datasets.Dataset, which: str) -> None:
+    """Refuses templates and labels that the records don't suit, before a model is loaded for them.
+
+    Raises:
+        RecipeError: a column that they name is missing or holds no text; names all of one template.
+    """
+    for key in ("prompt", "target", "text"):
+        if getattr(data, key):
+            _resolved(getattr(data, key), records, f"data.{key} on data.{which}")
+    if data.label:
+        _label_column(data, records, which)
+
+
+def columns_in_words(records: datasets.Dataset) -> str:
+    """The columns with what they hold: `text (text), age (int64)`. Everything in a CSV file is text."""
+    return ", ".join(f"{name} ({_held(feature)})" for name, feature in records.features.items())
+
+
+def _held(feature: object) -> str:
+    if isinstance(feature, datasets.ClassLabel):
+        return f"one of {feature.num_classes} classes"
+    if isinstance(feature, datasets.Value):
+        return "text" if feature.dtype in ("string", "large_string", "string_view") else feature.dtype
+    return _kind(feature)
+
+
 def _resolved(text: str, records: datasets.Dataset, where: str) -> Template:
     try:
         template = Template.parse(text).resolve(records.column_names)

@@ -19,6 +19,57 @@ _WORDS: dict[object, str] = {
     list: "a list",
     dict: "a mapping",
 }
+# words that people use, in lower case -> the setting that they mean
+MEANT = {
+    "batch_size": "privacy.expected_batch_size (the logical batch) or training.per_device_train_batch_size (memory)",
+    "train_batch_size": "privacy.expected_batch_size, the logical batch",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "n_epochs": "training.num_train_epochs",
+    "steps": "training.max_steps",
+    "num_steps": "training.max_steps",
+    "scheduler": "training.lr_scheduler_type",
+    "optimizer": "training.optim",
+    "output": "training.output_dir",
+    "out": "training.output_dir",
+    "wd": "training.weight_decay",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "modules": "lora.target_modules",
+    "epsilon": "privacy.target_epsilon",
+    "eps": "privacy.target_epsilon",
+    "delta": "privacy.target_delta",
+    "sigma": "privacy.noise_multiplier",
+    "clip": "privacy.clip_norm",
+    "clipping": "privacy.clip_norm",
+    "max_norm": "privacy.clip_norm",
+    "path": "model.name or data.train",
+    "base": "model.name",
+    "model": "model.name",
+    "model_name": "model.name",
+    "file": "data.train",
+    "dataset": "data.train",
+    "train_file": "data.train",
+    "eval": "data.validation",
+    "test": "data.validation",
+    "max_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "classes": "data.labels",
+    "completion": "data.target",
+}
+
+
+def meant(section: str, name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` for an unknown setting, by its meaning or by its letters."""
+    word = name.lower()
+    asked = MEANT.get(word) or MEANT.get(word.removeprefix(f"{section}_")) or ""
+    there, _, key = asked.partition(".")
+    if there == section and key.isidentifier():
+        asked = repr(key)
+    return f"; did you mean {asked}?" if asked else nearest(name, known)
 
 
 def problems(section: str, given: Mapping[str, object], into: type, extra: Iterable[str] = ()) -> Iterator[Problem]:
@@ -37,10 +88,10 @@ def problems(section: str, given: Mapping[str, object], into: type, extra: Itera
     for name, value in given.items():
         if name in fields:
             if not _fits(value, hints[name]):
-                meant = _near_member(value, hints[name])
-                yield f"{section}.{name}: expected {_described(hints[name])}, got {value!r}{meant}"
+                near = _near_member(value, hints[name])
+                yield f"{section}.{name}: expected {_described(hints[name])}, got {value!r}{near}"
         elif name not in extra:
-            yield f"{section}.{name}: there is no such setting{nearest(str(name), [*fields, *extra])}"
+            yield f"{section}.{name}: there is no such setting{meant(section, str(name), [*fields, *extra])}"
     for name, f in fields.items():
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if needed and name not in given:

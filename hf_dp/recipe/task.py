@@ -2,7 +2,6 @@
 with it.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,12 +22,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_dp import accounting, durable
+from hf_dp import accounting
 from hf_dp.config import AuditConfig
 from hf_dp.errors import HfDpError, RecipeError
 from hf_dp.per_example import losses
 from hf_dp.recipe import data_files, examples
-from hf_dp.recipe.recipe import Recipe, arguments_class, is_folder
+from hf_dp.recipe.recipe import Recipe, arguments_class, is_file, is_folder
 from hf_dp.sampling import groups_by
 from hf_dp.training import DPTrainer
 
@@ -64,6 +63,9 @@ def prepare(recipe: Recipe) -> Parts:
     """
     train, validation = data_files.load(recipe.data, "train"), data_files.load(recipe.data, "validation")
     assert train is not None  # a recipe always names it
+    for which, records in (("train", train), ("validation", validation)):
+        if records is not None:
+            examples.refuse_wrong_columns(recipe.data, records, which)
     args = training_arguments(recipe)
     column = recipe.privacy.unit_column
     groups = groups_by(train, column)
@@ -146,7 +148,7 @@ def build(
     parts = parts or prepare(recipe)
     keywords = trainer_keywords(recipe, parts, output_dir)
     try:
-        return _trainer_class(recipe)(
+        trainer = _trainer_class(recipe)(
             **keywords,
             privacy=recipe.privacy,
             micro_batch_tokens=recipe.micro_batch_tokens,
@@ -154,6 +156,8 @@ def build(
             callbacks=list(callbacks),
             audit=audit,
         )
+        trainer.about |= _about(recipe)
+        return trainer
     except HfDpError:
         raise
     except (ValueError, ImportError) as error:
@@ -166,6 +170,27 @@ def _trainer_class(recipe: Recipe) -> Any:
     from hf_dp.training import DPDPOTrainer
 
     return DPDPOTrainer
+
+
+def _about(recipe: Recipe) -> dict[str, str]:
+    """What the recipe says of its data, for the card: names without folders, and how a record becomes text."""
+    data = recipe.data
+    found = {
+        "training data": _shown(data.train),
+        "evaluation data": _shown(data.validation),
+        "a record's prompt": data.prompt and f"`{data.prompt}`",
+        "a record's target": data.target and f"`{data.target}`",
+        "a record's chosen answer": data.chosen and f"`{data.chosen}`",
+        "a record's rejected answer": data.rejected and f"`{data.rejected}`",
+        "a record's text": data.text and f"`{data.text}`",
+        "tokens of a record": data.max_length and f"at most {data.max_length:,}",
+        "adapter": recipe.lora and f"LoRA of rank {recipe.lora.get('r', 8)}",
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _shown(source: str | None) -> str | None:
+    return Path(source).name if source and is_file(source) else source
 
 
 def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> TrainingArguments:
@@ -201,13 +226,12 @@ def evaluate(trainer: Trainer) -> Metrics:
     return {name: measured[f"eval_{name}"] for name in wanted if f"eval_{name}" in measured}
 
 
-def save_class_names(trainer: Any, recipe: Recipe) -> None:
-    """Saves the names of a classifier's classes beside its adapter, whose folder has no config.json for them."""
-    if recipe.lora is None or recipe.model.task != "sequence_classification":
-        return
-    names, path = trainer.model.config.id2label, recipe.output_dir / "classes.json"
-    durable.replace(path, (json.dumps(names, indent=2, ensure_ascii=False) + "\n").encode())
-    print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={len(names)}")
+def tell_class_names(trainer: Any, recipe: Recipe) -> None:
+    """Says where the names of a classifier's classes lie, beside its adapter, and how to load it."""
+    path = recipe.output_dir / "classes.json"
+    if recipe.lora is not None and path.is_file():
+        classes = len(trainer.model.config.id2label)
+        print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={classes}")
 
 
 # ---- model and tokenizer -------------------------------------------------------------------------------------------

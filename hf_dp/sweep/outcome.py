@@ -32,7 +32,8 @@ def conclude(folder: Path, state: State) -> SweepResult | None:
     place, staged = trials[chosen][0], folder / f"_{SELECTED}"
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(place, staged, ignore=shutil.ignore_patterns(*STAYS))
-    card.write_card(staged, card.with_selection(Record.of(read_record(staged)), state.plan.selection))
+    record = card.with_selection(Record.of(read_record(staged)), state.plan.selection)
+    card.write_card(staged, record, name=SELECTED)
     staged.rename(folder / SELECTED)
     durable.sync_folder(folder)
     folders.prune(place)

@@ -41,6 +41,11 @@ class SweepResult(TypedDict):
     trials: list[TrialResult]
 
 
+def of_all(trials: int) -> str:
+    """The words before the epsilon of so many trials together."""
+    return f"of all {trials} trials composed" if trials > 1 else "of the one trial by itself"
+
+
 def plot_trials(sweep: SweepResult, path: Path) -> None:
     """Validation loss against epsilon spent: a line for each trial, a colour for each combination.
 
@@ -65,7 +70,7 @@ def plot_trials(sweep: SweepResult, path: Path) -> None:
         x=f"epsilon spent by the trial alone, at delta {sweep['delta']:g}",
         y="validation loss",
         title=f"{NOTE}\nepsilon of the selected model {total:.4g}, selection included; "
-        f"of all {len(sweep['trials'])} trials composed {together:.4g}",
+        f"{of_all(len(sweep['trials']))} {together:.4g}",
         legend="below",
     )
     save_figure(path, [panel], width=8.0, height=4.8)

@@ -76,7 +76,7 @@ def run(
         before = task.evaluate(trainer)
         trainer.train()
         trainer.save_model()
-        task.save_class_names(trainer, trial)
+        task.tell_class_names(trainer, trial)
         after = task.evaluate(trainer)
         curve = [(0, 0.0, before["loss"]), *_curve(trainer.state.log_history)]
         spent = trainer.privacy_spent()

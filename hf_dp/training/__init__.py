@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hf_dp.training.evaluation import STEPS_TAKEN
 from hf_dp.training.loop import PrivateLoop, plan
 from hf_dp.training.options import REFUSED, check_options
+from hf_dp.training.progress import print_plan_of
 from hf_dp.training.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "PrivateLoop",
     "check_options",
     "plan",
+    "print_plan_of",
 ]
 
 

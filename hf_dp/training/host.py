@@ -34,6 +34,7 @@ class PrivateTrainer(Protocol):
 
     args: TrainingArguments
     model: nn.Module
+    optimizer: Any
     privacy: PrivacyConfig
     objective: Objective
     alone_because: str
@@ -44,6 +45,9 @@ class PrivateTrainer(Protocol):
     label_names: list[str]
     micro_batch_tokens: int | None
     train_dataset: Any
+    eval_dataset: Any
+    state: Any
+    about: dict[str, str]
     processing_class: Any
     accelerator: Accelerator
     callback_handler: CallbackHandler

@@ -9,6 +9,8 @@ from hf_dp import accounting
 from hf_dp.tables import print_plan
 from hf_dp.training.host import PrivateTrainer
 
+QUIET = ("warning", "error", "critical")  # values of TrainingArguments.log_level
+
 
 class EpsilonProgress(ProgressCallback):
     """Trainer's progress bar, with the epsilon spent so far behind it."""
@@ -35,14 +37,38 @@ def show_epsilon(trainer: PrivateTrainer) -> None:
 
 
 def print_summary(trainer: PrivateTrainer) -> None:
-    """Prints every derived number with the rule that it came from, on the main process."""
-    if not trainer.is_world_process_zero():
+    """Prints every derived number with the rule that it came from, on the main process, before a training.
+
+    `TrainingArguments(log_level="error")` (or "warning", "critical") leaves it out, unless there is no guarantee.
+    """
+    quiet = trainer.args.log_level in QUIET and trainer._planned().is_private
+    if quiet or not trainer.is_world_process_zero():
         return
+    print_plan_of(trainer, "Private training")
+
+
+def print_plan_of(trainer: PrivateTrainer, title: str) -> None:
+    """The plan with its rules, and what would help where the signal drowns in the noise."""
     args, mechanism = trainer.args, trainer._planned()
     rows = accounting.derivation(
         trainer.privacy, mechanism, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
     )
-    print_plan("Private training", [*rows, *_rows_of_passes(trainer)], mechanism)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    louder = accounting.advice.loudness_rows(mechanism, trained)
+    print_plan(title, [*rows, *louder, _learning_rate(trainer), *_rows_of_passes(trainer)], mechanism)
+    warning = accounting.advice.warning(mechanism, trained)
+    if warning:
+        print(warning)
+
+
+def _learning_rate(trainer: PrivateTrainer) -> tuple[str, str, str]:
+    rate, schedule = trainer.args.learning_rate, trainer.args.lr_scheduler_type
+    if trainer.optimizer is not None:  # the user's own
+        rate = trainer.optimizer.param_groups[0]["lr"]
+    rule = f"given; schedule: {getattr(schedule, 'value', schedule)}"
+    if rate == TrainingArguments.learning_rate:
+        rule = "TrainingArguments' default, for training without noise; with noise, 10 to 100 times as much is usual"
+    return "learning rate", f"{rate:g}", rule
 
 
 def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:

@@ -50,7 +50,8 @@ from hf_dp.step import (
 )
 from hf_dp.training import objective as objectives
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
-from hf_dp.training.cards import audit_result, write_card
+from hf_dp.training.cards import audit_result, keeping_the_users_words, write_card
+from hf_dp.training.described import described, save_classes
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
 from hf_dp.training.given import refuse_other_types
 from hf_dp.training.guarded import GuardedWeights
@@ -86,6 +87,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         mechanism: what will be run, calibrated; None without a training set.
         private_step: takes each step; exists if there is a training set.
         objective: which loss of an example is trained, and why.
+        about: public things about the run for the card's table of settings, by name, such as
+            `trainer.about["training data"] = "Clinic notes, 2024"`.
         alone_because: why each example has a pass of its own; "" if a pass may hold several.
         unit_rows: a class attribute, k: the collator makes k rows of each record, which are clipped as one example. The
             batches that `example_losses` is given then lead with the examples, [B, k, ...].
@@ -132,6 +135,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._check_records = check_records
         self.class_weights = objectives.class_weights(class_weights)
         self.alone_because = ""
+        self.about: dict[str, str] = {}
         self._settled: Settled | None = None
         self._run: PrivateRun | None = None
         self._guard = WeightGuard()
@@ -311,8 +315,13 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._write_card(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`; the privacy section is written again after the card was rewritten."""
-        super().create_model_card(*args, **kwargs)
+        """As `Trainer.create_model_card`, but what somebody wrote stays; then our part is written again."""
+        with keeping_the_users_words(Path(self.args.output_dir), mine=self.is_world_process_zero()):
+            super().create_model_card(*args, **kwargs)
+        self._write_card(Path(self.args.output_dir))
+
+    def write_card(self) -> None:
+        """Writes the output folder's card and privacy.json again, as after an evaluation whose results it may state."""
         self._write_card(Path(self.args.output_dir))
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
@@ -381,7 +390,10 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
-            write_card(self._run, folder, public_eval=self.privacy.public_eval, audit=self._canaries.counts())
+            save_classes(self, folder)
+            told = described(self)
+            counts = self._canaries.counts()
+            write_card(self._run, folder, public_eval=self.privacy.public_eval, audit=counts, described=told)
 
 
 class DPTrainer(DPTrainerMixin, Trainer):

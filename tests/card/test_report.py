@@ -261,7 +261,9 @@ def test_a_log_that_is_not_of_this_run_or_holds_nonsense_is_not_drawn(tmp_path):
     assert "The log holds no loss that may be shown." in in_words(report(folder)[1])
     for spoilt in ("{", "[]", '{"global_step": 1, "log_history": 3}', "[" * 100_000):
         (folder / f"checkpoint-{STEPS}" / "trainer_state.json").write_text(spoilt)
-        assert losses(folder, Record.of(read_record(folder))).notes[0].startswith("No log is in this folder")
+        assert (
+            losses(folder, Record.of(read_record(folder))).notes[0].startswith("No loss is drawn: neither this folder")
+        )
 
 
 def test_the_log_that_came_furthest_is_drawn(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -196,3 +197,15 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_what_was_found_is_told_in_words(tmp_path):
+    folder = model_folder(tmp_path)
+    for spoilt in (False, True):
+        if spoilt:
+            record = json.loads((folder / "privacy.json").read_text())
+            record["mechanism"]["clip_norm"] = 0.5
+            (folder / "privacy.json").write_text(json.dumps(record))
+        told = " ".join(check.found for check in verify(folder))
+        assert not re.search(r"[{}\[\]']", told), told
+    assert "found clip norm: 0.1, expected clip norm: 0.5" in told

@@ -97,6 +97,7 @@ def test_check_shows_every_parameter_trains_nothing_and_leaves_nothing(hf_dp, tm
     assert files(tmp_path) == before
     assert "layers.0-1.self_attn.q_proj.lora_A" in out
     assert "28 trainable tensors" in out
+    assert "data.train: 40 records of mr (text), ref (text)" in out
     assert "noise multiplier sigma" in out
     assert "Self-check passed" in out
 
@@ -113,6 +114,7 @@ MISTAKES = {
     "a typo": (["training.learning_rat=1"], "did you mean 'learning_rate'?"),
     "a missing file": (["data.train=gone.jsonl"], "the file gone.jsonl does not exist"),
     "an unknown column": (["data.target={reff}"], "no column 'reff' (there are 'mr', 'ref'); did you mean 'ref'?"),
+    "an unknown column, and rows too long": (["data.target={reff}", "data.max_length=64"], "no column 'reff'"),
     "an unknown validation column": (["data.validation=OTHER"], "data.prompt on data.validation: no column 'mr'"),
     "both": (["privacy.noise_multiplier=1"], "exactly one of target_epsilon and noise_multiplier (got both)"),
     "neither": (["privacy.target_epsilon=null"], "exactly one of target_epsilon and noise_multiplier (got neither)"),

@@ -60,7 +60,7 @@ def names(folder: Path) -> set[str]:
 def test_the_merged_model_loads_without_peft_and_gives_what_the_adapter_gave(hf_dp, tmp_path):
     folder = adapter(tmp_path)
     readme = folder / "README.md"
-    readme.write_text(readme.read_text().replace("# Model Card for Model ID", f"# Notes\n\n{OWN}"))
+    readme.write_text(f"{readme.read_text()}\n## Limits\n\n{OWN}\n")
     status, out, err = hf_dp("merge", folder)
     assert status == 0, err
     merged = tmp_path / "adapter-merged"
@@ -71,7 +71,10 @@ def test_the_merged_model_loads_without_peft_and_gives_what_the_adapter_gave(hf_
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")(input_ids=IDS).logits
     assert (before - base).abs().max() > 1e-3
     assert failures(merged) == ""
-    assert OWN in (merged / "README.md").read_text()
+    text = (merged / "README.md").read_text()
+    assert OWN in text
+    assert "# adapter-merged\n" in text
+    assert "AutoModelForCausalLM.from_pretrained(folder)" in text
     for carried in ("privacy.json", "privacy_ledger.jsonl", "privacy_tradeoff.svg"):
         assert (merged / carried).read_bytes() == (folder / carried).read_bytes()
 

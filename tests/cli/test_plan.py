@@ -9,7 +9,8 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
 from hf_dp import accounting
-from hf_dp.accounting.curve import curve_of, plot_epsilon
+from hf_dp.accounting import advice
+from hf_dp.accounting.curve import curve_of, plot_epsilon, sizes_of
 from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import Mechanism, Segment
 
@@ -118,8 +119,8 @@ PLANNED = Mechanism(
     delta=5e-4,
     target_epsilon=3.0,
 )
-# epsilon falls with sigma and delta, and rises with steps and batch; at the planned value it is the plan's
-FALLS = {"steps": False, "sigma": True, "batch": False, "delta": True}
+# epsilon falls with sigma and delta, and rises with steps; at the planned value it is the plan's
+FALLS = {"steps": False, "sigma": True, "delta": True}
 
 
 @pytest.mark.parametrize("against", FALLS)
@@ -137,12 +138,17 @@ def test_a_curve_goes_through_the_plan_in_the_right_direction(against):
     assert min(between) <= planned <= max(between)
 
 
-def test_with_epochs_another_batch_has_other_steps():
-    by_steps, by_epochs = (dict(curve_of(PLANNED, "batch", epochs).points) for epochs in (None, 2.0))
-    assert by_steps[50.0] == by_epochs[50.0]  # 2 epochs are 40 steps of 50
-    q, steps = 200 / 1000, 10
-    assert by_epochs[200.0] == accounting.spent([Segment(q, 1.0, steps)], 5e-4)
-    assert by_steps[200.0] == accounting.spent([Segment(q, 1.0, 40)], 5e-4)
+def test_against_the_batch_size_epsilon_stays_and_larger_batches_are_the_quieter_ones():
+    target = accounting.spent(PLANNED.segments(), PLANNED.delta).epsilon
+    found = sizes_of(PLANNED, 2.0)
+    assert [m.expected_batch_size for m in found][:: len(found) // 2] == [12, 50, 200]
+    assert [m.num_steps for m in found][:: len(found) // 2] == [166, 40, 10]  # ceil(2 x round(1000 / B))
+    for m in found:
+        assert target * 0.99 <= accounting.spent(m.segments(), m.delta).epsilon <= target
+    sigmas = [m.noise_multiplier for m in found]
+    assert sigmas == sorted(sigmas)
+    noises = [advice.loudness(m, 1).of_all_steps for m in found]
+    assert noises == sorted(noises, reverse=True)
 
 
 def test_sigma_is_the_gradients_where_losses_are_released_with_it():
@@ -152,7 +158,7 @@ def test_sigma_is_the_gradients_where_losses_are_released_with_it():
     assert at.epsilon > accounting.spent(PLANNED.segments(), 5e-4).epsilon
 
 
-@pytest.mark.parametrize("against", FALLS)
+@pytest.mark.parametrize("against", [*FALLS, "batch"])
 def test_each_picture_says_what_it_is_of(against, tmp_path):
     plot_epsilon(PLANNED, tmp_path / "p.svg", against, 2.0)
     with_text = (tmp_path / "p.svg").read_text()
@@ -174,8 +180,5 @@ def test_a_schedule_goes_on_in_proportion(against):
     epsilons = [e.epsilon for _, e in curve.points]
     assert epsilons == sorted(epsilons, reverse=FALLS[against])
     planned = accounting.spent([Segment(0.05, 1.0, 20), Segment(0.1, 0.5, 20)], 5e-4)
-    if against in ("steps", "sigma", "batch"):
+    if against in ("steps", "sigma"):
         assert dict(curve.points)[curve.planned] == planned
-    if against == "batch":
-        doubled = accounting.spent([Segment(0.1, 1.0, 10), Segment(0.2, 0.5, 10)], 5e-4)
-        assert dict(curve_of(mechanism, "batch", 3.0).points)[100.0] == doubled

@@ -336,15 +336,17 @@ def test_masked_and_encoder_decoder_models_form_logits_at_targets_alone(name: st
     build, where, comes_last = ALIGNED[name]
     model: Any = get_peft_model(build(), LoraConfig(r=2, target_modules=where, init_lora_weights=False)).double()
     batch = batch_of("one without a target")
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    inputs |= forward.decoder_inputs(base_of(model), inputs, batch["labels"])
     head = base_of(model).get_output_embeddings()
 
+    def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return given | forward.decoder_inputs(base_of(model), given, batch["labels"])
+
     def few(model: nn.Module, batch: dict[str, Tensor], smoothing: float) -> Tensor:
-        return forward.aligned_losses(model, base_of(model), inputs, batch["labels"], smoothing)
+        return forward.aligned_losses(model, base_of(model), inputs(batch), batch["labels"], smoothing)
 
     def all_of_them(model: nn.Module, batch: dict[str, Tensor], smoothing: float) -> Tensor:
-        return losses.aligned_tokens(model(**inputs), batch["labels"], smoothing)
+        return losses.aligned_tokens(model(**inputs(batch)), batch["labels"], smoothing)
 
     expected, twin = sums(model, all_of_them, batch, 0.1)
     with rows_of_the_head(model) as rows:

@@ -1,11 +1,17 @@
 """Recipes: what the text means, what overrides do, and that everything wrong is named at once."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
+from transformers import TrainingArguments
 
+from hf_dp.config import PrivacyConfig
 from hf_dp.errors import RecipeError
-from hf_dp.recipe.recipe import read
+from hf_dp.recipe.recipe import DataSection, ModelSection, read
+from hf_dp.recipe.settings import MEANT
 from hf_dp.recipe.template import Template
 from hf_dp.recipe.yaml_text import nested, parse
 from tests.support import recipes as R
@@ -185,6 +191,37 @@ def test_mistakes_are_named(tmp_path, override, message):
         override = f"data.train={tmp_path / 'data.txt'}"
     with pytest.raises(RecipeError, match=message):
         read(R.write(tmp_path), [override])
+
+
+def test_a_setting_is_found_by_what_people_call_it(tmp_path):
+    called = {
+        "training.lr=1": "did you mean 'learning_rate'?",
+        "training.epochs=1": "did you mean 'num_train_epochs'?",
+        "training.batch_size=8": "did you mean privacy.expected_batch_size",
+        "lora.rank=4": "did you mean 'r'?",
+        "lora.alpha=4": "did you mean 'lora_alpha'?",
+        "privacy.sigma=1": "did you mean 'noise_multiplier'?",
+        "data.file=x": "did you mean 'train'?",
+    }
+    with pytest.raises(RecipeError) as error:
+        read(R.write(tmp_path), list(called))
+    for wrong, message in called.items():
+        line = next(x for x in str(error.value).splitlines() if wrong.partition("=")[0] in x)
+        assert message in line
+
+
+def test_each_setting_that_is_meant_exists():
+    classes = {
+        "model": ModelSection,
+        "data": DataSection,
+        "privacy": PrivacyConfig,
+        "lora": LoraConfig,
+        "training": TrainingArguments,
+    }
+    named = {found for words in MEANT.values() for found in re.findall(r"([a-z]+)\.([a-z_]+)", words)}
+    assert len(named) > 15
+    for section, key in named:
+        assert key in {f.name for f in dataclasses.fields(classes[section])}, f"{section}.{key}"
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path):

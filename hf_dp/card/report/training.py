@@ -52,7 +52,9 @@ def losses(folder: Path, record: Record) -> Losses:
     public = record.public_eval
     lines, notes = {}, []
     if not entries:
-        notes.append(f"No log is in this folder or in its checkpoints ({STATE}), so there is nothing to draw.")
+        notes.append(
+            f"No loss is drawn: neither this folder nor a checkpoint in it holds the log of a training ({STATE})."
+        )
     if not noised:
         notes.append("Training loss was not released: it is computed on private records, and no noise was added to it.")
     elif found := _points(entries, "loss", needs="epsilon"):

@@ -1,0 +1,5 @@
+"""`python -m hf_dp` -> what `hf-dp` does."""
+
+from hf_dp.cli import main
+
+main()

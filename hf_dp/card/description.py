@@ -1,0 +1,193 @@
+"""A record and the model beside it -> the card's first sections: what it is and promises, how to use it, how it was
+trained.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_dp.card.readme import tags_of
+from hf_dp.card.record import Record
+from hf_dp.card.usage import Model, usage
+from hf_dp.card.words import ended_early, in_turn, rounded_up, settings, steps_claimed, units
+
+PREFIX = "base_model:"  # of the Hub's tags about the base
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CLAIM = re.compile(r"\(epsilon <= [^)]*\)")
+
+
+@dataclass(frozen=True)
+class Described:
+    """What only the training knows of a model, all of it public.
+
+    Attributes:
+        rows: name -> value, for the table of settings.
+        results: name -> number, on evaluation data that were declared public.
+        base: folder or name of the base model, or "".
+        license: of the base, where it is known, or "".
+        evaluated_on: name of the evaluation data, or "".
+    """
+
+    rows: Mapping[str, str] = field(default_factory=dict)
+    results: Mapping[str, float] = field(default_factory=dict)
+    base: str = ""
+    license: str = ""
+    evaluated_on: str = ""
+
+
+def claim(record: Record) -> str:
+    """What is claimed, in one line: `(epsilon <= 7.997, delta = 2.3e-05)`. Epsilon is rounded up."""
+    return f"(epsilon <= {rounded_up(record.epsilon, digits=4):g}, delta = {record.delta:.6g})"
+
+
+def wrong_claims(words: str, record: Record) -> list[str]:
+    """The claims in `words` that are not the record's."""
+    right = {claim(record)} if record.private else set()
+    return [found for found in _CLAIM.findall(words) if found not in right]
+
+
+def model_section(record: Record, model: Model, front: Mapping[str, object], name: str) -> str:
+    """The first section: title, promise, what it is, how to use it.
+
+    Args:
+        record: of the training.
+        model: what lies beside the card.
+        front: the card's YAML; its base and licence are told.
+        name: of the model.
+    """
+    base = model.base or str(front.get("base_model") or "")
+    what = f"{_kind(model.adapter)} adapter" if model.adapter else "whole model"
+    rows = {
+        "what it is": f"{what} for {model.task}",
+        "base model": _base_in_words(base),
+        "licence": str(front.get("license") or ""),
+        "classes": ", ".join(_cell(c) for c in model.classes),
+    }
+    return f"""# {name}
+
+{_promise(record)}
+
+{_table("about", {k: v for k, v in rows.items() if v})}
+
+## How to use it
+
+```python
+{usage(model, base)}
+```
+"""
+
+
+def training_section(record: Record, described: Described) -> str:
+    """The second section: what it was trained on, and how."""
+    each = settings(record)
+    rows = {
+        f"training {units(record.unit)}": f"{record.mechanism.num_examples:,}",
+        "steps": f"{record.num_steps:,}" + (f" of {steps_claimed(record):,}" if ended_early(record) else ""),
+        "expected batch size": in_turn(s.expected_batch_size for s in each),
+        "clipping bound of an example's gradient": in_turn(s.clip_norm for s in each),
+        "noise multiplier": in_turn(s.joint_noise_multiplier for s in each),
+    }
+    versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
+    table = _table("setting", {**described.rows, **rows})
+    return f"## Training\n\n{table}\n\n**Framework versions.** {versions}\n"  # as a heading, PEFT would write below it
+
+
+def results_section(described: Described) -> str:
+    """The third section: the results that may be stated; "" where there are none."""
+    if not described.results:
+        return ""
+    where = f" ({described.evaluated_on})" if described.evaluated_on else ""
+    numbers = {name: f"{value:.4g}" for name, value in described.results.items()}
+    return (
+        f"## Results\n\nOn evaluation data that whoever trained the model declared public{where}:\n\n"
+        f"{_table('measure', numbers)}\n"
+    )
+
+
+def front_matter(
+    model: Model, front: Mapping[str, object], described: Described | None, name: str, *, selected: bool
+) -> dict[str, object]:
+    """Keys of the YAML that a whole card has besides the privacy block; the user's own values stay.
+
+    The base is named where it is a name on the Hub, which refuses paths. Of a model that was `selected` by its results,
+    none are stated.
+    """
+    known = described or Described()
+    base = front.get("base_model") or known.base
+    named = None if isinstance(base, str) and not is_hub_name(base) else base
+    ours = {
+        "library_name": "peft" if model.adapter else "transformers",
+        "pipeline_tag": model.pipeline_tag,
+        "base_model": named,
+        "license": known.license,
+    }
+    keys: dict[str, object] = {key: front.get(key) or value for key, value in ours.items() if value}
+    if "base_model" in front and "base_model" not in keys:
+        keys |= {"base_model": None, "tags": [t for t in tags_of(front) if not str(t).startswith(PREFIX)]}
+    index = front.get("model-index")
+    if (described is not None or selected) and (index is None or _has_our_form(index)):
+        may = known.results and known.evaluated_on and not selected
+        keys["model-index"] = _model_index(model, known, name) if may else None
+    return keys
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be the name of a repository and is no folder here."""
+    return bool(_HUB_NAME.fullmatch(name)) and not Path(name).is_dir()
+
+
+def _promise(record: Record) -> str:
+    if not record.private:
+        return f"**NOT PRIVATE: {record.reason}.** Treat this model like its training data."
+    n, plural = record.mechanism.num_examples, units(record.unit)
+    return (
+        f"**Trained with differential privacy: {claim(record)}, one {record.unit} of {n:,}.** What the model tells "
+        f"about any single one of its training {plural} is limited; what that means, and how to check it, stands under "
+        '"Privacy" below.'
+    )
+
+
+def _kind(adapter: str) -> str:
+    return {"LORA": "LoRA", "ADALORA": "AdaLoRA", "DORA": "DoRA"}.get(adapter, adapter)
+
+
+def _base_in_words(base: str) -> str:
+    if not base:
+        return ""
+    return f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{Path(base).name}`, a local folder"
+
+
+def _table(title: str, rows: Mapping[str, str]) -> str:
+    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in rows.items())])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _model_index(model: Model, known: Described, name: str) -> list[dict[str, object]]:
+    """The results in the form that the Hub reads."""
+    metrics = [
+        {"type": key, "name": key, "value": value} for key, value in known.results.items() if math.isfinite(value)
+    ]
+    return [
+        {
+            "name": name,
+            "results": [
+                {
+                    "task": {"type": model.pipeline_tag or "other", "name": model.task},
+                    "dataset": {"type": known.evaluated_on, "name": known.evaluated_on},
+                    "metrics": metrics,
+                }
+            ],
+        }
+    ]
+
+
+def _has_our_form(index: object) -> bool:
+    """Whether a model-index holds no results, or only those of the form that `_model_index` gives them."""
+    found = [r for entry in index for r in entry.get("results") or []] if isinstance(index, list) else [{}]
+    metrics = [m for r in found for m in r.get("metrics") or [{"type": None, "name": "of somebody else"}]]
+    return all(m.get("type") == m.get("name") for m in metrics)

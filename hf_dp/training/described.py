@@ -1,0 +1,97 @@
+"""A trainer after its training -> what its card says of settings, data and results: public things alone."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from hf_dp import durable
+from hf_dp.card import Described
+from hf_dp.training.evaluation import CLOCK, EVAL_MARK, HARMLESS
+from hf_dp.training.host import PrivateTrainer
+
+GENERIC = ("csv", "generator", "json", "pandas", "parquet", "text", "")  # builders of `datasets` that name no data set
+OF_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def described(trainer: PrivateTrainer) -> Described:
+    """What the card says of this training besides the record.
+
+    Results are those on evaluation data declared public, of the weights as they are now.
+    """
+    args, about = trainer.args, dict(trainer.about)
+    base = str(getattr(trainer._base_model().config, "name_or_path", "") or "")
+    parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+    warm_up = args.get_warmup_steps(trainer.state.max_steps) if trainer.state.max_steps > 0 else 0
+    evaluated_on = about.pop("evaluation data", _name_of(trainer.eval_dataset))
+    rows = {
+        "training data": about.pop("training data", _name_of(trainer.train_dataset)),
+        **about,
+        "trained": f"{sum(parameters):,} numbers in {len(parameters)} tensors",
+        "loss of an example": trainer.objective.kind,
+        "learning rate": f"{args.learning_rate:g}, {_value(args.lr_scheduler_type)}"
+        + (f" after {warm_up:,} steps of warm-up" if warm_up else ""),
+        "optimizer": _value(args.optim) + (f", weight decay {args.weight_decay:g}" if args.weight_decay else ""),
+        "precision": "bfloat16 (autocast)" if args.bf16 else str(next(trainer.model.parameters()).dtype)[6:],
+    }
+    return Described(
+        rows={name: value for name, value in rows.items() if value},
+        results=_results(trainer),
+        base=base,
+        license=license_of(base),
+        evaluated_on=evaluated_on,
+    )
+
+
+def license_of(base: str) -> str:
+    """The licence in the base's own card, where that is a file on this machine; "" elsewhere."""
+    if not base:
+        return ""
+    try:
+        card = Path(base, "README.md") if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
+        text = Path(card).read_text(encoding="utf-8") if isinstance(card, str | Path) else ""
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+    except (OSError, ValueError, IndexError, yaml.YAMLError):  # no card, no name of a repository, or no YAML in it
+        return ""
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def save_classes(trainer: PrivateTrainer, folder: Path) -> None:
+    """Writes the names of a classifier's classes beside its adapter, whose folder has no config.json for them."""
+    settings = getattr(trainer.model, "peft_config", {}).get("default")
+    if settings is None or str(settings.task_type).rpartition(".")[2] not in OF_CLASSIFIERS:
+        return
+    names = cast(Any, trainer._base_model()).config.id2label
+    durable.replace(folder / "classes.json", (json.dumps(names, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _results(trainer: PrivateTrainer) -> dict[str, float]:
+    """The last evaluation's numbers, if they are of data declared public and of the last step's weights."""
+    if not trainer.privacy.public_eval:
+        return {}
+    last = [e for e in trainer.state.log_history if any(name.startswith("eval_") for name in e)][-1:]
+    if not last or not last[0].get("step") or last[0]["step"] != trainer.state.global_step or EVAL_MARK in last[0]:
+        return {}
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in last[0].items()
+        if name.startswith("eval_")
+        and name not in HARMLESS
+        and not name.endswith(CLOCK)
+        and isinstance(value, int | float)
+        and math.isfinite(value)
+    }
+
+
+def _name_of(dataset: Any) -> str:
+    """A data set's name on the Hub, as `load_dataset` was given it; "" where it has none."""
+    name = str(getattr(getattr(dataset, "info", None), "dataset_name", None) or "")
+    return "" if name in GENERIC else name
+
+
+def _value(option: Any) -> str:
+    return str(getattr(option, "value", option))
