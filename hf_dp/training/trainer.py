@@ -15,13 +15,7 @@ from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import METRICS, Mechanism
-from hf_dp.per_example import (
-    Batch,
-    Record,
-    Report,
-    Row,
-    self_check,
-)
+from hf_dp.per_example import Batch, Record, Report, Row, self_check
 from hf_dp.sampling import (
     DRAW_NUMBER,
     Container,
