@@ -5,6 +5,8 @@ The hash is HMAC-SHA256 under 256 random bits. The key stays in the folder, read
 that Trainer does not upload. Without a key, anybody could hash a guess at the data and compare.
 """
 
+import datetime
+import decimal
 import hashlib
 import hmac
 import json
@@ -115,6 +117,8 @@ def _hash_value(value: object, update: Update) -> None:
         _piece(update, type(value).__name__, json.dumps(value).encode())
     elif isinstance(value, bytes):
         _piece(update, "bytes", value)
+    elif isinstance(value, (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)):
+        _piece(update, type(value).__name__, repr(value).encode())
     elif isinstance(value, Mapping):
         _piece(update, "mapping", str(len(value)).encode())
         for name in sorted(value, key=str):

@@ -14,11 +14,12 @@ from hf_dp.sampling.microbatch import (
 from hf_dp.sampling.own_generators import REMEDY, own_generators
 from hf_dp.sampling.poisson import Draw, PoissonSampler
 from hf_dp.sampling.privacy_unit import Groups, groups_by
-from hf_dp.sampling.reading import DrawnRecords, Failure, Reader, Records, read_records
+from hf_dp.sampling.reading import INPUTS, DrawnRecords, Failure, Reader, Records, read_records
 
 __all__ = [
     "DRAW_NUMBER",
     "FAILURE",
+    "INPUTS",
     "REMEDY",
     "Collate",
     "Collation",

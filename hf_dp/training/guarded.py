@@ -9,6 +9,7 @@ from transformers import Trainer
 from hf_dp.config import PrivacyConfig
 from hf_dp.step import PrivateRun, WeightGuard, refuse_foreign_parameters
 from hf_dp.training.deciders import refuse_deciders
+from hf_dp.training.overrides import refuse_replaced
 
 if TYPE_CHECKING:
     _Host = Trainer  # what a mixin may count on
@@ -31,7 +32,10 @@ class GuardedWeights(_Host):
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def _refuse_side_doors(self) -> None:
-        """Before training: refuses optimizers that hold more than the model, and callbacks that follow private data."""
+        """Before training: refuses optimizers that hold more than the model, callbacks that follow private data, and
+        methods replaced in vain.
+        """
+        refuse_replaced(self)
         refuse_deciders(self.callback_handler.callbacks, public_eval=self.privacy.public_eval)
         refuse_foreign_parameters(self.model, torch_optimizer(self.create_optimizer()))
 

@@ -27,6 +27,7 @@ from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Records
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.objective import as_in_training
+from hf_dp.training.shapes import NO_TARGET, OTHER_SHAPE, SHORT, Shapes, is_list, shape_of
 
 TOKENS, LABELS = "input_ids", ("labels", "label", "label_ids")
 OF_PAIRS = ("prompt_ids", "chosen_ids", "rejected_ids")  # tokens, too
@@ -43,11 +44,15 @@ OTHER_LENGTH, TOO_LONG, UNREAD = (
     "longer than the model's positions",
     "not readable",
 )
+VAGUE = (OTHER_LENGTH, SHORT)  # most records of which this can be said are fine
 REMEDIES = {
     MISSING: "fill them in, or leave these records out (dataset.filter)",
     TEXTS: "make numbers of them (for classes, dataset.class_encode_column)",
     OTHER_TYPE: "give all records one type, as datasets.Dataset.from_list does",
     OTHER_LENGTH: "make them as long as the tokens, or leave these records out (dataset.filter)",
+    OTHER_SHAPE: "bring all records to one shape, or leave these out (dataset.filter)",
+    SHORT: "leave such records out (dataset.filter)",
+    NO_TARGET: "leave these records out (dataset.filter)",
     UNREAD: "mend them, or leave these records out",
 }
 
@@ -80,7 +85,10 @@ def refuse_unusable_records(trainer: PrivateTrainer) -> None:
     with fork_forward_rng(seed=0):
         for row, problem in _problems(dataset, limits, (*LABELS, *trainer.label_names)):
             found.setdefault(problem, []).append(row)
-        wrong = {p: rows for p, rows in found.items() if any(_fails(trainer, dataset, row) for row in rows[:TRIED])}
+        failing = {p: [row for row in rows[:TRIED] if _fails(trainer, dataset, row)] for p, rows in found.items()}
+    explained = {row for p, rows in failing.items() if p.what not in VAGUE for row in rows}
+    failing = {p: rows if p.what not in VAGUE else [*set(rows) - explained] for p, rows in failing.items()}
+    wrong = {p: rows if p.what == SHORT else found[p] for p, rows in failing.items() if rows}
     if not wrong:
         return
     if trainer.is_world_process_zero():
@@ -95,18 +103,21 @@ def refuse_unusable_records(trainer: PrivateTrainer) -> None:
 
 
 def complete_record(dataset: Records) -> Record:
-    """The first of the first records that has tokens and no missing label: one of which others can be made up."""
+    """Of the first records the first with the fewest empty or missing values: one of which others can be made up."""
+    best, fewest = dataset[0], math.inf
     for row in range(min(FIRST, len(dataset))):
         record = dataset[row]
-        if not (isinstance(record, dict) and _is_incomplete(record)):
-            return record
-    return dataset[0]
+        missing = sum(map(_is_missing, record.values())) if isinstance(record, dict) else 0
+        if missing < fewest:
+            best, fewest = record, missing
+        if not missing:
+            break
+    return best
 
 
-def _is_incomplete(record: dict[str, Leaf]) -> bool:
-    lengths = {name: length for name, value in record.items() if (length := _length(value)) is not None}
-    empty = lengths.get(TOKENS, 0) == 0 if TOKENS in record else 0 in lengths.values()
-    return empty or any(name in record and record[name] is None for name in LABELS)
+def _is_missing(value: Leaf) -> bool:
+    shape = shape_of(value)
+    return value is None or (shape is not None and 0 in shape)
 
 
 def _limits(trainer: PrivateTrainer) -> Limits:
@@ -141,6 +152,9 @@ def _remedy(what: str, column: str, limits: Limits) -> str:
 def _problems(dataset: Records, limits: Limits, labels: Sequence[str]) -> Iterator[tuple[int, Problem]]:
     names = dict.fromkeys((TOKENS, *OF_PAIRS, *AS_LONG, *labels))
     kinds: dict[str, dict[Any, list[int]]] = {}
+    shapes = Shapes()
+    if _is_table(dataset):
+        shapes.add_table(cast(datasets.Dataset, dataset))
     for first, records in _suspicious(dataset, [*names], limits):
         for row, record in enumerate(records, first):
             if record is UNREAD:
@@ -151,9 +165,17 @@ def _problems(dataset: Records, limits: Limits, labels: Sequence[str]) -> Iterat
                     if one.types and not one.types & {type(None), str}:
                         kinds.setdefault(name, {}).setdefault((one.depth, one.types), []).append(row)
                 yield from ((row, problem) for problem in _of_record(record, seen, limits))
+                if not _is_table(dataset) or TOKENS in record:
+                    shapes.add(row, {name: shape_of(value) for name, value in record.items()})
+    yield from ((row, Problem(column, what)) for row, column, what in shapes.odd())
     for name, rows_of in kinds.items():
         usual = max(rows_of.values(), key=len)
         yield from ((row, Problem(name, OTHER_TYPE)) for rows in rows_of.values() if rows is not usual for row in rows)
+
+
+def _is_table(dataset: Records) -> bool:
+    """Whether Arrow has the records as the training reads them."""
+    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
 
 
 def _suspicious(dataset: Records, names: list[str], limits: Limits) -> Iterator[tuple[int, Iterable[Leaf]]]:
@@ -186,9 +208,9 @@ def _is_clean(table: pa.Table, limits: Limits) -> bool:
         column = table[name].combine_chunks()
         if column.null_count or pa.types.is_string(column.type):
             return False
-        if _is_list(column.type):
+        if is_list(column.type):
             lengths[name] = pc.list_value_length(column).to_numpy(zero_copy_only=False)
-        while _is_list(column.type):
+        while is_list(column.type):
             column = column.flatten()
         if column.null_count:
             return False
@@ -199,10 +221,6 @@ def _is_clean(table: pa.Table, limits: Limits) -> bool:
     if limits.positions is not None and len(tokens) and tokens.max() > limits.positions:
         return False
     return all(np.array_equal(tokens, lengths[name]) for name in AS_LONG if TOKENS in lengths and name in lengths)
-
-
-def _is_list(kind: Any) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _inside(values: Leaf, below: int) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from transformers import Trainer
 
-from hf_dp.errors import ConfigError
+from hf_dp.errors import ConfigError, UnsupportedOptionError
 
 _DRAWS = "batches must be Poisson draws of train_dataset, which no other sampler or loader makes"
 # method of Trainer -> why it is not called, and what to do instead
@@ -15,6 +15,7 @@ NEVER_CALLED = {
         "DPTrainer(class_weights=[...]))"
     ),
     "get_train_dataloader": f"{_DRAWS}; drop it, choose records in train_dataset, and transform them in data_collator",
+    "_get_dataloader": f"{_DRAWS}; drop it, or override get_eval_dataloader, which serves evaluation alone",
     "_get_train_sampler": f"{_DRAWS}; drop it, and choose records in train_dataset",
     "get_batch_samples": f"{_DRAWS}; drop it",
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
@@ -82,6 +83,20 @@ def ignored(trainer: type) -> Iterator[str]:
         if method == "training_step" and classes.index(owner) < private:
             continue  # it wraps the private step, and calls it
         yield f"{owner.__name__}.{method}: it would never be called while training: {remedy}"
+
+
+def refuse_replaced(trainer: Trainer) -> None:
+    """Refuses what was put in the place of such a method on the object alone, as in `trainer.compute_loss = mine`.
+
+    Raises:
+        UnsupportedOptionError: names all of them. (What another `training_step` does is seen by the weights.)
+    """
+    mine = [name for name in NEVER_CALLED if name in vars(trainer) and name != "training_step"]
+    if "example_losses" in vars(trainer) or owns(type(trainer), "example_losses"):
+        mine = [name for name in mine if name != "compute_loss"]
+    if mine:
+        lines = "; ".join(f"{name} was replaced: {NEVER_CALLED[name]}" for name in mine)
+        raise UnsupportedOptionError(f"cannot be combined with differential privacy: {lines}")
 
 
 def owns(trainer: type, method: str) -> bool:

@@ -1,5 +1,7 @@
 """The same data are recognised, and others are not; without the folder's key the fingerprint tells nobody anything."""
 
+import datetime
+import decimal
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,21 @@ def test_random_augmentations_repeat_and_the_generators_are_put_back(tmp_path: P
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
     assert fingerprint(Augmented(), tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (datetime.datetime(2026, 1, 2), datetime.datetime(2026, 1, 2, 3)),
+        (datetime.date(2026, 1, 2), datetime.datetime(2026, 1, 2)),
+        (datetime.time(1), datetime.time(2)),
+        (datetime.timedelta(1), datetime.timedelta(2)),
+        (decimal.Decimal("3.5"), decimal.Decimal("3.50")),
+    ],
+)
+def test_times_and_exact_numbers_have_bytes_of_their_own(one: object, other: object, tmp_path: Path) -> None:
+    first, again, changed = (fingerprint([{"x": value}], tmp_path) for value in (one, one, other))
+    assert first == again != changed
 
 
 def test_what_has_no_bytes_is_refused(tmp_path: Path) -> None:

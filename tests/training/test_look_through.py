@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from datasets import Dataset
+from torch import nn
 from torch.utils.data import Subset
 
 from hf_dp import ConfigError
 from hf_dp.errors import CaptureError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.training.look_through import Limits, _problems, complete_record
+from tests.support import exact, runs
 from tests.support import models as M
-from tests.support import runs
 
 LABELS = ("labels", "label")
 FAR = 1 << 40  # a label that an error's message would tell
@@ -123,6 +125,67 @@ def test_it_is_refused_before_the_first_step_and_told_on_the_screen_alone(
     assert "1 " in (shown := capsys.readouterr().err)
     assert ": rows 7\n" in shown
     assert not (tmp_path / LEDGER_NAME).exists()
+
+
+def sound(samples: int) -> dict[str, Any]:
+    return {"input_values": [0.1 * (i % 7) for i in range(samples)], "labels": samples % 3}
+
+
+def listener() -> nn.Module:
+    """A classifier of sounds, whose first layer reads windows of 10 samples."""
+    one_layer = {"conv_dim": (8,), "conv_kernel": (10,), "conv_stride": (5,), "num_feat_extract_layers": 1}
+    size = {**M.WIDE, "num_hidden_layers": 1, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
+    kept = {"feat_extract_norm": "layer", "layerdrop": 0.0, "mask_time_prob": 0.0, "classifier_proj_size": 8}
+    return tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**size, **one_layer, **kept, num_labels=3))
+
+
+def picture(*shape: int) -> dict[str, Any]:
+    return {"pixel_values": torch.ones(*shape).tolist(), "labels": 0}
+
+
+def padded(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Tensors of sounds or pictures, padded on the right."""
+    name = next(iter(features[0]))
+    inputs = torch.nn.utils.rnn.pad_sequence([torch.tensor(f[name]) for f in features], batch_first=True)
+    return {name: inputs, "labels": torch.tensor([f["labels"] for f in features])}
+
+
+OTHER_INPUTS: dict[str, tuple[Callable[[], Any], list[dict[str, Any]], dict[str, Any], Any, str]] = {
+    "a sound too short": (listener, [sound(40 + i) for i in range(8)], sound(7), padded, "input_values too short"),
+    "a small picture": (M.vit, [picture(3, 8, 8)] * 8, picture(3, 8, 4), padded, "pixel_values of another shape"),
+    "no target": (M.t5, [*runs.text_rows(8)], {"labels": []}, exact.collate, r"\(labels empty: leave these"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", OTHER_INPUTS)
+def test_a_sound_a_picture_or_a_text_that_ends_a_step_is_refused(
+    name: str, form: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, rows, odd, collate, said = OTHER_INPUTS[name]
+    rows = [dict(row) for row in rows]
+    rows[5].update(odd)
+    privacy = {**runs.NOISELESS, "expected_batch_size": 8}
+    trainer = runs.trainer(tmp_path, build(), privacy, train_dataset=form(rows), data_collator=collate)
+    with pytest.raises(ConfigError, match=said):
+        trainer.train()
+    assert ": rows 5\n" in capsys.readouterr().err
+    assert not (tmp_path / LEDGER_NAME).exists()
+
+
+@pytest.mark.parametrize("form", [*FORMS, lambda rows: Dataset.from_list(rows).select([*range(len(rows))][::-1])])
+def test_shapes_are_told_apart_in_lists_tables_and_views_of_them(form: Any) -> None:
+    rows = [{"pixel_values": [[1.0, 2.0], [3.0, 4.0]]}] * 3
+    rows += [{"pixel_values": [[1.0], [3.0]]}, {"pixel_values": []}, {"pixel_values": [[]]}]
+    data = form(rows)
+    shape = "of another shape than in other records"
+    assert seen(data) == {(i, "pixel_values", shape) for i in range(6) if data[i]["pixel_values"] == [[1.0], [3.0]]}
+    sounds = form([{"input_values": [0.5] * n, "labels": 1} for n in (0, 9, 3, 7, 8)])
+    assert {(len(sounds[i]["input_values"]), what) for i, _, what in seen(sounds)} == {
+        (n, "too short for the model") for n in (3, 7, 8)
+    }
+    texts = form([{"input_features": [[1.0]], "labels": labels} for labels in ([1], [], [2])])
+    assert {tuple(texts[i]["labels"]) for i, *_ in seen(texts)} == {()}
 
 
 def test_what_a_loss_of_the_users_own_takes_is_not_refused(tmp_path: Path) -> None:

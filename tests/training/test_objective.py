@@ -284,6 +284,7 @@ def overriding(method: str, *, host: bool) -> type:
         ("compute_loss", False),
         ("get_train_dataloader", True),
         ("get_train_dataloader", False),
+        ("_get_dataloader", True),
         ("_get_train_sampler", True),
         ("_get_train_sampler", False),
         ("get_batch_samples", True),
@@ -293,6 +294,17 @@ def overriding(method: str, *, host: bool) -> type:
 def test_a_method_that_would_be_ignored_is_refused_at_construction(method: str, host: bool, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedOptionError, match=rf"\.{method}: it would never be called"):
         summed(tmp_path, M.bert(), runs.class_rows(7), trainer_class=overriding(method, host=host))
+
+
+def test_a_method_replaced_on_the_object_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path, M.bert(), train_dataset=runs.class_rows())
+    for method in ("compute_loss", "get_train_dataloader", "_get_train_sampler", "get_batch_samples"):
+        setattr(trainer, method, None)
+        with pytest.raises(UnsupportedOptionError, match=f": {method} was replaced: "):
+            trainer.train()
+        delattr(trainer, method)
+    trainer.compute_loss, trainer.example_losses = None, cross_entropy
+    trainer.train()
 
 
 def test_a_compute_loss_stays_for_evaluation_beside_an_example_losses(tmp_path: Path) -> None:
