@@ -163,7 +163,7 @@ def _marked(name: str, words: str) -> str:
     if not words:
         return ""
     mark = f"<!-- hf_dp: {name} section, start {_sum(words)}; rewritten at every save until you edit it -->"
-    return f"{mark}\n{words}\n<!-- hf_dp: {name} section, end -->"
+    return f"{mark}\n\n{words}\n\n<!-- hf_dp: {name} section, end -->"
 
 
 def _sum(words: str) -> str:

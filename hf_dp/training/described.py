@@ -24,12 +24,14 @@ def described(trainer: PrivateTrainer) -> Described:
     """
     args, about = trainer.args, dict(trainer.about)
     base = str(getattr(trainer._base_model().config, "name_or_path", "") or "")
+    is_adapter = bool(getattr(trainer.model, "peft_config", None))  # whose card names its base by itself
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     warm_up = args.get_warmup_steps(trainer.state.max_steps) if trainer.state.max_steps > 0 else 0
     evaluated_on = about.pop("evaluation data", _name_of(trainer.eval_dataset))
     rows = {
         "training data": about.pop("training data", _name_of(trainer.train_dataset)),
         **about,
+        "fine-tuned from": Path(base).name if base and Path(base).is_dir() and not is_adapter else "",
         "trained": f"{sum(parameters):,} numbers in {len(parameters)} tensors",
         "loss of an example": trainer.objective.kind,
         "learning rate": f"{args.learning_rate:g}, {_value(args.lr_scheduler_type)}"

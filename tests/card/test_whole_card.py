@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
+from hf_dp.accounting.selection import Selection
 from hf_dp.card import Described
 from hf_dp.card import writing as card
 from hf_dp.card.readme import kept
@@ -241,6 +242,17 @@ def test_results_stand_in_the_form_that_the_hub_reads_and_go_with_the_weights(fo
     assert "| accuracy | 0.75 |" in readme.read_text()
     card.write_card(folder, record, Described())  # trained on, and not evaluated since
     assert "accuracy" not in readme.read_text()
+
+
+def test_a_model_that_was_selected_by_its_results_states_none(folder, record):
+    readme = folder / "README.md"
+    card.write_card(folder, record, Described(results={"accuracy": 0.75}, evaluated_on="me/held-out"))
+    assert "0.75" in readme.read_text()
+    chosen = Selection("geometric", 4.0, (record.charged,), 30.0)
+    card.write_card(folder, card.with_selection(record, chosen))
+    assert "0.75" not in readme.read_text()
+    assert "| expected batch size | 50 |" in readme.read_text()
+    assert failures(folder) == ""
 
 
 def test_a_bolder_claim_at_the_head_is_found_out(folder):
