@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     )
     from hf_dp.mechanism import Mechanism
     from hf_dp.step import PrivacySpent
+    from hf_dp.training import DPDPOTrainer as DPDPOTrainer
+    from hf_dp.training import DPRewardTrainer as DPRewardTrainer
     from hf_dp.training import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin, PrivateLoop, plan
+    from hf_dp.training import DPSFTTrainer as DPSFTTrainer
 
 __all__ = [
     "AccountingError",
@@ -47,7 +50,9 @@ __all__ = [
     "plan",
 ]
 
+_ON_TRL = ("DPDPOTrainer", "DPRewardTrainer", "DPSFTTrainer")  # not in __all__, which is there without trl
 _ELSEWHERE = {
+    **dict.fromkeys(_ON_TRL, "hf_dp.training"),
     "DPSeq2SeqTrainer": "hf_dp.training",
     "DPTrainer": "hf_dp.training",
     "DPTrainerMixin": "hf_dp.training",
@@ -63,10 +68,10 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("hf_dp")
-    if name not in __all__:
+    if name not in (*__all__, *_ON_TRL):
         raise AttributeError(f"module 'hf_dp' has no attribute {name!r}")
     return getattr(import_module(_ELSEWHERE.get(name, "hf_dp.errors")), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_ON_TRL, "__version__"]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from hf_dp.schedule import Level
 
 UNIT = "record"  # one row of the training set
+PAIR = "pair of answers"  # one row of the training set, where it has two answers of which one is preferred
 GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
 METRIC_NOISE = 10.0  # k: a released metric has k times the noise, over its own sensitivity, that the gradient has
 METRICS = ("loss", "batch_size")  # may be released with the gradient, as further coordinates of one vector
@@ -136,7 +137,7 @@ class Mechanism(_Noisy):
         target_epsilon: what sigma was calibrated to, or None where sigma was given.
         loss_bound: L: training loss, clamped to [0, L], and batch size are released in the same vector (see
             `step/metrics.py`); None where the gradient alone is released.
-        unit: what is protected as one: "record", or a group of records.
+        unit: what is protected as one: "record", "pair of answers", or a group of records.
         relation: when two data sets are neighbours.
         debug: the randomness comes from a fixed seed, so nothing about the run is private.
         noise: the kind of noise, one of `config.NOISES`.
@@ -218,9 +219,11 @@ def release_norm(loss_bound: float | None) -> float:
     return 1.0 if loss_bound is None else math.sqrt(1 + len(METRICS) / METRIC_NOISE**2)
 
 
-def unit_of(column: str | None) -> str:
-    """What is protected as one, as card and ledger name it: a record, or all records with one value in `column`."""
-    return UNIT if column is None else GROUP.format(column=column)
+def unit_of(column: str | None, row: str = UNIT) -> str:
+    """What is protected as one, as card and ledger name it: a `row` of the training set, or all records with one value
+    in `column`.
+    """
+    return row if column is None else GROUP.format(column=column)
 
 
 def generator_of(noise: str) -> str:

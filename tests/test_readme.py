@@ -32,6 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
 EXAMPLE, RECOMPUTE = blocks("README.md", "python")
 (RECIPE,) = blocks("README.md", "yaml")
 (PLAIN_LOOP,) = blocks("hf_dp/training/README.md", "python")
+(WITH_TRL,) = blocks("hf_dp/training/README.md", "diff")
 
 
 @pytest.fixture(params=PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -143,8 +144,24 @@ def test_a_noiseless_step_of_the_plain_loop_is_the_clipped_mean(tmp_path, monkey
         assert torch.allclose(step, 2.0 * expected[name] / 100, atol=1e-6)  # float32 weights of about 0.3
 
 
+def test_a_script_of_trl_becomes_private_by_the_class_and_privacy(gpt2, tmp_path, monkeypatch, capsys):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    old, new = ("".join(f"{n[1:]}\n" for n in WITH_TRL.splitlines() if n[:1] in (" ", sign, "")) for sign in "-+")
+    assert len(set(new.splitlines()) - set(old.splitlines())) == 4
+    pairs = [{"prompt": "the", "chosen": f" patient {i}", "rejected": " patient"} for i in range(16)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list(pairs))
+    monkeypatch.chdir(tmp_path)
+    on_cpu = trl.DPOConfig("out", use_cpu=True, bf16=False, report_to="none")
+    names: dict = {"on_cpu": on_cpu}
+    small = new.replace("Qwen/Qwen3-0.6B", str(gpt2)).replace("=512)", "=8), args=on_cpu")
+    exec(small, names)
+    assert names["trainer"].privacy_spent().num_steps == 6
+    assert names["trainer"].privacy_spent().epsilon <= 8.0
+    assert "pair of answers" in capsys.readouterr().out
+
+
 def test_no_page_has_code_that_no_test_runs():
-    run = [EXAMPLE, RECOMPUTE, RECIPE, PLAIN_LOOP]
+    run = [EXAMPLE, RECOMPUTE, RECIPE, PLAIN_LOOP, WITH_TRL]
     there = [found for page in PAGES for found in blocks(str(page.relative_to(ROOT)), r"\w+")]
     assert sorted(there) == sorted(run)
 

@@ -11,6 +11,7 @@ from hf_dp.accounting.epsilon import MAX_SIGMA, MAX_STEPS, MIN_SIGMA, is_whole, 
 from hf_dp.config import PrivacyConfig, is_number
 from hf_dp.errors import AccountingError, ConfigError
 from hf_dp.mechanism import (
+    UNIT,
     Mechanism,
     Segment,
     default_delta,
@@ -24,7 +25,7 @@ from hf_dp.schedule import MOST_LEVELS, Level, levels, mean_batch
 
 
 def plan_mechanism(
-    privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1
+    privacy: PrivacyConfig, num_examples: int, *, num_train_epochs: float, max_steps: int = -1, row: str = UNIT
 ) -> Mechanism:
     """The mechanism that gives `privacy` on `num_examples` records, with its noise calibrated where a target is given.
 
@@ -33,6 +34,7 @@ def plan_mechanism(
         num_examples: N; with a `unit_column`, the number of groups.
         num_train_epochs: passes over the data: T = ceil(epochs x round(N / B)), with B's mean over a schedule's levels.
         max_steps: T, where it is positive; `num_train_epochs` is then ignored, as `Trainer` does.
+        row: what a row of the training set is.
 
     Raises:
         ConfigError: an invalid N, number of epochs or of steps, B > N, or delta >= 1 / N. Names everything wrong at
@@ -52,7 +54,7 @@ def plan_mechanism(
         delta=default_delta(num_examples) if privacy.target_delta is None else float(privacy.target_delta),
         target_epsilon=None if privacy.target_epsilon is None else float(privacy.target_epsilon),
         loss_bound=None if privacy.log_loss_up_to is None else float(privacy.log_loss_up_to),
-        unit=unit_of(privacy.unit_column),
+        unit=unit_of(privacy.unit_column, row),
         debug=privacy.debug_seed is not None,
         noise=privacy.noise,
     )

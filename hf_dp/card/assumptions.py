@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from hf_dp.card.words import units
-from hf_dp.mechanism import DISCRETE, UNIT, generator_of
+from hf_dp.mechanism import DISCRETE, PAIR, UNIT, generator_of
 
 GAUSSIAN = {
     "name": "Poisson-subsampled Gaussian (DP-SGD)",
@@ -99,7 +99,7 @@ def kind_of(noises: Iterable[str]) -> dict[str, str]:
 
 def sampler(unit: str) -> str:
     """How records are sampled, in words."""
-    return SAMPLER if unit == UNIT else GROUP_SAMPLER
+    return SAMPLER if unit in (UNIT, PAIR) else GROUP_SAMPLER
 
 
 def sentences(public_eval: bool, noises: Sequence[str], unit: str, *, selected: bool = False) -> Sentences:

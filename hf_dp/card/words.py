@@ -9,7 +9,7 @@ from string import Template
 from hf_dp.audit import AuditRecord, power
 from hf_dp.card.record import Record, RecordedSelection, TradeoffCurve, in_json
 from hf_dp.ledger import ExecutedSegment
-from hf_dp.mechanism import DISCRETE, METRIC_NOISE, UNIT
+from hf_dp.mechanism import DISCRETE, METRIC_NOISE, PAIR, UNIT
 from hf_dp.pictures import tradeoff_svg
 
 PICTURE = "privacy_tradeoff.svg"
@@ -183,7 +183,7 @@ def picture(record: Record) -> str:
 
 def units(unit: str) -> str:
     """The plural of a unit, in short."""
-    return "records" if unit == UNIT else "groups"
+    return {UNIT: "records", PAIR: "pairs"}.get(unit, "groups")
 
 
 def released(loss_bound: float | None) -> str:

@@ -85,6 +85,8 @@ def _refuse(recipe: Recipe, num_models: int) -> None:
         wrong.append("with a unit_column a member is a group of records: leave it out")
     if recipe.privacy.debug_seed is not None:
         wrong.append("with a debug_seed all models draw the same noise: leave it out")
+    if recipe.model.task == "preference":
+        wrong.append("a pair of answers is not emptied, as a non-member's row is: take a recipe of another task")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         wrong.append("each process would toss coins of its own: start one process")
     if wrong:

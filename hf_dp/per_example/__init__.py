@@ -1,6 +1,6 @@
 """A model, a batch and a loss go in; exact per-example norms and the clipped sum come out, in one backward pass."""
 
-from hf_dp.per_example import factors, losses
+from hf_dp.per_example import factors, losses, preferences
 from hf_dp.per_example.batches import (
     LEFT,
     RIGHT,
@@ -28,6 +28,7 @@ from hf_dp.per_example.outside import hooks_in, refuse_hooks
 from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, prove, state_put_back
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
+from hf_dp.per_example.units import as_rows, as_units
 
 __all__ = [
     "IGNORED",
@@ -51,6 +52,8 @@ __all__ = [
     "Row",
     "State",
     "Untied",
+    "as_rows",
+    "as_units",
     "clipped_gradient_sum",
     "decoder_inputs",
     "each_alone",
@@ -67,6 +70,7 @@ __all__ = [
     "pad_and_join",
     "per_example_factors",
     "precision",
+    "preferences",
     "prove",
     "public_sizes",
     "records_of_the_same_shape",

@@ -23,6 +23,7 @@ from hf_dp.per_example.forms import Forms, Key, Use
 from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
+from hf_dp.per_example.units import folded
 
 T = TypeVar("T")
 REMEDY = (
@@ -32,9 +33,11 @@ REMEDY = (
 
 
 class Capture:
-    """What one pass over `batch_size` examples records: parameter name -> factors of its per-example gradients.
+    """What one pass over `size` examples records: parameter name -> factors of its per-example gradients.
 
     Attributes:
+        batch_size: how many rows lead in the pass: one an example, or `forms.unit_rows` where examples are units of
+            several rows. Rules speak of rows; what they hand over is folded to examples (see `units`).
         anchor: a leaf without values, through which taps make their outputs require a gradient.
         operations: parameter name -> the operations that used it, in order.
         refusals: (parameter, operation) pairs without an exact rule. If `collecting`, they are noted here instead of
@@ -42,15 +45,16 @@ class Capture:
         seen: the uses in which it had to be decided whether rows are the examples'.
 
     Args:
-        batch_size: B.
+        size: B.
         collecting: to take an inventory.
         forms: whether rows are the examples', as far as an inventory has found it.
     """
 
     apply_rule = staticmethod(apply_rule)  # proxies call the rules through their capture, which imports both
 
-    def __init__(self, batch_size: int, forms: Forms, *, collecting: bool = False) -> None:
-        self.batch_size = batch_size
+    def __init__(self, size: int, forms: Forms, *, collecting: bool = False) -> None:
+        self._unit_rows = forms.unit_rows
+        self.batch_size = size * self._unit_rows
         self.seen: dict[Key, list[Use]] = {}
         self._forms = forms
         self.anchor = torch.zeros((), requires_grad=True)
@@ -105,7 +109,10 @@ class Capture:
         return led
 
     def record(self, parameter: str, factor: Factor) -> None:
-        """Records one use of `parameter`, from a tap's backward; materialised now if that is cheaper (see `cost`)."""
+        """Records one use of `parameter`, from a tap's backward: folded to examples, and materialised now if that is
+        cheaper (see `cost`).
+        """
+        factor = folded(factor, self._unit_rows)
         if isinstance(factor, Outer):
             _, positions, d = factor.inputs.shape
             if materialise_is_cheaper(positions, d, factor.grads.shape[-1]):
@@ -206,12 +213,13 @@ def per_example_factors(
     """
     if batch_size == 1 and capture is None:
         return _single_example(model, example_losses)
-    if capture is None and forms is None:
+    if capture is None and forms is not None:
+        capture = Capture(batch_size, forms)
+    if capture is None:
         raise CaptureError(
             f"a pass of {batch_size} examples needs the forms of the model's inventory: give `per_example_factors` "
             "forms=take_inventory(model, batch, example_losses).forms"
         )
-    capture = capture or Capture(batch_size, forms or {})
     stand_in = lambda name, p: ParameterProxy.of(p, name, capture)  # noqa: E731
     try:
         with borrowed(model, stand_in) as lent, torch.enable_grad():

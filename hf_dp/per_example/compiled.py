@@ -25,6 +25,7 @@ from hf_dp.per_example.factors import Dense, Factor, per_example_product, wide
 from hf_dp.per_example.forms import Forms
 from hf_dp.per_example.inventory import Inventory
 from hf_dp.per_example.taps import Context
+from hf_dp.per_example.units import folded
 
 # How many graphs one class of blocks may have (first block or later, padded or not, checked or trained, ...). Beyond
 # that number, torch.compile runs blocks uncompiled.
@@ -128,10 +129,11 @@ class CompiledBlocks:
             return per_example_factors(model, example_losses, batch_size)
         from torch._dynamo import config as dynamo  # 2 s, which only those who compile need to spend
 
-        with self._lent(batch_size) as anchors, dynamo.patch(recompile_limit=GRAPHS):
+        rows = self._forms.unit_rows
+        with self._lent(batch_size * rows) as anchors, dynamo.patch(recompile_limit=GRAPHS):
             factors, losses = per_example_factors(model, example_losses, batch_size, forms=self._forms)
         found = {name: anchor.grad for name, anchor in anchors.items() if anchor.grad is not None}
-        return factors | {name: [Dense(gradient)] for name, gradient in found.items()}, losses
+        return factors | {name: [folded(Dense(gradient), rows)] for name, gradient in found.items()}, losses
 
     @contextmanager
     def _lent(self, batch_size: int) -> Iterator[dict[str, Tensor]]:

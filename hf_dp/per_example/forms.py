@@ -13,7 +13,18 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 Key: TypeAlias = tuple[str, str, int]  # a parameter, an operation, the number of dimensions of what it meets
-Forms: TypeAlias = Mapping[Key, bool]  # whether the rows are the examples'
+
+
+class Forms(dict[Key, bool]):
+    """Whether the rows that a parameter meets are the examples'.
+
+    Attributes:
+        unit_rows: k, how many rows of a pass each example has (see `units`).
+    """
+
+    def __init__(self, led: Mapping[Key, bool] | None = None, unit_rows: int = 1) -> None:
+        super().__init__(led or {})
+        self.unit_rows = unit_rows
 
 
 class Use(NamedTuple):
@@ -30,8 +41,8 @@ class Use(NamedTuple):
     led: bool
 
 
-def settled(first: Mapping[Key, Sequence[Use]], second: Mapping[Key, Sequence[Use]], n: int, m: int) -> Forms:
-    """The forms on which passes of n and of m examples agree."""
+def settled(first: Mapping[Key, Sequence[Use]], second: Mapping[Key, Sequence[Use]], n: int, m: int) -> dict[Key, bool]:
+    """The forms on which passes of n and of m rows agree."""
     forms = {}
     for key in first.keys() & second.keys():
         if len(first[key]) == len(second[key]):

@@ -53,12 +53,12 @@ class Inventory(list[Row]):
 ROUNDS = 4  # a form found in one pair of passes may change what the next pair shows, further on in the model
 
 
-def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses) -> Inventory:
+def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses, unit_rows: int = 1) -> Inventory:
     """Every trainable parameter, with the operations that use it and the form of its per-example gradient.
 
     Runs passes on `batch`, which is made up, and on another number of the same examples (see `forms`). A parameter that
     this batch does not use is listed as unused; in training it gets noise alone unless a record uses it. A batch of one
-    example is left to `inventory_of_one`.
+    example is left to `inventory_of_one`. Where an example is a unit of several rows, `unit_rows` says how many.
 
     Raises:
         UnsupportedParameterError: parameters are used without an exact rule, or meet rows of which it stays open
@@ -69,11 +69,11 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
         return inventory_of_one(model, batch, example_losses)
     refuse_hooks(model)
     other = batch.first(batch.size - 1 if batch.size > 2 else 3)
-    forms: Forms = {}
+    forms = Forms(unit_rows=unit_rows)
     for _ in range(ROUNDS):
         capture, factors = _watched(model, batch, example_losses, forms)
         beside, _ = _watched(model, other, example_losses, forms)
-        forms = settled(capture.seen, beside.seen, batch.size, other.size)
+        forms = Forms(settled(capture.seen, beside.seen, capture.batch_size, beside.batch_size), unit_rows)
         unclear = disagreeing(forms, capture.seen, beside.seen)
         if not unclear:
             break
@@ -116,7 +116,7 @@ def inventory_of_one(model: nn.Module, one: Batch, example_losses: ExampleLosses
         for name, p in model.named_parameters()
         if p.requires_grad
     ]
-    return Inventory(rows, {})
+    return Inventory(rows, Forms())
 
 
 def _rule(factors: Sequence[Factor]) -> str:

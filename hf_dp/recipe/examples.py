@@ -1,5 +1,5 @@
-"""Records -> examples for training: token rows whose loss is on the target alone, or texts with the number of their
-class.
+"""Records -> examples for training: token rows whose loss is on the target alone, texts with the number of their class,
+or prompts with two answers.
 
 Every record becomes exactly one example, so that N, which is public, does not depend on the content of any record.
 """
@@ -210,6 +210,25 @@ def _label_column(data: DataSection, records: datasets.Dataset, which: str) -> s
     if not found:
         raise RecipeError(f"data.label on data.{which}: {missing_column(alternatives, records.column_names)}")
     return found[0]
+
+
+# ---- preferences ---------------------------------------------------------------------------------------------------
+
+
+def pairs(records: datasets.Dataset, data: DataSection, which: str) -> Examples:
+    """Prompt and two answers of every record, as text: columns prompt, chosen and rejected, which trl tokenises.
+
+    Raises:
+        RecipeError: a template names an unknown column.
+    """
+    templates = {
+        name: _resolved(getattr(data, name) or "", records, f"data.{name} on data.{which}")
+        for name in ("prompt", "chosen", "rejected")
+    }
+    rows = {
+        name: [template.render(r) for chunk in _chunks(records) for r in chunk] for name, template in templates.items()
+    }
+    return Examples(datasets.Dataset.from_dict(rows))
 
 
 # ---- both ----------------------------------------------------------------------------------------------------------

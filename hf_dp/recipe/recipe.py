@@ -18,7 +18,13 @@ from hf_dp.recipe.template import Template
 from hf_dp.recipe.yaml_text import Section, nested
 
 SECTIONS = ("model", "lora", "data", "training", "privacy")
-TASKS = ("causal_lm", "sequence_classification")
+# task -> what its data must say, and what they may say besides
+OF_A_TASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "causal_lm": (("target",), ("prompt",)),
+    "sequence_classification": (("text", "label"), ("labels",)),
+    "preference": (("prompt", "chosen", "rejected", "max_length"), ()),
+}
+TASKS = tuple(OF_A_TASK)
 DTYPES = ("auto", "float32", "bfloat16")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 OF_THE_TRAINER = ("micro_batch_tokens", "class_weights")  # keys of `training` that DPTrainer takes itself
@@ -42,7 +48,7 @@ class DataSection:
 
     `train` and `validation` are files (.jsonl, .json, .csv, .parquet) or names on the Hub; `name`, `revision` and the
     splits are only for the Hub. A causal LM needs the templates `prompt` and `target`; a classifier needs the template
-    `text` and the column `label`.
+    `text` and the column `label`; preferences need the templates `prompt`, `chosen` and `rejected`, and `max_length`.
     """
 
     train: str = field(metadata={"help": "a file (.jsonl, .json, .csv, .parquet), or a data set's name on the Hub"})
@@ -53,6 +59,8 @@ class DataSection:
     validation_split: str = "validation"
     prompt: str | None = None
     target: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     text: str | None = None
     label: str | None = None
     labels: list[str | int] | None = None
@@ -61,8 +69,8 @@ class DataSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `training` holds keywords of `TrainingArguments`, always with `output_dir`; `lora` those of peft's
-    `LoraConfig`.
+    """One run. `training` holds keywords of `TrainingArguments` (of trl's `DPOConfig` for preferences), always with
+    `output_dir`; `lora` those of peft's `LoraConfig`.
     """
 
     name: str
@@ -147,16 +155,32 @@ def is_folder(name: str) -> bool:
     return Path(name).is_dir() or not _HUB_NAME.fullmatch(name)
 
 
+def arguments_class(task: object) -> Any:
+    """The class whose keywords `training` holds.
+
+    Raises:
+        RecipeError: it is trl's, which is not installed.
+    """
+    from transformers import TrainingArguments
+
+    if task != "preference":
+        return TrainingArguments
+    try:
+        from hf_dp.training import DPDPOTrainer
+    except ImportError as error:
+        raise RecipeError(f"model.task: preference: {error}") from None
+    return DPDPOTrainer.config_class
+
+
 def _type_problems(given: Mapping[str, Section]) -> Iterator[str]:
     """Unknown names and wrong types in every section, from the classes that the sections fill."""
     from peft import LoraConfig
-    from transformers import TrainingArguments
 
     yield from problems("model", given["model"], ModelSection)
     yield from problems("lora", given["lora"], LoraConfig)
     yield from problems("data", given["data"], DataSection)
     training = {k: v for k, v in given["training"].items() if (k, v) != ("resume_from_checkpoint", True)}
-    yield from problems("training", training, TrainingArguments, extra=OF_THE_TRAINER)
+    yield from problems("training", training, arguments_class(given["model"].get("task")), extra=OF_THE_TRAINER)
     known = [name for name in given["privacy"] if name in PrivacyConfig.__dataclass_fields__]
     yield from problems("privacy", {k: v for k, v in given["privacy"].items() if k not in known}, PrivacyConfig)
 
@@ -174,15 +198,15 @@ def _model_problems(model: Section) -> Iterator[str]:
 
 def _data_problems(data: Section, model: Section) -> Iterator[str]:
     task = model.get("task", TASKS[0])
-    needed, foreign = (
-        (("target",), ("text", "label", "labels")) if task == TASKS[0] else (("text", "label"), ("prompt", "target"))
-    )
     if task in TASKS:
+        needed, more = OF_A_TASK[task]
+        others = (name for each in OF_A_TASK.values() for names in each for name in names)
+        foreign = [name for name in dict.fromkeys(others) if name not in (*needed, *more, "max_length")]
         yield from (f"data.{key}: missing; the task {task} needs it" for key in needed if data.get(key) is None)
         yield from (
             f"data.{key}: not for the task {task}; drop it" for key in foreign if data.get(key, None) is not None
         )
-    for key in ("prompt", "target", "text"):
+    for key in ("prompt", "target", "chosen", "rejected", "text"):
         try:
             if isinstance(data.get(key), str):
                 Template.parse(data[key])

@@ -27,26 +27,28 @@ from hf_dp.config import AuditConfig
 from hf_dp.errors import HfDpError, RecipeError
 from hf_dp.per_example import losses
 from hf_dp.recipe import data_files, examples
-from hf_dp.recipe.recipe import Recipe, is_file, is_folder
+from hf_dp.recipe.recipe import Recipe, arguments_class, is_file, is_folder
 from hf_dp.sampling import groups_by
 from hf_dp.training import DPTrainer
 
 Metrics = dict[str, float]
 Logits = Tensor | tuple[Tensor, ...]  # a model may return more beside them
 T = TypeVar("T")
-_TASK_TYPE = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+_TASK_TYPE = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "preference": "CAUSAL_LM"}
 
 
 class Parts(NamedTuple):
-    """What a Trainer is built from. `reduce` is its preprocess_logits_for_metrics, `metrics` its compute_metrics."""
+    """What a Trainer is built from. `reduce` is its preprocess_logits_for_metrics, `metrics` its compute_metrics; trl's
+    trainer of preferences has a collator and metrics of its own.
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     train: datasets.Dataset
     validation: datasets.Dataset | None
-    collator: examples.PadRight
-    reduce: Callable[[Logits, Tensor], Tensor]
-    metrics: Callable[[EvalPrediction], Metrics]
+    collator: examples.PadRight | None
+    reduce: Callable[[Logits, Tensor], Tensor] | None
+    metrics: Callable[[EvalPrediction], Metrics] | None
 
 
 def prepare(recipe: Recipe) -> Parts:
@@ -71,7 +73,7 @@ def prepare(recipe: Recipe) -> Parts:
     accounting.plan_mechanism(
         recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
     )
-    classes = None
+    pairs, classes = recipe.model.task == "preference", None
     if recipe.model.task == "sequence_classification":
         classes = examples.label_names(recipe.data, train, validation)
     transformers.set_seed(args.seed)  # a fresh head and LoRA's A: public randomness
@@ -80,6 +82,8 @@ def prepare(recipe: Recipe) -> Parts:
     max_length = _max_length(recipe, tokenizer, model.config)
 
     def make(records: datasets.Dataset, which: str) -> examples.Examples:
+        if pairs:
+            return examples.pairs(records, recipe.data, which)
         if classes is None:
             return examples.completions(records, recipe.data, tokenizer, max_length, which)
         return examples.classified(records, recipe.data, tokenizer, (max_length, classes), which)
@@ -95,16 +99,27 @@ def prepare(recipe: Recipe) -> Parts:
         model=_with_lora(recipe, model),
         tokenizer=tokenizer,
         train=train_rows,
-        validation=_longest_first(held_out.rows) if held_out else None,
-        collator=examples.PadRight(tokenizer.pad_token_id),
-        reduce=_reduce_completions if classes is None else _reduce_classes,
-        metrics=(lambda e: _completion_metrics(e, characters)) if classes is None else _class_metrics,
+        validation=(held_out.rows if pairs else _longest_first(held_out.rows)) if held_out else None,
+        **_of_the_task(tokenizer, pairs, classes, characters),
     )
+
+
+def _of_the_task(
+    tokenizer: PreTrainedTokenizerBase, pairs: bool, classes: Sequence[str | int] | None, characters: int
+) -> dict[str, Any]:
+    """Collator and metrics, as `Parts` has them."""
+    if pairs:
+        return dict.fromkeys(("collator", "reduce", "metrics"))
+    return {
+        "collator": examples.PadRight(tokenizer.pad_token_id),
+        "reduce": _reduce_completions if classes is None else _reduce_classes,
+        "metrics": (lambda e: _completion_metrics(e, characters)) if classes is None else _class_metrics,
+    }
 
 
 def trainer_keywords(recipe: Recipe, parts: Parts, output_dir: str | Path | None = None) -> dict[str, Any]:
     """Keywords of `transformers.Trainer`, private or not; DPTrainer takes further ones."""
-    return {
+    keywords = {
         "model": parts.model,
         "args": training_arguments(recipe, output_dir),
         "train_dataset": parts.train,
@@ -114,6 +129,7 @@ def trainer_keywords(recipe: Recipe, parts: Parts, output_dir: str | Path | None
         "compute_metrics": parts.metrics,
         "preprocess_logits_for_metrics": parts.reduce,
     }
+    return {name: value for name, value in keywords.items() if value is not None}
 
 
 def build(
@@ -132,7 +148,7 @@ def build(
     parts = parts or prepare(recipe)
     keywords = trainer_keywords(recipe, parts, output_dir)
     try:
-        trainer = DPTrainer(
+        trainer = _trainer_class(recipe)(
             **keywords,
             privacy=recipe.privacy,
             micro_batch_tokens=recipe.micro_batch_tokens,
@@ -148,6 +164,14 @@ def build(
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
 
 
+def _trainer_class(recipe: Recipe) -> Any:
+    if recipe.model.task != "preference":
+        return DPTrainer
+    from hf_dp.training import DPDPOTrainer
+
+    return DPDPOTrainer
+
+
 def _about(recipe: Recipe) -> dict[str, str]:
     """What the recipe says of its data, for the card: names without folders, and how a record becomes text."""
     data = recipe.data
@@ -156,6 +180,8 @@ def _about(recipe: Recipe) -> dict[str, str]:
         "evaluation data": _shown(data.validation),
         "a record's prompt": data.prompt and f"`{data.prompt}`",
         "a record's target": data.target and f"`{data.target}`",
+        "a record's chosen answer": data.chosen and f"`{data.chosen}`",
+        "a record's rejected answer": data.rejected and f"`{data.rejected}`",
         "a record's text": data.text and f"`{data.text}`",
         "tokens of a record": data.max_length and f"at most {data.max_length:,}",
         "adapter": recipe.lora and f"LoRA of rank {recipe.lora.get('r', 8)}",
@@ -175,10 +201,13 @@ def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> 
     """
     # disable_tqdm is set because transformers hides its progress bar where logging is quiet.
     given = {"report_to": "none", "disable_tqdm": False, **recipe.training}
+    if recipe.model.task == "preference":  # trl's own defaults are for a GPU
+        given = {"bf16": False, "gradient_checkpointing": False, "max_length": recipe.data.max_length, **given}
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
     try:
-        return TrainingArguments(**given)
+        made: TrainingArguments = arguments_class(recipe.model.task)(**given)
+        return made
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
 
@@ -187,12 +216,13 @@ def evaluate(trainer: Trainer) -> Metrics:
     """Loss and metric on the validation set; {} without one.
 
     `loss` is the mean over examples (for a plain Trainer, transformers' own). The metric is `nats_per_character` of the
-    target, including the end-of-text mark, or `accuracy`.
+    target, including the end-of-text mark, or `accuracy`; of pairs, `rewards/margins`, by how much more the chosen
+    answer is preferred than by the reference, and `rewards/accuracies`, in how many pairs it is.
     """
     if trainer.eval_dataset is None:
         return {}
     measured = trainer.evaluate()
-    wanted = ("loss", "nats_per_character", "accuracy")
+    wanted = ("loss", "nats_per_character", "accuracy", "rewards/margins", "rewards/accuracies")
     return {name: measured[f"eval_{name}"] for name in wanted if f"eval_{name}" in measured}
 
 

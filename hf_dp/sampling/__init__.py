@@ -1,6 +1,6 @@
 """Records go in; Poisson draws come out, this process's share of them, cut into micro-batches."""
 
-from hf_dp.sampling.collation import Collate, Collation, taken_by_the_model
+from hf_dp.sampling.collation import Collate, Collation, OfUnits, taken_by_the_model
 from hf_dp.sampling.loader import logical_batches
 from hf_dp.sampling.microbatch import (
     DRAW_NUMBER,
@@ -29,6 +29,7 @@ __all__ = [
     "Failure",
     "Groups",
     "LogicalBatchCollator",
+    "OfUnits",
     "PoissonSampler",
     "Reader",
     "Records",

@@ -31,6 +31,7 @@ from hf_dp.per_example import (
     Path,
     Record,
     Untied,
+    as_units,
     is_tied,
     leaves,
     pad_and_join,
@@ -161,6 +162,30 @@ class Collation:
         return None
 
 
+class OfUnits:
+    """A collator that makes `unit_rows` rows of each record -> one that makes a unit of it, [1, unit_rows, ...].
+
+    Several records are laid out as trl's collators for preferences do: the first row of each, then the second of each.
+
+    Raises:
+        CaptureError: on a call, if it makes another number of rows. The message tells nothing of the records.
+    """
+
+    def __init__(self, collate: Collate, unit_rows: int) -> None:
+        self.collate, self.unit_rows = collate, unit_rows
+
+    def __call__(self, records: list[Record]) -> Batch:
+        """A batch that leads with the units, see `units.as_units`."""
+        batch = as_mapping(self.collate(records))
+        try:
+            return as_units(batch, len(records), self.unit_rows) if batch else batch
+        except Untied:
+            raise CaptureError(
+                f"the collator did not make {self.unit_rows} rows of each record, which are clipped as one: return "
+                f"tensors with {self.unit_rows} rows, or one, for each record"
+            ) from None
+
+
 @contextmanager
 def taken_by_the_model() -> Iterator[None]:
     """Around checks: turns an error that the model or its loss raises on made-up records into one with a remedy.
@@ -213,6 +238,8 @@ def _tried(collate: Collate, made_up: Sequence[Record]) -> tuple[list[Record], l
         except Exception as error:
             if not last:
                 continue
+            if isinstance(error, HfDpError):
+                raise ConfigError(str(error)) from error
             remedy = NUMBER_LABELS if any(map(_has_text_for_label, records)) else PASS_RECORDS
             raise ConfigError(f"the collator failed on a record {FOR_CHECKS} ({_said(error)}): {remedy}") from error
         for batch in alone:

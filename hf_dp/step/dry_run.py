@@ -16,7 +16,9 @@ from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Records, feature_length
 
 ROWS = 10_000  # read at once
-COLUMNS = ("input_ids", "labels")  # in an encoder-decoder's records their lengths differ
+# In an encoder-decoder's records the lengths of tokens and labels differ; pairs have their tokens in three columns.
+TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+COLUMNS = (*TOKENS, "labels")
 
 
 def largest_micro_batch(
@@ -57,7 +59,7 @@ def _lengths_in_arrow(dataset: "datasets.Dataset") -> dict[str, int]:
 
     found: dict[str, int] = {}
     names = [name for name in COLUMNS if name in dataset.column_names]
-    if "input_ids" not in names or dataset.format["type"] == "custom":
+    if not {*TOKENS} & {*names} or dataset.format["type"] == "custom":
         return found
     for table in dataset.select_columns(names).with_format("arrow").iter(ROWS):
         for name in names:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
 from hf_dp.per_example import Batch, MicroBatch, Path, Untied, leaves, precision, stacked, undisturbed
-from hf_dp.training.objective import ROUNDING
+from hf_dp.training.compared import ROUNDING
 
 COPIES = 3
 RECORDS = 2  # of which copies are made
@@ -112,6 +112,6 @@ def _same_outputs(alone: dict[Path, Tensor], beside: dict[Path, Tensor], model: 
 
 def _close(a: Tensor, b: Tensor, model: nn.Module) -> bool:
     """Whether they differ by rounding alone; what is not a number is like itself."""
-    tolerance = max(ROUNDING[d][0] for d in (precision(model), torch.float32))  # models form losses in float32 at most
+    tolerance = ROUNDING[precision(model)][0]
     size = max(float(b.nan_to_num().abs().max()), tolerance) if b.numel() else 0.0
     return torch.allclose(a, b.expand_as(a), rtol=0.0, atol=10 * tolerance * size, equal_nan=True)

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
@@ -23,7 +23,7 @@ def described(trainer: PrivateTrainer) -> Described:
     Results are those on evaluation data declared public, of the weights as they are now.
     """
     args, about = trainer.args, dict(trainer.about)
-    base = str(getattr(trainer._base_model().config, "name_or_path", "") or "")
+    base = str(getattr(_config(trainer), "name_or_path", "") or "")
     is_adapter = bool(getattr(trainer.model, "peft_config", None))  # whose card names its base by itself
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     warm_up = args.get_warmup_steps(trainer.state.max_steps) if trainer.state.max_steps > 0 else 0
@@ -67,7 +67,9 @@ def save_classes(trainer: PrivateTrainer, folder: Path) -> None:
     settings = getattr(trainer.model, "peft_config", {}).get("default")
     if settings is None or str(settings.task_type).rpartition(".")[2] not in OF_CLASSIFIERS:
         return
-    names = cast(Any, trainer._base_model()).config.id2label
+    names = getattr(_config(trainer), "id2label", None)
+    if not names:
+        return
     durable.replace(folder / "classes.json", (json.dumps(names, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -87,6 +89,11 @@ def _results(trainer: PrivateTrainer) -> dict[str, float]:
         and isinstance(value, int | float)
         and math.isfinite(value)
     }
+
+
+def _config(trainer: PrivateTrainer) -> object:
+    """The base model's config, or None of a module that has none."""
+    return getattr(trainer._base_model(), "config", None)
 
 
 def _name_of(dataset: Any) -> str:

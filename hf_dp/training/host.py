@@ -38,6 +38,8 @@ class PrivateTrainer(Protocol):
     privacy: PrivacyConfig
     objective: Objective
     alone_because: str
+    unit_rows: int
+    host_losses: Any
     class_weights: Tensor | None
     compute_loss_func: Any
     label_names: list[str]

@@ -9,10 +9,11 @@ from transformers import Trainer
 
 from hf_dp.per_example import LENGTHS, MANY, MicroBatch, Record, longest_taken, losses, synthetic_records
 from hf_dp.randomness import fork_forward_rng
-from hf_dp.sampling import Collate, Collation, Records
+from hf_dp.sampling import Collate, Collation, OfUnits, Records
 from hf_dp.step import largest_micro_batch
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.look_through import complete_record
+from hf_dp.training.of_the_host import OfTheHost
 from hf_dp.training.passes import subject_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ else:
     _Host = object
 
 
-class CollatedRecords(_Host):
+class CollatedRecords(OfTheHost, _Host):
     """The part of `DPTrainerMixin` that deals with records."""
 
     model: Any  # always there once the host is built
@@ -36,9 +37,12 @@ class CollatedRecords(_Host):
 
     def _columns_for_model(self) -> tuple[Records, Collate]:
         """The training set and the collator, reduced to the columns that the model takes, as Trainer reduces them."""
-        if isinstance(self.train_dataset, datasets.Dataset):
-            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
-        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+        dataset, collate = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        return dataset, collate if self.unit_rows == 1 else OfUnits(collate, self.unit_rows)
 
     def _collation(self) -> Collation:
         """How records become micro-batches; learnt on made-up ones, and again if the collator was replaced."""

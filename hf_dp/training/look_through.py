@@ -30,6 +30,7 @@ from hf_dp.training.objective import as_in_training
 from hf_dp.training.shapes import NO_TARGET, OTHER_SHAPE, SHORT, Shapes, is_list, shape_of
 
 TOKENS, LABELS = "input_ids", ("labels", "label", "label_ids")
+OF_PAIRS = ("prompt_ids", "chosen_ids", "rejected_ids")  # tokens, too
 AS_LONG = ("attention_mask", "token_type_ids", "labels")  # as the tokens
 ROWS = 4_096  # of one Arrow batch
 TRANSFORMED = 256  # records of a table whose transform makes them on the fly: as many as are looked at
@@ -127,7 +128,7 @@ def _limits(trainer: PrivateTrainer) -> Limits:
     tokens, labels = losses.public_sizes(type(base).__name__, config)
     with suppress(AttributeError, NotImplementedError):  # such as of a model of pictures
         tokens = cast(Any, base).get_input_embeddings().num_embeddings
-    below = {TOKENS: tokens}
+    below = dict.fromkeys((TOKENS, *OF_PAIRS), tokens)
     if trainer.objective.kind != "regression":
         below |= dict.fromkeys(LABELS, labels)
     return Limits(below, longest_taken(base))
@@ -139,7 +140,7 @@ def _remedy(what: str, column: str, limits: Limits) -> str:
     if what != OUTSIDE:
         return REMEDIES[what]
     highest = limits.below[column] - 1
-    if column == TOKENS:
+    if column in (TOKENS, *OF_PAIRS):
         known = f"the model knows the tokens 0 to {highest}"
         return f"{known}; use its own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
     return f"number them from 0 to {highest} ({IGNORED} is no target), or load the model with num_labels=..."
@@ -149,7 +150,7 @@ def _remedy(what: str, column: str, limits: Limits) -> str:
 
 
 def _problems(dataset: Records, limits: Limits, labels: Sequence[str]) -> Iterator[tuple[int, Problem]]:
-    names = dict.fromkeys((TOKENS, *AS_LONG, *labels))
+    names = dict.fromkeys((TOKENS, *OF_PAIRS, *AS_LONG, *labels))
     kinds: dict[str, dict[Any, list[int]]] = {}
     shapes = Shapes()
     if _is_table(dataset):

@@ -1,11 +1,12 @@
 """A trainer (its class, arguments and model) -> the loss of an example that training takes, compared with the one asked
 for.
 
-What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; the loss that the model
-itself returns for one example, to which a host's `compute_loss` may add. For some classes of models this loss is known
-in a fast form, for many examples a pass. The fast form is used if, on made-up records, its loss and gradient are those
-of the model. In all other cases the model's own loss is trained with one example a pass, where it is that example's
-alone by construction.
+What was asked for is, in this order: an overridden `example_losses`; `compute_loss_func`; the host's `compute_loss`,
+where the trainer spells it out (`host_losses`); the loss that the model itself returns for one example, to which a
+host's `compute_loss` may add. For some classes of models this loss is known in a fast form, for many examples a pass.
+A fast form is used if, on made-up records, its loss and gradient are those of the model, or of the host. In all other
+cases the model's own loss, or the host's, is trained with one example a pass, where it is that example's alone by
+construction.
 """
 
 import copy
@@ -13,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,45 +26,29 @@ from hf_dp.per_example import (
     Batch,
     Leaf,
     MicroBatch,
+    as_rows,
     decoder_inputs,
     each_alone,
     leaves,
     losses,
-    per_example_factors,
     precision,
     tied_members,
     undisturbed,
 )
-from hf_dp.per_example import (
-    factors as fx,
-)
+from hf_dp.training.compared import measure, same
 from hf_dp.training.host import Objective, PrivateTrainer
 from hf_dp.training.not_taken import refused_records
 from hf_dp.training.overrides import host_of, owns
 
 YOURS, FUNCTION, OWN, HOST = "example_losses", "compute_loss_func", "the model's own", "the host's compute_loss"
+SPELT_OUT = "the host's compute_loss, for many examples a pass"
 ALONE = (OWN, HOST)  # for one example a pass
 RECORDS = 2  # made-up ones that losses are compared on
-# What rounding may make of a loss and of its gradient (relative), by the dtype of the activations: both come of the
-# same forward pass.
-ROUNDING = {
-    torch.float64: (1e-9, 1e-8),
-    torch.float32: (5e-5, 5e-4),
-    torch.bfloat16: (0.01, 0.08),
-    torch.float16: (2e-3, 0.02),
-}
 REMEDY = "override DPTrainer.example_losses(model, inputs), which returns one loss an example, [batch]"
 
 
 DRAWS = 5
 NEVER_FINITE = Objective(OWN, "it is not finite on any made-up record")
-
-
-class Measured(NamedTuple):
-    """A loss on one made-up record, and its gradient by parameter."""
-
-    loss: float
-    gradient: dict[str, Tensor]
 
 
 def choose(trainer: PrivateTrainer) -> Objective:
@@ -100,6 +85,9 @@ def _chosen(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
         return Objective(YOURS, "overridden")
     if trainer.compute_loss_func is not None:
         return Objective(FUNCTION, "given")
+    if trainer.host_losses is not None:
+        found = Objective(SPELT_OUT, "as compared on made-up records")
+        return found if _host_agrees(trainer, found, alone[0]) else _loss_of_the_host(trainer)
     found = _known_or_own(trainer, alone[:RECORDS])
     for _ in range(DRAWS):  # of a collator that masks at random, on records as short as these
         found = _known_or_own(trainer, trainer._synthetic_batches()[1:]) if found == NEVER_FINITE else found
@@ -127,6 +115,8 @@ def losses_of(trainer: PrivateTrainer, kind: str, model: nn.Module, inputs: Batc
     """One loss an example, [B], multiplied by its class's weight if the trainer has class weights."""
     if kind == YOURS:  # an override that calls ours
         kind = FUNCTION if trainer.compute_loss_func is not None else _kind_of_class(trainer) or OWN
+    if kind == SPELT_OUT:
+        return trainer.host_losses(model, inputs)
     if kind in ALONE:
         found = _one_by_one(partial(_own_loss if kind == OWN else _hosts_loss, trainer, model), inputs)
     else:
@@ -210,7 +200,7 @@ def _hosts_loss(trainer: PrivateTrainer, model: nn.Module, inputs: Batch) -> Ten
     """The host's `compute_loss`. Only the loss is kept: what the host notes of private examples would be logged."""
     host: Any = host_of(type(trainer), "compute_loss")
     with _books_put_back(trainer):
-        loss: Tensor = host.compute_loss(trainer, model, dict(inputs))
+        loss: Tensor = host.compute_loss(trainer, model, dict(inputs) if trainer.unit_rows == 1 else as_rows(inputs))
     return loss
 
 
@@ -236,7 +226,7 @@ def _weight_of_each(weights: Tensor, inputs: Batch) -> Tensor:
 def _known_or_own(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
     name, found = type(trainer._base_model()).__name__, NEVER_FINITE
     for batch in alone:
-        theirs = _measured(trainer.model, partial(_own_or_none, trainer.model, batch))
+        theirs = measure(trainer.model, partial(_own_or_none, trainer.model, batch))
         kind = _kind_of_class(trainer)  # after that pass, which may settle config.problem_type
         if kind is None and theirs is None:
             raise ConfigError(
@@ -248,7 +238,7 @@ def _known_or_own(trainer: PrivateTrainer, alone: Sequence[Batch]) -> Objective:
             return Objective(kind, f"{name} has no loss of its own")
         if not math.isfinite(theirs.loss):  # a mean over no target: masks may have left the record none
             continue
-        ours = _measured(trainer.model, partial(_known, trainer, kind, batch))
+        ours = measure(trainer.model, partial(_known, trainer, kind, batch))
         if not same(ours, theirs, precision(trainer.model)):
             return Objective(OWN, f"it is not the {kind} loss of its logits: that was seen on made-up records")
         found = Objective(kind, "the model's own, as compared on made-up records")
@@ -284,21 +274,27 @@ def _own_or_none(model: nn.Module, batch: Batch) -> Tensor | None:
 def _host_agrees(trainer: PrivateTrainer, chosen: Objective, batch: Batch) -> bool:
     """Whether the host's `compute_loss` gives the loss that was chosen.
 
-    Only trl's trainer for supervised fine-tuning gets here; `overrides` refuses all other hosts with a loss of their
-    own.
+    Of hosts with a loss of their own, only trl's for supervised fine-tuning and those whose loss is spelt out get here;
+    `overrides` refuses all others.
     """
     if host_of(type(trainer), "compute_loss").__module__.startswith("transformers."):
         return True
     model = trainer.model
-    theirs = _measured(model, lambda: _hosts_loss(trainer, model, batch).reshape(1))
-    ours = _measured(model, lambda: losses_of(trainer, chosen.kind, model, batch))
+    theirs = measure(model, lambda: _hosts_loss(trainer, model, batch).reshape(1))
+    try:
+        ours = measure(model, lambda: losses_of(trainer, chosen.kind, model, batch))
+    except KeyError:  # a loss of the host's that is not spelt out
+        return False
     return same(ours, theirs, precision(model))
 
 
 def _loss_of_the_host(trainer: PrivateTrainer) -> Objective:
     name, setting = host_of(type(trainer), "compute_loss").__name__, vars(trainer.args).get("loss_type")
     named = f"{name}'s{f' with loss_type={setting!r}' if setting else ''}"
-    rule = f"{named} is not the mean cross entropy over a record's own targets"
+    known = (
+        "spelt out for many examples" if trainer.host_losses else "the mean cross entropy over a record's own targets"
+    )
+    rule = f"{named} is not {known}"
     if trainer.args.world_size > 1:
         raise ConfigError(
             f"{rule}, and it can't be trained in several processes, which it makes wait for each other: {REMEDY}"
@@ -321,13 +317,13 @@ def _books_put_back(trainer: PrivateTrainer) -> Iterator[None]:
 
 
 def _refuse_settings(trainer: PrivateTrainer, chosen: Objective) -> None:
-    if chosen.kind == OWN and trainer.args.label_smoothing_factor:
+    if chosen.kind in (OWN, SPELT_OUT) and trainer.args.label_smoothing_factor:
         raise ConfigError(
-            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into the model's own loss, "
+            f"label_smoothing_factor={trainer.args.label_smoothing_factor} cannot be put into {chosen.kind}, "
             f"which is trained here ({chosen.rule}): leave it at 0, or {REMEDY}"
         )
-    if chosen.kind == YOURS and trainer.class_weights is not None:
-        raise ConfigError("class_weights are not for an example_losses of your own: multiply its losses by them there")
+    if chosen.kind in (YOURS, SPELT_OUT) and trainer.class_weights is not None:
+        raise ConfigError("class_weights are not for a loss of another kind: multiply its losses by them there")
 
 
 def class_weights(given: Sequence[float] | None) -> Tensor | None:
@@ -342,49 +338,3 @@ def class_weights(given: Sequence[float] | None) -> Tensor | None:
     if not numbers or not all(is_number(w) and w >= 0 for w in numbers):
         raise ConfigError(f"class_weights must be finite numbers, 0 or more, one a class (got {given!r})")
     return torch.tensor(numbers, dtype=torch.float32)
-
-
-# ---- on one record
-# ---------------------------------------------------------------------------------------------------------
-
-
-def _measured(model: nn.Module, compute: Callable[[], Tensor | None]) -> Measured | None:
-    """The loss and gradient of one record, without dropout and from the same random state each time.
-
-    None if there is no loss.
-    """
-    seen: list[Tensor | None] = []
-
-    def loss() -> Tensor:
-        found = compute()
-        seen.append(found)
-        return torch.zeros(1) if found is None else found
-
-    with undisturbed(model):
-        torch.manual_seed(0)
-        factors, values = per_example_factors(model, loss, 1)
-    if seen[0] is None:
-        return None
-    return Measured(float(values[0]), {name: fx.materialise(uses[0])[0] for name, uses in factors.items()})
-
-
-def _square_sum(x: Tensor | None) -> float:
-    """The sum of squares; in float64 where float32, eight times as fast, would overflow or lose what is small."""
-    if x is None:
-        return 0.0
-    flat = x.reshape(-1)
-    quick = float(torch.dot(flat, flat)) if flat.dtype == torch.float32 else 0.0
-    return quick if 1e-20 < quick < 1e30 else float(flat.double().square().sum())
-
-
-def same(a: Measured | None, b: Measured | None, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether two losses, and their gradients, differ by no more than rounding in `dtype` explains."""
-    if a is None or b is None:
-        return False
-    of_loss, of_gradient = ROUNDING[dtype]
-    apart = size = 0.0
-    for name in a.gradient.keys() | b.gradient.keys():
-        x, y = (m.gradient.get(name) for m in (a, b))
-        apart += _square_sum(y if x is None else x if y is None else x - y)
-        size += _square_sum(x)
-    return math.isclose(a.loss, b.loss, rel_tol=of_loss, abs_tol=of_loss) and apart <= of_gradient**2 * size

@@ -191,8 +191,17 @@ def check_options(args: TrainingArguments, *, public_eval: bool, **others: Any) 
     if why := unfit(trainer):
         raise UnsupportedOptionError(f"cannot be combined with differential privacy: {why}")
     problems = [*_wrong_arguments(args, public_eval), *_wrong_environment(), *_wrong_others(others)]
-    problems += ignored(trainer)
+    problems += [*ignored(trainer), *getattr(trainer, "unfit_settings", lambda args: ())(args)]
     problems += [*_wrong_model(others.get("model")), *(() if public_eval else deciders(others.get("callbacks") or ()))]
+    _refuse(problems)
+
+
+def refuse_model(model: nn.Module) -> None:
+    """As `check_options`, for a model that the host made itself, or put adapters on."""
+    _refuse([*_wrong_model(model)])
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise UnsupportedOptionError(f"cannot be combined with differential privacy:\n{lines}")

@@ -20,24 +20,20 @@ NEVER_CALLED = {
     "get_batch_samples": f"{_DRAWS}; drop it",
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
 }
-ANSWERS = (
-    "put a record's answers into one row, give it to DPTrainer with a data_collator for such rows, and override "
-    "example_losses(model, inputs), which calls the model once for each answer"
-)
+ANSWERS = "its loss is of pairs, whose answers lie in several rows of a batch; clipping bounds the two as one in"
 # words in the names of trl's trainers -> why they are not private by this mixin, and what to do instead
 OF_TRL = {
     ("GRPO", "RLOO", "Online", "NashMD", "XPO", "PPO", "GMPO", "PAPO", "MiniLLM", "Distill", "GKD", "GOLD"): (
         "it trains on texts that the model writes while it trains, and compares them over a group; clipping bounds "
         "records. Let a model write the texts beforehand, and train on those that you choose as records, with "
-        "DPTrainerMixin on trl's SFTTrainer (the prompt's number as PrivacyConfig(unit_column=...))"
+        "hf_dp.DPSFTTrainer (the prompt's number as PrivacyConfig(unit_column=...))"
     ),
     ("KTO",): (
         "its loss has a term over the whole batch (the divergence of answers from others' prompts); clipping bounds a "
-        f"record's own loss. Leave that term out, or train on pairs: {ANSWERS}"
+        "record's own loss. Train on pairs of answers instead, with hf_dp.DPDPOTrainer"
     ),
-    ("DPO", "CPO", "ORPO", "TPO", "BCO", "Reward"): (
-        f"its loss is of pairs, whose answers lie in several rows of a batch; clipping bounds one row: {ANSWERS}"
-    ),
+    ("DPO", "CPO", "ORPO", "TPO", "BCO"): f"{ANSWERS} hf_dp.DPDPOTrainer: use that",
+    ("Reward",): f"{ANSWERS} hf_dp.DPRewardTrainer: use that",
     ("",): (
         "its loss is of a batch, or its batches are other ones than draws of train_dataset; clipping bounds a record's "
         "own loss. Give the records to DPTrainer, and override example_losses(model, inputs)"
@@ -62,12 +58,13 @@ def refuse_order(trainer: type, mixin: type) -> None:
 def unfit(trainer: type) -> str:
     """Why no option or record would make `trainer` private, and what to do instead; "" where there is no such reason.
 
-    Of trl's trainers, only the one for supervised fine-tuning trains on records.
+    Of trl's trainers, only the one for supervised fine-tuning trains on records, and those whose loss this library
+    spells out.
     """
     if not issubclass(trainer, Trainer):
         return f"{trainer.__name__} has no Trainer beside DPTrainerMixin: class Mine(DPTrainerMixin, Trainer)"
     foreign = next((c for c in trainer.__mro__ if _is_foreign_to_records(c)), None)
-    if foreign is None:
+    if foreign is None or _is_spelt_out(foreign, trainer):
         return ""
     why = next(why for words, why in OF_TRL.items() if any(word in foreign.__name__ for word in words))
     return f"trl's {foreign.__name__}: {why}"
@@ -80,6 +77,8 @@ def ignored(trainer: type) -> Iterator[str]:
     for method, remedy in NEVER_CALLED.items():
         owner = next(c for c in classes if method in vars(c) and not _ours(c))
         if _stock(owner) or (method == "compute_loss" and owns(trainer, "example_losses")):
+            continue
+        if _is_spelt_out(owner, trainer):
             continue
         if method == "training_step" and classes.index(owner) < private:
             continue  # it wraps the private step, and calls it
@@ -117,6 +116,11 @@ def _ours(owner: type) -> bool:
 def _stock(owner: type) -> bool:
     """Trainer itself; and trl's SFTTrainer, whose loss is compared with the one that is trained (see `objective`)."""
     return owner.__module__.startswith("transformers.") or owner.__module__ == "trl.trainer.sft_trainer"
+
+
+def _is_spelt_out(owner: type, trainer: type) -> bool:
+    """Whether `owner` is one of trl's whose loss `trainer` spells out, and compares (see `objective`)."""
+    return owner.__module__.startswith("trl.") and getattr(trainer, "host_losses", None) is not None
 
 
 def _is_foreign_to_records(owner: type) -> bool:

@@ -44,13 +44,16 @@ COUPLED = (
 
 
 class Subject(NamedTuple):
-    """What is examined: a model in training mode, its losses, and public records with the way to bring them there."""
+    """What is examined: a model in training mode, its losses, and public records with the way to bring them there; and
+    how many rows of a pass each example has.
+    """
 
     model: nn.Module
     example_losses: Callable[[nn.Module, Batch], Tensor]
     collation: Collation
     records: Sequence[Record]
     to_device: Callable[[Batch], Batch]
+    unit_rows: int = 1
 
     def batches(self, records: Sequence[Record] | None = None) -> list[MicroBatch]:
         """The records, or the subject's own if none are given: together in one batch, then each alone.
@@ -107,7 +110,10 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[Inventory, str]:
 def subject_of(trainer: PrivateTrainer) -> Subject:
     """A trainer's model, losses, collator and made-up records."""
     losses = lambda model, batch: trainer.example_losses(model, batch)  # noqa: E731
-    return Subject(trainer.model, losses, trainer._collation(), trainer._made_up_records(), trainer._prepare_inputs)
+    made_up = trainer._made_up_records()
+    return Subject(
+        trainer.model, losses, trainer._collation(), made_up, trainer._prepare_inputs, type(trainer).unit_rows
+    )
 
 
 def examined(
@@ -141,7 +147,7 @@ def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], 
     if reason:
         return _of_one(subject, one, reason), reason
     try:
-        rows = take_inventory(subject.model, whole, subject.example_losses)
+        rows = take_inventory(subject.model, whole, subject.example_losses, subject.unit_rows)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of whatever kind: stand-ins for parameters meet code that was not written for them

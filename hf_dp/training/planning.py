@@ -19,7 +19,7 @@ from hf_dp.training.host import PrivateTrainer
 
 
 def plan_training(
-    privacy: PrivacyConfig, args: TrainingArguments, dataset: Any, groups: Groups | None, num_canaries: int
+    privacy: PrivacyConfig, args: TrainingArguments, dataset: Any, groups: Groups | None, num_canaries: int, row: str
 ) -> Mechanism | None:
     """The mechanism of a training on `dataset`, with room for `num_canaries`; None without a data set.
 
@@ -29,6 +29,7 @@ def plan_training(
         dataset: the training set.
         groups: of its records, if groups are protected as one.
         num_canaries: slots that the draw has besides the records.
+        row: what a record is, as the card names it.
 
     Raises:
         ConfigError, AccountingError: as `accounting.plan_mechanism`; or the noise needs a library that is not
@@ -39,7 +40,8 @@ def plan_training(
     if privacy.noise != "gaussian":
         require_cryptography()
     units = num_canaries + (len(dataset) if groups is None else groups.num_groups)
-    return accounting.plan_mechanism(privacy, units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+    epochs, steps = args.num_train_epochs, args.max_steps
+    return accounting.plan_mechanism(privacy, units, num_train_epochs=epochs, max_steps=steps, row=row)
 
 
 def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups | None) -> None:

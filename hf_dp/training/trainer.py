@@ -15,13 +15,7 @@ from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import METRICS, Mechanism
-from hf_dp.per_example import (
-    Batch,
-    Record,
-    Report,
-    Row,
-    self_check,
-)
+from hf_dp.per_example import Batch, Record, Report, Row, self_check
 from hf_dp.sampling import (
     DRAW_NUMBER,
     Container,
@@ -59,7 +53,7 @@ from hf_dp.training.host import Objective
 from hf_dp.training.hub_upload import only_the_model_leaves
 from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
-from hf_dp.training.options import check_options, positional_names, without_batch_clipping
+from hf_dp.training.options import check_options, positional_names, refuse_model, without_batch_clipping
 from hf_dp.training.overrides import refuse_order
 from hf_dp.training.passes import Settled, inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
@@ -90,6 +84,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         about: public things about the run for the card's table of settings, by name, such as
             `trainer.about["training data"] = "Clinic notes, 2024"`.
         alone_because: why each example has a pass of its own; "" if a pass may hold several.
+        unit_rows: a class attribute, k: the collator makes k rows of each record, which are clipped as one example. The
+            batches that `example_losses` is given then lead with the examples, [B, k, ...].
 
     Raises:
         UnsupportedOptionError: options that would void the guarantee; names all of them.
@@ -122,10 +118,10 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     ) -> None:
         options = {**dict(zip(positional_names(type(self), after=DPTrainerMixin), args, strict=False)), **kwargs}
         refuse_other_types(privacy, options.get("args"), audit, micro_batch_tokens, check_records)
-        training = options.get("args") or TrainingArguments(output_dir="tmp_trainer")
+        training = options.get("args") or self.config_class(output_dir="tmp_trainer")
         others = {k: v for k, v in options.items() if k != "args"} | {"trainer": type(self)}
         check_options(training, public_eval=privacy.public_eval, **others)
-        options["args"] = without_batch_clipping(training)
+        options["args"] = self.adjusted(without_batch_clipping(training))
         refuse_audit(audit, privacy)
         self.privacy = privacy
         self._canaries = Canaries(audit)
@@ -140,9 +136,11 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._released_metrics: ReleasedMetrics | None = None
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column)
-        self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num)
+        self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num, self.row)
         with sharding.checkpoints_allowed(options["args"], options.get("model")):
             super().__init__(**options)
+        if self.model is not options.get("model"):  # the host loaded it, or put adapters on it
+            refuse_model(self.model)
         if self.optimizer is not None:
             refuse_foreign_parameters(self.model, self.optimizer)
         show_epsilon(self)
@@ -237,7 +235,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
         )
-        bounds = self._most_examples(), self.micro_batch_tokens, tokens_of_a_pass(self.args.device)
+        pass_cost = tokens_of_a_pass(self.args.device)
+        bounds = self._most_examples(), self.micro_batch_tokens, pass_cost, self.length_of
         cut = self._canaries.collated(LogicalBatchCollator(self._collation(), *bounds))
         records = DrawnRecords(self._canaries.among(dataset), mechanism.num_examples)
         return logical_batches(records, sampler, cut, self.args, self.accelerator.device)

@@ -59,6 +59,22 @@ def test_a_classifier_trains_with_its_head(hf_dp, tmp_path):
     AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=len(classes))
 
 
+def test_preferences_train_with_the_pair_as_the_unit(hf_dp, tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed")
+    recipe = R.write_preferences(tmp_path)
+    status, out, err = hf_dp("train", recipe, "training.micro_batch_tokens=64")
+    assert status == 0, err
+    assert "unit: one pair of answers" in " ".join(out.split())
+    assert "rewards" in out
+    assert "margins" in out
+    assert hf_dp("verify", tmp_path / "out")[0] == 0
+    wrong = R.write_preferences(tmp_path, data__max_length=None, data__label="good")
+    status, _, err = hf_dp("check", wrong)
+    assert status == 2
+    assert "data.max_length: missing; the task preference needs it" in err
+    assert "data.label: not for the task preference" in err
+
+
 def test_full_fine_tuning_without_a_validation_set(hf_dp, tmp_path):
     overrides = ["lora=null", "data.validation=null", "training.micro_batch_tokens=40"]
     status, out, err = hf_dp("train", R.write(tmp_path), *overrides)

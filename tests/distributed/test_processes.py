@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from tests.support.reference import relative_difference
 
 ALL = ("one_step", "trajectory", "empty_draws", "noise", "slices", "refused", "counted", "different")
 MEMORY = ("scarce", "exhausted")
+TRL = ("on_trls_trainers",) if find_spec("trl") else ()
 
 
 class Two(NamedTuple):
@@ -33,9 +35,9 @@ class Two(NamedTuple):
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Two:
     folder, killed = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("killed")
-    statuses, errors = run_groups([2, folder, *ALL, *MEMORY], [2, killed, "dies"])
+    statuses, errors = run_groups([2, folder, *ALL, *MEMORY, *TRL], [2, killed, "dies"])
     assert statuses[0] == [0, 0], errors
-    return Two(collected(folder, 2, *ALL, *MEMORY), statuses[1], folder, killed)
+    return Two(collected(folder, 2, *ALL, *MEMORY, *TRL), statuses[1], folder, killed)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,15 @@ def check_everybody_is_told(found: dict[str, list[dict[str, Any]]]) -> None:
 
 def test_two_processes_go_where_one_goes(two: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     check_against_one_process(two, tmp_path)
+
+
+@pytest.mark.skipif(not TRL, reason="trl is not installed")
+def test_pairs_on_two_processes_train_as_on_one(two: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    alone = worker.SCENARIOS["on_trls_trainers"](tmp_path)
+    for result in two["on_trls_trainers"]:
+        assert (result["world"], alone["world"]) == (2, 1)
+        for name in ("dpo", "reward"):
+            assert relative_difference({"w": result[name]}, {"w": alone[name]}) < 1e-5
 
 
 def test_all_processes_have_the_same_parameters_after_every_step(two: dict[str, list[dict[str, Any]]]) -> None:

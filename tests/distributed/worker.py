@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-from hf_dp import HfDpError
+from hf_dp import HfDpError, PrivacyConfig
 from hf_dp.ledger.ledger import LEDGER_NAME
 from hf_dp.recipe import model_shapes, run_cost, task
 from hf_dp.recipe.recipe import read
@@ -88,6 +88,22 @@ def empty_draws(folder: Path) -> dict[str, Any]:
     """One record in two hundred: most slices are empty, on one process or on all."""
     privacy = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 1}
     return train(folder, privacy, train_dataset=runs.text_rows(200), max_steps=15, learning_rate=0.01)
+
+
+def on_trls_trainers(folder: Path) -> dict[str, Any]:
+    """Two noisy steps each of preferences and of rewards, on slices of different lengths."""
+    from tests.support import on_trl  # trl takes seconds
+
+    privacy = PrivacyConfig(**{**NOISY, "expected_batch_size": 7}, clip_norm=0.1)
+    model, data, steps = on_trl.base(), on_trl.pairs(7), {"max_steps": 2, "learning_rate": 1.0}
+    adapted = on_trl.dpo(folder / "dpo", model, data, privacy, peft_config=on_trl.adapters(), **steps)
+    scoring = on_trl.reward(folder / "reward", data, privacy, **steps)
+    found: dict[str, Any] = {"world": adapted.args.world_size}
+    for name, trainer in (("dpo", adapted), ("reward", scoring)):
+        before = flat(trainer.model).clone()
+        trainer.train()
+        found[name] = flat(trainer.model) - before
+    return found
 
 
 def noise(folder: Path) -> dict[str, Any]:
@@ -378,7 +394,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         *(one_step, trajectory, empty_draws, noise, noise_again, discrete, slices, refused, resumed),
         *(dies, exhausted, stopped, scarce),
         *(same_update, same_update_in_all_ways, sharded_empty_draws, elastic),
-        *(counted, different, refused_shards, real_rows),
+        *(counted, different, refused_shards, real_rows, on_trls_trainers),
     )
 }
 

@@ -11,6 +11,7 @@ from hf_dp.per_example import losses
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.capture import per_example_factors
 from hf_dp.per_example.compiled import CompiledBlocks
+from hf_dp.per_example.forms import Forms
 from hf_dp.per_example.inventory import take_inventory
 from hf_dp.per_example.one_at_a_time import each_alone, tied_members
 from tests.support import engine, reference
@@ -114,7 +115,7 @@ def test_rows_that_cannot_have_the_form_that_was_found_are_an_error() -> None:
     with pytest.raises(CaptureError, match=r"used by \w+ as it was not on public records"):
         per_example_factors(model, lambda: longer(model, batch), 2, forms=forms)
     with pytest.raises(CaptureError, match=r"used by \w+ as it was not on public records"):
-        per_example_factors(model, lambda: example_losses(model, other), 3, forms={})
+        per_example_factors(model, lambda: example_losses(model, other), 3, forms=Forms())
 
 
 def test_rows_that_are_the_examples_in_one_use_and_not_in_another_are_refused() -> None:

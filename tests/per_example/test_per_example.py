@@ -28,6 +28,7 @@ from hf_dp.errors import CaptureError, UnsupportedParameterError
 from hf_dp.per_example import losses
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.capture import Capture, Pass, clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.forms import Forms
 from tests.support import engine, reference
 from tests.support import models as M
 
@@ -276,7 +277,7 @@ def test_the_model_is_given_back_after_an_error() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        per_example_factors(model, fails, 3, forms={})
+        per_example_factors(model, fails, 3, forms=Forms())
     assert {name: id(p) for name, p in model.named_parameters()} == before
 
 
@@ -520,13 +521,13 @@ def test_a_parameter_used_from_elsewhere_than_its_module_is_an_error() -> None:
     for size in (5, 1):
         x = torch.randn(size, 4)
         with pytest.raises((UnsupportedParameterError, CaptureError), match="weight"):
-            per_example_factors(layer, lambda x=x: layer(x).square().sum(1), size, forms={})
+            per_example_factors(layer, lambda x=x: layer(x).square().sum(1), size, forms=Forms())
 
 
 def test_a_packed_sequence_is_refused_by_name() -> None:
     layer, x = nn.LSTM(4, 3), nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (6, 4, 1)])
     with pytest.raises(UnsupportedParameterError, match=r"weight_ih_l0 \(used by lstm\); weight_hh_l0"):
-        per_example_factors(layer, lambda: layer(x)[1][0][0].square().sum(1), 3, forms={})
+        per_example_factors(layer, lambda: layer(x)[1][0][0].square().sum(1), 3, forms=Forms())
 
 
 class _AsksWhetherItIsTrained(nn.Linear):
@@ -569,7 +570,7 @@ def test_a_pass_leaves_nothing_for_the_garbage_collector() -> None:
 
 def test_every_parameter_without_a_rule_is_named_with_the_remedy() -> None:
     layer, x = _Distances(), torch.randn(5, 4)
-    capture = Capture(5, {}, collecting=True)
+    capture = Capture(5, Forms(), collecting=True)
     per_example_factors(layer, lambda: layer(x).square().sum(1), 5, capture=capture)
     assert capture.refusals == {("weight", "cdist"): None, ("bias", "fmin"): None}
     with pytest.raises(UnsupportedParameterError, match=r"weight \(used by cdist\).*per_device_train_batch_size=1"):

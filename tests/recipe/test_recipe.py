@@ -126,7 +126,7 @@ def test_a_budget_file_is_a_setting_of_privacy(tmp_path):
 def test_everything_wrong_is_named_at_once(tmp_path):
     wrong = {
         "model.nmae=x": "model.nmae: there is no such setting; did you mean 'name'?",
-        "model.task=causal": "model.task: expected causal_lm or sequence_classification, got 'causal'; "
+        "model.task=causal": "model.task: expected causal_lm or sequence_classification or preference, got 'causal'; "
         "did you mean 'causal_lm'?",
         "lora.lora_aplha=4": "lora.lora_aplha: there is no such setting; did you mean 'lora_alpha'?",
         "lora.r=two": "lora.r: expected a whole number, got 'two'",

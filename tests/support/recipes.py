@@ -95,3 +95,21 @@ def write_classifier(folder: Path, **changes: Any) -> Path:
         "data__label": "label",
     }
     return write(folder, **{**recipe, **changes})
+
+
+def opinions(count: int) -> list[dict[str, Any]]:
+    return [{"mr": f"name {WORDS[3 + i % 3]}", "good": "the pub is red", "bad": "a price"} for i in range(count)]
+
+
+def write_preferences(folder: Path, **changes: Any) -> Path:
+    recipe = {
+        "model__task": "preference",
+        "data__train": str(write_lines(folder / "train_opinions.jsonl", opinions(40))),
+        "data__validation": str(write_lines(folder / "validation_opinions.jsonl", opinions(6))),
+        "data__target": None,
+        "data__chosen": "{good}",
+        "data__rejected": "{bad}",
+        "data__max_length": 16,
+        "training__beta": 0.5,
+    }
+    return write(folder, **{**recipe, **changes})

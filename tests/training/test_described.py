@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import peft
 import pytest
+import torch
 import transformers
 
 from hf_dp.training.described import described, license_of, save_classes
@@ -98,3 +99,10 @@ def test_a_classifiers_adapter_has_the_names_of_its_classes_beside_it(task, name
     path = tmp_path / "classes.json"
     assert path.is_file() == bool(names)
     assert not names or len(json.loads(path.read_text())) == names
+
+
+def test_a_module_without_a_config_is_described_too(trained, monkeypatch):
+    monkeypatch.setattr(trained, "_base_model", lambda: torch.nn.Linear(2, 2))
+    found = described(trained)
+    assert (found.base, found.license) == ("", "")
+    assert found.rows["learning rate"] == "0.001, constant"

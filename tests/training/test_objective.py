@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_dp import ConfigError, DPTrainer, DPTrainerMixin, UnsupportedOptionError
-from hf_dp.training.objective import OWN, YOURS, Measured, same
+from hf_dp.training.compared import Measured, same
+from hf_dp.training.objective import OWN, YOURS
 from tests.support import models as M
 from tests.support import runs
 from tests.support.exact import collate, exact, summed
