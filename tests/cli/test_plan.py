@@ -13,6 +13,7 @@ from hf_dp.accounting import advice
 from hf_dp.accounting.curve import curve_of, plot_epsilon, sizes_of
 from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import Mechanism, Segment
+from tests.support.marks import quick
 
 COMMAND = [sys.executable, "-c", "from hf_dp.cli import main; main()", "plan"]
 PUBLISHED = "--num-examples 42061 --expected-batch-size 1024 --epochs 10 --target-delta 8e-6".split()
@@ -158,7 +159,7 @@ def test_sigma_is_the_gradients_where_losses_are_released_with_it():
     assert at.epsilon > accounting.spent(PLANNED.segments(), 5e-4).epsilon
 
 
-@pytest.mark.parametrize("against", [*FALLS, "batch"])
+@pytest.mark.parametrize("against", quick(("sigma", "batch"), [*FALLS, "batch"]))
 def test_each_picture_says_what_it_is_of(against, tmp_path):
     plot_epsilon(PLANNED, tmp_path / "p.svg", against, 2.0)
     with_text = (tmp_path / "p.svg").read_text()
@@ -166,7 +167,7 @@ def test_each_picture_says_what_it_is_of(against, tmp_path):
     assert f"<!-- {axis} -->" in with_text
 
 
-@pytest.mark.parametrize("against", FALLS)
+@pytest.mark.parametrize("against", quick(("steps",), FALLS))
 def test_a_schedule_goes_on_in_proportion(against):
     privacy = PrivacyConfig(
         noise_multiplier=1.0,

@@ -10,6 +10,7 @@ import pytest
 from hf_dp.accounting.selection import Selection
 from hf_dp.card.what_leaves import CARD_FILES
 from hf_dp.mechanism import Segment
+from tests.support.marks import quick
 from tests.support.folders import failures, model_folder
 from tests.support.hub_server import READ_ONLY_TOKEN, TOKEN, HubServer, Repo
 
@@ -174,7 +175,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("name", quick(("a wrong token", "no network"), FAILURES))
 def test_a_failure_is_told_in_a_few_lines_and_the_folder_stays_as_it_was(name, hub, folder):
     repository, changed, remedy = FAILURES[name]
     before = snapshot(folder)
@@ -230,8 +231,8 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("verb", ["verify", "report"])
-@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("verb", quick(("verify",), ["verify", "report"]))
+@pytest.mark.parametrize("name", quick(("a private one, with a wrong token", "none of this name"), UNREADABLE))
 def test_a_repository_that_cannot_be_read_is_told_in_a_few_lines(name, verb, hub, published, tmp_path):
     repository, changed, words = UNREADABLE[name]
     status, out, err = command(hub, tmp_path, verb, repository, **changed)

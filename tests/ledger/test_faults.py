@@ -24,6 +24,7 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.sampling.microbatch import micro_batches
 from hf_dp.step.run import PrivateRun
+from tests.support.marks import quick
 from tests.support import models as M
 from tests.support import reference, runs
 from tests.support.campaign import FAULTS, campaign
@@ -70,7 +71,7 @@ def charged(folder: Path) -> int:
 # ---- the campaign of scripts/faults, in short ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", quick(("torn ledger", "changed settings"), FAULTS))
 def test_a_short_campaign_of_faults_is_clean(fault: str, tmp_path: Path) -> None:
     *_, count = campaign(fault, tmp_path, times=3 if "KILL" in fault else 1, seed=1)
     assert count.planted
@@ -138,7 +139,7 @@ def gradient_of(folder: Path, model: nn.Module, rows: list[dict[str, Any]], coun
     return seen[0] * (len(rows) / count), trainer.privacy_spent().num_steps
 
 
-QUICK = {("model.layers.0.mlp", math.inf), ("lm_head", math.nan), ("model.norm", math.nan), ("model.norm", 1e38)}
+QUICK = {("model.layers.0.mlp", math.inf), ("lm_head", math.nan)}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment
 from hf_dp.step.metrics import ReleasedMetrics, contribution
 from hf_dp.step.opening import Place, Session
 from hf_dp.step.run import PrivateRun
+from tests.support.marks import quick
 from tests.support import models as M
 from tests.support import reference, runs
 from tests.support.noise_checks import assert_gaussian, assert_uncorrelated, std_is
@@ -212,7 +213,7 @@ def history(trainer: Any, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-@pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 1}, {"micro_batch_tokens": 20}, {}])
+@pytest.mark.parametrize("settings", quick(({},), [{"per_device_train_batch_size": 1}, {"micro_batch_tokens": 20}, {}]))
 def test_without_noise_the_log_has_the_clamped_mean_however_batches_are_cut(
     settings: dict[str, int], tmp_path: Path
 ) -> None:

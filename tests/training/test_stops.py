@@ -23,6 +23,7 @@ from hf_dp.mechanism import Segment
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.training.options import check_options
+from tests.support.marks import quick
 from tests.support import runs
 from tests.support.children import in_child, start, status_of
 from tests.support.folders import failures
@@ -99,7 +100,7 @@ ENDS: dict[str, tuple[TrainerCallback, type[BaseException] | None, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", quick(("early stopping on public evaluation", "Ctrl-C"), ENDS))
 def test_a_run_that_ended_early_claims_its_plan_in_ledger_card_logs_and_answer(name: str, tmp_path: Path) -> None:
     callback, error, taken = ENDS[name]
     public = {**PUBLIC, "eval_dataset": runs.text_rows(4, seed=1)} if "public" in name else {}
@@ -331,7 +332,7 @@ BEFORE_THE_FIRST_STEP: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", BEFORE_THE_FIRST_STEP)
+@pytest.mark.parametrize("name", quick(("while keys are drawn", "while the first batch is drawn"), BEFORE_THE_FIRST_STEP))
 def test_an_interrupt_before_the_first_step_leaves_the_folder_free(name: str, tmp_path: Path) -> None:
     kept = trainer(tmp_path, steps=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -390,7 +391,7 @@ def in_the_passes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrivateStep, "sum_up", summed)
 
 
-@pytest.mark.parametrize("act", [after_the_write, half_of_the_write, in_the_noise, in_the_passes])
+@pytest.mark.parametrize("act", quick((in_the_noise,), [after_the_write, half_of_the_write, in_the_noise, in_the_passes]))
 def test_an_interrupt_in_a_step_leaves_answer_card_and_ledger_with_the_same_steps(act: Any, tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=5)
     with pytest.MonkeyPatch.context() as patch:
