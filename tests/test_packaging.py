@@ -1,5 +1,6 @@
 """The wheel and the sdist: they build, hold what the package needs, and install where nothing of this folder is."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -47,6 +48,12 @@ def alone(folder: Path, *arguments: object) -> str:
 def test_the_version_is_the_packages(command):
     assert alone(ROOT, *command, "--version") == f"hf_dp {hf_dp.__version__}\n"
     assert f'version = "{hf_dp.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_its_modules_can_be_looked_through(capsys):
+    """A tool that imports all modules of a package must not start a command."""
+    importlib.import_module("hf_dp.__main__")
+    assert capsys.readouterr().out == ""
 
 
 def test_each_extra_is_named_where_people_install():

@@ -297,8 +297,8 @@ def public_sizes(class_name: str, config: Config) -> tuple[int, int]:
     """(number of token ids, number of label values) of a model: made-up records are drawn below these."""
     text = config.get_text_config() if config is not None else None
     vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 2
-    if class_name.endswith("ForMultipleChoice"):
-        return vocabulary, 2  # whatever num_labels says, a label is one of a record's choices
+    if class_name.endswith(("ForMultipleChoice", "ForNextSentencePrediction")):
+        return vocabulary, 2  # whatever num_labels says, a label is one of a record's choices, or yes or no
     over_tokens = class_name.endswith((*_OVER_TOKENS, "ForMaskedLM", "ForCTC"))
     return vocabulary, vocabulary if over_tokens else getattr(config, "num_labels", None) or 2
 

@@ -155,7 +155,25 @@ def bart_classifier() -> nn.Module:
     return tf.BartForSequenceClassification(tf.BartConfig(**{**M.bart().config.to_dict(), "num_labels": 5}))
 
 
+def neighbours(count: int) -> list[dict[str, Any]]:
+    return [{**row, "labels": i % 2} for i, row in enumerate(runs.text_rows(count))]
+
+
+def penalised() -> nn.Module:
+    """A model whose owner added a penalty to its loss by a hook."""
+    model = M.with_lora(M.llama)
+
+    def add(module: nn.Module, args: Any, outputs: Any) -> None:
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss + 0.1 * sum(p.square().sum() for p in module.parameters() if p.requires_grad)
+
+    model.register_forward_hook(add)
+    return model
+
+
 UNKNOWN = {
+    "the next sentence": (lambda: tf.BertForNextSentencePrediction(tf.BertConfig(**BERT)), neighbours),
+    "a loss with a hook": (penalised, runs.text_rows),
     "question answering": (lambda: tf.BertForQuestionAnswering(tf.BertConfig(**{**BERT, "num_labels": 2})), questions),
     "multiple choice": (lambda: tf.BertForMultipleChoice(tf.BertConfig(**BERT)), choices),
     "a classifying encoder-decoder": (bart_classifier, ended),
@@ -347,6 +365,59 @@ def test_an_encoder_decoder_reads_its_labels_shifted(build: Callable[[], nn.Modu
     torch.manual_seed(0)
     model = M.with_lora(build, target_modules=["q", "v"] if build is M.t5 else ["q_proj", "v_proj"], task_type=None)
     assert exact(tmp_path, model, pairs(6)).objective.kind == "ForConditionalGeneration"
+
+
+# ---- batches whose tensors don't all lead with the examples ----------------------------------------------------------
+
+
+class Pieces(nn.Module):
+    """Reads a list of token rows, one an example; `forward` differs from kind to kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(M.VOCAB, 8), nn.Linear(8, 3)
+
+    def forward(self, pieces: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        logits = self.out(torch.stack([self.table(piece).mean(0) for piece in pieces]))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Nodes(Pieces):
+    def forward(self, nodes: Tensor, owner: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = self.out(torch.zeros(len(labels), 8).index_add(0, owner, self.table(nodes).tanh()))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class TimeFirst(Pieces):
+    def forward(self, steps: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = self.out(self.table(steps).mean(0))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def labels_of(features: list[dict[str, Any]]) -> Tensor:
+    return torch.tensor([f["labels"] for f in features])
+
+
+def in_a_list(features: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"pieces": [torch.tensor(f["input_ids"]) for f in features], "labels": labels_of(features)}
+
+
+def in_one_row(features: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [torch.tensor(f["input_ids"]) for f in features]
+    owner = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])
+    return {"nodes": torch.cat(rows), "owner": owner, "labels": labels_of(features)}
+
+
+def in_time(features: list[dict[str, Any]]) -> dict[str, Any]:
+    steps = nn.utils.rnn.pad_sequence([torch.tensor(f["input_ids"]) for f in features])
+    return {"steps": steps, "labels": labels_of(features)}
+
+
+@pytest.mark.parametrize(("kind", "collator"), [(Pieces, in_a_list), (Nodes, in_one_row), (TimeFirst, in_time)])
+def test_rows_that_are_not_the_examples_belong_to_their_records(kind: Any, collator: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rows = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(runs.text_rows(6))]
+    exact(tmp_path, kind(), rows, lambda model, one: model(**one)["loss"], data_collator=collator)
 
 
 # ---- one example a pass where an operation has no rule ---------------------------------------------------------------
