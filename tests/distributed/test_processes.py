@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ from tests.support.reference import relative_difference
 
 ALL = ("one_step", "trajectory", "empty_draws", "noise", "slices", "refused", "counted", "different")
 MEMORY = ("scarce", "exhausted")
-TRL = ("on_trls_trainers",) if find_spec("trl") else ()
 
 
 class Two(NamedTuple):
@@ -35,9 +33,9 @@ class Two(NamedTuple):
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Two:
     folder, killed = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("killed")
-    statuses, errors = run_groups([2, folder, *ALL, *MEMORY, *TRL], [2, killed, "dies"])
+    statuses, errors = run_groups([2, folder, *ALL, *MEMORY], [2, killed, "dies"])
     assert statuses[0] == [0, 0], errors
-    return Two(collected(folder, 2, *ALL, *MEMORY, *TRL), statuses[1], folder, killed)
+    return Two(collected(folder, 2, *ALL, *MEMORY), statuses[1], folder, killed)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +115,12 @@ def test_two_processes_go_where_one_goes(two: dict[str, list[dict[str, Any]]], t
     check_against_one_process(two, tmp_path)
 
 
-@pytest.mark.skipif(not TRL, reason="trl is not installed")
-def test_pairs_on_two_processes_train_as_on_one(two: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
-    alone = worker.SCENARIOS["on_trls_trainers"](tmp_path)
-    for result in two["on_trls_trainers"]:
+@pytest.mark.slow
+def test_pairs_on_two_processes_train_as_on_one(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    found = results(tmp_path / "two", 2, "on_trls_trainers")["on_trls_trainers"]
+    alone = worker.SCENARIOS["on_trls_trainers"](tmp_path / "one")
+    for result in found:
         assert (result["world"], alone["world"]) == (2, 1)
         for name in ("dpo", "reward"):
             assert relative_difference({"w": result[name]}, {"w": alone[name]}) < 1e-5
