@@ -10,9 +10,9 @@ import pytest
 from hf_dp.accounting.selection import Selection
 from hf_dp.card.what_leaves import CARD_FILES
 from hf_dp.mechanism import Segment
-from tests.support.marks import quick
 from tests.support.folders import failures, model_folder
 from tests.support.hub_server import READ_ONLY_TOKEN, TOKEN, HubServer, Repo
+from tests.support.marks import quick
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = """

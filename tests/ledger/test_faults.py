@@ -24,11 +24,11 @@ from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.sampling.microbatch import micro_batches
 from hf_dp.step.run import PrivateRun
-from tests.support.marks import quick
 from tests.support import models as M
 from tests.support import reference, runs
 from tests.support.campaign import FAULTS, campaign
 from tests.support.children import KILLED, in_child
+from tests.support.marks import quick
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}

@@ -21,9 +21,9 @@ from hf_dp.mechanism import METRIC_NOISE, Mechanism, Segment
 from hf_dp.step.metrics import ReleasedMetrics, contribution
 from hf_dp.step.opening import Place, Session
 from hf_dp.step.run import PrivateRun
-from tests.support.marks import quick
 from tests.support import models as M
 from tests.support import reference, runs
+from tests.support.marks import quick
 from tests.support.noise_checks import assert_gaussian, assert_uncorrelated, std_is
 
 E2E = {"sample_rate": 1024 / 42061, "num_steps": 410}

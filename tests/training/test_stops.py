@@ -23,10 +23,10 @@ from hf_dp.mechanism import Segment
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.training.options import check_options
-from tests.support.marks import quick
 from tests.support import runs
 from tests.support.children import in_child, start, status_of
 from tests.support.folders import failures
+from tests.support.marks import quick
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
 STEP = Segment(8 / 24, 1.0, 1)
@@ -332,7 +332,9 @@ BEFORE_THE_FIRST_STEP: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", quick(("while keys are drawn", "while the first batch is drawn"), BEFORE_THE_FIRST_STEP))
+@pytest.mark.parametrize(
+    "name", quick(("while keys are drawn", "while the first batch is drawn"), BEFORE_THE_FIRST_STEP)
+)
 def test_an_interrupt_before_the_first_step_leaves_the_folder_free(name: str, tmp_path: Path) -> None:
     kept = trainer(tmp_path, steps=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -391,7 +393,9 @@ def in_the_passes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrivateStep, "sum_up", summed)
 
 
-@pytest.mark.parametrize("act", quick((in_the_noise,), [after_the_write, half_of_the_write, in_the_noise, in_the_passes]))
+@pytest.mark.parametrize(
+    "act", quick((in_the_noise,), [after_the_write, half_of_the_write, in_the_noise, in_the_passes])
+)
 def test_an_interrupt_in_a_step_leaves_answer_card_and_ledger_with_the_same_steps(act: Any, tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=5)
     with pytest.MonkeyPatch.context() as patch:
