@@ -64,6 +64,7 @@ def test_the_curve_of_two_normals(mu: float) -> None:
     assert found.has_power == (mu > 0)
 
 
+@pytest.mark.slow
 def test_intervals_hold_as_often_as_they_say() -> None:
     """100 attacks of known area and rates, each record with 3 dependent scores; 95 % less 5 standard errors is 84 %.
 
@@ -174,6 +175,7 @@ def test_an_attack_at_the_limit_refutes_nothing_and_one_beyond_it_does() -> None
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_members_of_overfitted_models_are_found_and_those_of_private_ones_are_not(tmp_path: Path) -> None:
     """Linear models with nearly as many coordinates as records; labels by a coin. Measured 0.89, 0.86, 0.63, 0.53."""
     picture = tmp_path / "new" / "roc.png"

@@ -153,6 +153,7 @@ def test_a_mistake_ends_in_a_few_lines_and_leaves_nothing(mistake, hf_dp, tmp_pa
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_recipe_draws_on_a_budget_until_it_is_spent(hf_dp, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe, drawing = R.write(tmp_path), "privacy.budget_file=all.json"

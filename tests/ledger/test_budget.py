@@ -439,6 +439,7 @@ def test_a_budget_that_went_away_does_not_cost_the_training(tmp_path: Path, caps
     assert "--settle" in told
 
 
+@pytest.mark.slow
 def test_every_process_learns_the_refusal(tmp_path: Path) -> None:
     path = for_steps(tmp_path / "budget.json", 2)
     victim = Victim(tmp_path / "run", random.Random(0))

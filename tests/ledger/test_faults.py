@@ -202,6 +202,7 @@ def test_a_data_set_of_one_record(tmp_path: Path) -> None:
     assert 2.9 < trainer.privacy_spent().epsilon == exact <= 3.0
 
 
+@pytest.mark.slow
 def test_one_record_many_times_counts_each_time(tmp_path: Path) -> None:
     """The unit is the record. A copy is another record, clipped by itself: k copies move the sum by at most k C."""
     row = runs.text_rows(1).to_list()
@@ -216,6 +217,7 @@ def test_one_record_many_times_counts_each_time(tmp_path: Path) -> None:
 # ---- F16: another place ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_was_moved_goes_on(tmp_path: Path) -> None:
     interrupted(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")

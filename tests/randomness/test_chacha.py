@@ -184,6 +184,7 @@ def test_without_the_library_the_trainer_is_not_even_made(tmp_path: Path, monkey
     runs.trainer(tmp_path, privacy=PRIVACY | {"noise": "gaussian"})
 
 
+@pytest.mark.slow
 def test_a_change_of_generator_begins_a_segment_that_costs_the_same(tmp_path: Path) -> None:
     runs.trainer(tmp_path, privacy=PRIVACY | {"noise": "gaussian"}, save_strategy="steps", save_steps=1).train()
     resumed = runs.trainer(tmp_path, privacy=PRIVACY, max_steps=2)

@@ -277,6 +277,7 @@ def test_without_metrics_nothing_of_them_is_there(tmp_path: Path) -> None:
     assert record["segments"][0]["noise_multiplier"] == 1.0
 
 
+@pytest.mark.slow
 def test_turning_them_on_in_a_resumed_run_is_a_segment_of_its_own(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
     runs.trainer(tmp_path, None, {**PRIVATE, "log_loss_up_to": None}, max_steps=2, **settings).train()

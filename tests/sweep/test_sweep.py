@@ -125,6 +125,7 @@ def test_a_sweep_leaves_one_model_with_the_epsilon_of_the_choice(hf_dp, drawn, t
     assert files(place) == before
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_cut_off_goes_on_where_it_was(hf_dp, drawn, a_quarter, tmp_path, monkeypatch):
     recipe, train = R.write(tmp_path), trial.run
     calls = []

@@ -215,6 +215,7 @@ def test_logs_have_epsilon_and_no_unnoised_number(tmp_path: Path) -> None:
     assert math.isfinite(history[-1]["eval_loss"])
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_loads_with_peft_alone_in_a_fresh_process(tmp_path: Path) -> None:
     base = M.llama()
     base.save_pretrained(tmp_path / "base")
