@@ -592,7 +592,9 @@ def test_one_example_at_a_time_is_exact_for_any_layer() -> None:
 def test_a_scalar_loss_is_refused() -> None:
     layer = nn.Linear(4, 3)
     with pytest.raises(CaptureError, match=r"shape \[5\]; got shape \[\]"):
-        per_example_factors(layer, lambda: layer(torch.randn(5, 4)).mean(), 5, forms={("weight", "linear", 2): True})
+        per_example_factors(
+            layer, lambda: layer(torch.randn(5, 4)).mean(), 5, forms=Forms({("weight", "linear", 2): True})
+        )
 
 
 def test_several_examples_without_forms_are_refused_with_the_remedy() -> None:
