@@ -61,5 +61,9 @@ class CaptureError(HfDpError, RuntimeError):
     """A gradient reached a parameter without having been seen example by example."""
 
 
+class UnseenUse(CaptureError):
+    """A pass over several examples uses a parameter as passes on public records did not."""
+
+
 class SelfCheckError(HfDpError, ValueError):
     """The gradient of a batch is not the sum of the gradients of its examples."""

@@ -13,13 +13,13 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_dp.errors import CaptureError, UnsupportedParameterError
+from hf_dp.errors import CaptureError, UnseenUse, UnsupportedParameterError
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example import norms
 from hf_dp.per_example.clipping import clip_factors
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
-from hf_dp.per_example.forms import Forms, Key, Use
+from hf_dp.per_example.forms import ONE, SEVERAL, SHARED, Forms, Key, Use
 from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
@@ -86,27 +86,28 @@ class Capture:
             flat: a matrix may have several rows an example, one after the other.
 
         Raises:
-            CaptureError: they cannot be what the inventory found.
+            UnseenUse: they cannot be what the inventory found.
         """
         if not shape or (shape[0] == 1 and len(shape) > 1):
             return False
         flat = flat and len(shape) == 2
-        fits = shape[0] % self.batch_size == 0 if flat else shape[0] == self.batch_size
-        led = self._noted((parameter, operation, len(shape)), fits)
+        times, rest = divmod(shape[0], self.batch_size)
+        led = self._noted((parameter, operation, len(shape)), 0 if rest or not (flat or times == 1) else times)
         if self._collecting:
             self.seen.setdefault((parameter, operation, len(shape)), []).append(Use(shape[0], flat, led))
         return led
 
-    def _noted(self, key: Key, fits: bool) -> bool:
-        led = self._forms.get(key)
-        if self._collecting and (led is None or (led and not fits)):
-            return fits
-        if led is None or (led and not fits):
-            raise CaptureError(
-                f"{key[0]} is used by {key[1]} as it was not on public records, so that it cannot be told which rows "
-                f"are the examples': {REMEDY}"
-            )
-        return led
+    def _noted(self, key: Key, times: int) -> bool:
+        """Whether they are the examples', `times` for each; 0 if their number is no multiple of the examples'."""
+        form = self._forms.get(key)
+        if form == SHARED or (form == ONE and times == 1) or (form == SEVERAL and times):
+            return form != SHARED
+        if self._collecting:
+            return times > 0
+        raise UnseenUse(
+            f"{key[0]} is used by {key[1]} as it was not on public records, so that it cannot be told which rows "
+            f"are the examples': {REMEDY}"
+        )
 
     def record(self, parameter: str, factor: Factor) -> None:
         """Records one use of `parameter`, from a tap's backward: folded to examples, and materialised now if that is

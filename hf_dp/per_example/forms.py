@@ -3,8 +3,10 @@ and never read off a size, which may coincide.
 
 The inventory makes two passes over the same public records, of n and of m examples. A leading dimension of k n rows in
 the one and k m rows in the other is that of the examples; one of equal size in both belongs to all of them, such as T
-positions, heads, or a table of distances. This stays so whatever the sizes of a later batch are: there, the form that
-was found is taken, and rows that cannot have it are an error.
+positions, heads, or a table of distances. Whether k is 1 is noted too: where examples had one row each, several would
+be of a layout that nothing has been shown of, such as the pieces of longer texts. This stays so whatever the sizes of a
+later batch are: there, the form that was found is taken. Rows that cannot have it are an `UnseenUse`; a step then gives
+each of these examples a pass of its own.
 
 A pass over several examples is not possible without forms.
 """
@@ -15,15 +17,18 @@ from typing import NamedTuple, TypeAlias
 Key: TypeAlias = tuple[str, str, int]  # a parameter, an operation, the number of dimensions of what it meets
 
 
-class Forms(dict[Key, bool]):
-    """Whether the rows that a parameter meets are the examples'.
+SHARED, ONE, SEVERAL = 0, 1, 2  # rows of no example; one an example; several an example, one after the other
+
+
+class Forms(dict[Key, int]):
+    """Whose rows a parameter meets: SHARED, ONE or SEVERAL.
 
     Attributes:
         unit_rows: k, how many rows of a pass each example has (see `units`).
     """
 
-    def __init__(self, led: Mapping[Key, bool] | None = None, unit_rows: int = 1) -> None:
-        super().__init__(led or {})
+    def __init__(self, noted: Mapping[Key, int] | None = None, unit_rows: int = 1) -> None:
+        super().__init__(noted or {})
         self.unit_rows = unit_rows
 
 
@@ -41,26 +46,35 @@ class Use(NamedTuple):
     led: bool
 
 
-def settled(first: Mapping[Key, Sequence[Use]], second: Mapping[Key, Sequence[Use]], n: int, m: int) -> dict[Key, bool]:
+def settled(first: Mapping[Key, Sequence[Use]], second: Mapping[Key, Sequence[Use]], n: int, m: int) -> dict[Key, int]:
     """The forms on which passes of n and of m rows agree."""
     forms = {}
     for key in first.keys() & second.keys():
         if len(first[key]) == len(second[key]):
             found = {_form(a, b, n, m) for a, b in zip(first[key], second[key], strict=True)}
-            if found == {True} or found == {False}:
-                forms[key] = found.pop() is True
+            if found == {SHARED} or found <= {ONE, SEVERAL}:
+                forms[key] = max(found)
     return forms
 
 
-def _form(a: Use, b: Use, n: int, m: int) -> bool | None:
+def _form(a: Use, b: Use, n: int, m: int) -> int:
     times, rest = divmod(a.size, n)
     if not rest and b.size == times * m and (times == 1 or a.flat):
-        return True
-    return False if a.size == b.size else None
+        return ONE if times == 1 else SEVERAL
+    return SHARED if a.size == b.size else _OPEN
+
+
+_OPEN = -1
 
 
 def disagreeing(forms: Forms, *passes: Mapping[Key, Sequence[Use]]) -> list[Key]:
     """What the passes used in another form than that, or in none that is known."""
     return list(
-        {key: None for seen in passes for key, uses in seen.items() for use in uses if use.led != forms.get(key)}
+        {
+            key: None
+            for seen in passes
+            for key, uses in seen.items()
+            for use in uses
+            if key not in forms or use.led != bool(forms[key])
+        }
     )

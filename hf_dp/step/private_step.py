@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_dp.errors import CaptureError, HfDpError
+from hf_dp.errors import CaptureError, HfDpError, UnseenUse
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import Batch, MicroBatch, Pass, State, per_example_factors, state_put_back, views
 from hf_dp.randomness import fork_forward_rng
@@ -139,12 +139,25 @@ class PrivateStep:
     def add(self, batch: MicroBatch) -> None:
         """One pass: adds the clipped gradients of its examples to the sum.
 
+        Where the pass uses a parameter as passes on public records did not, for example for records that are longer,
+        each example has a pass of its own instead, before which the model's state is put back.
+
         Raises:
             CaptureError: several examples in a pass although each should have its own; or as `ClippedSum.add`.
         """
         if self.passes.alone and batch.size > 1:
             raise CaptureError(f"each example has a pass of its own: expected one example a pass, got {batch.size}")
-        kept = nullcontext() if self._state is None else state_put_back(self.model, self._state)
+        try:
+            self._add(batch, nullcontext() if self._state is None else state_put_back(self.model, self._state))
+        except UnseenUse:
+            if self.sharded or batch.size == 1:  # sharded: the other processes take as many passes as this one
+                raise
+        else:
+            return
+        for example in range(batch.size):
+            self._add(batch.rows(slice(example, example + 1)), state_put_back(self.model))
+
+    def _add(self, batch: MicroBatch, kept: AbstractContextManager[object]) -> None:
         with self.passes.precision(), kept:
             self.sum.add(self.model, lambda: self.passes.example_losses(self.model, batch), batch.size, self.level)
 

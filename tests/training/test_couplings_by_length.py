@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
+from tests.support import exact, reference, runs
 from tests.support import models as M
-from tests.support import reference, runs
 
 CLIP, SWITCH, COUNT = 0.1, 8, 6
 STRONG = {"initializer_range": 0.3}  # weights so large that positions and experts matter
@@ -100,3 +102,32 @@ def test_each_example_is_trained_as_if_it_were_alone(
     fast = {n: s.view(g.shape) for s, (n, g) in zip(parts, slow.items(), strict=True)}
     assert reference.relative_difference(fast, slow) < 1e-4  # float32
     assert trainer.alone_because
+
+
+class Pieces(nn.Module):
+    """A classifier of texts in pieces of 16 tokens: trained layers meet all first pieces, then all second ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear, self.norm = nn.Embedding(M.VOCAB, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> ModelOutput:
+        there = attention_mask.unsqueeze(-1)
+        sums = [piece.sum(1) for piece in (self.table(input_ids) * there).split(16, 1)]
+        used = [piece.any(1) for piece in there.split(16, 1)]
+        found = self.norm(self.linear(torch.cat(sums)).tanh()) * torch.cat(used)
+        return ModelOutput(logits=found.view(len(sums), len(input_ids), -1).sum(0))
+
+
+def test_texts_that_are_cut_in_pieces_only_where_they_are_long_are_exact(tmp_path: Path) -> None:
+    """The made-up records are of one piece, so that nothing was shown of the rows of several."""
+    torch.manual_seed(0)
+    texts = [torch.randint(3, M.VOCAB, (n,)).tolist() for n in (40, 5, 33, 16, 20, 7)]
+    records = [{"input_ids": t, "attention_mask": [1] * len(t), "labels": len(t) % 8} for t in texts]
+
+    def asked(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(one["input_ids"], one["attention_mask"]).logits, one["labels"])
+
+    of_logits = lambda outputs, labels: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+    trainer = exact.exact(tmp_path, Pieces(), records, asked, compute_loss_func=of_logits)
+    assert trainer.alone_because == ""
