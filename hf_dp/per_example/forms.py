@@ -18,6 +18,7 @@ Key: TypeAlias = tuple[str, str, int]  # a parameter, an operation, the number o
 
 
 SHARED, ONE, SEVERAL = 0, 1, 2  # rows of no example; one an example; several an example, one after the other
+_OPEN = -1
 
 
 class Forms(dict[Key, int]):
@@ -62,9 +63,6 @@ def _form(a: Use, b: Use, n: int, m: int) -> int:
     if not rest and b.size == times * m and (times == 1 or a.flat):
         return ONE if times == 1 else SEVERAL
     return SHARED if a.size == b.size else _OPEN
-
-
-_OPEN = -1
 
 
 def disagreeing(forms: Forms, *passes: Mapping[Key, Sequence[Use]]) -> list[Key]:

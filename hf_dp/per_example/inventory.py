@@ -68,7 +68,7 @@ def take_inventory(model: nn.Module, batch: MicroBatch, example_losses: ExampleL
     if batch.size == 1:
         return inventory_of_one(model, batch, example_losses)
     refuse_hooks(model)
-    other = batch.first(batch.size - 1 if batch.size > 2 else 3)
+    other = batch.in_another_number()
     forms = Forms(unit_rows=unit_rows)
     for _ in range(ROUNDS):
         capture, factors = _watched(model, batch, example_losses, forms)

@@ -267,11 +267,8 @@ def conv2d(
     if isinstance(padding, str) or groups != 1:
         return example_by_example(F.conv2d, input, weight, bias, stride, padding, dilation, groups)
     kernel = tuple(weight.shape[2:])
-    w, positions = (
-        proxies_in((weight, bias))[0],
-        (*input.shape[:1], *input.shape[2:]),
-    )  # channels are no rows of anything
-    led = w.capture.leads(w.parameter, "conv2d", positions)
+    w = proxies_in((weight, bias))[0]
+    led = w.capture.leads(w.parameter, "conv2d", (*input.shape[:1], *input.shape[2:]))  # channels are no rows
     flat = (
         derive(weight, lambda w: w.flatten(1), unchanged) if isinstance(weight, ParameterProxy) else weight.flatten(1)
     )

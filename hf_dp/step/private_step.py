@@ -148,14 +148,13 @@ class PrivateStep:
         if self.passes.alone and batch.size > 1:
             raise CaptureError(f"each example has a pass of its own: expected one example a pass, got {batch.size}")
         try:
-            self._add(batch, nullcontext() if self._state is None else state_put_back(self.model, self._state))
+            return self._add(batch, nullcontext() if self._state is None else state_put_back(self.model, self._state))
         except UnseenUse:
             if self.sharded or batch.size == 1:  # sharded: the other processes take as many passes as this one
                 raise
-        else:
-            return
+        state = State(self.model)
         for example in range(batch.size):
-            self._add(batch.rows(slice(example, example + 1)), state_put_back(self.model))
+            self._add(batch.rows(slice(example, example + 1)), state_put_back(self.model, state))
 
     def _add(self, batch: MicroBatch, kept: AbstractContextManager[object]) -> None:
         with self.passes.precision(), kept:
