@@ -14,6 +14,7 @@ from hf_dp.errors import ConfigError
 T = TypeVar("T")
 Noise = Literal["gaussian", "gaussian-chacha20", "discrete"]
 NOISES: tuple[str, ...] = get_args(Noise)
+Defaults = Literal["fitted", "trainer"]
 CanaryKind = Literal["gradient", "new-token", "random-token"]
 CANARY_KINDS: tuple[str, ...] = get_args(CanaryKind)
 _COLUMN = re.compile(r"\w([\w .-]*\w)?")  # the name is printed on the card
@@ -93,6 +94,13 @@ class PrivacyConfig:
     debug_seed: int | None = field(
         default=None,
         metadata={"help": "For tests only: sampling and noise are fixed. Card and ledger say NOT PRIVATE."},
+    )
+    defaults: Defaults = field(
+        default="fitted",
+        metadata={
+            "help": "Where the learning rate was left at its default: fitted, DPTrainer takes one from a rule for "
+            "private training; trainer, it keeps TrainingArguments' own."
+        },
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PrivacyConfig":
@@ -185,6 +193,7 @@ _RULES: dict[str, Rule] = {
     "public_eval": ("true or false", lambda x: isinstance(x, bool)),
     "budget_file": ("a path as text, or left out", lambda x: x is None or (isinstance(x, str) and x != "")),
     "debug_seed": ("a whole number, 0 or more, or left out", lambda x: x is None or _is_whole(x, 0)),
+    "defaults": (f"one of {', '.join(get_args(Defaults))}", lambda x: x in get_args(Defaults)),
 }
 
 

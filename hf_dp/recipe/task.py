@@ -3,6 +3,7 @@ with it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from hf_dp import accounting
-from hf_dp.config import AuditConfig
+from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import HfDpError, RecipeError
 from hf_dp.per_example import losses
 from hf_dp.recipe import data_files, examples
@@ -150,7 +151,7 @@ def build(
     try:
         trainer = _trainer_class(recipe)(
             **keywords,
-            privacy=recipe.privacy,
+            privacy=_privacy(recipe),
             micro_batch_tokens=recipe.micro_batch_tokens,
             class_weights=recipe.class_weights,
             callbacks=list(callbacks),
@@ -162,6 +163,11 @@ def build(
         raise
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
+
+
+def _privacy(recipe: Recipe) -> PrivacyConfig:
+    """A learning rate that the recipe gives stays, also one that equals Trainer's default."""
+    return replace(recipe.privacy, defaults="trainer") if "learning_rate" in recipe.training else recipe.privacy
 
 
 def _trainer_class(recipe: Recipe) -> Any:

@@ -35,6 +35,8 @@ class PrivateTrainer(Protocol):
     args: TrainingArguments
     model: nn.Module
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
+    rate_by_rule: str
     privacy: PrivacyConfig
     objective: Objective
     alone_because: str

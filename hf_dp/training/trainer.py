@@ -47,6 +47,7 @@ from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, keeping_the_users_words, write_card
 from hf_dp.training.described import described, save_classes
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
+from hf_dp.training.fitted import fill_in
 from hf_dp.training.given import refuse_other_types
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.host import Objective
@@ -143,6 +144,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             refuse_model(self.model)
         if self.optimizer is not None:
             refuse_foreign_parameters(self.model, self.optimizer)
+        self.rate_by_rule = fill_in(self)
         show_epsilon(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Records, given_data)), self._groups)
