@@ -17,6 +17,8 @@ NOISES: tuple[str, ...] = get_args(Noise)
 Defaults = Literal["fitted", "trainer"]
 CanaryKind = Literal["gradient", "new-token", "random-token"]
 CANARY_KINDS: tuple[str, ...] = get_args(CanaryKind)
+LEFT_ALONE = float("1")  # the default C: an object of its own, so that a given 1.0 can be told from none (by `is`)
+BY_RULE = float("0.1")  # the C that takes its place in training with Adam, see `training/fitted.py`
 _COLUMN = re.compile(r"\w([\w .-]*\w)?")  # the name is printed on the card
 ELSEWHERE = {  # what other libraries call a setting of ours -> our name
     "max_grad_norm": "clip_norm",
@@ -52,7 +54,9 @@ class PrivacyConfig:
         default=256,
         metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B / N."},
     )
-    clip_norm: float = field(default=1.0, metadata={"help": "C: no example moves the gradient sum by more than this."})
+    clip_norm: float = field(
+        default=LEFT_ALONE, metadata={"help": "C: no example moves the gradient sum by more than this."}
+    )
     log_loss_up_to: float | None = field(
         default=None,
         metadata={
@@ -98,8 +102,8 @@ class PrivacyConfig:
     defaults: Defaults = field(
         default="fitted",
         metadata={
-            "help": "Where the learning rate was left at its default: fitted, DPTrainer takes one from a rule for "
-            "private training; trainer, it keeps TrainingArguments' own."
+            "help": "Where learning rate and clip_norm were left alone: fitted, DPTrainer takes them from a rule for "
+            "private training; trainer, it keeps TrainingArguments' learning rate, and C = 1."
         },
     )
 

@@ -1,18 +1,20 @@
-"""A trainer whose user left the learning rate alone -> one from a rule that was fitted to private training.
+"""A trainer whose user left learning rate and clip norm alone -> values from a rule fitted to private training.
 
-`TrainingArguments`' own default is for training without noise and without LoRA: with noise, most of what could be
+`TrainingArguments`' own learning rate is for training without noise and without LoRA: with noise, most of what could be
 learnt stays unlearnt. How the rule was fitted, and with which figures, is in this room's README.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from peft import LoraConfig, PeftModel
 from transformers import TrainingArguments
 
+from hf_dp.config import BY_RULE, LEFT_ALONE, PrivacyConfig
 from hf_dp.training.host import PrivateTrainer
 
-RULE = "hf_dp/training/README.md#settings-that-you-leave-alone"
+PAGE = "hf_dp/training/README.md"
 ADAM = ("adamw", "paged_adamw")  # beginnings of the names of optimizers whose steps do not grow with the gradient
 LIBRARIES = ("transformers.", "trl.")
 
@@ -21,8 +23,8 @@ class Trained(NamedTuple):
     """What is trained, as the rule sees it.
 
     Attributes:
-        kind: "LoRA", "LoRA and a new head" or "all parameters".
-        scale: of LoRA, by which the product of its two matrices is multiplied (lora_alpha / r); else 1.
+        kind: a key of `RATES`.
+        scale: of LoRA, by which the product of its two matrices is multiplied, lora_alpha / r; else 1.
     """
 
     kind: str
@@ -33,7 +35,7 @@ RATES = {"LoRA": 2e-2, "LoRA and a new head": 2e-2, "all parameters": 1e-3}  # k
 
 
 def learning_rate(trained: Trained) -> float:
-    """The learning rate of Adam for private training, with a linear decay."""
+    """The learning rate of Adam for private training."""
     return RATES[trained.kind] / trained.scale
 
 
@@ -47,6 +49,17 @@ def left_alone(args: TrainingArguments, name: str) -> bool:
     return bool(getattr(args, name) == cast(Any, library).__dataclass_fields__[name].default)
 
 
+def with_clip_norm(privacy: PrivacyConfig, args: TrainingArguments, others: dict[str, Any]) -> PrivacyConfig:
+    """`privacy` with the rule's C where it was left alone and Adam is Trainer's; `others` as `check_options` has them.
+
+    Adam divides by the gradient's size. So C cancels where every example is clipped, and one that clips all of them
+    lets none of them be small against the noise.
+    """
+    own = others.get("optimizer_cls_and_kwargs") or (others.get("optimizers") or (None,))[0] is not None
+    fits = privacy.clip_norm is LEFT_ALONE and not own and _is_by_adam(privacy, args, others["trainer"])
+    return replace(privacy, clip_norm=BY_RULE) if fits else privacy
+
+
 def fill_in(trainer: PrivateTrainer) -> str:
     """Gives a trainer, whose `args` are a copy of the user's, the rule's learning rate; returns where it is from.
 
@@ -54,10 +67,12 @@ def fill_in(trainer: PrivateTrainer) -> str:
     or the rule does not know what is trained.
     """
     trained = _trained(trainer)
-    if trained is None or not _applies(trainer):
+    own = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+    by_adam = _is_by_adam(trainer.privacy, trainer.args, type(trainer))
+    if trained is None or own or not by_adam or not left_alone(trainer.args, "learning_rate"):
         return ""
     trainer.args.learning_rate = learning_rate(trained)
-    return f"hf_dp's rule for {trained.kind}: {RULE}"
+    return f"hf_dp's rule for {trained.kind}: {PAGE}"
 
 
 def rate_in_force(trainer: PrivateTrainer) -> float:
@@ -66,21 +81,18 @@ def rate_in_force(trainer: PrivateTrainer) -> float:
     return float(group.get("initial_lr", group.get("lr", trainer.args.learning_rate)))
 
 
-def _applies(trainer: PrivateTrainer) -> bool:
-    host = next(c for c in type(trainer).__mro__ if "create_optimizer" in vars(c))
-    users_own = (
-        trainer.optimizer is not None
-        or trainer.optimizer_cls_and_kwargs is not None
-        or not host.__module__.startswith(LIBRARIES)
-    )
-    args = trainer.args
-    by_adam = str(getattr(args.optim, "value", args.optim)).startswith(ADAM)
-    return trainer.privacy.defaults == "fitted" and not users_own and by_adam and left_alone(args, "learning_rate")
+def _is_by_adam(privacy: PrivacyConfig, args: TrainingArguments, trainer: type) -> bool:
+    """Whether the rule is wanted, and the optimizer will be an Adam that Trainer makes by itself."""
+    host = next(c for c in trainer.__mro__ if "create_optimizer" in vars(c))
+    adam = str(getattr(args.optim, "value", args.optim)).startswith(ADAM)
+    return privacy.defaults == "fitted" and adam and host.__module__.startswith(LIBRARIES)
 
 
 def _trained(trainer: PrivateTrainer) -> Trained | None:
-    """What is trained; None of other adapters than LoRA, and of a part of a model without adapters."""
+    """What is trained; None of preferences, of other adapters than LoRA, and of a part of a model without adapters."""
     model = trainer.model
+    if trainer.unit_rows > 1:
+        return None
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if not isinstance(model, PeftModel):
         return Trained("all parameters") if len(trainable) == len(list(model.parameters())) else None

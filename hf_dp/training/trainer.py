@@ -47,7 +47,7 @@ from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, keeping_the_users_words, write_card
 from hf_dp.training.described import described, save_classes
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
-from hf_dp.training.fitted import fill_in
+from hf_dp.training.fitted import fill_in, with_clip_norm
 from hf_dp.training.given import refuse_other_types
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.host import Objective
@@ -124,7 +124,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         check_options(training, public_eval=privacy.public_eval, **others)
         options["args"] = self.adjusted(without_batch_clipping(training))
         refuse_audit(audit, privacy)
-        self.privacy = privacy
+        self.privacy = privacy = with_clip_norm(privacy, training, others)
         self._canaries = Canaries(audit)
         self.micro_batch_tokens = micro_batch_tokens
         self._check_records = check_records

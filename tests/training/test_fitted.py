@@ -1,6 +1,6 @@
 """Where the learning rate was left alone, one comes from the rule, is said, and lasts; a given one is never touched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,20 @@ import pytest
 import torch
 from peft import IA3Config, get_peft_model
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from hf_dp import DPTrainer, PrivacyConfig
+from hf_dp.config import BY_RULE
 from hf_dp.recipe import read, task
-from hf_dp.training.fitted import Trained, learning_rate, left_alone
+from hf_dp.training.fitted import Trained, learning_rate, left_alone, with_clip_norm
 from hf_dp.training.progress import print_plan_of
 from tests.support import models as M
 from tests.support import recipes as R
 from tests.support import runs
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
-BY_RULE = {"optim": "adamw_torch", "learning_rate": TrainingArguments.learning_rate, "lr_scheduler_type": "linear"}
+SETTINGS = {"optim": "adamw_torch", "learning_rate": TrainingArguments.learning_rate, "lr_scheduler_type": "linear"}
 OF_LORA = learning_rate(Trained("LoRA", 2.0))  # M.with_lora: r = 4, lora_alpha = 8
 
 
@@ -42,7 +43,7 @@ def test_left_alone_is_what_has_the_default_of_its_own_library(tmp_path: Path) -
 
 
 def test_the_rule_gives_what_was_left_alone_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = runs.arguments(tmp_path, **BY_RULE)
+    arguments = runs.arguments(tmp_path, **SETTINGS)
     before = arguments.to_dict()
     config = PrivacyConfig(**PRIVATE)
     trainer = DPTrainer(M.with_lora(M.llama), arguments, runs.collate, runs.text_rows(), privacy=config)
@@ -52,6 +53,8 @@ def test_the_rule_gives_what_was_left_alone_and_says_so(tmp_path: Path, capsys: 
     said = " ".join(capsys.readouterr().out.split())
     assert f"{OF_LORA:g}" in said
     assert "hf_dp's rule for LoRA" in said
+    assert (config.clip_norm, trainer.mechanism.clip_norm) == (1.0, BY_RULE)
+    assert "hf_dp's rule for Adam" in said
 
 
 OWN = {
@@ -64,16 +67,30 @@ OWN = {
 @pytest.mark.parametrize("case", OWN)
 def test_what_the_user_gave_is_never_touched(case: str, tmp_path: Path) -> None:
     given = dict(OWN[case])
-    privacy = {**PRIVATE, "defaults": given.pop("defaults", "fitted")}
-    trainer = runs.trainer(tmp_path, None, privacy, **{**BY_RULE, **given})
+    config = PrivacyConfig(**PRIVATE, defaults=given.pop("defaults", "fitted"))
+    arguments = runs.arguments(tmp_path, **{**SETTINGS, **given})
+    trainer = DPTrainer(M.with_lora(M.llama), arguments, runs.collate, runs.text_rows(), privacy=config)
     assert trainer.args.learning_rate == given.get("learning_rate", TrainingArguments.learning_rate)
     assert trainer.rate_by_rule == ""
+    assert trainer.mechanism.clip_norm == (BY_RULE if case == "a rate" else 1.0)
+
+
+def test_a_given_clip_norm_of_1_is_told_from_none(tmp_path: Path) -> None:
+    parser = HfArgumentParser((TrainingArguments, PrivacyConfig))
+    given = f"--output_dir {tmp_path} --use_cpu --target_epsilon 3".split()
+    others = {"trainer": DPTrainer}
+    for words, clip_norm in (([], BY_RULE), (["--clip_norm", "1.0"], 1.0)):
+        arguments, privacy = parser.parse_args_into_dataclasses([*given, *words])
+        assert with_clip_norm(privacy, arguments, others).clip_norm == clip_norm
+        assert with_clip_norm(replace(privacy, debug_seed=1), arguments, others).clip_norm == clip_norm
+        own = others | {"optimizers": (torch.optim.SGD([torch.ones(1)], lr=1.0), None)}
+        assert with_clip_norm(privacy, arguments, own).clip_norm == 1.0
 
 
 def test_an_optimizer_of_the_users_keeps_its_rate(tmp_path: Path) -> None:
     model = M.with_lora(M.llama)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    trainer = runs.trainer(tmp_path, model, PRIVATE, optimizers=(optimizer, None), **BY_RULE)
+    trainer = runs.trainer(tmp_path, model, PRIVATE, optimizers=(optimizer, None), **SETTINGS)
     trainer.train()
     assert trainer.rate_by_rule == ""
     assert trainer.state.log_history[0]["learning_rate"] == 1e-4
@@ -90,7 +107,7 @@ class Rates(TrainerCallback):
 
 
 def test_resuming_keeps_the_rates_and_the_card_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {**BY_RULE, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    settings = {**SETTINGS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
     class StopAtTwo(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **k: Any) -> None:
@@ -115,7 +132,7 @@ def test_resuming_keeps_the_rates_and_the_card_has_them(tmp_path: Path, monkeypa
 )
 def test_full_fine_tuning_and_heads_have_rates_of_their_own(model: Any, rule: str, tmp_path: Path) -> None:
     rows = runs.class_rows() if "head" in rule else runs.text_rows()
-    trainer = runs.trainer(tmp_path, model(), PRIVATE, train_dataset=rows, **BY_RULE)
+    trainer = runs.trainer(tmp_path, model(), PRIVATE, train_dataset=rows, **SETTINGS)
     assert trainer.args.learning_rate == learning_rate(Trained(rule, 2.0 if "LoRA" in rule else 1.0))
     assert f"rule for {rule}:" in trainer.rate_by_rule
 
@@ -131,7 +148,7 @@ def frozen_but_for_the_head() -> nn.Module:
     "build", [frozen_but_for_the_head, lambda: get_peft_model(M.llama(), IA3Config(task_type="CAUSAL_LM"))]
 )
 def test_what_the_rule_was_not_fitted_to_keeps_trainers_rate(build: Any, tmp_path: Path) -> None:
-    trainer = runs.trainer(tmp_path, build(), PRIVATE, **BY_RULE)
+    trainer = runs.trainer(tmp_path, build(), PRIVATE, **SETTINGS)
     assert trainer.args.learning_rate == TrainingArguments.learning_rate
 
 
