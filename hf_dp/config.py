@@ -14,7 +14,7 @@ from hf_dp.errors import ConfigError
 T = TypeVar("T")
 Noise = Literal["gaussian", "gaussian-chacha20", "discrete"]
 NOISES: tuple[str, ...] = get_args(Noise)
-Defaults = Literal["fitted", "trainer"]
+IfUnset = Literal["fitted", "trainer"]
 CanaryKind = Literal["gradient", "new-token", "random-token"]
 CANARY_KINDS: tuple[str, ...] = get_args(CanaryKind)
 LEFT_ALONE = float("1")  # the default C: an object of its own, so that a given 1.0 can be told from none (by `is`)
@@ -99,7 +99,7 @@ class PrivacyConfig:
         default=None,
         metadata={"help": "For tests only: sampling and noise are fixed. Card and ledger say NOT PRIVATE."},
     )
-    defaults: Defaults = field(
+    if_unset: IfUnset = field(
         default="fitted",
         metadata={
             "help": "Where learning rate and clip_norm were left alone: fitted, DPTrainer takes them from a rule for "
@@ -197,7 +197,7 @@ _RULES: dict[str, Rule] = {
     "public_eval": ("true or false", lambda x: isinstance(x, bool)),
     "budget_file": ("a path as text, or left out", lambda x: x is None or (isinstance(x, str) and x != "")),
     "debug_seed": ("a whole number, 0 or more, or left out", lambda x: x is None or _is_whole(x, 0)),
-    "defaults": (f"one of {', '.join(get_args(Defaults))}", lambda x: x in get_args(Defaults)),
+    "if_unset": (f"one of {', '.join(get_args(IfUnset))}", lambda x: x in get_args(IfUnset)),
 }
 
 

@@ -3,7 +3,6 @@ with it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from hf_dp import accounting
-from hf_dp.config import AuditConfig, PrivacyConfig
+from hf_dp.config import AuditConfig
 from hf_dp.errors import HfDpError, RecipeError
 from hf_dp.per_example import losses
 from hf_dp.recipe import data_files, examples
@@ -151,23 +150,20 @@ def build(
     try:
         trainer = _trainer_class(recipe)(
             **keywords,
-            privacy=_privacy(recipe),
+            privacy=recipe.privacy,
             micro_batch_tokens=recipe.micro_batch_tokens,
             class_weights=recipe.class_weights,
             callbacks=list(callbacks),
             audit=audit,
         )
         trainer.about |= _about(recipe)
+        if "learning_rate" in recipe.training:  # given, even if it equals the default
+            trainer.args.learning_rate, trainer.rate_by_rule = keywords["args"].learning_rate, ""
         return trainer
     except HfDpError:
         raise
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
-
-
-def _privacy(recipe: Recipe) -> PrivacyConfig:
-    """A learning rate that the recipe gives stays, also one that equals Trainer's default."""
-    return replace(recipe.privacy, defaults="trainer") if "learning_rate" in recipe.training else recipe.privacy
 
 
 def _trainer_class(recipe: Recipe) -> Any:

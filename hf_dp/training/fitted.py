@@ -63,7 +63,7 @@ def with_clip_norm(privacy: PrivacyConfig, args: TrainingArguments, others: dict
 def fill_in(trainer: PrivateTrainer) -> str:
     """Gives a trainer, whose `args` are a copy of the user's, the rule's learning rate; returns where it is from.
 
-    "" where nothing was changed: the learning rate or the optimizer is the user's, `defaults="trainer"` was asked for,
+    "" where nothing was changed: the learning rate or the optimizer is the user's, `if_unset="trainer"` was asked for,
     or the rule does not know what is trained.
     """
     trained = _trained(trainer)
@@ -85,7 +85,7 @@ def _is_by_adam(privacy: PrivacyConfig, args: TrainingArguments, trainer: type) 
     """Whether the rule is wanted, and the optimizer will be an Adam that Trainer makes by itself."""
     host = next(c for c in trainer.__mro__ if "create_optimizer" in vars(c))
     adam = str(getattr(args.optim, "value", args.optim)).startswith(ADAM)
-    return privacy.defaults == "fitted" and adam and host.__module__.startswith(LIBRARIES)
+    return privacy.if_unset == "fitted" and adam and host.__module__.startswith(LIBRARIES)
 
 
 def _trained(trainer: PrivateTrainer) -> Trained | None:

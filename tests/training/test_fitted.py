@@ -60,14 +60,14 @@ def test_the_rule_gives_what_was_left_alone_and_says_so(tmp_path: Path, capsys: 
 OWN = {
     "a rate": {"learning_rate": 1e-4},
     "another optimizer": {"optim": "sgd"},
-    "the word": {"defaults": "trainer"},
+    "the word": {"if_unset": "trainer"},
 }
 
 
 @pytest.mark.parametrize("case", OWN)
 def test_what_the_user_gave_is_never_touched(case: str, tmp_path: Path) -> None:
     given = dict(OWN[case])
-    config = PrivacyConfig(**PRIVATE, defaults=given.pop("defaults", "fitted"))
+    config = PrivacyConfig(**PRIVATE, if_unset=given.pop("if_unset", "fitted"))
     arguments = runs.arguments(tmp_path, **{**SETTINGS, **given})
     trainer = DPTrainer(M.with_lora(M.llama), arguments, runs.collate, runs.text_rows(), privacy=config)
     assert trainer.args.learning_rate == given.get("learning_rate", TrainingArguments.learning_rate)
@@ -155,4 +155,5 @@ def test_what_the_rule_was_not_fitted_to_keeps_trainers_rate(build: Any, tmp_pat
 @pytest.mark.parametrize(("given", "rate"), [((), OF_LORA), (("training.learning_rate=5e-5",), 5e-5)])
 def test_a_recipe_without_a_rate_has_the_rules_and_a_given_one_stays(given: Any, rate: float, tmp_path: Path) -> None:
     recipe = read(R.write(tmp_path, lora__lora_alpha=4), given)
-    assert task.build(recipe).args.learning_rate == rate
+    trainer = task.build(recipe)
+    assert (trainer.args.learning_rate, trainer.mechanism.clip_norm) == (rate, BY_RULE)
