@@ -31,12 +31,16 @@ class Trained(NamedTuple):
     scale: float = 1.0
 
 
-RATES = {"LoRA": 2e-2, "LoRA and a new head": 2e-2, "all parameters": 1e-3}  # kind -> learning rate at scale 1
+RATES = {"LoRA": 0.09, "all parameters": 0.013}  # kind -> learning rate of one step at scale 1
 
 
-def learning_rate(trained: Trained) -> float:
-    """The learning rate of Adam for private training."""
-    return RATES[trained.kind] / trained.scale
+def learning_rate(trained: Trained, num_steps: int) -> float:
+    """Adam's learning rate for `num_steps` private steps, with a linear decay, to two digits.
+
+    It is rate / sqrt(scale x T). Adam makes steps of one size of whatever it is given, and most of a private gradient
+    is noise: T of them move each weight by rate x sqrt(T), which the rule keeps the same.
+    """
+    return float(f"{RATES[trained.kind] / math.sqrt(trained.scale * num_steps):.1e}")
 
 
 def left_alone(args: TrainingArguments, name: str) -> bool:
@@ -69,9 +73,11 @@ def fill_in(trainer: PrivateTrainer) -> str:
     trained = _trained(trainer)
     own = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     by_adam = _is_by_adam(trainer.privacy, trainer.args, type(trainer))
-    if trained is None or own or not by_adam or not left_alone(trainer.args, "learning_rate"):
+    if trainer.mechanism is None or trained is None or own or not by_adam:
         return ""
-    trainer.args.learning_rate = learning_rate(trained)
+    if not left_alone(trainer.args, "learning_rate"):
+        return ""
+    trainer.args.learning_rate = learning_rate(trained, trainer.mechanism.num_steps)
     return f"hf_dp's rule for {trained.kind}: {PAGE}"
 
 
@@ -89,7 +95,10 @@ def _is_by_adam(privacy: PrivacyConfig, args: TrainingArguments, trainer: type) 
 
 
 def _trained(trainer: PrivateTrainer) -> Trained | None:
-    """What is trained; None of preferences, of other adapters than LoRA, and of a part of a model without adapters."""
+    """What is trained; None of preferences, of other adapters than LoRA, and of a part of a model without adapters.
+
+    A new head beside LoRA counts as part of it.
+    """
     model = trainer.model
     if trainer.unit_rows > 1:
         return None
@@ -99,5 +108,4 @@ def _trained(trainer: PrivateTrainer) -> Trained | None:
     config = model.active_peft_config
     if not isinstance(config, LoraConfig):
         return None
-    kind = "LoRA" if all("lora_" in name for name in trainable) else "LoRA and a new head"
-    return Trained(kind, config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
+    return Trained("LoRA", config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))

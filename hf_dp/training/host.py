@@ -38,6 +38,7 @@ class PrivateTrainer(Protocol):
     optimizer_cls_and_kwargs: Any
     rate_by_rule: str
     privacy: PrivacyConfig
+    mechanism: Mechanism | None
     objective: Objective
     alone_because: str
     unit_rows: int

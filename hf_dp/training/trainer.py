@@ -73,8 +73,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             `per_device_train_batch_size` examples. It affects speed and memory, never the result.
         check_records: a few public records for the self-check, if none can be made up from the data set's columns.
         audit: puts canaries among the records; `audit_result` then gives the lower bound on epsilon that they show.
-        class_weights: one public number a class. In training, each example's loss is multiplied by the number of its
-            label, before clipping.
+        class_weights: a public number for each class, by which its examples' losses are multiplied before clipping.
         **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with the outputs and
             labels of one example at a time, with a leading dimension of 1, and returns its loss: [1] or a scalar.
 
@@ -85,6 +84,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         about: public things about the run for the card's table of settings, by name, such as
             `trainer.about["training data"] = "Clinic notes, 2024"`.
         alone_because: why each example has a pass of its own; "" if a pass may hold several.
+        rate_by_rule: where the learning rate is from, if the user left it alone (see `fitted`); "" if it is theirs.
         unit_rows: a class attribute, k: the collator makes k rows of each record, which are clipped as one example. The
             batches that `example_losses` is given then lead with the examples, [B, k, ...].
 

@@ -23,7 +23,7 @@ from tests.support import runs
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
 SETTINGS = {"optim": "adamw_torch", "learning_rate": TrainingArguments.learning_rate, "lr_scheduler_type": "linear"}
-OF_LORA = learning_rate(Trained("LoRA", 2.0))  # M.with_lora: r = 4, lora_alpha = 8
+OF_LORA = partial(learning_rate, Trained("LoRA", 2.0))  # M.with_lora: r = 4, lora_alpha = 8
 
 
 @dataclass
@@ -48,10 +48,10 @@ def test_the_rule_gives_what_was_left_alone_and_says_so(tmp_path: Path, capsys: 
     config = PrivacyConfig(**PRIVATE)
     trainer = DPTrainer(M.with_lora(M.llama), arguments, runs.collate, runs.text_rows(), privacy=config)
     assert arguments.to_dict() == before  # the user's own stay as they were
-    assert trainer.args.learning_rate == OF_LORA
+    assert trainer.args.learning_rate == OF_LORA(1)
     print_plan_of(trainer, "The plan")
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{OF_LORA:g}" in said
+    assert f"{OF_LORA(1):g}" in said
     assert "hf_dp's rule for LoRA" in said
     assert (config.clip_norm, trainer.mechanism.clip_norm) == (1.0, BY_RULE)
     assert "hf_dp's rule for Adam" in said
@@ -118,23 +118,30 @@ def test_resuming_keeps_the_rates_and_the_card_has_them(tmp_path: Path, monkeypa
     monkeypatch.setattr("hf_dp.training.fitted.RATES", {"LoRA": 1.0})  # as another version of the rule would
     resumed = runs.trainer(tmp_path, None, PRIVATE, callbacks=[second], **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert [*first.seen, *second.seen] == pytest.approx([OF_LORA * left for left in (1, 0.75, 0.5, 0.25)])
+    assert [*first.seen, *second.seen] == pytest.approx([OF_LORA(4) * left for left in (1, 0.75, 0.5, 0.25)])
     text = (tmp_path / "checkpoint-4" / "README.md").read_text()
-    assert f"| learning rate | {OF_LORA:g}, linear |" in text
+    assert f"| learning rate | {OF_LORA(4):g}, linear |" in text
+
+
+def test_the_rule_is_the_one_on_the_page(tmp_path: Path) -> None:
+    assert [learning_rate(Trained("LoRA", s), t) for s, t in ((2, 40), (0.5, 160), (8, 640))] == [0.01, 0.01, 0.0013]
+    assert learning_rate(Trained("all parameters"), 40) == 0.0021
 
 
 @pytest.mark.parametrize(
-    ("model", "rule"),
+    ("build", "rows", "expected"),
     [
-        (M.llama, "all parameters"),
-        (partial(M.with_lora, partial(M.bert, pad_token_id=0), task_type="SEQ_CLS"), "LoRA and a new head"),
+        (M.llama, runs.text_rows, Trained("all parameters")),
+        (
+            partial(M.with_lora, partial(M.bert, pad_token_id=0), task_type="SEQ_CLS"),
+            runs.class_rows,
+            Trained("LoRA", 2.0),
+        ),
     ],
 )
-def test_full_fine_tuning_and_heads_have_rates_of_their_own(model: Any, rule: str, tmp_path: Path) -> None:
-    rows = runs.class_rows() if "head" in rule else runs.text_rows()
-    trainer = runs.trainer(tmp_path, model(), PRIVATE, train_dataset=rows, **SETTINGS)
-    assert trainer.args.learning_rate == learning_rate(Trained(rule, 2.0 if "LoRA" in rule else 1.0))
-    assert f"rule for {rule}:" in trainer.rate_by_rule
+def test_all_parameters_and_heads_beside_lora(build: Any, rows: Any, expected: Trained, tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path, build(), PRIVATE, train_dataset=rows(), **SETTINGS)
+    assert trainer.args.learning_rate == learning_rate(expected, 1)
 
 
 def frozen_but_for_the_head() -> nn.Module:
@@ -152,7 +159,7 @@ def test_what_the_rule_was_not_fitted_to_keeps_trainers_rate(build: Any, tmp_pat
     assert trainer.args.learning_rate == TrainingArguments.learning_rate
 
 
-@pytest.mark.parametrize(("given", "rate"), [((), OF_LORA), (("training.learning_rate=5e-5",), 5e-5)])
+@pytest.mark.parametrize(("given", "rate"), [((), OF_LORA(2)), (("training.learning_rate=5e-5",), 5e-5)])
 def test_a_recipe_without_a_rate_has_the_rules_and_a_given_one_stays(given: Any, rate: float, tmp_path: Path) -> None:
     recipe = read(R.write(tmp_path, lora__lora_alpha=4), given)
     trainer = task.build(recipe)
