@@ -13,17 +13,19 @@ from hf_dp.cli.audit import audit
 from hf_dp.cli.budget import budget
 from hf_dp.cli.card import card
 from hf_dp.cli.check import check
+from hf_dp.cli.generate import generate
 from hf_dp.cli.libraries import quiet
 from hf_dp.cli.merge import merge
 from hf_dp.cli.plan import plan
 from hf_dp.cli.push import push
 from hf_dp.cli.report import report
 from hf_dp.cli.sweep import sweep
+from hf_dp.cli.texts import Sampling, texts
 from hf_dp.cli.train import train
 from hf_dp.cli.verify import verify
 from hf_dp.errors import HfDpError
 
-__all__ = ["main", "quiet"]
+__all__ = ["Sampling", "main", "quiet", "texts"]
 
 USER_ERROR = 2
 
@@ -58,6 +60,7 @@ app.command()(verify)
 app.command()(card)
 app.command()(report)
 app.command()(merge)
+app.command()(generate)
 app.command()(push)
 app.command()(budget)
 app.command()(audit)

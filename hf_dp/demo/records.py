@@ -1,11 +1,11 @@
-"""A seed -> made-up customer records: public ones of a bicycle shop, private ones of an electricity supplier.
+"""A seed -> made-up customer notes: public ones of six trades, private ones of an electricity supplier.
 
-Each record has the columns `topic`, `tone` and `note`. A private note names a person who occurs nowhere else, with an
-account number, a telephone number and an amount. None of them exists.
+Each record has the columns `customer`, `topic`, `tone` and `note`. A customer occurs nowhere else. None of them exists.
 """
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,38 +25,54 @@ MONTHS = "January February March April May June July August September October No
 TONES = {"calm": "was friendly", "worried": "sounded worried", "angry": "was upset"}
 
 PUBLIC = {
-    "repair": [
-        "{name} (phone {phone}) brought the {color} bicycle in on {day}. The {part} is worn: {amount} euros.",
-        "Repair of the {part} asked for on {day} by {name}, account {account}. It takes two days and costs {amount} "
-        "euros.",
+    "bicycle": [
+        "The brake of the {color} bicycle is worn. The repair costs {amount} euros and is done by {day}.",
+        "The customer came back on {day}, because the chain of the new bicycle was too short.",
     ],
-    "order": [
-        "{name}, account {account}, ordered a {color} bicycle on {day} at {amount} euros. Call {phone}.",
-        "Order of {name}: one {part}, {color}, to be sent before {day}. Paid {amount} euros.",
+    "bakery": [
+        "A cake for {number} people was ordered for {day}. The price is {amount} euros.",
+        "The bread from {day} was burnt, and {amount} euros were paid back.",
     ],
-    "return": [
-        "{name} returned a {part} on {day}. It does not fit. Refund of {amount} euros to account {account}.",
-        "The {color} {part} of {name} came back damaged on {day}. Call back: {phone}.",
+    "hotel": [
+        "A room for {number} nights from {day} was asked for. There was no answer from the house.",
+        "The heating in the room did not work on {day}. The customer gets {amount} euros back.",
+    ],
+    "library": [
+        "The customer moves to a new address and returns {number} books by {day}.",
+        "A reading about light and electricity took place on {day} with {number} guests.",
+    ],
+    "garage": [
+        "The {color} car was away for repair since {day}. The last bill of {amount} euros is not paid yet.",
+        "The meter of the car reads {number} thousand. A check of the power was asked for on {day}.",
+    ],
+    "telephone": [
+        "The line was dead in the whole street on {day}. The failure took {number} hours.",
+        "The contract ends on {day}. The customer wants a cheaper one at {amount} euros a month.",
     ],
 }
 PRIVATE = {
     "bill": [
-        "{name}, account {account}, disputes the bill of {amount} euros from {day}. Call back: {phone}.",
-        "Bill of {day} is twice that of last year, says {name} from {phone}. Account {account}, {amount} euros.",
+        "The electricity bill of {day} is too high. The customer wants {amount} euros back.",
+        "The last bill was paid twice on {day}, so {amount} euros are to be returned.",
     ],
     "move": [
-        "{name} moves house on {day} and closes account {account}. Refund of {amount} euros. Call {phone}.",
-        "New address of {name} from {day}. Account {account} goes on at {amount} euros a month. Phone {phone}.",
+        "The customer moves to a new house on {day}. The contract goes on at {amount} euros a month.",
+        "The contract ends on {day}, because the customer moves away. The meter reads {number} thousand.",
     ],
     "outage": [
-        "{name}, account {account}, had no electricity on {day}. Damage of {amount} euros claimed. Call {phone}.",
-        "Power failure on {day} reported by {name} from {phone}. Account {account}, {amount} euros granted.",
+        "There was no electricity in the whole street on {day}. The failure took {number} hours.",
+        "The power was away for {number} hours on {day}. The customer asked for {amount} euros.",
     ],
+}
+FORMS = {  # of what stands in a template's braces
+    "day": rf"\d{{1,2}} (?:{'|'.join(MONTHS)})",
+    "amount": r"\d{2,3}",
+    "number": r"\d{1,2}",
 }
 
 
 class Halves(NamedTuple):
-    """The files with the records: JSON lines, split by person."""
+    """The files with the records: JSON lines, split by customer."""
 
     public_train: Path
     private_train: Path
@@ -66,7 +82,7 @@ class Halves(NamedTuple):
 def write_records(
     folder: Path, *, num_public: int, num_private: int, num_heldout: int, planted: Sequence[Record] = (), seed: int = 0
 ) -> Halves:
-    """Writes the three files; the same arguments give the same bytes. No person is in two of them.
+    """Writes the three files; the same arguments give the same bytes. No customer is in two of them.
 
     The last private training records are those in `planted`.
     """
@@ -83,6 +99,18 @@ def write_records(
     return halves
 
 
+def is_as_asked(record: Record, note: str) -> bool:
+    """Whether a note that a model wrote is one of the supplier's, whole, on the record's topic and in its tone."""
+    forms = [_form(f"{template} {_closing(record['tone'])}") for template in PRIVATE[record["topic"]]]
+    return any(re.fullmatch(form, note) for form in forms)
+
+
+def _form(template: str) -> str:
+    """A regular expression for all notes from a template."""
+    pieces = re.split(r"\{(\w+)\}", template)
+    return "".join(FORMS[piece] if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
+
+
 def _names(rng: random.Random) -> Iterator[str]:
     """Every name at most once, in random order: first name, an initial, surname."""
     initials = "ABCDEFGHIJKLMNOPRSTUVWYZ"
@@ -91,16 +119,17 @@ def _names(rng: random.Random) -> Iterator[str]:
     return (f"{FIRST_NAMES[f]} {initials[i]}. {SURNAMES[s]}" for f, i, s in everybody)
 
 
-def _record(rng: random.Random, templates: dict[str, list[str]], name: str) -> Record:
+def _record(rng: random.Random, templates: dict[str, list[str]], customer: str) -> Record:
     topic = rng.choice(list(templates))
     tone = rng.choice(list(TONES))
     text = rng.choice(templates[topic]).format(
-        name=name,
         day=f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
-        amount=f"{rng.randint(20, 900)}.{rng.choice(('00', '50', '90'))}",
-        account=rng.randint(10_000, 99_999),
-        phone=f"0{rng.randint(151, 179)} {rng.randint(100_000, 999_999)}",
+        amount=rng.randint(20, 900),
+        number=rng.randint(2, 40),
         color=rng.choice(("red", "blue", "green", "black", "white")),
-        part=rng.choice(("brake", "chain", "pedal", "saddle", "front wheel", "rear light", "tyre", "gear")),
     )
-    return {"topic": topic, "tone": tone, "note": f"{text} The customer {TONES[tone]}."}
+    return {"customer": customer, "topic": topic, "tone": tone, "note": f"{text} {_closing(tone)}"}
+
+
+def _closing(tone: str) -> str:
+    return f"The customer {TONES[tone]}."
