@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -43,9 +44,12 @@ def test_three_commands_make_a_private_model_of_a_table(hf_dp, notes):
     assert status == 0, err
     assert "120 records of customer (text), note (text)" in out
     assert "--unit-column customer" in out
-    status, out, err = hf_dp("train", "notes.yaml", "training.max_steps=2", "training.disable_tqdm=true")
+    status, out, err = hf_dp("train", "notes.yaml", "training.max_steps=2", "training.logging_steps=1")
     assert status == 0, err
     assert "epsilon" in out
+    logged = [json.loads(line) for line in Path("out/notes/metrics.jsonl").read_text().splitlines()]
+    assert {"step", "epsilon", "learning_rate", "signal_to_noise"} <= {*logged[0]}
+    assert not {"loss", "train_loss"} & {name for line in logged for name in line}
     status, out, err = hf_dp("generate", "out/notes", "the", "--max-new-tokens", 3)
     assert status == 0, err
     assert out.strip()
