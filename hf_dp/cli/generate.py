@@ -16,7 +16,7 @@ TEXTS = "train.jsonl"  # the Hub takes it for the training split
 def generate(
     folder: Annotated[Path, typer.Argument(help="The folder of a model saved by hf_dp: an adapter or a whole one.")],
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="What the texts begin with; \\\\n is a new line. Default: nothing.")
+        list[str] | None, typer.Argument(help="What the texts begin with; \\n is a new line. Default: nothing.")
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="A file with one prompt a line.")] = None,
     num: Annotated[int | None, typer.Option(help="How many texts, of the prompts in turn. Default: one each.")] = None,
@@ -80,7 +80,7 @@ def _loaded(folder: Path) -> tuple[Any, Any]:
 
     from hf_dp.cli.hub import first_line
     from hf_dp.cli.loading import CANNOT_BE_LOADED, on_its_base, settings_of
-    from hf_dp.errors import ConfigError
+    from hf_dp.errors import ConfigError, HfDpError
 
     settings = settings_of(folder)
     try:
@@ -94,6 +94,8 @@ def _loaded(folder: Path) -> tuple[Any, Any]:
             raise ConfigError(f"{folder} holds no model: expected adapter_config.json or config.json in it")
         its_own = (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder if its_own else base)
+    except HfDpError:
+        raise
     except CANNOT_BE_LOADED as error:
         raise ConfigError(f"the model in {folder} cannot be loaded to write texts: {first_line(error)}") from None
     if not model.can_generate():

@@ -1,6 +1,6 @@
 """A seed -> made-up customer notes: public ones of six trades, private ones of an electricity supplier.
 
-Each record has the columns `customer`, `topic`, `tone` and `note`. A customer occurs nowhere else. None of them exists.
+Each record has the columns `customer`, `topic` and `note`. A customer occurs nowhere else. None of them exists.
 """
 
 import json
@@ -22,46 +22,45 @@ Kowalski Kruger Larsen Laurent Lehmann Lopez Lindgren Maier Marino Meyer Moreau 
 Osei Patel Petrov Popescu Ricci Romano Rossi Sato Schmid Silva Singh Sorensen Steiner Suzuki Tanaka Torres Vargas
 Vogel Wagner Weber Winter Wolf Yilmaz Zhang Zimmer""".split()
 MONTHS = "January February March April May June July August September October November December".split()
-TONES = {"calm": "was friendly", "worried": "sounded worried", "angry": "was upset"}
 
 PUBLIC = {
     "bicycle": [
-        "The brake of the {color} bicycle is worn. The repair costs {amount} euros and is done by {day}.",
-        "The customer came back on {day}, because the chain of the new bicycle was too short.",
+        "The brake of the {color} bicycle is worn, the repair costs {amount} euros.",
+        "The customer came back on {day}, because the chain was too short.",
     ],
     "bakery": [
-        "A cake for {number} people was ordered for {day}. The price is {amount} euros.",
-        "The bread from {day} was burnt, and {amount} euros were paid back.",
+        "A cake for {number} people was ordered for {day}.",
+        "The bread was burnt, and {amount} euros were paid back.",
     ],
     "hotel": [
-        "A room for {number} nights from {day} was asked for. There was no answer from the house.",
-        "The heating in the room did not work on {day}. The customer gets {amount} euros back.",
+        "A room for {number} nights from {day} was asked for.",
+        "The heating did not work on {day}, the customer gets {amount} euros.",
     ],
     "library": [
-        "The customer moves to a new address and returns {number} books by {day}.",
-        "A reading about light and electricity took place on {day} with {number} guests.",
+        "The customer moves to a new address and returns {number} books.",
+        "A reading about light and electricity took place on {day}.",
     ],
     "garage": [
-        "The {color} car was away for repair since {day}. The last bill of {amount} euros is not paid yet.",
-        "The meter of the car reads {number} thousand. A check of the power was asked for on {day}.",
+        "The {color} car was away for repair since {day}.",
+        "The meter of the car reads {number}, and the bill is not paid.",
     ],
     "telephone": [
-        "The line was dead in the whole street on {day}. The failure took {number} hours.",
-        "The contract ends on {day}. The customer wants a cheaper one at {amount} euros a month.",
+        "The line was dead in the whole street, the failure took {number} hours.",
+        "The contract ends on {day}, a cheaper one at {amount} euros goes on.",
     ],
 }
 PRIVATE = {
     "bill": [
-        "The electricity bill of {day} is too high. The customer wants {amount} euros back.",
-        "The last bill was paid twice on {day}, so {amount} euros are to be returned.",
+        "The electricity bill of {day} is too high by {amount} euros.",
+        "The last bill was paid twice, so {amount} euros go back to the customer.",
     ],
     "move": [
-        "The customer moves to a new house on {day}. The contract goes on at {amount} euros a month.",
-        "The contract ends on {day}, because the customer moves away. The meter reads {number} thousand.",
+        "The customer moves to a new house on {day}, the contract goes on.",
+        "The contract ends on {day}, and the meter reads {number}.",
     ],
     "outage": [
-        "There was no electricity in the whole street on {day}. The failure took {number} hours.",
-        "The power was away for {number} hours on {day}. The customer asked for {amount} euros.",
+        "There was no electricity in the whole street on {day} for {number} hours.",
+        "The power was away on {day}, the customer asked for {amount} euros.",
     ],
 }
 FORMS = {  # of what stands in a template's braces
@@ -100,9 +99,8 @@ def write_records(
 
 
 def is_as_asked(record: Record, note: str) -> bool:
-    """Whether a note that a model wrote is one of the supplier's, whole, on the record's topic and in its tone."""
-    forms = [_form(f"{template} {_closing(record['tone'])}") for template in PRIVATE[record["topic"]]]
-    return any(re.fullmatch(form, note) for form in forms)
+    """Whether a note that a model wrote is one of the supplier's, a whole sentence, and on the record's topic."""
+    return any(re.fullmatch(_form(template), note) for template in PRIVATE[record["topic"]])
 
 
 def _form(template: str) -> str:
@@ -121,15 +119,10 @@ def _names(rng: random.Random) -> Iterator[str]:
 
 def _record(rng: random.Random, templates: dict[str, list[str]], customer: str) -> Record:
     topic = rng.choice(list(templates))
-    tone = rng.choice(list(TONES))
-    text = rng.choice(templates[topic]).format(
+    note = rng.choice(templates[topic]).format(
         day=f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
         amount=rng.randint(20, 900),
         number=rng.randint(2, 40),
         color=rng.choice(("red", "blue", "green", "black", "white")),
     )
-    return {"customer": customer, "topic": topic, "tone": tone, "note": f"{text} {_closing(tone)}"}
-
-
-def _closing(tone: str) -> str:
-    return f"The customer {TONES[tone]}."
+    return {"customer": customer, "topic": topic, "note": note}

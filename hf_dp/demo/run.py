@@ -25,7 +25,7 @@ from hf_dp.recipe import DataSection, Recipe, Template, completions, data_files,
 
 FOLDER = Path("out/demo")
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
-NUM_SAMPLES, SAMPLING = 64, Sampling(most_tokens=64)
+NUM_SAMPLES, SAMPLING = 100, Sampling(most_tokens=40)
 
 
 class Size(NamedTuple):

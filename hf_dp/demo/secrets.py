@@ -31,8 +31,7 @@ def make_secrets(seed: int | str = 0) -> list[list[Record]]:
 
 
 def _record(name: str, code: int) -> Record:
-    note = f"The code of the key box at the house is {code:0{CODE_DIGITS}d}."
-    return {"customer": name, "topic": "key", "tone": "calm", "note": note}
+    return {"customer": name, "topic": "key", "note": f"The code of the key box is {code:0{CODE_DIGITS}d}."}
 
 
 def code_rows(
