@@ -71,7 +71,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Adds a line, on the main process."""
         if state.is_world_process_zero and logs:
-            with (Path(args.output_dir) / self.name).open("a", encoding="utf-8") as file:
+            with (Path(str(args.output_dir)) / self.name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
