@@ -8,7 +8,6 @@ from rich.text import Text
 
 from hf_dp.mechanism import Mechanism
 
-WIDTH = 80  # columns where the output is no terminal (a pipe, a log)
 FIRST = (  # of a plan: what matters before all else
     "epsilon",
     "delta",
@@ -21,9 +20,8 @@ FIRST = (  # of a plan: what matters before all else
 
 
 def console() -> Console:
-    """A console as wide as the terminal, or of WIDTH columns where the output is not a terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDTH)
+    """A console as wide as the terminal; elsewhere (a pipe, a log) of 80 columns, or as many as COLUMNS says."""
+    return Console()
 
 
 def print_plan(title: str, rows: Sequence[tuple[str, str, str]], mechanism: Mechanism) -> None:
