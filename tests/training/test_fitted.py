@@ -107,7 +107,7 @@ class Rates(TrainerCallback):
 
 
 def test_resuming_keeps_the_rates_and_the_card_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {**SETTINGS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    settings, rate = {**SETTINGS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}, OF_LORA(4)
 
     class StopAtTwo(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **k: Any) -> None:
@@ -118,9 +118,9 @@ def test_resuming_keeps_the_rates_and_the_card_has_them(tmp_path: Path, monkeypa
     monkeypatch.setattr("hf_dp.training.fitted.RATES", {"LoRA": 1.0})  # as another version of the rule would
     resumed = runs.trainer(tmp_path, None, PRIVATE, callbacks=[second], **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert [*first.seen, *second.seen] == pytest.approx([OF_LORA(4) * left for left in (1, 0.75, 0.5, 0.25)])
+    assert [*first.seen, *second.seen] == pytest.approx([rate * left for left in (1, 0.75, 0.5, 0.25)])
     text = (tmp_path / "checkpoint-4" / "README.md").read_text()
-    assert f"| learning rate | {OF_LORA(4):g}, linear |" in text
+    assert f"| learning rate | {rate:g}, linear |" in text
 
 
 def test_the_rule_is_the_one_on_the_page(tmp_path: Path) -> None:
