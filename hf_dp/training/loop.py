@@ -56,7 +56,7 @@ from hf_dp.step import (
     foreign_parameters,
 )
 from hf_dp.training.cards import write_card
-from hf_dp.training.passes import Subject, examined, written_by
+from hf_dp.training.passes import Subject, compared_lengths, examined, written_by
 
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw may wait for
 
@@ -244,8 +244,16 @@ class PrivateLoop:
             what = self.model, batches, self._losses, self.mechanism.clip_norm, factors_of
             self_check(*what, one_a_pass=bool(reason))
         copied = written_by(self.model, self._losses, batches[1]) if reason else ()
+        compared = None if reason else compared_lengths(subject, rows)
         passes = Passes(
-            self._losses, self._device, self._on_device, factors_of=factors_of, alone=bool(reason), copied=copied
+            self._losses,
+            self._device,
+            self._on_device,
+            factors_of=factors_of,
+            alone=bool(reason),
+            copied=copied,
+            compared=compared,
+            collated_alone=collation.alone,
         )
         self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
 

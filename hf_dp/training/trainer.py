@@ -186,7 +186,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         with objectives.as_in_training(self), taken_by_the_model():
             batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
             what = self.model, batches, self.example_losses, clip_norm, self._factors_of
-            return self_check(*what, one_a_pass=bool(self.alone_because))
+            report = self_check(*what, one_a_pass=bool(self.alone_because))
+            self._check_lengths_if_sharded()
+            return report
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 
@@ -376,6 +378,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             largest=self._largest_batch,
             alone=bool(self.alone_because),
             copied=self._written_by_a_pass() if self.alone_because else (),
+            collated_alone=lambda records: self._collation().alone(records),
+            compared=None if self.alone_because else self._compared_lengths(self._inventory),
         )
 
     def _written_by_a_pass(self) -> tuple[str, ...]:

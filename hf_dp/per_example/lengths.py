@@ -1,0 +1,132 @@
+"""The sizes of a micro-batch -> whether passes over several examples of such lengths give each the gradient it has
+alone: compared once on public records of these lengths, when a training first meets them.
+
+What a model does may depend on the length: a layer may lay out its rows otherwise, or mix them, beyond some number of
+tokens. Made-up records of a few tokens don't show that, and the longest that a training meets are not known beforehand.
+So lengths are compared in steps: 1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, ..., which are both ends of each doubling, one of
+them odd. A micro-batch relies on the steps on both sides of its length, and so on whatever a model does below or above
+one threshold between them. Where a comparison fails, each example of such lengths has a pass of its own, which is
+exact.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from hf_dp.per_example.batches import Batch, MicroBatch, Path, leaves
+from hf_dp.per_example.synthetic import MANY
+
+MOST = 1 << 20  # tokens
+Side = tuple[Path, int]  # a tensor of the batch, and one of its dimensions
+
+Sizes = dict[Side, int]
+
+
+class ComparedLengths:
+    """Which lengths of records may share a pass.
+
+    Args:
+        made: lengths -> made-up records of them, all in one micro-batch first, then each alone. It is called with two
+            lengths, of which the first is the greater, or equal where records of different lengths don't go together.
+        are_right: whether the examples of such a micro-batch have the gradients in it that they have alone.
+        known: micro-batches of several examples that were compared already.
+        longest: the most tokens that the model takes; None where any number is taken.
+    """
+
+    def __init__(
+        self,
+        made: Callable[[tuple[int, int]], Sequence[MicroBatch]],
+        are_right: Callable[[Sequence[MicroBatch]], bool],
+        known: MicroBatch,
+        longest: int | None = None,
+    ) -> None:
+        self._made, self._are_right = made, are_right
+        self._known = {_as_key(sizes_of(known))}
+        self._steps = steps_up_to(min(longest or MOST, MOST))
+        self._far = max(i for i, step in enumerate(self._steps) if step <= MANY or not i)
+        self._sizes: dict[int, Sizes] = {}  # of each step that was made, by its number
+        self._found: dict[int, bool] = {}  # by the number of a step
+
+    def __call__(self, batch: MicroBatch) -> bool:
+        """Whether passes over several examples of such sizes are right."""
+        sizes = sizes_of(batch)
+        if _as_key(sizes) in self._known:
+            return True
+        if not all(self._is_right(step) for step in sorted(self._relied_on(sizes))):
+            return False
+        self._known.add(_as_key(sizes))
+        return True
+
+    def up_to(self, batch: MicroBatch) -> bool:
+        """Whether passes over several examples of such sizes and of all smaller ones are right."""
+        last = max(self._relied_on(sizes_of(batch)), default=-1)
+        return all(self._is_right(step) for step in range(last + 1))
+
+    def _relied_on(self, sizes: Sizes) -> set[int]:
+        """The steps on both sides of each size that depends on the length."""
+        first, last = self._at(0), self._at(self._far)
+        return {
+            step
+            for side, size in sizes.items()
+            if first.get(side) != last.get(side) and side in first
+            for step in self._around(side, size)
+        }
+
+    def _around(self, side: Side, size: int) -> Iterator[int]:
+        """The last step of that size; or else the steps just below and above it."""
+        below = -1
+        for step in range(len(self._steps)):
+            if self._at(step).get(side, 0) > size:
+                if below < 0 or self._at(below).get(side, 0) < size:
+                    yield step
+                break
+            below = step
+        if below >= 0:
+            yield below
+
+    def _at(self, step: int) -> Sizes:
+        if step not in self._sizes:
+            self._sizes[step] = sizes_of(self._batches(step)[0])
+        return self._sizes[step]
+
+    def _batches(self, step: int) -> Sequence[MicroBatch]:
+        length = self._steps[step]
+        made = self._made((length, length // 2 + 1))
+        return made if made[0].size > 1 else self._made((length, length))
+
+    def _is_right(self, step: int) -> bool:
+        if step not in self._found:
+            batches = self._batches(step)
+            self._found[step] = _as_key(sizes_of(batches[0])) in self._known or self._compared(batches)
+        return self._found[step]
+
+    def _compared(self, batches: Sequence[MicroBatch]) -> bool:
+        if batches[0].size == 1:
+            return False
+        try:
+            return self._are_right(batches)
+        except (Exception, torch.OutOfMemoryError):  # where this does not go, one example a pass still may
+            return False
+
+
+def steps_up_to(longest: int) -> list[int]:
+    """1, 2, 3, 4, 5, 8, 9, 16, 17, ... up to `longest`, which is the last."""
+    ends = (end for power in count() for end in ((1 << power), (1 << power) + 1))
+    steps: set[int] = set()
+    for end in ends:
+        if end >= longest:
+            return sorted({*steps, longest})
+        steps.add(end)
+    raise AssertionError("powers of two pass any length")
+
+
+def _as_key(sizes: Sizes) -> frozenset[tuple[Side, int]]:
+    return frozenset(sizes.items())
+
+
+def sizes_of(batch: Batch) -> Sizes:
+    """Every dimension of the batch's tensors but the first, which is the examples'."""
+    tensors = {path: leaf for path, leaf in leaves(batch).items() if isinstance(leaf, Tensor)}
+    return {(path, i): size for path, leaf in tensors.items() for i, size in enumerate(leaf.shape) if i}
