@@ -25,8 +25,9 @@ from hf_dp.sampling import Collate, Collation, OfUnits, Records
 from hf_dp.step import is_sharded, largest_micro_batch
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.look_through import complete_record
+from hf_dp.training.objective import as_in_training
 from hf_dp.training.of_the_host import OfTheHost
-from hf_dp.training.passes import compared_lengths, subject_of
+from hf_dp.training.passes import compared_lengths, subject_of, written_by
 
 if TYPE_CHECKING:
     _Host = Trainer  # what a mixin may count on
@@ -95,6 +96,11 @@ class CollatedRecords(OfTheHost, _Host):
                 "something couples longer or shorter records. Set per_device_train_batch_size=1, which gives each "
                 "example a pass of its own"
             )
+
+    def _written_by_a_pass(self) -> tuple[str, ...]:
+        trainer = cast(PrivateTrainer, self)
+        with as_in_training(trainer):
+            return written_by(self.model, trainer.example_losses, self._synthetic_batches()[1])
 
     def _most_examples(self) -> int:
         """The most examples of one pass."""
