@@ -11,10 +11,11 @@ the operations of the pass are followed, so that it is copied just before the fi
 
 import itertools
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from operator import is_
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ DEPTH = (
     3  # objects within objects that are no modules; a model's configuration, adapters' settings and caches are within
 )
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_COLLECTIONS = {dict, OrderedDict, list, deque, set}
+_NOTHING_WITHIN = {*_PLAIN, types.ModuleType, types.BuiltinFunctionType}
 
 
 class _Kept:
@@ -45,18 +49,57 @@ class _Kept:
         return len(now) != len(self._held) or not all(map(_same, now, self._held))
 
     def changes(self) -> list[str]:
-        if not self.differs():
-            return []
-        now = self._read()
-        if not all(isinstance(e, tuple) and len(e) == 2 for e in (*now, *self._held)):
-            return [self.name]
-        old, new = dict(self._held), dict(now)
-        keys = [k for k in {**old, **new} if k not in old or k not in new or not _same(old[k], new[k])]
-        keys = [k for k in keys if not is_harmless_setting(k, new.get(k))]
-        return [f"{self.name}.{k}".lstrip(".") if isinstance(k, str) else self.name for k in keys]
+        return [self.name] if self.differs() else []
 
     def put_back(self) -> None:
         self._write(self._held)
+
+
+class _KeptMapping:
+    """One mapping and what it held, such as a module's attributes. There are thousands, and few ever differ."""
+
+    def __init__(self, name: str, own: dict[Value, Value]) -> None:
+        self.name, self._own, self._keys, self._values = name, own, [*own], [*own.values()]
+
+    def differs(self) -> bool:
+        own, keys, values = self._own, self._keys, self._values
+        if len(own) != len(keys):
+            return True
+        if all(map(is_, own, keys)) and all(map(is_, own.values(), values)):
+            return False
+        return not all(map(_same, own.items(), zip(keys, values, strict=True)))
+
+    def changes(self) -> list[str]:
+        if not self.differs():
+            return []
+        old, new = dict(zip(self._keys, self._values, strict=True)), self._own
+        keys = [k for k in {**old, **new} if k not in old or k not in new or not _same(old[k], new[k])]
+        keys = [k for k in keys if not is_harmless_setting(k, new.get(k))]
+        return [_joined(self.name, k) if isinstance(k, str) else self.name for k in keys]
+
+    def put_back(self) -> None:
+        self._own.clear()
+        self._own.update(zip(self._keys, self._values, strict=True))
+
+
+class _Empty(list[tuple[str, Value]]):
+    """Containers without a member, by name: most of a module's registries."""
+
+    def differs(self) -> bool:
+        return any(own for _, own in self)
+
+    def changes(self) -> list[str]:
+        return [told for name, own in self if own for told in self._of(name, own)]
+
+    def put_back(self) -> None:
+        for _, own in self:
+            own.clear()
+
+    def _of(self, name: str, own: Value) -> list[str]:
+        if not isinstance(own, dict):
+            return [name]
+        keys = [k for k in own if not is_harmless_setting(k, own[k])]
+        return [_joined(name, k) if isinstance(k, str) else name for k in keys]
 
 
 class _KeptTensor:
@@ -113,7 +156,8 @@ class State:
     """
 
     def __init__(self, model: nn.Module, copied: Collection[str] = ()) -> None:
-        self._containers: list[_Kept] = []
+        self._empty = _Empty()
+        self._containers: list[_Kept | _KeptMapping | _Empty] = [self._empty]
         self._tensors: list[_KeptTensor] = []
         self._at: dict[int, list[_KeptTensor]] = {}
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -122,9 +166,9 @@ class State:
         modules = list(model.named_modules())
         self._seen.update((id(module), module) for _, module in modules)
         for name, module in modules:
-            self._module(module, name, lambda key: not key.endswith("_hooks"))
+            self._module(module, name, hooks=False)
         for name, module in modules:
-            self._module(module, name, lambda key: key.endswith("_hooks"))
+            self._hooks(module, name)
 
     def keep(self, name: str, tensor: Tensor, copied: bool = True) -> None:
         """Notes one tensor more, under a name."""
@@ -168,7 +212,7 @@ class State:
                 tensor.put_back()
 
     def _walk(self, value: Value, name: str, depth: int) -> None:
-        if isinstance(value, (*_PLAIN, type, types.ModuleType, types.BuiltinFunctionType)) or id(value) in self._seen:
+        if type(value) in _NOTHING_WITHIN or isinstance(value, (*_PLAIN, type)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -176,22 +220,34 @@ class State:
                 copied = not isinstance(value, nn.Parameter) or name in self._copied
                 self.keep(name, value, copied)
         elif isinstance(value, nn.Module):
-            self._module(value, name, lambda key: True)
+            self._module(value, name)
         elif depth < DEPTH:
             self._container(value, name, depth + 1)
 
-    def _module(self, module: nn.Module, name: str, taken: Callable[[str], bool]) -> None:
+    def _module(self, module: nn.Module, name: str, hooks: bool = True) -> None:
         own = vars(module)
-        if taken("_modules"):
-            self._keep(name, partial(_items, own), partial(_set_items, own))
+        self._containers.append(_KeptMapping(name, own))
         for key, value in own.items():
-            if taken(key):
-                inner = name if key in ("_parameters", "_buffers", "_modules") else _joined(name, key)
+            kind = type(value)
+            if kind in _NOTHING_WITHIN:
+                continue
+            inner = name if key in _REGISTRIES else _joined(name, key)
+            if kind in _COLLECTIONS and not value:
+                self._empty.append((inner, value))
+            elif hooks or not key.endswith("_hooks"):
                 self._walk(value, inner, 0)
 
+    def _hooks(self, module: nn.Module, name: str) -> None:
+        """What hooks hold comes last, so that a tensor of the model has the name that it has there."""
+        for key, value in vars(module).items():
+            if key.endswith("_hooks") and value:
+                self._walk(value, _joined(name, key), 0)
+
     def _container(self, value: Value, name: str, depth: int) -> None:
-        if isinstance(value, dict):
-            self._keep(name, partial(_items, value), partial(_set_items, value))
+        if type(value) in _COLLECTIONS and not value:
+            self._empty.append((name, value))
+        elif isinstance(value, dict):
+            self._containers.append(_KeptMapping(name, value))
             for key, element in value.items():
                 self._walk(element, _joined(name, key), depth)
         elif isinstance(value, (list, deque)):
@@ -229,7 +285,7 @@ class State:
         except TypeError:  # without attributes of its own
             return
         if isinstance(own, dict):
-            self._keep(name, partial(_items, own), partial(_set_items, own))
+            self._containers.append(_KeptMapping(name, own))
             for key, element in own.items():
                 self._walk(element, _joined(name, key), depth)
 
@@ -309,12 +365,21 @@ class _CopyBeforeWrite(TorchDispatchMode):
         super().__init__()
         self._state = state
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # within, nothing is compiled; asking again for each operation took longer than the operation
+
     def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
-        if func._schema.is_mutable:
+        if _writes(func):
             with torch._C.DisableTorchFunction():
                 for tensor in written(func, bound(func, args, kwargs or {})):
                     self._state.copy(tensor)
         return func(*args, **(kwargs or {}))
+
+
+@cache
+def _writes(operation: Value) -> bool:
+    return bool(operation._schema.is_mutable)
 
 
 def _same(a: Value, b: Value) -> bool:
@@ -343,15 +408,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _joined(name: str, key: Value) -> str:
     return f"{name}.{key}" if name else str(key)
-
-
-def _items(own: dict[Value, Value]) -> list[Value]:
-    return list(own.items())
-
-
-def _set_items(own: dict[Value, Value], held: list[Value]) -> None:
-    own.clear()
-    own.update(held)
 
 
 def _set_list(own: Value, held: list[Value]) -> None:
