@@ -12,13 +12,13 @@ exact.
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
-import torch
 from torch import Tensor
 
 from hf_dp.per_example.batches import Batch, MicroBatch, Path, leaves
 from hf_dp.per_example.synthetic import MANY
 
 MOST = 1 << 20  # tokens
+DOUBLINGS = 4  # steps that make two doublings
 Side = tuple[Path, int]  # a tensor of the batch, and one of its dimensions
 
 Sizes = dict[Side, int]
@@ -45,9 +45,9 @@ class ComparedLengths:
         self._made, self._are_right = made, are_right
         self._known = {_as_key(sizes_of(known))}
         self._steps = steps_up_to(min(longest or MOST, MOST))
-        self._far = max(i for i, step in enumerate(self._steps) if step <= MANY or not i)
+        self._far = max(i for i, step in enumerate(self._steps) if step <= max(MANY, self._steps[0]))
         self._sizes: dict[int, Sizes] = {}  # of each step that was made, by its number
-        self._found: dict[int, bool] = {}  # by the number of a step
+        self._found: dict[int, bool | None] = {}  # by the number of a step; None where passes failed
 
     def __call__(self, batch: MicroBatch) -> bool:
         """Whether passes over several examples of such sizes are right."""
@@ -60,35 +60,43 @@ class ComparedLengths:
         return True
 
     def up_to(self, batch: MicroBatch) -> bool:
-        """Whether passes over several examples of such sizes and of all smaller ones are right."""
+        """Whether no passes over several examples of such sizes, or of smaller ones, give other gradients.
+
+        Passes that fail count as right here: an example alone fails too, or the failure ends the step.
+        """
         last = max(self._relied_on(sizes_of(batch)), default=-1)
-        return all(self._is_right(step) for step in range(last + 1))
+        return all(self._is_right(step) is not False for step in range(last + 1))
 
     def _relied_on(self, sizes: Sizes) -> set[int]:
         """The steps on both sides of each size that depends on the length."""
-        first, last = self._at(0), self._at(self._far)
-        return {
-            step
-            for side, size in sizes.items()
-            if first.get(side) != last.get(side) and side in first
-            for step in self._around(side, size)
-        }
+        near = range(self._far + 1)
+        first, far = (next(filter(None, map(self._at, order)), {}) for order in (near, near[::-1]))
+        varying = [side for side in sizes if first.get(side) != far.get(side)]
+        return {step for side in varying for step in self._around(side, sizes[side])}
 
     def _around(self, side: Side, size: int) -> Iterator[int]:
         """The last step of that size; or else the steps just below and above it."""
         below = -1
         for step in range(len(self._steps)):
-            if self._at(step).get(side, 0) > size:
-                if below < 0 or self._at(below).get(side, 0) < size:
+            here = self._at(step).get(side)
+            if here is None and below < 0:
+                continue  # too short to be made up
+            if here is None or here > size:
+                if below < 0 or self._at(below)[side] < size:
                     yield step
                 break
+            if step > self._far and here == self._at(step - DOUBLINGS)[side]:
+                break  # what is made up is cut to a length
             below = step
         if below >= 0:
             yield below
 
     def _at(self, step: int) -> Sizes:
         if step not in self._sizes:
-            self._sizes[step] = sizes_of(self._batches(step)[0])
+            try:
+                self._sizes[step] = sizes_of(self._batches(step)[0])
+            except Exception:  # such records cannot be made up
+                self._sizes[step] = {}
         return self._sizes[step]
 
     def _batches(self, step: int) -> Sequence[MicroBatch]:
@@ -96,19 +104,16 @@ class ComparedLengths:
         made = self._made((length, length // 2 + 1))
         return made if made[0].size > 1 else self._made((length, length))
 
-    def _is_right(self, step: int) -> bool:
+    def _is_right(self, step: int) -> bool | None:
         if step not in self._found:
-            batches = self._batches(step)
-            self._found[step] = _as_key(sizes_of(batches[0])) in self._known or self._compared(batches)
+            try:
+                self._found[step] = _as_key(self._at(step)) in self._known or self._compared(self._batches(step))
+            except Exception:  # of whatever kind, lack of memory too: one example a pass may still go
+                self._found[step] = None
         return self._found[step]
 
-    def _compared(self, batches: Sequence[MicroBatch]) -> bool:
-        if batches[0].size == 1:
-            return False
-        try:
-            return self._are_right(batches)
-        except (Exception, torch.OutOfMemoryError):  # where this does not go, one example a pass still may
-            return False
+    def _compared(self, batches: Sequence[MicroBatch]) -> bool | None:
+        return self._are_right(batches) if batches[0].size > 1 else None
 
 
 def steps_up_to(longest: int) -> list[int]:

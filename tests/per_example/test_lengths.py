@@ -75,6 +75,21 @@ def test_a_length_on_which_the_model_fails_is_not_shared() -> None:
     assert not ComparedLengths(made, fails, batch(9, 5))(batch(12, 3))
 
 
+def test_records_that_cannot_be_made_up_share_nothing_and_what_is_cut_to_a_length_comes_to_an_end() -> None:
+    def short_ones(lengths: tuple[int, int]) -> Sequence[MicroBatch]:
+        if max(lengths) > 10:
+            raise ValueError("too long")
+        return made(lengths)
+
+    compared = ComparedLengths(short_ones, Asked(), batch(9, 5), longest=1_000)
+    assert [n for n in (7, 9, 12, 40) if compared(batch(n, 1))] == [7, 9]
+
+    asked = Asked()
+    cut = lambda lengths: made(tuple(min(n, 600) for n in lengths))  # noqa: E731
+    assert ComparedLengths(cut, asked, batch(9, 5))(batch(700, 1))
+    assert asked.widths == [600]
+
+
 def test_records_that_only_go_together_at_one_length_are_compared_at_one() -> None:
     def of_one_length(lengths: tuple[int, int]) -> Sequence[MicroBatch]:
         alone = [batch(n) for n in lengths]
@@ -90,6 +105,12 @@ def test_up_to_a_size_every_step_below_counts() -> None:
     assert not ComparedLengths(made, asked, batch(9, 5))(batch(4, 4))
     assert ComparedLengths(made, Asked(), batch(9, 5)).up_to(batch(16, 2))
     assert not ComparedLengths(made, asked, batch(9, 5)).up_to(batch(16, 2))
+
+    def fails_on_one_token(batches: Sequence[MicroBatch]) -> bool:
+        return bool(1 / (batches[0]["input_ids"].shape[1] - 1))
+
+    assert ComparedLengths(made, fails_on_one_token, batch(9, 5)).up_to(batch(16, 2))
+    assert not ComparedLengths(made, fails_on_one_token, batch(9, 5))(batch(1, 1))
 
 
 def test_a_micro_batch_keeps_its_records_in_parts_and_on_the_way_from_a_worker() -> None:
