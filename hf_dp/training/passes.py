@@ -102,8 +102,7 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[Inventory, str]:
         if reason:
             return rows, reason
         batches = subject.batches()
-        factors_of = partial(per_example_factors, forms=rows.forms)
-        if not is_coupled(subject.model, batches, subject.example_losses, factors_of):
+        if not are_coupled(subject, rows, batches, trainer._most_examples()):
             return rows, ""
         refuse_comparing(subject.model, of_a_batch(trainer), batches[1:])
         return _of_one(subject, batches[1], COUPLED), COUPLED
@@ -184,6 +183,26 @@ def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Te
     with undisturbed(model):
         per_example_factors(model, lambda: example_losses(model, one), 1)
         return tuple(name for name, p in model.named_parameters() if p._version != before.get(name))
+
+
+def are_coupled(subject: Subject, inventory: Inventory, batches: Sequence[MicroBatch], most: int) -> bool:
+    """Whether examples have another gradient than alone in a batch of `most` of them, or of fewer for lack of memory.
+
+    Args:
+        subject: what is examined.
+        inventory: of its passes.
+        batches: several examples in one batch, then each alone.
+        most: the most examples of a pass.
+    """
+    whole, *alone = batches
+    factors_of, size = partial(per_example_factors, forms=inventory.forms), max(most, whole.size)
+    while True:
+        try:
+            return is_coupled(subject.model, [whole.first(size), *alone], subject.example_losses, factors_of)
+        except torch.OutOfMemoryError:
+            if size == whole.size:
+                raise
+            size = max(size // 2, whole.size)
 
 
 def compared_lengths(

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 import hf_dp
 from hf_dp.per_example import MicroBatch
+from hf_dp.training.passes import COUPLED
 from tests.support import exact, reference, runs
 from tests.support import models as M
 
@@ -158,8 +159,13 @@ def mixed_if_long(x: Tensor, layer: nn.Module) -> Tensor:
     return layer(x) if x.shape[1] <= 16 else layer(x - x.mean(0, keepdim=True))
 
 
+def mixed_if_many(x: Tensor, layer: nn.Module) -> Tensor:
+    """Batches of many examples are normalised over them."""
+    return layer(x) if len(x) <= 4 else layer(x - x.mean(0, keepdim=True))
+
+
 class BySwitch(nn.Module):
-    """A classifier whose one linear layer is used in another way for batches of more than 16 tokens."""
+    """A classifier whose one linear layer is used in another way for batches of some sizes."""
 
     def __init__(self, use: Callable[[Tensor, nn.Module], Tensor]) -> None:
         super().__init__()
@@ -192,6 +198,22 @@ def test_what_a_model_does_to_long_records_alone_is_exact(use: Any, tmp_path: Pa
         True,
         False,
     ]
+
+
+def test_what_a_model_does_to_many_examples_alone_is_exact(tmp_path: Path) -> None:
+    """The first checks take three examples a pass; as many as a pass may hold are compared beside them."""
+    torch.manual_seed(0)
+    texts = [torch.randint(3, M.VOCAB, (n,)).tolist() for n in (9, 5, 7, 9, 6, 8)]
+    records = [{"input_ids": t, "attention_mask": [1] * len(t), "labels": i % 8} for i, t in enumerate(texts)]
+
+    def asked(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(one["input_ids"], one["attention_mask"]).logits, one["labels"])
+
+    of_logits = lambda outputs, labels: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+    for size, reason in ((4, ""), (6, COUPLED)):
+        k = {"compute_loss_func": of_logits, "per_device_train_batch_size": size}
+        trainer = exact.exact(tmp_path / str(size), BySwitch(mixed_if_many), records, asked, **k)
+        assert trainer.alone_because == reason
 
 
 def test_a_loop_gives_records_of_a_length_that_couples_a_pass_each(
