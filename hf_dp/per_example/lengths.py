@@ -15,7 +15,7 @@ from itertools import count
 from torch import Tensor
 
 from hf_dp.per_example.batches import Batch, MicroBatch, Path, leaves
-from hf_dp.per_example.synthetic import MANY
+from hf_dp.per_example.synthetic import LENGTHS, MANY
 
 MOST = 1 << 20  # tokens
 DOUBLINGS = 4  # steps that make two doublings
@@ -60,12 +60,14 @@ class ComparedLengths:
         return True
 
     def up_to(self, batch: MicroBatch) -> bool:
-        """Whether no passes over several examples of such sizes, or of smaller ones, give other gradients.
+        """Whether no passes over several examples of such sizes, or of smaller ones that are longer than what made-up
+        records have by default, give other gradients.
 
         Passes that fail count as right here: an example alone fails too, or the failure ends the step.
         """
         last = max(self._relied_on(sizes_of(batch)), default=-1)
-        return all(self._is_right(step) is not False for step in range(last + 1))
+        steps = [i for i, length in enumerate(self._steps[: last + 1]) if length > max(LENGTHS)]
+        return all(self._is_right(step) is not False for step in steps)
 
     def _relied_on(self, sizes: Sizes) -> set[int]:
         """The steps on both sides of each size that depends on the length."""

@@ -116,7 +116,7 @@ def test_the_fields_to_be_changed_are_all_there_are(sound: Path) -> None:
     assert {*leaves(json.loads((sound / card.PRIVACY_JSON).read_text()))} == {*LEAVES.values()}
 
 
-@pytest.mark.parametrize("at", LEAVES.values(), ids=LEAVES)
+@pytest.mark.parametrize("at", quick([*LEAVES.values()][1::3], LEAVES.values()), ids=LEAVES)
 def test_a_changed_field_is_caught(at: Path_, folder: Path) -> None:
     edit(folder, at)
     assert bool(failures(folder)) == (at not in UNTOLD_ALONE)

@@ -101,16 +101,16 @@ def test_records_that_only_go_together_at_one_length_are_compared_at_one() -> No
 
 
 def test_up_to_a_size_every_step_below_counts() -> None:
-    asked = Asked(range(4, 6))
-    assert not ComparedLengths(made, asked, batch(9, 5))(batch(4, 4))
-    assert ComparedLengths(made, Asked(), batch(9, 5)).up_to(batch(16, 2))
-    assert not ComparedLengths(made, asked, batch(9, 5)).up_to(batch(16, 2))
+    asked = Asked(range(17, 18))
+    assert not ComparedLengths(made, asked, batch(9, 5))(batch(17, 4))
+    assert ComparedLengths(made, Asked(), batch(9, 5)).up_to(batch(33, 2))
+    assert not ComparedLengths(made, asked, batch(9, 5)).up_to(batch(33, 2))
 
-    def fails_on_one_token(batches: Sequence[MicroBatch]) -> bool:
-        return bool(1 / (batches[0]["input_ids"].shape[1] - 1))
+    def fails_on_16(batches: Sequence[MicroBatch]) -> bool:
+        return bool(1 / (batches[0]["input_ids"].shape[1] - 16))
 
-    assert ComparedLengths(made, fails_on_one_token, batch(9, 5)).up_to(batch(16, 2))
-    assert not ComparedLengths(made, fails_on_one_token, batch(9, 5))(batch(1, 1))
+    assert ComparedLengths(made, fails_on_16, batch(9, 5)).up_to(batch(33, 2))
+    assert not ComparedLengths(made, fails_on_16, batch(9, 5))(batch(16, 1))
 
 
 def test_a_micro_batch_keeps_its_records_in_parts_and_on_the_way_from_a_worker() -> None:
