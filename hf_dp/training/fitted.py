@@ -6,7 +6,7 @@ learnt stays unlearnt. How the rule was fitted, and with which figures, is in th
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
 from transformers import TrainingArguments
@@ -19,28 +19,20 @@ ADAM = ("adamw", "paged_adamw")  # beginnings of the names of optimizers whose s
 LIBRARIES = ("transformers.", "trl.")
 
 
-class Trained(NamedTuple):
-    """What is trained, as the rule sees it.
+RATE = 0.09  # of one step, where the product of LoRA's two matrices counts once
 
-    Attributes:
-        kind: a key of `RATES`.
-        scale: of LoRA, by which the product of its two matrices is multiplied, lora_alpha / r; else 1.
+
+def learning_rate(scale: float, num_steps: int) -> float:
+    """Adam's learning rate for `num_steps` private steps of LoRA, with a linear decay, to two digits.
+
+    It is 0.09 / sqrt(scale x T). Adam makes steps of one size of whatever it is given, and most of a private gradient
+    is noise: T of them move each weight by about rate x sqrt(T), which the rule keeps the same.
+
+    Args:
+        scale: by which the product of LoRA's two matrices is multiplied: lora_alpha / r.
+        num_steps: T.
     """
-
-    kind: str
-    scale: float = 1.0
-
-
-RATES = {"LoRA": 0.09, "all parameters": 0.013}  # kind -> learning rate of one step at scale 1
-
-
-def learning_rate(trained: Trained, num_steps: int) -> float:
-    """Adam's learning rate for `num_steps` private steps, with a linear decay, to two digits.
-
-    It is rate / sqrt(scale x T). Adam makes steps of one size of whatever it is given, and most of a private gradient
-    is noise: T of them move each weight by rate x sqrt(T), which the rule keeps the same.
-    """
-    return float(f"{RATES[trained.kind] / math.sqrt(trained.scale * num_steps):.1e}")
+    return float(f"{RATE / math.sqrt(scale * num_steps):.1e}")
 
 
 def left_alone(args: TrainingArguments, name: str) -> bool:
@@ -68,17 +60,17 @@ def fill_in(trainer: PrivateTrainer) -> str:
     """Gives a trainer, whose `args` are a copy of the user's, the rule's learning rate; returns where it is from.
 
     "" where nothing was changed: the learning rate or the optimizer is the user's, `if_unset="trainer"` was asked for,
-    or the rule does not know what is trained.
+    or something else than LoRA is trained.
     """
-    trained = _trained(trainer)
+    scale = _scale(trainer)
     own = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     by_adam = _is_by_adam(trainer.privacy, trainer.args, type(trainer))
-    if trainer.mechanism is None or trained is None or own or not by_adam:
+    if trainer.mechanism is None or scale is None or own or not by_adam:
         return ""
     if not left_alone(trainer.args, "learning_rate"):
         return ""
-    trainer.args.learning_rate = learning_rate(trained, trainer.mechanism.num_steps)
-    return f"hf_dp's rule for {trained.kind}: {PAGE}"
+    trainer.args.learning_rate = learning_rate(scale, trainer.mechanism.num_steps)
+    return f"hf_dp's rule for LoRA: {PAGE}"
 
 
 def rate_in_force(trainer: PrivateTrainer) -> float:
@@ -94,18 +86,9 @@ def _is_by_adam(privacy: PrivacyConfig, args: TrainingArguments, trainer: type) 
     return privacy.if_unset == "fitted" and adam and host.__module__.startswith(LIBRARIES)
 
 
-def _trained(trainer: PrivateTrainer) -> Trained | None:
-    """What is trained; None of preferences, of other adapters than LoRA, and of a part of a model without adapters.
-
-    A new head beside LoRA counts as part of it.
-    """
-    model = trainer.model
-    if trainer.unit_rows > 1:
+def _scale(trainer: PrivateTrainer) -> float | None:
+    """lora_alpha / r of what is trained, with a new head or without; None of preferences, and of all but LoRA."""
+    config = trainer.model.active_peft_config if isinstance(trainer.model, PeftModel) else None
+    if trainer.unit_rows > 1 or not isinstance(config, LoraConfig) or config.r < 1 or config.lora_alpha <= 0:
         return None
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    if not isinstance(model, PeftModel):
-        return Trained("all parameters") if len(trainable) == len(list(model.parameters())) else None
-    config = model.active_peft_config
-    if not isinstance(config, LoraConfig):
-        return None
-    return Trained("LoRA", config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
+    return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))

@@ -15,7 +15,7 @@ from trl import DPOConfig, SFTConfig
 from hf_dp import DPTrainer, PrivacyConfig
 from hf_dp.config import BY_RULE
 from hf_dp.recipe import read, task
-from hf_dp.training.fitted import Trained, learning_rate, left_alone, with_clip_norm
+from hf_dp.training.fitted import learning_rate, left_alone, with_clip_norm
 from hf_dp.training.progress import print_plan_of
 from tests.support import models as M
 from tests.support import recipes as R
@@ -23,7 +23,7 @@ from tests.support import runs
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
 SETTINGS = {"optim": "adamw_torch", "learning_rate": TrainingArguments.learning_rate, "lr_scheduler_type": "linear"}
-OF_LORA = partial(learning_rate, Trained("LoRA", 2.0))  # M.with_lora: r = 4, lora_alpha = 8
+OF_LORA = partial(learning_rate, 2.0)  # M.with_lora: r = 4, lora_alpha = 8
 
 
 @dataclass
@@ -115,7 +115,7 @@ def test_resuming_keeps_the_rates_and_the_card_has_them(tmp_path: Path, monkeypa
 
     first, second = Rates(), Rates()
     runs.trainer(tmp_path, None, PRIVATE, callbacks=[first, StopAtTwo()], **settings).train()
-    monkeypatch.setattr("hf_dp.training.fitted.RATES", {"LoRA": 1.0})  # as another version of the rule would
+    monkeypatch.setattr("hf_dp.training.fitted.RATE", 1.0)  # as another version of the rule would
     resumed = runs.trainer(tmp_path, None, PRIVATE, callbacks=[second], **settings)
     resumed.train(resume_from_checkpoint=True)
     assert [*first.seen, *second.seen] == pytest.approx([rate * left for left in (1, 0.75, 0.5, 0.25)])
@@ -123,25 +123,14 @@ def test_resuming_keeps_the_rates_and_the_card_has_them(tmp_path: Path, monkeypa
     assert f"| learning rate | {rate:g}, linear |" in text
 
 
-def test_the_rule_is_the_one_on_the_page(tmp_path: Path) -> None:
-    assert [learning_rate(Trained("LoRA", s), t) for s, t in ((2, 40), (0.5, 160), (8, 640))] == [0.01, 0.01, 0.0013]
-    assert learning_rate(Trained("all parameters"), 40) == 0.0021
+def test_the_rule_is_the_one_on_the_page() -> None:
+    assert [learning_rate(s, t) for s, t in ((2, 40), (0.5, 160), (8, 640))] == [0.01, 0.01, 0.0013]
 
 
-@pytest.mark.parametrize(
-    ("build", "rows", "expected"),
-    [
-        (M.llama, runs.text_rows, Trained("all parameters")),
-        (
-            partial(M.with_lora, partial(M.bert, pad_token_id=0), task_type="SEQ_CLS"),
-            runs.class_rows,
-            Trained("LoRA", 2.0),
-        ),
-    ],
-)
-def test_all_parameters_and_heads_beside_lora(build: Any, rows: Any, expected: Trained, tmp_path: Path) -> None:
-    trainer = runs.trainer(tmp_path, build(), PRIVATE, train_dataset=rows(), **SETTINGS)
-    assert trainer.args.learning_rate == learning_rate(expected, 1)
+def test_a_new_head_beside_lora_has_its_rate(tmp_path: Path) -> None:
+    model = M.with_lora(partial(M.bert, pad_token_id=0), task_type="SEQ_CLS")
+    trainer = runs.trainer(tmp_path, model, PRIVATE, train_dataset=runs.class_rows(), **SETTINGS)
+    assert trainer.args.learning_rate == OF_LORA(1)
 
 
 def frozen_but_for_the_head() -> nn.Module:
@@ -152,7 +141,7 @@ def frozen_but_for_the_head() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "build", [frozen_but_for_the_head, lambda: get_peft_model(M.llama(), IA3Config(task_type="CAUSAL_LM"))]
+    "build", [M.llama, frozen_but_for_the_head, lambda: get_peft_model(M.llama(), IA3Config(task_type="CAUSAL_LM"))]
 )
 def test_what_the_rule_was_not_fitted_to_keeps_trainers_rate(build: Any, tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, build(), PRIVATE, **SETTINGS)
