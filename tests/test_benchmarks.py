@@ -31,6 +31,14 @@ def test_data_that_are_missing_are_named(tmp_path: Path) -> None:
     assert f"E2E | {tmp_path / 'e2e_nlg'} is missing" in run("bench_run", "--data", str(tmp_path), "--sets", "E2E")
 
 
+def test_overhead() -> None:
+    printed = run("bench_overhead", "--quick")
+    rows = {row[0]: row for row in (line.split(" | ") for line in printed.splitlines()) if len(row) == 5}
+    plain, ours = (int(rows[name][3].replace(",", "")) for name in ("plain", "ours"))
+    assert rows["plain"][2] == "1.00 [1.00, 1.00]"
+    assert int(rows["ours"][4]) == ours - plain
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # 16 starts of Python, and slower where other programs run
 def test_growth(tmp_path: Path) -> None:
