@@ -6,8 +6,7 @@ backward run, and factors are recorded. Other rooms call `clipped_gradient_sum`.
 after an exception too, and `p.grad` is never written.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -16,13 +15,16 @@ from torch import Tensor, nn
 from hf_dp.errors import CaptureError, UnseenUse, UnsupportedParameterError
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example import norms
+from hf_dp.per_example.borrowing import places_of
 from hf_dp.per_example.clipping import clip_factors
 from hf_dp.per_example.cost import materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
 from hf_dp.per_example.forms import ONE, SEVERAL, SHARED, Forms, Key, Use
 from hf_dp.per_example.norms import Measured
+from hf_dp.per_example.pairs import Pair, one_tap_each
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
+from hf_dp.per_example.sheets import Sheets, add_weighted_sums, joined
 from hf_dp.per_example.units import folded
 
 T = TypeVar("T")
@@ -48,11 +50,13 @@ class Capture:
         size: B.
         collecting: to take an inventory.
         forms: whether rows are the examples', as far as an inventory has found it.
+        numbers: how many numbers are trained.
     """
 
     apply_rule = staticmethod(apply_rule)  # proxies call the rules through their capture, which imports both
 
-    def __init__(self, size: int, forms: Forms, *, collecting: bool = False) -> None:
+    def __init__(self, size: int, forms: Forms, *, collecting: bool = False, numbers: int = 0) -> None:
+        self._sheets = Sheets(numbers)
         self._unit_rows = forms.unit_rows
         self.batch_size = size * self._unit_rows
         self.seen: dict[Key, list[Use]] = {}
@@ -70,7 +74,7 @@ class Capture:
 
     def forget(self) -> None:
         """Drops factors and proxies. They refer back to this object, and only the garbage collector frees a cycle."""
-        self.recorded, self._watched = {}, []
+        self.recorded, self._watched, self._sheets = {}, [], Sheets(0)
 
     def used(self, parameter: str, operation: str) -> None:
         """Notes that an operation with a rule uses `parameter`."""
@@ -117,7 +121,7 @@ class Capture:
         if isinstance(factor, Outer):
             _, positions, d = factor.inputs.shape
             if materialise_is_cheaper(positions, d, factor.grads.shape[-1]):
-                factor = Dense(fx.materialise(factor))
+                factor = self._sheets.product(factor)
         self.recorded.setdefault(parameter, []).append(factor)
 
     def refuse(self, parameters: Sequence[str], operation: str, compute: Callable[[], T]) -> T:
@@ -146,47 +150,6 @@ def refusal_message(refusals: dict[tuple[str, str], None]) -> str:
     return f"no exact per-example rule for: {uses}. For each: {REMEDY}."
 
 
-class Borrowed:
-    """The stand-ins of the trainable parameters by name; after the pass, `strays`: parameters that got a gradient."""
-
-    def __init__(self) -> None:
-        self.stand_ins: dict[str, Tensor] = {}
-        self.strays: list[str] = []
-
-
-@contextmanager
-def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) -> Iterator[Borrowed]:
-    """Puts `stand_in(name, parameter)` wherever the model keeps a trainable parameter, and restores it afterwards.
-
-    A tied parameter has one stand-in, in all its places. Gradients that the parameters held are set aside during the
-    pass, so a parameter that has a gradient after it was used from elsewhere: it is a stray.
-    """
-    stand_ins: dict[int, Tensor] = {}
-    lent = Borrowed()
-    owned: dict[str, tuple[nn.Parameter, Tensor | None]] = {}
-    places: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for prefix, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad:
-                continue
-            if id(parameter) not in stand_ins:
-                name = f"{prefix}.{key}" if prefix else key
-                stand_ins[id(parameter)] = lent.stand_ins[name] = stand_in(name, parameter)
-                owned[name] = parameter, parameter.grad
-            places.append((module, key, parameter))
-    try:
-        for module, key, parameter in places:
-            module._parameters[key] = stand_ins[id(parameter)]  # type: ignore[assignment]
-            parameter.grad = None
-        yield lent
-    finally:
-        for module, key, parameter in places:
-            module._parameters[key] = parameter
-        lent.strays = [name for name, (parameter, _) in owned.items() if parameter.grad is not None]
-        for parameter, grad in owned.values():
-            parameter.grad = grad
-
-
 def per_example_factors(
     model: nn.Module,
     example_losses: Callable[[], Tensor],
@@ -194,6 +157,7 @@ def per_example_factors(
     *,
     capture: Capture | None = None,
     forms: Forms | None = None,
+    pairs: bool = True,
 ) -> tuple[dict[str, list[Factor]], Tensor]:
     """One forward and backward pass.
 
@@ -203,6 +167,7 @@ def per_example_factors(
         batch_size: B.
         capture: the record to fill, of batch size B.
         forms: of the model's inventory (`take_inventory(...).forms`). One example needs none.
+        pairs: LoRA's pairs may have one tap each (see `pairs`); never where `capture` is given.
 
     Returns:
         Parameter name -> factors of its per-example gradients; and the losses [B], detached.
@@ -214,19 +179,20 @@ def per_example_factors(
     """
     if batch_size == 1 and capture is None:
         return _single_example(model, example_losses)
+    fast: Sequence[Pair] = ()
+    places = places_of(model)
     if capture is None and forms is not None:
-        capture = Capture(batch_size, forms)
+        capture, fast = Capture(batch_size, forms, numbers=places.numbers), places.pairs if pairs else ()
     if capture is None:
         raise CaptureError(
             f"a pass of {batch_size} examples needs the forms of the model's inventory: give `per_example_factors` "
             "forms=take_inventory(model, batch, example_losses).forms"
         )
-    stand_in = lambda name, p: ParameterProxy.of(p, name, capture)  # noqa: E731
     try:
-        with borrowed(model, stand_in) as lent, torch.enable_grad():
+        with places.lent(places.proxies(capture)) as strays, one_tap_each(fast, capture), torch.enable_grad():
             losses = _checked(example_losses(), batch_size)
             _backward(losses)
-        capture.refuse_hidden(lent.strays)
+        capture.refuse_hidden(strays)
         return {name: fx.merge(uses) for name, uses in capture.recorded.items()}, losses.detach()
     finally:
         capture.forget()
@@ -234,12 +200,14 @@ def per_example_factors(
 
 def _single_example(model: nn.Module, example_losses: Callable[[], Tensor]) -> tuple[dict[str, list[Factor]], Tensor]:
     """With one example in the pass, autograd's gradient is the example's, for any layer and any operation."""
-    with borrowed(model, lambda name, p: p.detach().requires_grad_()) as lent, torch.enable_grad():
+    places = places_of(model)
+    leaves = {name: p.detach().requires_grad_() for name, p in places.parameters.items()}
+    with places.lent(leaves) as strays, torch.enable_grad():
         losses = _checked(example_losses(), 1)
         _backward(losses)
-    if lent.strays:
-        raise CaptureError(f"the model uses {', '.join(lent.strays)} from elsewhere than its module: freeze them")
-    found = {name: leaf.grad for name, leaf in lent.stand_ins.items() if leaf.grad is not None}
+    if strays:
+        raise CaptureError(f"the model uses {', '.join(strays)} from elsewhere than its module: freeze them")
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {name: [Dense(grad.to_dense().unsqueeze(0))] for name, grad in found.items()}, losses.detach()
 
 
@@ -304,13 +272,20 @@ def clipped_gradient_sum(
     if batch_size == 0:
         return PerExample(torch.zeros(0), torch.zeros(0))
     factors, losses = factors_of(model, example_losses, batch_size)
+    blocks = {block.names[0]: block for block in joined(factors)}
+    inside = {name for block in blocks.values() for name in block.names}
+    factors = {name: uses for name, uses in factors.items() if name not in inside}
+    factors.update({name: [Dense(block.gradients)] for name, block in blocks.items()})
     measured = squared_norms(factors, batch_size, losses)
     weights = clip_factors(measured.squares.sqrt(), clip_norm)
     bounded = weights > 0
     if not bool(bounded.all()):
         factors = {name: fx.without_examples(uses, bounded) for name, uses in factors.items()}
     for name, uses in factors.items():
-        fx.add_weighted_sum(uses, weights, into[name], measured.cancelling.get(name, ()))
+        if name in blocks:
+            add_weighted_sums(fx.materialise(uses[0]), weights, [into[n] for n in blocks[name].names])
+        else:
+            fx.add_weighted_sum(uses, weights, into[name], measured.cancelling.get(name, ()))
     return PerExample(measured.squares.sqrt(), losses)
 
 

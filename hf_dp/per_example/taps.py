@@ -63,6 +63,39 @@ class LinearTap(torch.autograd.Function):
         return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None, None
 
 
+class PairTap(torch.autograd.Function):
+    """LoRA's pair beside its base: y + s (x A^T) B^T, with A [k, d] and B [r, k].
+
+    Gradients per example, with u = s x A^T: B: g^T u; A: (s g B)^T x (both Outer).
+    """
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, y: Tensor, anchor: Tensor, a: Tensor, b: Tensor, *how: Any) -> Tensor:
+        """`x` [B, ..., d] leads with the examples, `y` [B, ..., r] is the base's; `how`: s, B, the sinks of A and B."""
+        ctx.scaling, ctx.batch, *ctx.sinks = how
+        flat, base = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        u = F.linear(flat, a)
+        if ctx.scaling != 1:
+            u.mul_(ctx.scaling)
+        ctx.save_for_backward(x, u, a, b)
+        out = torch.addmm(base, u, b.t()) if base.dtype == u.dtype else (base + F.linear(u, b)).to(y.dtype)
+        return torch.ops.aten._unsafe_view(out, y.shape)  # no view: an in-place activation may follow
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over the factors and returns the gradients of x and y."""
+        (g,) = grads
+        x, u, a, b = ctx.saved_tensors
+        flat = g.reshape(-1, g.shape[-1]).to(u.dtype)
+        ctx.sinks[1](Outer(u.view(ctx.batch, -1, u.shape[-1]), flat.view(ctx.batch, -1, flat.shape[-1])))
+        inner = flat @ b
+        if ctx.scaling != 1:
+            inner.mul_(ctx.scaling)
+        ctx.sinks[0](Outer(x.reshape(ctx.batch, -1, x.shape[-1]), inner.view(ctx.batch, -1, inner.shape[-1])))
+        gx = (inner @ a).view(x.shape) if ctx.needs_input_grad[0] else None
+        return gx, (g if ctx.needs_input_grad[1] else None), None, None, None, None, None, None, None
+
+
 class EmbeddingTap(torch.autograd.Function):
     """y = table[index]. Gradient per example: the rows of g, added up by index (Rows); the padding row gets none."""
 

@@ -1,0 +1,104 @@
+"""A linear layer with LoRA -> the same layer, whose pair A, B is taken by one tap in a pass: the fast path.
+
+What `peft` computes as
+
+    result = base(x);  result = result + B(A(dropout(x))) * scaling
+
+is four operations forward and six backward besides the base, two of them under a rule each. The tap takes three and
+five, with less Python between them. It is used where nothing but this formula can be meant: the class is peft's own,
+one adapter is active, and its A and B are plain linear maps without bias, both trained. Anything else goes the general
+way, and so does every pass of an inventory: what it finds of the rows that A and B meet holds here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
+
+from hf_dp.per_example.operations import autocast
+from hf_dp.per_example.proxy import Value
+from hf_dp.per_example.taps import PairTap
+
+
+class Pair:
+    """LoRA's A [k, d] and B [r, k] in one linear layer.
+
+    Args:
+        layer: of peft.
+        adapter: the one that is active.
+        names: of the weights of A and B.
+    """
+
+    def __init__(self, layer: LoraLinear, adapter: str, names: tuple[str, str]) -> None:
+        self.layer, self._adapter, self._names = layer, adapter, names
+        self._own, self._base, self._dropout = layer.forward, layer.base_layer, layer.lora_dropout[adapter]
+        self._a, self._b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+
+    def forward_in(self, capture: Value) -> Callable[..., Tensor]:
+        """The layer's forward in the pass that `capture` records."""
+        sinks = [partial(capture.record, name) for name in self._names]
+
+        def forward(x: Tensor, *args: Value, **kwargs: Value) -> Tensor:
+            if args or kwargs or not torch.is_grad_enabled() or not self._is_as_found() or not self._leads(capture, x):
+                return self._own(x, *args, **kwargs)
+            y = self._base(x)
+            if type(self._dropout) is not nn.Identity:
+                x = self._dropout(x)
+            x, a, b = autocast(self.layer._cast_input_dtype(x, self._a.dtype), self._a, self._b)
+            scaling = self.layer.scaling[self._adapter]
+            result: Tensor = PairTap.apply(x, y, capture.anchor, a, b, scaling, capture.batch_size, *sinks)
+            return result
+
+        return forward
+
+    def _is_as_found(self) -> bool:
+        """Whether the adapter is active: a loss may switch it off for a while."""
+        layer = self.layer
+        return not (layer.disable_adapters or layer.merged) and list(layer.active_adapters) == [self._adapter]
+
+    def _leads(self, capture: Value, x: Tensor) -> bool:
+        """Whether the rows that A and B meet are the examples' (see `forms`)."""
+        a, b = self._names
+        shape = (*x.shape[:-1], self._b.shape[1])
+        return capture.leads(a, "linear", x.shape, flat=True) and capture.leads(b, "linear", shape, flat=True)
+
+
+def pair_in(module: nn.Module, names: Mapping[int, str]) -> Pair | None:
+    """The pair in a module, if it has one that the tap covers.
+
+    Args:
+        module: any.
+        names: of the trained parameters, by identity.
+    """
+    if type(module) is not LoraLinear or "forward" in vars(module) or len(module.active_adapters) != 1:
+        return None
+    adapter = module.active_adapters[0]
+    if adapter not in module.lora_A or adapter in module.lora_variant:
+        return None
+    maps = module.lora_A[adapter], module.lora_B[adapter]
+    if not all(map(_is_bare, maps)) or any(id(m.weight) not in names for m in maps):
+        return None
+    return Pair(module, adapter, (names[id(maps[0].weight)], names[id(maps[1].weight)]))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling it computes x W^T and nothing else, and nobody watches."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    hooks = hooks or of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks
+    return type(module) is nn.Linear and module.bias is None and "forward" not in vars(module) and not hooks
+
+
+@contextmanager
+def one_tap_each(pairs: Sequence[Pair], capture: Value) -> Iterator[None]:
+    """Within, the layers of `pairs` compute the same by one tap; they are always given their own forward back."""
+    try:
+        for pair in pairs:
+            vars(pair.layer)["forward"] = pair.forward_in(capture)
+        yield
+    finally:
+        for pair in pairs:
+            vars(pair.layer).pop("forward", None)
