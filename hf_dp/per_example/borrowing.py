@@ -4,11 +4,13 @@ Where they are is found by walking through all modules, which takes as long as s
 is done once for all passes; nothing may be frozen, added or moved there, as within a step.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from hf_dp.per_example.pairs import Pair, pair_in
@@ -30,22 +32,23 @@ class Places:
     Attributes:
         parameters: by name, in the order of `named_parameters`.
         pairs: LoRA's pairs among them that one tap takes (see `pairs`).
-        numbers: how many numbers are trained.
+        shapes: of the parameters, and how many there are of each.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._places: list[Place] = []
         names: dict[int, str] = {}
-        layers = []
-        for prefix, module in model.named_modules():
+        layers: list[LoraLinear] = []
+        for prefix, module in _modules(model):
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad:
                     name = names.setdefault(id(parameter), f"{prefix}.{key}" if prefix else key)
                     self._places.append(Place(module, key, name, parameter))
-            layers.append(module)
+            if type(module) is LoraLinear:
+                layers.append(module)
         self.parameters = {place.name: place.parameter for place in self._places}
         self.pairs: list[Pair] = [pair for layer in layers if (pair := pair_in(layer, names)) is not None]
-        self.numbers = sum(p.numel() for p in self.parameters.values())
+        self.shapes = Counter(p.shape for p in self.parameters.values())
         self._proxies: dict[str, ParameterProxy] = {}
 
     def proxies(self, capture: Value) -> Mapping[str, ParameterProxy]:
@@ -84,6 +87,18 @@ class Places:
             strays += [name for name, p in self.parameters.items() if p.grad is not None]
             for name, p in self.parameters.items():
                 p.grad = held[name]
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `model.named_modules()`, in a third of the time."""
+    waiting, seen = [("", model)], set()
+    while waiting:
+        prefix, module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            yield prefix, module
+            inner = [(f"{prefix}.{key}" if prefix else key, m) for key, m in module._modules.items() if m is not None]
+            waiting.extend(reversed(inner))
 
 
 _kept: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()

@@ -24,10 +24,11 @@ from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.pairs import Pair, one_tap_each
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
-from hf_dp.per_example.sheets import Sheets, add_weighted_sums, joined
+from hf_dp.per_example.stacks import Joined, Stacks, add_weighted_sums, joined
 from hf_dp.per_example.units import folded
 
 T = TypeVar("T")
+Shapes: TypeAlias = Mapping[torch.Size, int]
 REMEDY = (
     "freeze it, or set per_device_train_batch_size=1 (and no token budget): one example at a time is exact for any "
     "layer"
@@ -50,13 +51,13 @@ class Capture:
         size: B.
         collecting: to take an inventory.
         forms: whether rows are the examples', as far as an inventory has found it.
-        numbers: how many numbers are trained.
+        shapes: of the parameters that are trained, and how many there are of each.
     """
 
     apply_rule = staticmethod(apply_rule)  # proxies call the rules through their capture, which imports both
 
-    def __init__(self, size: int, forms: Forms, *, collecting: bool = False, numbers: int = 0) -> None:
-        self._sheets = Sheets(numbers)
+    def __init__(self, size: int, forms: Forms, *, collecting: bool = False, shapes: Shapes | None = None) -> None:
+        self._stacks = Stacks(shapes or {})
         self._unit_rows = forms.unit_rows
         self.batch_size = size * self._unit_rows
         self.seen: dict[Key, list[Use]] = {}
@@ -74,7 +75,7 @@ class Capture:
 
     def forget(self) -> None:
         """Drops factors and proxies. They refer back to this object, and only the garbage collector frees a cycle."""
-        self.recorded, self._watched, self._sheets = {}, [], Sheets(0)
+        self.recorded, self._watched, self._sheets = {}, [], Stacks({})
 
     def used(self, parameter: str, operation: str) -> None:
         """Notes that an operation with a rule uses `parameter`."""
@@ -113,15 +114,22 @@ class Capture:
             f"are the examples': {REMEDY}"
         )
 
-    def record(self, parameter: str, factor: Factor) -> None:
+    def record(self, parameter: str, factor: Factor, scale: float = 1.0) -> None:
         """Records one use of `parameter`, from a tap's backward: folded to examples, and materialised now if that is
         cheaper (see `cost`).
+
+        Args:
+            parameter: its name.
+            factor: of its gradients divided by `scale`.
+            scale: other than 1 only for an Outer.
         """
         factor = folded(factor, self._unit_rows)
         if isinstance(factor, Outer):
-            _, positions, d = factor.inputs.shape
-            if materialise_is_cheaper(positions, d, factor.grads.shape[-1]):
-                factor = self._sheets.product(factor)
+            batch, positions, d = factor.inputs.shape
+            if materialise_is_cheaper(batch, positions, d, factor.grads.shape[-1]):
+                factor = self._stacks.product(factor, scale)
+            elif scale != 1:
+                factor = Outer(factor.inputs, factor.grads * scale)
         self.recorded.setdefault(parameter, []).append(factor)
 
     def refuse(self, parameters: Sequence[str], operation: str, compute: Callable[[], T]) -> T:
@@ -182,7 +190,7 @@ def per_example_factors(
     fast: Sequence[Pair] = ()
     places = places_of(model)
     if capture is None and forms is not None:
-        capture, fast = Capture(batch_size, forms, numbers=places.numbers), places.pairs if pairs else ()
+        capture, fast = Capture(batch_size, forms, shapes=places.shapes), places.pairs if pairs else ()
     if capture is None:
         raise CaptureError(
             f"a pass of {batch_size} examples needs the forms of the model's inventory: give `per_example_factors` "
@@ -224,11 +232,13 @@ def _checked(losses: Tensor, batch_size: int) -> Tensor:
     return losses
 
 
-def squared_norms(factors: dict[str, list[Factor]], batch_size: int, like: Tensor) -> Measured:
-    """Upper bounds of |g_b|^2 over all parameters together, [B], in float64; zeros if there are no factors."""
-    if not factors:
+def squared_norms(
+    factors: dict[str, list[Factor]], blocks: Sequence[Joined], batch_size: int, like: Tensor
+) -> Measured:
+    """Upper bounds of |g_b|^2 over all parameters together, [B], in float64; zeros if there are none."""
+    if not factors and not blocks:
         return Measured(like.new_zeros(batch_size, dtype=torch.float64), {})
-    return norms.squared_norms(factors)
+    return norms.squared_norms(factors, [block.gradients for block in blocks])
 
 
 class PerExample(NamedTuple):
@@ -272,20 +282,19 @@ def clipped_gradient_sum(
     if batch_size == 0:
         return PerExample(torch.zeros(0), torch.zeros(0))
     factors, losses = factors_of(model, example_losses, batch_size)
-    blocks = {block.names[0]: block for block in joined(factors)}
-    inside = {name for block in blocks.values() for name in block.names}
+    blocks = joined(factors)
+    inside = {name for block in blocks for name in block.names}
     factors = {name: uses for name, uses in factors.items() if name not in inside}
-    factors.update({name: [Dense(block.gradients)] for name, block in blocks.items()})
-    measured = squared_norms(factors, batch_size, losses)
+    measured = squared_norms(factors, blocks, batch_size, losses)
     weights = clip_factors(measured.squares.sqrt(), clip_norm)
     bounded = weights > 0
     if not bool(bounded.all()):
         factors = {name: fx.without_examples(uses, bounded) for name, uses in factors.items()}
+        blocks = [block.without_examples(bounded) for block in blocks]
     for name, uses in factors.items():
-        if name in blocks:
-            add_weighted_sums(fx.materialise(uses[0]), weights, [into[n] for n in blocks[name].names])
-        else:
-            fx.add_weighted_sum(uses, weights, into[name], measured.cancelling.get(name, ()))
+        fx.add_weighted_sum(uses, weights, into[name], measured.cancelling.get(name, ()))
+    for block in blocks:
+        add_weighted_sums(block, weights, into)
     return PerExample(measured.squares.sqrt(), losses)
 
 

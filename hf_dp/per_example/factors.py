@@ -24,19 +24,19 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 25  # largest temporary, in elements (128 MiB of float32)
 
 
-class Sheet:
-    """Room for gradients of several parameters, [B, n]; the first `used` columns are taken (see `sheets`)."""
+class Stack:
+    """Room for the gradients of m parameters of one shape, [m, B, r, d], of which `used` are there (see `stacks`)."""
 
     def __init__(self, numbers: Tensor) -> None:
         self.numbers, self.used = numbers, 0
 
 
 class Dense(NamedTuple):
-    """Materialised per-example gradients, [B, *shape]; where they lie in a sheet, from which column on."""
+    """Materialised per-example gradients, [B, *shape]; where they lie in a stack, which one and where."""
 
     gradient: Tensor
-    sheet: Sheet | None = None
-    start: int = 0
+    stack: Stack | None = None
+    place: int = 0
 
 
 class Outer(NamedTuple):
@@ -67,9 +67,9 @@ def exact(x: Tensor) -> Tensor:
     return x.to(wide(x))
 
 
-def per_example_product(grads: Tensor, inputs: Tensor, out: Tensor | None = None) -> Tensor:
-    """[B, T, r], [B, T, d] -> [B, r, d], accumulated and returned in float32 or better; in `out` if it is given."""
-    return torch.bmm(exact(grads).transpose(1, 2), exact(inputs), out=out)
+def per_example_product(grads: Tensor, inputs: Tensor) -> Tensor:
+    """[B, T, r], [B, T, d] -> [B, r, d], accumulated and returned in float32 or better."""
+    return torch.bmm(exact(grads).transpose(1, 2), exact(inputs))
 
 
 def materialise(factor: Factor) -> Tensor:

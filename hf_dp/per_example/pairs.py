@@ -4,8 +4,8 @@ What `peft` computes as
 
     result = base(x);  result = result + B(A(dropout(x))) * scaling
 
-is four operations forward and six backward besides the base, two of them under a rule each. The tap takes three and
-five, with less Python between them. It is used where nothing but this formula can be meant: the class is peft's own,
+is four operations forward and seven backward besides the base, two of them under a rule each. The tap takes two and
+four, with less Python between them. It is used where nothing but this formula can be meant: the class is peft's own,
 one adapter is active, and its A and B are plain linear maps without bias, both trained. Anything else goes the general
 way, and so does every pass of an inventory: what it finds of the rows that A and B meet holds here.
 """
@@ -21,7 +21,7 @@ from torch.nn.modules import module as of_all_modules
 
 from hf_dp.per_example.operations import autocast
 from hf_dp.per_example.proxy import Value
-from hf_dp.per_example.taps import PairTap
+from hf_dp.per_example.taps import PairedLinearTap, PairTap
 
 
 class Pair:
@@ -36,6 +36,8 @@ class Pair:
     def __init__(self, layer: LoraLinear, adapter: str, names: tuple[str, str]) -> None:
         self.layer, self._adapter, self._names = layer, adapter, names
         self._own, self._base, self._dropout = layer.forward, layer.base_layer, layer.lora_dropout[adapter]
+        frozen = not any(p.requires_grad for p in self._base.parameters())
+        self._one_map = frozen and _is_bare(self._base) and type(self._dropout) is nn.Identity
         self._a, self._b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
 
     def forward_in(self, capture: Value) -> Callable[..., Tensor]:
@@ -45,12 +47,16 @@ class Pair:
         def forward(x: Tensor, *args: Value, **kwargs: Value) -> Tensor:
             if args or kwargs or not torch.is_grad_enabled() or not self._is_as_found() or not self._leads(capture, x):
                 return self._own(x, *args, **kwargs)
+            how = self.layer.scaling[self._adapter], capture.batch_size, *sinks
+            base = self._base_weights(x)
+            if base is not None:
+                result: Tensor = PairedLinearTap.apply(x, capture.anchor, base, (self._a, self._b), *how)
+                return result
             y = self._base(x)
             if type(self._dropout) is not nn.Identity:
                 x = self._dropout(x)
             x, a, b = autocast(self.layer._cast_input_dtype(x, self._a.dtype), self._a, self._b)
-            scaling = self.layer.scaling[self._adapter]
-            result: Tensor = PairTap.apply(x, y, capture.anchor, a, b, scaling, capture.batch_size, *sinks)
+            result = PairTap.apply(x, y, capture.anchor, (a, b), *how)
             return result
 
         return forward
@@ -59,6 +65,13 @@ class Pair:
         """Whether the adapter is active: a loss may switch it off for a while."""
         layer = self.layer
         return not (layer.disable_adapters or layer.merged) and list(layer.active_adapters) == [self._adapter]
+
+    def _base_weights(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the base where the tap may compute it too; None where it has to be called."""
+        if not self._one_map or x.dtype != self._a.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        weight, bias = self._base.weight, self._base.bias
+        return (weight, bias) if weight.dtype == x.dtype else None
 
     def _leads(self, capture: Value, x: Tensor) -> bool:
         """Whether the rows that A and B meet are the examples' (see `forms`)."""
@@ -80,16 +93,21 @@ def pair_in(module: nn.Module, names: Mapping[int, str]) -> Pair | None:
     if adapter not in module.lora_A or adapter in module.lora_variant:
         return None
     maps = module.lora_A[adapter], module.lora_B[adapter]
-    if not all(map(_is_bare, maps)) or any(id(m.weight) not in names for m in maps):
+    if not all(_is_bare(m) and m.bias is None for m in maps) or any(id(m.weight) not in names for m in maps):
         return None
     return Pair(module, adapter, (names[id(maps[0].weight)], names[id(maps[1].weight)]))
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Whether calling it computes x W^T and nothing else, and nobody watches."""
+    """Whether calling it computes a linear map of a whole weight and nothing else, and nobody watches."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     hooks = hooks or of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks
-    return type(module) is nn.Linear and module.bias is None and "forward" not in vars(module) and not hooks
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not hooks
+        and "forward" not in vars(module)
+    )
 
 
 @contextmanager

@@ -85,7 +85,9 @@ def per_example_gradients(shapes: Shapes, work: Work) -> int:
     if work.examples == 1:
         return FLOAT * shapes.trainable
     length = work.length
-    held = sum(d * r if materialise_is_cheaper(length, d, r) else length * (d + r) for d, r in shapes.linear)
+    held = sum(
+        d * r if materialise_is_cheaper(work.examples, length, d, r) else length * (d + r) for d, r in shapes.linear
+    )
     held += length * sum(width + INDEX for width in shapes.tables) + shapes.others
     return FLOAT * work.examples * held
 
