@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_dp.per_example.batches import MicroBatch
+from hf_dp.per_example.borrowing import Places, places_kept
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.head import next_token_losses
@@ -101,11 +102,12 @@ def ours(model: nn.Module) -> Step:
 
 def clipping(model: nn.Module, passes: Pass) -> Step:
     flat = torch.zeros(sum(p.numel() for p in trainable(model).values()), device=next(model.parameters()).device)
-    into = views(flat, trainable(model))
+    into, known = views(flat, trainable(model)), Places(model)
 
     def step(batch: Batch) -> None:
         flat.zero_()
-        clipped_gradient_sum(model, lambda: our_losses(model, batch), len(batch["labels"]), CLIP_NORM, into, passes)
+        with places_kept(model, known):
+            clipped_gradient_sum(model, lambda: our_losses(model, batch), len(batch["labels"]), CLIP_NORM, into, passes)
 
     return step
 

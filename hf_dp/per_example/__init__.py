@@ -17,6 +17,7 @@ from hf_dp.per_example.batches import (
     same,
     stacked,
 )
+from hf_dp.per_example.borrowing import Places, places_kept
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.cost import materialise_is_cheaper
@@ -46,6 +47,7 @@ __all__ = [
     "Padding",
     "Pass",
     "Path",
+    "Places",
     "Proof",
     "Record",
     "Report",
@@ -69,6 +71,7 @@ __all__ = [
     "materialise_is_cheaper",
     "pad_and_join",
     "per_example_factors",
+    "places_kept",
     "precision",
     "preferences",
     "prove",

@@ -1,14 +1,13 @@
 """A model -> where it keeps its trainable parameters; for a pass, stand-ins there in their place.
 
-Where they are is found by walking through all modules, which takes as long as some layers do. Within `places_kept` that
-is done once for all passes; nothing may be frozen, added or moved there, as within a step.
+To find them takes a walk through all modules. Within `places_kept`, as within a step, the places of an earlier walk are
+taken as long as they hold.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from hf_dp.per_example.proxy import ParameterProxy, Value
 
 
 class Place(NamedTuple):
-    """A parameter and where one module keeps it."""
+    """Where a module keeps a parameter."""
 
     module: nn.Module
     key: str
@@ -26,20 +25,31 @@ class Place(NamedTuple):
     parameter: nn.Parameter
 
 
+class Seen(NamedTuple):
+    """What a module held when it was walked through: modules, and parameters with whether they are trained."""
+
+    module: nn.Module
+    modules: dict[str, nn.Module | None]
+    parameters: list[tuple[str, int, bool]]
+
+
 class Places:
     """Where a model keeps its trainable parameters; a tied one has several places, and the name of the first.
 
     Attributes:
         parameters: by name, in the order of `named_parameters`.
-        pairs: LoRA's pairs among them that one tap takes (see `pairs`).
         shapes: of the parameters, and how many there are of each.
+        pairs: LoRA's pairs among them that one tap takes (see `pairs`).
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._places: list[Place] = []
+        self._seen: list[Seen] = []
         names: dict[int, str] = {}
         layers: list[LoraLinear] = []
-        for prefix, module in _modules(model):
+        for prefix, module in model.named_modules():
+            self._seen.append(Seen(module, dict(module._modules), _parameters(module)))
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad:
                     name = names.setdefault(id(parameter), f"{prefix}.{key}" if prefix else key)
@@ -47,9 +57,18 @@ class Places:
             if type(module) is LoraLinear:
                 layers.append(module)
         self.parameters = {place.name: place.parameter for place in self._places}
-        self.pairs: list[Pair] = [pair for layer in layers if (pair := pair_in(layer, names)) is not None]
         self.shapes = Counter(p.shape for p in self.parameters.values())
+        self.pairs: list[Pair] = [pair for layer in layers if (pair := pair_in(layer, names)) is not None]
         self._proxies: dict[str, ParameterProxy] = {}
+
+    def hold(self, model: nn.Module) -> bool:
+        """Whether this is the model, with the same modules and parameters, trained and in memory as they were."""
+        return (
+            model is self._model
+            and all(s.module._modules == s.modules and _parameters(s.module) == s.parameters for s in self._seen)
+            and all(p.data_ptr() == self.parameters[name].data_ptr() for name, p in self._proxies.items())
+            and all(pair.holds() for pair in self.pairs)
+        )
 
     def proxies(self, capture: Value) -> Mapping[str, ParameterProxy]:
         """A proxy for each parameter, watched by `capture`: the same ones in every pass."""
@@ -89,34 +108,32 @@ class Places:
                 p.grad = held[name]
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `model.named_modules()`, in a third of the time."""
-    waiting, seen = [("", model)], set()
-    while waiting:
-        prefix, module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            yield prefix, module
-            inner = [(f"{prefix}.{key}" if prefix else key, m) for key, m in module._modules.items() if m is not None]
-            waiting.extend(reversed(inner))
+def _parameters(module: nn.Module) -> list[tuple[str, int, bool]]:
+    """Key, identity and whether it is trained, of each parameter that the module itself holds."""
+    return [(key, id(p), p.requires_grad) for key, p in module._parameters.items() if p is not None]
 
 
-_kept: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
+_kept: dict[nn.Module, Places] = {}
 
 
 def places_of(model: nn.Module) -> Places:
-    """The model's places: those kept, or found now."""
+    """Those that are kept, or found now."""
     return _kept.get(model) or Places(model)
 
 
 @contextmanager
-def places_kept(model: nn.Module) -> Iterator[None]:
-    """Around passes between which nothing changes but the examples: places are found once."""
-    if model in _kept:
-        yield
-        return
-    _kept[model] = Places(model)
+def places_kept(model: nn.Module, known: Places | None) -> Iterator[Places]:
+    """Around passes between which nothing changes but the examples: all take the same places.
+
+    Args:
+        model: of the passes.
+        known: places found earlier; taken if they hold.
+    """
+    before = _kept.get(model)
+    _kept[model] = known if known is not None and known.hold(model) else Places(model)
     try:
-        yield
+        yield _kept[model]
     finally:
         del _kept[model]
+        if before is not None:
+            _kept[model] = before

@@ -19,11 +19,14 @@ which take time however small they are: `LAUNCHES` multiply-adds for all B examp
 `scripts/bench_cost` compares the choice with measured times.
 """
 
+from functools import lru_cache
+
 MOVE = 16.0  # multiply-adds in the time of one float32 moved; CPU cores and GPUs lie between 8 and 60
 LAUNCHES = 1e6
 HOLD = 4.0  # materialised gradients may hold at most this many times the numbers of the factored form
 
 
+@lru_cache(1 << 12)
 def materialise_is_cheaper(batch: int, positions: int, d: int, r: int) -> bool:
     """Whether to form [r, d] for each example at once and keep it, given B, T, d, r."""
     kept, factored = d * r, positions * (d + r)

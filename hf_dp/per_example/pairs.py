@@ -61,6 +61,15 @@ class Pair:
 
         return forward
 
+    def holds(self) -> bool:
+        """Whether the layer is still one that the tap covers, with the weights that it had."""
+        maps = self.layer.lora_A[self._adapter], self.layer.lora_B[self._adapter]
+        return (
+            _is_covered(self.layer, self._adapter)
+            and (not self._one_map or _is_bare(self._base))
+            and all(m.weight.data_ptr() == w.data_ptr() for m, w in zip(maps, (self._a, self._b), strict=True))
+        )
+
     def _is_as_found(self) -> bool:
         """Whether the adapter is active: a loss may switch it off for a while."""
         layer = self.layer
@@ -80,22 +89,25 @@ class Pair:
         return capture.leads(a, "linear", x.shape, flat=True) and capture.leads(b, "linear", shape, flat=True)
 
 
-def pair_in(module: nn.Module, names: Mapping[int, str]) -> Pair | None:
-    """The pair in a module, if it has one that the tap covers.
+def pair_in(module: LoraLinear, names: Mapping[int, str]) -> Pair | None:
+    """The pair in a layer, if it has one that the tap covers.
 
     Args:
-        module: any.
+        module: of exactly this class of peft.
         names: of the trained parameters, by identity.
     """
-    if type(module) is not LoraLinear or "forward" in vars(module) or len(module.active_adapters) != 1:
+    adapters = list(module.active_adapters)
+    if len(adapters) != 1 or not _is_covered(module, adapters[0]):
         return None
-    adapter = module.active_adapters[0]
-    if adapter not in module.lora_A or adapter in module.lora_variant:
-        return None
-    maps = module.lora_A[adapter], module.lora_B[adapter]
-    if not all(_is_bare(m) and m.bias is None for m in maps) or any(id(m.weight) not in names for m in maps):
-        return None
-    return Pair(module, adapter, (names[id(maps[0].weight)], names[id(maps[1].weight)]))
+    a, b = (names.get(id(m[adapters[0]].weight)) for m in (module.lora_A, module.lora_B))
+    return None if a is None or b is None else Pair(module, adapters[0], (a, b))
+
+
+def _is_covered(layer: LoraLinear, adapter: str) -> bool:
+    """Whether an adapter of the layer is LoRA as it was published, and nobody changed or watches how it is computed."""
+    if "forward" in vars(layer) or adapter not in layer.lora_A or adapter in layer.lora_variant:
+        return False
+    return all(_is_bare(m) and m.bias is None for m in (layer.lora_A[adapter], layer.lora_B[adapter]))
 
 
 def _is_bare(module: nn.Module) -> bool:

@@ -100,10 +100,10 @@ class PairedLinearTap(torch.autograd.Function):
     def forward(ctx: Context, x: Tensor, anchor: Tensor, base: Any, pair: tuple[Tensor, Tensor], *how: Any) -> Tensor:
         """`base`: W and c, or None; the rest as of `PairTap`."""
         (a, b), (ctx.scaling, ctx.batch, *ctx.sinks) = pair, how
-        flat = x.reshape(-1, x.shape[-1])
-        out, u = F.linear(flat, *base), F.linear(flat, a)
+        out, u = F.linear(x, *base), F.linear(x.reshape(-1, x.shape[-1]), a)
         ctx.save_for_backward(x, u, a, b, base[0])
-        return torch.ops.aten._unsafe_view(out.addmm_(u, b.t(), alpha=ctx.scaling), (*x.shape[:-1], out.shape[1]))
+        out.view(-1, out.shape[-1]).addmm_(u, b.t(), alpha=ctx.scaling)
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
