@@ -232,12 +232,10 @@ def _checked(losses: Tensor, batch_size: int) -> Tensor:
     return losses
 
 
-def squared_norms(
-    factors: dict[str, list[Factor]], blocks: Sequence[Joined], batch_size: int, like: Tensor
-) -> Measured:
+def squared_norms(factors: dict[str, list[Factor]], blocks: Sequence[Joined], losses: Tensor) -> Measured:
     """Upper bounds of |g_b|^2 over all parameters together, [B], in float64; zeros if there are none."""
     if not factors and not blocks:
-        return Measured(like.new_zeros(batch_size, dtype=torch.float64), {})
+        return Measured(torch.zeros_like(losses, dtype=torch.float64), {})
     return norms.squared_norms(factors, [block.gradients for block in blocks])
 
 
@@ -282,10 +280,17 @@ def clipped_gradient_sum(
     if batch_size == 0:
         return PerExample(torch.zeros(0), torch.zeros(0))
     factors, losses = factors_of(model, example_losses, batch_size)
+    with torch.autocast(losses.device.type, enabled=False):  # it would make float32 products bfloat16
+        squares = _add_clipped(factors, losses, clip_norm, into)
+    return PerExample(squares.sqrt(), losses)
+
+
+def _add_clipped(factors: dict[str, list[Factor]], losses: Tensor, clip_norm: float, into: dict[str, Tensor]) -> Tensor:
+    """Adds the clipped gradients to `into`; upper bounds of their squared norms before clipping, [B]."""
     blocks = joined(factors)
     inside = {name for block in blocks for name in block.names}
     factors = {name: uses for name, uses in factors.items() if name not in inside}
-    measured = squared_norms(factors, blocks, batch_size, losses)
+    measured = squared_norms(factors, blocks, losses)
     weights = clip_factors(measured.squares.sqrt(), clip_norm)
     bounded = weights > 0
     if not bool(bounded.all()):
@@ -295,7 +300,7 @@ def clipped_gradient_sum(
         fx.add_weighted_sum(uses, weights, into[name], measured.cancelling.get(name, ()))
     for block in blocks:
         add_weighted_sums(block, weights, into)
-    return PerExample(measured.squares.sqrt(), losses)
+    return measured.squares
 
 
 def views(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

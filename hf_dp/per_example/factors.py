@@ -67,6 +67,11 @@ def exact(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def in_rows(gradient: Tensor) -> Tensor:
+    """[B, *shape] -> [B, n], in float32 or better; a single number has n = 1."""
+    return exact(gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1))
+
+
 def per_example_product(grads: Tensor, inputs: Tensor) -> Tensor:
     """[B, T, r], [B, T, d] -> [B, r, d], accumulated and returned in float32 or better."""
     return torch.bmm(exact(grads).transpose(1, 2), exact(inputs))
@@ -93,7 +98,7 @@ def merge(factors: Sequence[Factor]) -> list[Factor]:
         merged.append(
             dense[0]
             if len(dense) == 1
-            else Dense(torch.stack([f.gradient.flatten(1) for f in dense]).sum(0).view_as(dense[0].gradient))
+            else Dense(torch.stack([in_rows(f.gradient) for f in dense]).sum(0).view_as(dense[0].gradient))
         )
     if outer:
         one = len(outer) == 1
@@ -128,7 +133,7 @@ def add_weighted_sum(
     weights = toward_zero(weights, into.dtype)
     for factor in factors:
         if isinstance(factor, Dense):
-            flat = exact(factor.gradient).flatten(1).to(into.dtype)
+            flat = in_rows(factor.gradient).to(into.dtype)
             into.view(-1).addmv_(flat.t(), weights)
         elif isinstance(factor, Outer):
             _add_outer(factor, weights, into)

@@ -153,7 +153,7 @@ def by_product(factor: Outer) -> Bound:
 
 def _measured(factor: Factor) -> Bound:
     if isinstance(factor, Dense):
-        return _dense(fx.exact(factor.gradient).flatten(1).unsqueeze(0))
+        return _dense(fx.in_rows(factor.gradient).unsqueeze(0))
     if isinstance(factor, Rows):
         return _rows(factor)
     return by_gram(factor) if gram_is_cheaper(factor) else by_product(factor)

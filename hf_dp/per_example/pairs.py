@@ -13,6 +13,7 @@ way, and so does every pass of an inventory: what it finds of the rows that A an
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -33,12 +34,13 @@ class Pair:
         names: of the weights of A and B.
     """
 
-    def __init__(self, layer: LoraLinear, adapter: str, names: tuple[str, str]) -> None:
+    def __init__(self, layer: Any, adapter: str, names: tuple[str, str]) -> None:
         self.layer, self._adapter, self._names = layer, adapter, names
         self._own, self._base, self._dropout = layer.forward, layer.base_layer, layer.lora_dropout[adapter]
         frozen = not any(p.requires_grad for p in self._base.parameters())
         self._one_map = frozen and _is_bare(self._base) and type(self._dropout) is nn.Identity
-        self._a, self._b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+        self._maps = layer.lora_A[adapter], layer.lora_B[adapter], self._base
+        self._a, self._b = (m.weight.detach() for m in self._maps[:2])
 
     def forward_in(self, capture: Value) -> Callable[..., Tensor]:
         """The layer's forward in the pass that `capture` records."""
@@ -53,9 +55,8 @@ class Pair:
                 result: Tensor = PairedLinearTap.apply(x, capture.anchor, base, (self._a, self._b), *how)
                 return result
             y = self._base(x)
-            if type(self._dropout) is not nn.Identity:
-                x = self._dropout(x)
-            x, a, b = autocast(self.layer._cast_input_dtype(x, self._a.dtype), self._a, self._b)
+            x = self._dropout(self.layer._cast_input_dtype(x, self._a.dtype))
+            x, a, b = autocast(x, self._a, self._b)
             result = PairTap.apply(x, y, capture.anchor, (a, b), *how)
             return result
 
@@ -63,17 +64,14 @@ class Pair:
 
     def holds(self) -> bool:
         """Whether the layer is still one that the tap covers, with the weights that it had."""
-        maps = self.layer.lora_A[self._adapter], self.layer.lora_B[self._adapter]
-        return (
-            _is_covered(self.layer, self._adapter)
-            and (not self._one_map or _is_bare(self._base))
-            and all(m.weight.data_ptr() == w.data_ptr() for m, w in zip(maps, (self._a, self._b), strict=True))
-        )
+        same = all(m.weight.data_ptr() == w.data_ptr() for m, w in zip(self._maps, (self._a, self._b), strict=False))
+        return same and _is_covered(self.layer, self._adapter) and (not self._one_map or _is_bare(self._base))
 
     def _is_as_found(self) -> bool:
-        """Whether the adapter is active: a loss may switch it off for a while."""
+        """Whether the adapter is active and nobody watches: a loss may switch it off, or hang hooks up, for a while."""
         layer = self.layer
-        return not (layer.disable_adapters or layer.merged) and list(layer.active_adapters) == [self._adapter]
+        active = not (layer.disable_adapters or layer.merged) and list(layer.active_adapters) == [self._adapter]
+        return active and not any(m._forward_hooks or m._forward_pre_hooks for m in self._maps)
 
     def _base_weights(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias of the base where the tap may compute it too; None where it has to be called."""

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_dp.per_example.factors import CHUNK_ELEMENTS, Dense, Factor, Outer, Stack, exact, toward_zero, wide
+from hf_dp.per_example.factors import Dense, Factor, Outer, Stack, exact, in_rows, toward_zero, wide
 
+ROOM = 1 << 24  # largest stack, in numbers (64 MiB of float32): it is taken when its first gradient comes
 SMALL = 1 << 18  # numbers: below that, to copy a gradient takes less time than some more operations do
 
 
@@ -36,8 +37,7 @@ class Stacks:
         kind = r, d, g.dtype, g.device
         stack = self._open.get(kind)
         if stack is None or stack.used == len(stack.numbers):
-            most = max(1, CHUNK_ELEMENTS // max(1, batch * r * d))
-            room = max(1, min(self._left[torch.Size((r, d))], most))
+            room = max(1, min(self._left[torch.Size((r, d))], ROOM // max(1, batch * r * d)))
             self._left[torch.Size((r, d))] -= room
             stack = self._open[kind] = Stack(torch.empty(room, batch, r, d, dtype=g.dtype, device=g.device))
         place, stack.used = stack.used, stack.used + 1
@@ -84,7 +84,7 @@ def _as_written(dense: Mapping[str, Dense]) -> Joined | None:
 
 
 def _copied(dense: Mapping[str, Dense]) -> Joined:
-    return Joined(tuple(dense), torch.cat([exact(f.gradient).flatten(1) for f in dense.values()], 1).unsqueeze(0))
+    return Joined(tuple(dense), torch.cat([in_rows(f.gradient) for f in dense.values()], 1).unsqueeze(0))
 
 
 def add_weighted_sums(block: Joined, weights: Tensor, into: Mapping[str, Tensor]) -> None:
