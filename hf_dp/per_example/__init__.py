@@ -20,7 +20,7 @@ from hf_dp.per_example.batches import (
 from hf_dp.per_example.borrowing import Places, places_kept
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.compiled import CompiledBlocks
-from hf_dp.per_example.cost import materialise_is_cheaper
+from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
 from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
 from hf_dp.per_example.inventory import Inventory, Row, inventory_of_one, take_inventory
 from hf_dp.per_example.losses import IGNORED, public_sizes
@@ -33,6 +33,7 @@ from hf_dp.per_example.units import as_rows, as_units
 
 __all__ = [
     "IGNORED",
+    "LAUNCHES",
     "LEFT",
     "LENGTHS",
     "MANY",

@@ -17,7 +17,7 @@ from hf_dp.per_example import factors as fx
 from hf_dp.per_example import norms
 from hf_dp.per_example.borrowing import places_of
 from hf_dp.per_example.clipping import clip_factors
-from hf_dp.per_example.cost import materialise_is_cheaper
+from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
 from hf_dp.per_example.forms import ONE, SEVERAL, SHARED, Forms, Key, Use
 from hf_dp.per_example.norms import Measured
@@ -114,21 +114,22 @@ class Capture:
             f"are the examples': {REMEDY}"
         )
 
-    def record(self, parameter: str, factor: Factor, scale: float = 1.0) -> None:
+    def record(self, parameter: str, factor: Factor, scale: float | None = None) -> None:
         """Records one use of `parameter`, from a tap's backward: folded to examples, and materialised now if that is
         cheaper (see `cost`).
 
         Args:
             parameter: its name.
-            factor: of its gradients divided by `scale`.
-            scale: other than 1 only for an Outer.
+            factor: of its gradients; of LoRA's pairs, divided by `scale`.
+            scale: alpha / r of a pair, whose factors are of the form Outer.
         """
         factor = folded(factor, self._unit_rows)
         if isinstance(factor, Outer):
             batch, positions, d = factor.inputs.shape
-            if materialise_is_cheaper(batch, positions, d, factor.grads.shape[-1]):
-                factor = self._stacks.product(factor, scale)
-            elif scale != 1:
+            spared = 0.0 if scale is None else LAUNCHES / batch
+            if materialise_is_cheaper(positions, d, factor.grads.shape[-1], spared):
+                factor = self._stacks.product(factor, 1.0 if scale is None else scale)
+            elif scale is not None:
                 factor = Outer(factor.inputs, factor.grads * scale)
         self.recorded.setdefault(parameter, []).append(factor)
 
