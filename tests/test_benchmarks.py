@@ -1,5 +1,6 @@
 """The benchmarks run, and print what they promise. Nothing is asserted about time."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_overhead() -> None:
     plain, ours = (int(rows[name][3].replace(",", "")) for name in ("plain", "ours"))
     assert rows["plain"][2] == "1.00 [1.00, 1.00]"
     assert int(rows["ours"][4]) == ours - plain
+
+
+def test_one_device(tmp_path: Path) -> None:
+    printed = run("bench_gpu", "--cpu", "--tiny", "--json", str(tmp_path / "gpu.json"))
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found) == ["card", "torch", "exactness", "noise", "memory", "speed", "profile", "release"]
+    assert all(found["exactness"][case]["ok"] for case in ("LoRA", "full", "checkpointed", "bfloat16"))
+    assert found["memory"]["sizes_tried"][0] > found["memory"]["sizes_tried"][-1]
+    assert {"plain", "ours", "Opacus ghost", "Opacus hooks"} <= set(found["speed"][0]["methods"])
+    assert len(found["profile"]["more_milliseconds"]) == 5
+    assert "release | 20,000 | " in printed
 
 
 @pytest.mark.slow
