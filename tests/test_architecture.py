@@ -28,7 +28,7 @@ LIGHT = """
 """.split()
 HEAVY = "torch transformers peft datasets accelerate matplotlib".split()
 # The command line's verbs: each parameter is an option that typer shows.
-VERBS = {"train", "check", "plan", "verify", "budget", "card", "push", "audit", "report", "sweep", "merge"}
+VERBS = set("train check plan verify budget card push audit report sweep merge generate init recipe".split())
 # They stand in for functions of torch.nn.functional and of torch, whose signatures are not ours.
 MIRRORS = {"embedding", "conv2d", "multi_head_attention", "recurrent"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 6

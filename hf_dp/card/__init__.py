@@ -6,6 +6,7 @@ from hf_dp.card.record import Record
 from hf_dp.card.report.page import page
 from hf_dp.card.report.training import DESCRIPTIONS
 from hf_dp.card.schema import PRIVACY_JSON, read_record
+from hf_dp.card.texts import carry_to_texts
 from hf_dp.card.verification import verify
 from hf_dp.card.what_leaves import CARD_FILES, WEIGHTS, leaving, processing_files
 from hf_dp.card.writing import carry_card, library_versions, privacy_record, with_selection, write_card
@@ -18,6 +19,7 @@ __all__ = [
     "Described",
     "Record",
     "carry_card",
+    "carry_to_texts",
     "kept",
     "leaving",
     "library_versions",

@@ -69,7 +69,7 @@ def model_section(record: Record, model: Model, front: Mapping[str, object], nam
 
 {_promise(record)}
 
-{_table("about", {k: v for k, v in rows.items() if v})}
+{table("about", {k: v for k, v in rows.items() if v})}
 
 ## How to use it
 
@@ -90,8 +90,8 @@ def training_section(record: Record, described: Described) -> str:
         "noise multiplier": in_turn(s.joint_noise_multiplier for s in each),
     }
     versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
-    table = _table("setting", {**described.rows, **rows})
-    return f"## Training\n\n{table}\n\n**Framework versions.** {versions}\n"  # as a heading, PEFT would write below it
+    shown = table("setting", {**described.rows, **rows})
+    return f"## Training\n\n{shown}\n\n**Framework versions.** {versions}\n"  # as a heading, PEFT would write below it
 
 
 def results_section(described: Described) -> str:
@@ -102,7 +102,7 @@ def results_section(described: Described) -> str:
     numbers = {name: f"{value:.4g}" for name, value in described.results.items()}
     return (
         f"## Results\n\nOn evaluation data that whoever trained the model declared public{where}:\n\n"
-        f"{_table('measure', numbers)}\n"
+        f"{table('measure', numbers)}\n"
     )
 
 
@@ -159,7 +159,8 @@ def _base_in_words(base: str) -> str:
     return f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{Path(base).name}`, a local folder"
 
 
-def _table(title: str, rows: Mapping[str, str]) -> str:
+def table(title: str, rows: Mapping[str, str]) -> str:
+    """Name -> value as a table of Markdown."""
     return "\n".join([f"| {title} | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in rows.items())])
 
 

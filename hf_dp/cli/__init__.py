@@ -13,10 +13,13 @@ from hf_dp.cli.audit import audit
 from hf_dp.cli.budget import budget
 from hf_dp.cli.card import card
 from hf_dp.cli.check import check
+from hf_dp.cli.generate import generate
+from hf_dp.cli.init import init
 from hf_dp.cli.libraries import quiet
 from hf_dp.cli.merge import merge
 from hf_dp.cli.plan import plan
 from hf_dp.cli.push import push
+from hf_dp.cli.recipe import recipe
 from hf_dp.cli.report import report
 from hf_dp.cli.sweep import sweep
 from hf_dp.cli.train import train
@@ -51,6 +54,8 @@ def _tell_version(asked: bool) -> None:
         raise typer.Exit
 
 
+app.command()(init)
+app.command()(recipe)
 app.command()(train)
 app.command()(check)
 app.command()(plan)
@@ -58,6 +63,7 @@ app.command()(verify)
 app.command()(card)
 app.command()(report)
 app.command()(merge)
+app.command()(generate)
 app.command()(push)
 app.command()(budget)
 app.command()(audit)

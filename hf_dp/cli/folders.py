@@ -1,10 +1,13 @@
-"""An output folder -> the same folder; if the run never began, the empty folders made for it are removed again."""
+"""An output folder -> the same folder, or nothing: what a failed start has made is removed again."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hf_dp.errors import HfDpError
+from hf_dp.errors import ConfigError, HfDpError
 
 
 @contextmanager
@@ -21,3 +24,40 @@ def no_empty_folder(folder: Path) -> Iterator[None]:
                 if path.is_dir():
                     path.rmdir()
         raise
+
+
+@contextmanager
+def appearing_whole(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` at the end; after any exception nothing of it is left.
+
+    Raises:
+        ConfigError: `target` exists already.
+    """
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{target} exists already, and nothing is written over: name another folder by --output")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"_{target.name}.", dir=target.parent))
+    try:
+        yield unfinished
+        mask = os.umask(0)
+        os.umask(mask)
+        unfinished.chmod(0o777 & ~mask)  # mkdtemp lets nobody else in
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_unverified(folder: Path, what: str) -> None:
+    """Refuses to go on with a model whose card is not true; `what` was to be done.
+
+    Raises:
+        ConfigError: a check of the card fails, or the folder has no privacy.json.
+    """
+    from hf_dp.card import verify
+
+    failed = [check.name for check in verify(folder) if not check.holds]
+    if failed:
+        raise ConfigError(
+            f"nothing was {what}, because the card is not what can be verified ({'; '.join(failed)}): see `hf-dp "
+            f"verify {folder}`; where only the card is spoilt, `hf-dp card {folder}` writes it again"
+        )

@@ -30,6 +30,7 @@ def _run(asked: "Recipe") -> None:
     from hf_dp.errors import LedgerError
     from hf_dp.ledger import LEDGER_NAME, has_steps
     from hf_dp.recipe import task
+    from hf_dp.training import MetricsFile
 
     resume = asked.training.get("resume_from_checkpoint")
     if not resume and has_steps(asked.output_dir / LEDGER_NAME):
@@ -38,7 +39,7 @@ def _run(asked: "Recipe") -> None:
             "(training.output_dir=FOLDER), or resume that run (training.resume_from_checkpoint=true); what was spent "
             "on the same data adds up either way"
         )
-    trainer = task.build(asked)
+    trainer = task.build(asked, callbacks=[MetricsFile()])
     before = task.evaluate(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()

@@ -234,7 +234,7 @@ def pairs(records: datasets.Dataset, data: DataSection, which: str) -> Examples:
 # ---- both ----------------------------------------------------------------------------------------------------------
 
 
-def refuse_wrong_columns(data: DataSection, records: datasets.Dataset, which: str) -> None:
+def check_columns(data: DataSection, records: datasets.Dataset, which: str = "train") -> None:
     """Refuses templates and labels that the records don't suit, before a model is loaded for them.
 
     Raises:

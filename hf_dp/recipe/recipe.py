@@ -27,7 +27,10 @@ OF_A_TASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 TASKS = tuple(OF_A_TASK)
 DTYPES = ("auto", "float32", "bfloat16")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
-OF_THE_TRAINER = ("micro_batch_tokens", "class_weights")  # keys of `training` that DPTrainer takes itself
+OF_THE_TRAINER = {  # keys of `training` that DPTrainer takes itself -> what they mean
+    "micro_batch_tokens": "The most tokens of a micro-batch, padding included: memory and speed only.",
+    "class_weights": "A classifier's: how much each class counts in the loss, in the order of data.labels.",
+}
 Keywords = Mapping[str, Any]  # of a class of another library, which checks their values
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -37,9 +40,9 @@ class ModelSection:
     """The base model. `name` is a folder or a name on the Hub."""
 
     name: str = field(metadata={"help": "a folder, or a name on the Hub such as openai-community/gpt2"})
-    task: str = "causal_lm"
-    dtype: str = "auto"
-    revision: str | None = None
+    task: str = field(default="causal_lm", metadata={"help": f"one of {', '.join(TASKS)}"})
+    dtype: str = field(default="auto", metadata={"help": f"of the weights: one of {', '.join(DTYPES)}"})
+    revision: str | None = field(default=None, metadata={"help": "a branch, tag or commit on the Hub"})
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,25 @@ class DataSection:
     """
 
     train: str = field(metadata={"help": "a file (.jsonl, .json, .csv, .parquet), or a data set's name on the Hub"})
-    validation: str | None = None
-    name: str | None = None
-    revision: str | None = None
-    train_split: str = "train"
-    validation_split: str = "validation"
-    prompt: str | None = None
-    target: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    text: str | None = None
-    label: str | None = None
-    labels: list[str | int] | None = None
-    max_length: int | None = None
+    validation: str | None = field(default=None, metadata={"help": "records to evaluate on; as train"})
+    name: str | None = field(default=None, metadata={"help": "which configuration of a data set on the Hub"})
+    revision: str | None = field(default=None, metadata={"help": "a branch, tag or commit on the Hub"})
+    train_split: str = field(default="train", metadata={"help": "which split of a data set on the Hub is trained on"})
+    validation_split: str = field(default="validation", metadata={"help": "which split is evaluated on"})
+    prompt: str | None = field(
+        default=None, metadata={"help": 'what stands before the target, such as "{title}: "; no loss is taken on it'}
+    )
+    target: str | None = field(default=None, metadata={"help": 'causal_lm: what is learnt to write, such as "{text}"'})
+    chosen: str | None = field(default=None, metadata={"help": "preference: the better answer, a template"})
+    rejected: str | None = field(default=None, metadata={"help": "preference: the worse answer, a template"})
+    text: str | None = field(default=None, metadata={"help": "sequence_classification: what is read, a template"})
+    label: str | None = field(default=None, metadata={"help": "sequence_classification: the column of the class"})
+    labels: list[str | int] | None = field(
+        default=None, metadata={"help": "the classes' names, which are published; default: those in validation"}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "the most tokens of a record; default: as many as the model takes"}
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
     ]
     if not wrong:
         given = {s: cast(Section, sections.get(s) or {}) for s in SECTIONS}
-        training = {"output_dir": f"out/{name}", **given["training"]}
+        training = {"output_dir": default_output(name), **given["training"]}
         wrong += [
             *_type_problems(given),
             *_model_problems(given["model"]),
@@ -143,6 +152,11 @@ def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
         micro_batch_tokens=micro_batch_tokens,
         class_weights=None if weights is None else tuple(weights),
     )
+
+
+def default_output(name: str) -> str:
+    """The output folder of the recipe `name`, where it names none."""
+    return f"out/{name}"
 
 
 def is_file(source: str) -> bool:

@@ -65,7 +65,7 @@ def prepare(recipe: Recipe) -> Parts:
     assert train is not None  # a recipe always names it
     for which, records in (("train", train), ("validation", validation)):
         if records is not None:
-            examples.refuse_wrong_columns(recipe.data, records, which)
+            examples.check_columns(recipe.data, records, which)
     args = training_arguments(recipe)
     column = recipe.privacy.unit_column
     groups = groups_by(train, column)

@@ -3,11 +3,11 @@
 from hf_dp.step import sharding
 from hf_dp.step.arithmetic import COARSE, coarse_products
 from hf_dp.step.dry_run import largest_micro_batch
-from hf_dp.step.metrics import ReleasedMetrics
 from hf_dp.step.opening import Place, Session
 from hf_dp.step.private_step import Passes, PrivateStep
 from hf_dp.step.run import PrivateRun
 from hf_dp.step.sharding import is_sharded
+from hf_dp.step.signal import ReleasedFigures
 from hf_dp.step.spending import PrivacySpent, Spending
 from hf_dp.step.weight_guard import WeightGuard, foreign_parameters, refuse_foreign_parameters
 
@@ -18,7 +18,7 @@ __all__ = [
     "PrivacySpent",
     "PrivateRun",
     "PrivateStep",
-    "ReleasedMetrics",
+    "ReleasedFigures",
     "Session",
     "Spending",
     "WeightGuard",

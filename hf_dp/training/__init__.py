@@ -6,6 +6,7 @@ from hf_dp.training.evaluation import STEPS_TAKEN
 from hf_dp.training.loop import PrivateLoop, plan
 from hf_dp.training.options import REFUSED, check_options
 from hf_dp.training.progress import print_plan_of
+from hf_dp.training.trackers import MetricsFile
 from hf_dp.training.trainer import DPSeq2SeqTrainer, DPTrainer, DPTrainerMixin
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "DPSeq2SeqTrainer",
     "DPTrainer",
     "DPTrainerMixin",
+    "MetricsFile",
     "PrivateLoop",
     "check_options",
     "plan",

@@ -12,7 +12,7 @@ from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import Batch, MicroBatch, Record
 from hf_dp.sampling import Collate, Collation, Records
-from hf_dp.step import PrivateRun, PrivateStep
+from hf_dp.step import PrivateRun, PrivateStep, ReleasedFigures
 
 
 class Objective(NamedTuple):
@@ -53,6 +53,7 @@ class PrivateTrainer(Protocol):
     callback_handler: CallbackHandler
     private_step: PrivateStep
     _run: PrivateRun | None
+    _figures: ReleasedFigures | None
 
     def example_losses(self, model: nn.Module, inputs: Batch) -> Tensor:
         """One loss an example, [B]."""

@@ -8,6 +8,7 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 from hf_dp import accounting
 from hf_dp.tables import print_plan
 from hf_dp.training.host import PrivateTrainer
+from hf_dp.training.trackers import PrivacyInTrackers
 
 QUIET = ("warning", "error", "critical")  # values of TrainingArguments.log_level
 
@@ -29,8 +30,9 @@ class EpsilonProgress(ProgressCallback):
         super().on_log(args, state, control, logs=logs, **kwargs)
 
 
-def show_epsilon(trainer: PrivateTrainer) -> None:
-    """Replaces Trainer's own progress bar by one with epsilon; a progress bar of the user's stays."""
+def show_privacy(trainer: PrivateTrainer) -> None:
+    """Puts epsilon on Trainer's own progress bar, and the privacy settings in its trackers; a user's own bar stays."""
+    trainer.add_callback(PrivacyInTrackers(trainer))
     if any(type(c) is ProgressCallback for c in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(EpsilonProgress)

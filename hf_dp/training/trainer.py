@@ -14,7 +14,7 @@ from hf_dp import accounting
 from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import checkpoint_to_resume
-from hf_dp.mechanism import METRICS, Mechanism
+from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import Batch, Record, Report, Row, self_check
 from hf_dp.sampling import (
     DRAW_NUMBER,
@@ -35,7 +35,7 @@ from hf_dp.step import (
     PrivacySpent,
     PrivateRun,
     PrivateStep,
-    ReleasedMetrics,
+    ReleasedFigures,
     Session,
     Spending,
     WeightGuard,
@@ -57,7 +57,7 @@ from hf_dp.training.options import check_options, positional_names, refuse_model
 from hf_dp.training.overrides import refuse_order
 from hf_dp.training.passes import Settled, inventory_and_reason, written_by
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
-from hf_dp.training.progress import print_summary, show_epsilon
+from hf_dp.training.progress import print_summary, show_privacy
 
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
 
@@ -133,7 +133,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._settled: Settled | None = None
         self._run: PrivateRun | None = None
         self._guard = WeightGuard()
-        self._released_metrics: ReleasedMetrics | None = None
+        self._figures: ReleasedFigures | None = None
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column)
         self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num, self.row)
@@ -143,7 +143,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             refuse_model(self.model)
         if self.optimizer is not None:
             refuse_foreign_parameters(self.model, self.optimizer)
-        show_epsilon(self)
+        show_privacy(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Records, given_data)), self._groups)
             self._settle()
@@ -265,7 +265,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
         self._run = self._opened(folder, checkpoint)
         try:
-            self._released_metrics = ReleasedMetrics.of(self._planned())
+            self._figures = ReleasedFigures(self._planned())
             print_summary(self)
             weigh = begin_audit(self, self._canaries, checkpoint)
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
@@ -286,8 +286,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
         released = step(run, lambda: micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
         self._canaries.observe(released, run.level)
-        if self._released_metrics is not None:
-            self._released_metrics.add(released[-len(METRICS) :], run.level)
+        if self._figures is not None:
+            self._figures.add(released, run.level)
         self._guard.released()
         if run.exhausted:
             self.control.should_training_stop = True
@@ -295,7 +295,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, without numbers that were not released, and with those that were, and epsilon so far."""
-        released = self._released_metrics.take() if self._released_metrics is not None and "loss" in logs else {}
+        released = self._figures.take() if self._figures is not None and "loss" in logs else {}
         for name in NOT_RELEASED:
             logs.pop(name, None)
         logs.update(released)

@@ -44,6 +44,14 @@ def test_the_published_setting_is_planned_within_the_target(plan):
     assert number(done.stdout, "epsilon by RDP") > number(done.stdout, "epsilon by PLD")
 
 
+def test_the_table_fits_80_columns_and_begins_with_what_matters(plan, monkeypatch):
+    monkeypatch.delenv("COLUMNS")
+    lines = plan(*SETTINGS).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split()[1] for line in lines if line.startswith("│") and line[2] != " "]
+    assert rows[:3] == ["epsilon", "delta", "steps"]
+
+
 def test_a_noise_multiplier_gives_its_epsilon(plan):
     done = plan(*PUBLISHED, "--noise-multiplier", 1)
     assert number(done.stdout, "noise multiplier sigma") == 1
