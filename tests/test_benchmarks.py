@@ -17,6 +17,7 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_whole_runs(tmp_path: Path) -> None:
     printed = run("bench_run", "--quick", "--picture", str(tmp_path / "runs.png"))
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("made-up | ")]

@@ -55,7 +55,7 @@ from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.options import check_options, positional_names, refuse_model, without_batch_clipping
 from hf_dp.training.overrides import refuse_order
-from hf_dp.training.passes import Settled, inventory_and_reason, written_by
+from hf_dp.training.passes import Settled, inventory_and_reason
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_privacy
 
@@ -186,6 +186,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         with objectives.as_in_training(self), taken_by_the_model():
             batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
             what = self.model, batches, self.example_losses, clip_norm, self._factors_of
+            self._check_lengths_if_sharded()
             return self_check(*what, one_a_pass=bool(self.alone_because))
 
     # ---- the loss --------------------------------------------------------------------------------------------------
@@ -376,11 +377,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             largest=self._largest_batch,
             alone=bool(self.alone_because),
             copied=self._written_by_a_pass() if self.alone_because else (),
+            collated_alone=lambda records: self._collation().alone(records),
+            compared=None if self.alone_because else self._compared_lengths(self._inventory),
         )
-
-    def _written_by_a_pass(self) -> tuple[str, ...]:
-        with objectives.as_in_training(self):
-            return written_by(self.model, self.example_losses, self._synthetic_batches()[1])
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():

@@ -18,6 +18,7 @@ from hf_dp.per_example.compiled import AnchoredLinear, CompiledBlocks
 from hf_dp.per_example.inventory import take_inventory
 from tests.support import models as M
 from tests.support import runs
+from tests.support.marks import quick
 
 LORA_WITH_HEAD = partial(M.with_lora, M.bert, task_type="SEQ_CLS", target_modules=["query", "value"])
 
@@ -39,7 +40,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., dict[str, Ten
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(("llama",), CASES))
 def test_factors_are_those_of_the_pass_without_compiling(case: str) -> None:
     build, kind, make = CASES[case]
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from hf_dp.step import PrivateStep
 from hf_dp.step.memory import MemoryLimit
 from tests.support import models as M
 from tests.support import runs
+from tests.support.marks import quick
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(
@@ -105,8 +106,8 @@ def sums_of(
     return sums, trainer
 
 
-@pytest.mark.parametrize("error", [CUDA, CPU], ids=["accelerator", "CPU"])
-@pytest.mark.parametrize("where", ["forward", "backward", "sum"])
+@pytest.mark.parametrize("error", [CUDA, pytest.param(CPU, marks=pytest.mark.slow)], ids=["accelerator", "CPU"])
+@pytest.mark.parametrize("where", quick(("forward", "sum"), ["forward", "backward", "sum"]))
 def test_a_step_that_runs_out_of_memory_has_the_same_sum(
     where: str, error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

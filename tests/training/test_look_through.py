@@ -196,7 +196,16 @@ def test_what_a_loss_of_the_users_own_takes_is_not_refused(tmp_path: Path) -> No
     assert read_ledger(tmp_path / LEDGER_NAME).num_steps == 1
 
 
-@pytest.mark.parametrize(("where", "form"), [(0, Dataset.from_list), (3, as_list), (0, OnTheFly), (23, OnTheFly)])
+SLOW = pytest.mark.slow
+EMPTY_AT = [
+    (3, as_list),
+    (0, OnTheFly),
+    pytest.param(0, Dataset.from_list, marks=SLOW),
+    pytest.param(23, OnTheFly, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("where", "form"), EMPTY_AT)
 def test_a_record_without_tokens_counts_and_contributes_nothing(
     where: int, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
