@@ -98,6 +98,7 @@ RECORD["mechanism"] |= {
 for segment in RECORD["segments"]:
     segment["noise"] = "gaussian"
 RECORD["plans"] = [[Segment.of(segment).stated() for segment in RECORD["segments"]]]
+RECORD["assumptions"] = [*RECORD["assumptions"], "a"]
 RECORD["epsilon_of_steps_taken"] = RECORD["epsilon"]
 LEAVES = {".".join(map(str, at)): at for at in leaves(RECORD)}
 

@@ -84,7 +84,7 @@ JSON_EDITS: dict[str, tuple[Edit, str]] = {
     "unit": (field("unit", "user"), "N, unit, relation, delta"),
     "relation": (field("relation", "replace-one"), "the neighbouring relation"),
     "private-off": (field("private", False), "epsilon: 'infinite' was expected"),
-    "schema": (field("schema_version", 99), "schema_version is 99, at most 3 is known here"),
+    "schema": (field("schema_version", 99), "schema_version is 99, at most 4 is known here"),
     "unknown-field": (field("epsilon_true", 1.0), "'epsilon_true' was unexpected"),
     "ledger-head": (lambda r: r["ledger"].update(head="00" * 32), "head of the ledger"),
     "assumptions": (lambda r: r["assumptions"].clear(), "assumptions: [] should be non-empty"),
