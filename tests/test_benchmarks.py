@@ -74,6 +74,25 @@ def test_shares_are_of_the_gain_of_plains_best_rate(utility: dict[str, Any]) -> 
     assert found["plain, rate 0.01", None][1] == pytest.approx([0.75, 1, 1])
 
 
+def test_overhead() -> None:
+    printed = run("bench_overhead", "--quick")
+    rows = {row[0]: row for row in (line.split(" | ") for line in printed.splitlines()) if len(row) == 5}
+    plain, ours = (int(rows[name][3].replace(",", "")) for name in ("plain", "ours"))
+    assert rows["plain"][2] == "1.00 [1.00, 1.00]"
+    assert int(rows["ours"][4]) == ours - plain
+
+
+def test_one_device(tmp_path: Path) -> None:
+    printed = run("bench_gpu", "--cpu", "--tiny", "--json", str(tmp_path / "gpu.json"))
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found) == ["card", "torch", "exactness", "noise", "memory", "speed", "profile", "release"]
+    assert all(found["exactness"][case]["ok"] for case in ("LoRA", "full", "checkpointed", "bfloat16"))
+    assert found["memory"]["sizes_tried"][0] > found["memory"]["sizes_tried"][-1]
+    assert {"plain", "ours", "Opacus ghost", "Opacus hooks"} <= set(found["speed"][0]["methods"])
+    assert len(found["profile"]["more_milliseconds"]) == 5
+    assert "release | 20,000 | " in printed
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # 16 starts of Python, and slower where other programs run
 def test_growth(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from hf_dp.per_example.batches import (
     same,
     stacked,
 )
+from hf_dp.per_example.borrowing import Places, places_kept
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.compiled import CompiledBlocks
-from hf_dp.per_example.cost import materialise_is_cheaper
+from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
 from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
 from hf_dp.per_example.inventory import Inventory, Row, inventory_of_one, take_inventory
 from hf_dp.per_example.lengths import ComparedLengths, sizes_of
@@ -33,6 +34,7 @@ from hf_dp.per_example.units import as_rows, as_units
 
 __all__ = [
     "IGNORED",
+    "LAUNCHES",
     "LEFT",
     "LENGTHS",
     "MANY",
@@ -48,6 +50,7 @@ __all__ = [
     "Padding",
     "Pass",
     "Path",
+    "Places",
     "Proof",
     "Record",
     "Report",
@@ -71,6 +74,7 @@ __all__ = [
     "materialise_is_cheaper",
     "pad_and_join",
     "per_example_factors",
+    "places_kept",
     "precision",
     "preferences",
     "prove",

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from hf_dp.errors import CaptureError, HfDpError, UnseenUse
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import Batch, MicroBatch, Pass, Record, State, per_example_factors, state_put_back, views
+from hf_dp.per_example import (
+    Batch,
+    MicroBatch,
+    Pass,
+    Places,
+    Record,
+    State,
+    per_example_factors,
+    places_kept,
+    state_put_back,
+    views,
+)
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Failure
 from hf_dp.step import sharding
@@ -84,6 +95,7 @@ class PrivateStep:
         self._memory = MemoryLimit(fixed=self.sharded)
         self._names: list[str] = []
         self._state: State | None = None
+        self._places: Places | None = None
 
     def __call__(
         self, run: PrivateRun, batches: Batches, draw_number: int, beside: Callable[[Tensor], None] | None = None
@@ -136,10 +148,11 @@ class PrivateStep:
         with fork_forward_rng([self.passes.device], seed=forward_seed):
             parts: Iterable[MicroBatch] = self._memory.parts(b.mapped(self.passes.to_device) for b in batches)
             parts, missing = sharding.counted(parts, self.passes.device) if self.sharded else (parts, 0)
-            for part in self._memory.one_by_one(parts):
-                self.add(part)
-            for _ in range(missing):
-                self._pass_for_the_others()
+            with places_kept(self.model, self._places) as self._places:
+                for part in self._memory.one_by_one(parts):
+                    self.add(part)
+                for _ in range(missing):
+                    self._pass_for_the_others()
 
     def add(self, batch: MicroBatch) -> None:
         """One pass: adds the clipped gradients of its examples to the sum.
@@ -205,7 +218,7 @@ class PrivateStep:
         """Frees the sum's memory; the next step allocates it again."""
         if self._names:
             del self.sum
-        self._names, self._state = [], None
+        self._names, self._state, self._places = [], None, None
 
     def _pass_for_the_others(self) -> None:
         """Forward and backward over a made-up example; its result is dropped.
