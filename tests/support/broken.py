@@ -178,6 +178,7 @@ def divided_by_the_tokens_of_the_batch(patch: Patch) -> None:
 
 def not_a_number_let_through(patch: Patch) -> None:
     patch.setattr(capture.fx, "without_examples", lambda uses, keep: uses)
+    patch.setattr(stacks.Joined, "without_examples", lambda block, keep: block)
 
 
 def empty_draws_skipped(patch: Patch) -> None:
