@@ -20,7 +20,7 @@ import torch
 from hf_dp.cli import main
 
 torch.set_num_threads(1)
-LONG = ("distributed", "training", "ledger", "audit")
+LONG = ("distributed", "training", "test_schedule.py", "test_mutants.py", "test_readme.py", "ledger", "audit")
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,8 @@ def hf_dp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders with the longest files come first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: next((i for i, folder in enumerate(LONG) if folder in item.path.parts), len(LONG)))
+    """The longest files, and folders of such, come first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.path.parts), len(LONG)))
 
 
 def pytest_collection_finish() -> None:

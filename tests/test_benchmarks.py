@@ -31,6 +31,7 @@ def test_whole_runs(tmp_path: Path) -> None:
     assert passed["plain"] >= passed["plain, length-grouped"] >= 1  # padding and nothing less
 
 
+@pytest.mark.slow
 def test_data_that_are_missing_are_named(tmp_path: Path) -> None:
     assert f"E2E | {tmp_path / 'e2e_nlg'} is missing" in run("bench_run", "--data", str(tmp_path), "--sets", "E2E")
 
@@ -74,6 +75,7 @@ def test_shares_are_of_the_gain_of_plains_best_rate(utility: dict[str, Any]) -> 
     assert found["plain, rate 0.01", None][1] == pytest.approx([0.75, 1, 1])
 
 
+@pytest.mark.slow
 def test_overhead() -> None:
     printed = run("bench_overhead", "--quick")
     rows = {row[0]: row for row in (line.split(" | ") for line in printed.splitlines()) if len(row) == 5}

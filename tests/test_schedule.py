@@ -314,6 +314,7 @@ def test_resuming_goes_on_at_the_right_level(stopped: int, tmp_path: Path) -> No
     assert executed[0] == executed[1]
 
 
+@pytest.mark.slow
 def test_within_an_epoch_too_with_draws_read_ahead(tmp_path: Path) -> None:
     """N = 24, B = 4 to 8: 4 steps an epoch, stopped in the second; the draws passed over are charged nothing."""
     privacy = {"noise_multiplier": 1.0, **SETTINGS, "expected_batch_size": 4, "batch_schedule": "step:2:4"}
@@ -330,6 +331,7 @@ def test_within_an_epoch_too_with_draws_read_ahead(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / LEDGER_NAME).segments == resumed.mechanism.segments()
 
 
+@pytest.mark.slow
 def test_training_stops_before_the_step_that_would_exceed_the_target(tmp_path: Path) -> None:
     """The second train() has what the first left: nothing."""
     privacy = {"target_epsilon": 3.0, **SETTINGS, "noise_schedule": "exponential:0.5"}
@@ -341,6 +343,7 @@ def test_training_stops_before_the_step_that_would_exceed_the_target(tmp_path: P
     assert trainer.privacy_spent().num_steps == 4
 
 
+@pytest.mark.slow
 def test_a_plain_loop_follows_the_schedule(tmp_path: Path) -> None:
     x = torch.randn(400, 5)
     model = nn.Linear(5, 1)

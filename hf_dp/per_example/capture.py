@@ -75,7 +75,7 @@ class Capture:
 
     def forget(self) -> None:
         """Drops factors and proxies. They refer back to this object, and only the garbage collector frees a cycle."""
-        self.recorded, self._watched, self._sheets = {}, [], Stacks({})
+        self.recorded, self._watched, self._stacks = {}, [], Stacks({})
 
     def used(self, parameter: str, operation: str) -> None:
         """Notes that an operation with a rule uses `parameter`."""

@@ -149,6 +149,7 @@ def test_resuming_and_asking_too_early_are_errors(tmp_path: Path) -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_audits_a_recipe_at_claim_1(tmp_path: Path) -> None:
     recipe = R.write(tmp_path, training__max_steps=3)
     done = CliRunner().invoke(app, ["audit", str(recipe), "--num-canaries", "40"])

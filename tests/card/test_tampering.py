@@ -142,6 +142,7 @@ def assert_changes_are_caught(whole: Path, places: Iterable[Path_], tmp_path: Pa
         assert bool(failures(copied)) == (at not in UNTOLD_WITH_CARD), at
 
 
+@pytest.mark.slow
 def test_a_changed_field_of_a_discrete_run_is_caught(tmp_path: Path) -> None:
     """Every field, alone and with the card rendered again; and the words of the other kind of noise."""
     whole = model_folder(tmp_path / "sound", noise="discrete")

@@ -170,7 +170,7 @@ def _double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
 
 
-@pytest.mark.parametrize("row", [*FULL, *ADAPTERS])
+@pytest.mark.parametrize("row", quick({*[*FULL, *ADAPTERS][1::2]}, [*FULL, *ADAPTERS]))
 def test_the_clipped_sum_is_that_of_one_example_at_a_time(row: str) -> None:
     build, (kind, make_batch) = {**FULL, **ADAPTERS}[row]
     model, batch = build().double().train(), _double(make_batch())

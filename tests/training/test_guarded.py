@@ -73,18 +73,22 @@ def hooked(model: nn.Module) -> None:
     trainable(model)[0].register_hook(lambda g: 2 * g)
 
 
+BESIDE = [
+    ("on_pre_optimizer_step", own_loss, "not those that were released"),
+    ("on_step_end", step_beside, "changed otherwise"),
+    ("on_step_begin", hooked, "hooks on gradients"),
+]
+LIKE_THESE = [
+    ("on_pre_optimizer_step", decay, "not those that were released"),
+    ("on_pre_optimizer_step", drop, "not those that were released"),
+    ("on_pre_optimizer_step", wiped, "changed otherwise"),
+    ("on_optimizer_step", shrink, "changed otherwise"),
+    ("on_step_begin", wiped, "changed otherwise"),
+]
+
+
 @pytest.mark.parametrize(
-    ("event", "act", "said"),
-    [
-        ("on_pre_optimizer_step", own_loss, "not those that were released"),
-        ("on_pre_optimizer_step", decay, "not those that were released"),
-        ("on_pre_optimizer_step", drop, "not those that were released"),
-        ("on_pre_optimizer_step", wiped, "changed otherwise"),
-        ("on_optimizer_step", shrink, "changed otherwise"),
-        ("on_step_end", step_beside, "changed otherwise"),
-        ("on_step_begin", wiped, "changed otherwise"),
-        ("on_step_begin", hooked, "hooks on gradients"),
-    ],
+    ("event", "act", "said"), [*BESIDE, *(pytest.param(*case, marks=pytest.mark.slow) for case in LIKE_THESE)]
 )
 def test_a_callback_that_trains_beside_is_an_error_at_once(event: str, act: Any, said: str, tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, tiny(), PRIVATE, max_steps=4, callbacks=[At(event, act)])

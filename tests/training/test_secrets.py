@@ -255,7 +255,7 @@ def test_no_loss_and_no_norm_is_left(run: str, request: pytest.FixtureRequest, t
 
 def test_logs_hold_public_quantities_alone(witness: Witness) -> None:
     public = {"epoch", "step", "learning_rate", "epsilon", "train_runtime", "train_samples_per_second"}
-    public |= {"train_steps_per_second", "grad_norm", "epsilon_of_steps_taken"}
+    public |= {"train_steps_per_second", "grad_norm", "epsilon_of_steps_taken", "signal_to_noise"}
     assert {name for entry in witness.history for name in entry} <= public
     norms = [entry["grad_norm"] for entry in witness.history if "grad_norm" in entry]
     assert norms == pytest.approx(witness.released_norms, rel=1e-5)  # of the noisy gradient: it left already
