@@ -10,7 +10,6 @@ exact.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 
 from torch import Tensor
 
@@ -31,7 +30,7 @@ class ComparedLengths:
         made: lengths -> made-up records of them, all in one micro-batch first, then each alone. It is called with two
             lengths, of which the first is the greater, or equal where records of different lengths don't go together.
         are_right: whether the examples of such a micro-batch have the gradients in it that they have alone.
-        known: micro-batches of several examples that were compared already.
+        known: a micro-batch of several examples that was compared already.
         longest: the most tokens that the model takes; None where any number is taken.
     """
 
@@ -45,7 +44,7 @@ class ComparedLengths:
         self._made, self._are_right = made, are_right
         self._known = {_as_key(sizes_of(known))}
         self._steps = steps_up_to(min(longest or MOST, MOST))
-        self._far = max(i for i, step in enumerate(self._steps) if step <= max(MANY, self._steps[0]))
+        self._far = max(i for i, step in enumerate(self._steps) if step <= MANY)
         self._sizes: dict[int, Sizes] = {}  # of each step that was made, by its number
         self._found: dict[int, bool | None] = {}  # by the number of a step; None where passes failed
 
@@ -120,13 +119,8 @@ class ComparedLengths:
 
 def steps_up_to(longest: int) -> list[int]:
     """1, 2, 3, 4, 5, 8, 9, 16, 17, ... up to `longest`, which is the last."""
-    ends = (end for power in count() for end in ((1 << power), (1 << power) + 1))
-    steps: set[int] = set()
-    for end in ends:
-        if end >= longest:
-            return sorted({*steps, longest})
-        steps.add(end)
-    raise AssertionError("powers of two pass any length")
+    ends = (end for power in range(longest.bit_length()) for end in (1 << power, (1 << power) + 1))
+    return sorted({longest, *(end for end in ends if end < longest)})
 
 
 def _as_key(sizes: Sizes) -> frozenset[tuple[Side, int]]:

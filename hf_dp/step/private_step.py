@@ -14,6 +14,7 @@ from hf_dp.errors import CaptureError, HfDpError, UnseenUse
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import (
     Batch,
+    ComparedLengths,
     MicroBatch,
     Pass,
     Places,
@@ -63,7 +64,7 @@ class Passes:
     largest: Callable[[], MicroBatch] | None = None
     alone: bool = False
     copied: tuple[str, ...] = ()
-    compared: Callable[[MicroBatch], bool] | None = None
+    compared: ComparedLengths | None = None
     collated_alone: Callable[[list[Record]], list[MicroBatch]] | None = None
 
 

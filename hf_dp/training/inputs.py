@@ -22,7 +22,7 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collate, Collation, OfUnits, Records
-from hf_dp.step import is_sharded, largest_micro_batch
+from hf_dp.step import PrivateStep, largest_micro_batch
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.look_through import complete_record
 from hf_dp.training.objective import as_in_training
@@ -41,7 +41,7 @@ class CollatedRecords(OfTheHost, _Host):
     model: Any  # always there once the host is built
     train_dataset: Any
     alone_because: str
-    _inventory: Inventory
+    private_step: PrivateStep
     micro_batch_tokens: int | None
     _check_records: list[Record] | None
     _learnt: tuple[Any, Collation] | None = None
@@ -88,9 +88,8 @@ class CollatedRecords(OfTheHost, _Host):
         Only of sharded weights: there all processes take as many passes, so none of them can give the examples of such
         a length a pass each.
         """
-        if self.alone_because or not is_sharded(self.model):
-            return
-        if not self._compared_lengths(self._inventory).up_to(self._largest_batch()):
+        compared = self.private_step.passes.compared
+        if self.private_step.sharded and compared is not None and not compared.up_to(self._largest_batch()):
             raise SelfCheckError(
                 "an example's gradient in a batch differs from its gradient alone for made-up records of some length: "
                 "something couples longer or shorter records. Set per_device_train_batch_size=1, which gives each "

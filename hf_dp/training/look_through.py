@@ -280,7 +280,7 @@ def _of_record(record: dict[str, Leaf], seen: dict[str, Seen], limits: Limits) -
     if tokens is None:
         return
     for name in AS_LONG:
-        if _length(record.get(name)) not in (None, tokens):
+        if lengths.get(name, tokens) != tokens:
             yield Problem(name, OTHER_LENGTH)
 
 
