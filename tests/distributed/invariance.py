@@ -28,6 +28,8 @@ PASSES: dict[str, dict[str, Any]] = {
     "non-reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
+REPLICAS = ["--use_parallelism_config", "true"]
+REPLICAS += ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"]
 BASES = {"llama": M.llama, "gpt2": M.gpt2}
 
 
@@ -35,7 +37,9 @@ CONFIG_FILE = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "
 
 
 class Way(NamedTuple):
-    """`sharded`: "" not at all, "loaded" by from_pretrained, "launched" by accelerate's config file."""
+    """`sharded`: "" not at all, "loaded" by from_pretrained, "launched" by accelerate's config file; of each, with
+    "in replicas", over half of the processes.
+    """
 
     base: str
     micro_batches: str
@@ -87,21 +91,24 @@ def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
     if together:
         dist.barrier()
     extra: dict[str, Any] = {}
-    if sharded == "loaded":
+    if sharded.startswith("loaded"):
         from transformers.distributed import DistributedConfig
 
-        extra = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
+        replicas = 2 if "replicas" in sharded else 1
+        sizes = {"fsdp_size": dist.get_world_size() // replicas, "dp_replicate_size": replicas}
+        extra = {"distributed_config": DistributedConfig(**sizes)}
     loaded = AutoModelForCausalLM.from_pretrained(folder / base, **extra)
-    torch.manual_seed(1 if main or sharded != "launched" else 2)
+    torch.manual_seed(1 if main or not sharded.startswith("launched") else 2)
     model = M.with_lora(lambda: loaded)
-    assert sharding.is_sharded(model) == (sharded == "loaded")
+    assert sharding.is_sharded(model) == sharded.startswith("loaded")
     return model
 
 
 def update(way: Way, folder: Path) -> Tensor:
     """What three noiseless steps at q = 1/2 change; draws come from the debug seed, and so are the same everywhere."""
     runs.arguments(folder)  # joins the processes
-    with launched() if way.sharded == "launched" else nullcontext():
+    words = REPLICAS if "replicas" in way.sharded else ()
+    with launched(*words) if way.sharded.startswith("launched") else nullcontext():
         model = adapter_on(way.base, folder, sharded=way.sharded)
         trainer = runs.trainer(
             folder / "-".join(map(str, way)),

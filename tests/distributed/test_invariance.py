@@ -149,6 +149,17 @@ def test_the_noise_of_four_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_replicas_of_shards_give_the_same_update(tmp_path: Path) -> None:
+    statuses, errors = run_groups(*([world, tmp_path / str(world), "replicas"] for world in (1, 4)))
+    assert statuses == [[0], [0] * 4], errors[-2000:]
+    (alone,) = collected(tmp_path / "1", 1, "replicas")["replicas"][0].values()
+    for process in collected(tmp_path / "4", 4, "replicas")["replicas"]:
+        assert len(process) == 2
+        for update in process.values():
+            assert float((update - alone).norm() / alone.norm()) < 1e-5  # as above
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_way_gives_the_same_update_in_all_combinations(tmp_path: Path) -> None:
     name = "same_update_in_all_ways"

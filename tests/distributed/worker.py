@@ -248,6 +248,13 @@ def same_update_in_all_ways(folder: Path) -> dict[str, Any]:
     return {str(way): invariance.update(way, folder) for way in invariance.ways(world(), all_of_them=True)}
 
 
+def replicas(folder: Path) -> dict[str, Any]:
+    """Shards over two of four processes each, made in both ways; on one process, the same without."""
+    kinds = ("loaded in replicas", "launched in replicas") if world() > 1 else ("",)
+    ways = (invariance.Way("llama", "4", "plain", kind) for kind in kinds)
+    return {str(way): invariance.update(way, folder) for way in ways}
+
+
 def launched(folder: Path) -> dict[str, Any]:
     """Two steps under accelerate's config file, with its checkpointing; set up as on GPUs, and with peft's policy."""
     from accelerate.utils import DistributedType
@@ -450,7 +457,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     for f in (
         *(one_step, trajectory, empty_draws, noise, noise_again, discrete, slices, refused, resumed),
         *(dies, exhausted, stopped, scarce),
-        *(same_update, same_update_in_all_ways, launched, mixing_shards, sharded_empty_draws, elastic),
+        *(same_update, same_update_in_all_ways, launched, mixing_shards, replicas, sharded_empty_draws, elastic),
         *(counted, different, refused_shards, real_rows, on_trls_trainers),
     )
 }
