@@ -33,9 +33,7 @@ def plan(
     max_length: Annotated[int | None, typer.Option(help="Cost: tokens of an example, padded. Default 256.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Cost: A100, H100 (default), H200 or L40S.")] = None,
 ) -> None:
-    """Says what noise a target epsilon needs, or what epsilon a noise gives, before there are data or a model; and what
-    a run costs.
-    """
+    """Says what noise a target epsilon needs, or what epsilon a noise gives, and what a run costs, before it begins."""
     from hf_dp import accounting
     from hf_dp.config import PrivacyConfig
     from hf_dp.errors import ConfigError
@@ -92,9 +90,7 @@ def _refuse_work(model: str | None, work: dict[str, int | None], gpu: str | None
         raise ConfigError("; ".join(wrong))
 
 
-def _cost(
-    mechanism: "Mechanism", model: str, work: dict[str, int | None], gpu: str | None
-) -> "list[Derived]":
+def _cost(mechanism: "Mechanism", model: str, work: dict[str, int | None], gpu: str | None) -> "list[Derived]":
     from hf_dp.accounting import advice
     from hf_dp.cli.libraries import quiet
     from hf_dp.recipe import gpu_cost, model_shapes, run_cost

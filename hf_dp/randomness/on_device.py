@@ -21,7 +21,7 @@ LOW = 0xFFFFFFFF
 
 
 def words(key: int, role: int, number: int, streams: range, blocks: int, device: torch.device | str) -> Tensor:
-    """The first `blocks` blocks of the cipher in each stream (key, role, number, block), int32 [streams, blocks, 16]."""
+    """The cipher's first `blocks` blocks in each stream (key, role, number, block), int32 [streams, blocks, 16]."""
     secret = hashlib.sha256(b"hf_dp ChaCha20" + key.to_bytes(16, "little")).digest()
     fixed = np.frombuffer(b"expand 32-byte k" + secret, dtype="<i4").reshape(3, 4, 1)
     own = torch.tensor(fixed.copy(), device=device)

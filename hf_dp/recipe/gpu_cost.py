@@ -1,7 +1,7 @@
 """Shapes, work and a card -> memory a GPU, tokens a second and days, by a model of the card that each rule states.
 
-What is assumed, and measured nowhere here: `SHARE` of the card's peak in bfloat16, and `LINK` for gathering weights. The
-memory is held against the peak of a small pass on a CPU (tests). Letters are those of `run_cost`. Imports no torch.
+What is assumed, and measured nowhere here: `SHARE` of the card's peak in bfloat16, and `LINK` for gathering weights.
+The memory is held against the peak of a small pass on a CPU (tests). Letters are those of `run_cost`. Imports no torch.
 """
 
 from typing import NamedTuple
@@ -35,8 +35,8 @@ DEFAULT = "H100"
 
 
 class Memory(NamedTuple):
-    """Bytes on one GPU in a full pass. `checkpointed` are the activations if blocks are computed again in backward;
-    `gathered` is what shards hold of weights: this process's, and two blocks whole.
+    """Bytes on one GPU in a full pass. Where blocks are computed again in backward, `inputs` of all and the activations
+    of one `block` stand for `activations`. `gathered` is what shards hold of weights: this process's, and two blocks.
     """
 
     weights: float
@@ -44,14 +44,15 @@ class Memory(NamedTuple):
     trained: float
     factors: float
     activations: float
-    checkpointed: float
+    inputs: float
+    block: float
     logits: float
 
     def total(self, *, sharded: bool, checkpointing: bool) -> float:
-        """All of it."""
-        kept = self.checkpointed if checkpointing else self.activations
+        """All that lives at once: with checkpointing, the logits are gone when a block is computed again."""
+        kept = self.inputs + max(self.block, self.logits) if checkpointing else self.activations + self.logits
         weights = self.gathered if sharded else self.weights
-        return weights + self.trained + self.factors + kept + self.logits
+        return weights + self.trained + self.factors + kept
 
 
 def card_of(name: str | None) -> tuple[str, Card]:
@@ -70,13 +71,12 @@ def card_of(name: str | None) -> tuple[str, Card]:
 def memory(shapes: Shapes, work: Work) -> Memory:
     """What a pass over b examples of L tokens holds.
 
-    Activations: the inputs and outputs of each linear map, in the weights' type; checkpointed: one number a token and
-    hidden unit of each block, and one block's. Logits: of all b L positions, with their gradient, in float32.
+    Activations: the inputs and outputs of each linear map, in the weights' type; inputs of blocks: the hidden units of
+    each token. Logits: of all b L positions, with their gradient, in float32.
     """
     tokens = work.examples * work.length
     number = shapes.bytes_of_weights / shapes.parameters
     each = sum(d + r for d, r in shapes.maps)
-    block = each / max(1, shapes.blocks)
     part, blocks = shapes.bytes_of_weights / work.num_processes, 2 * shapes.bytes_of_weights / max(1, shapes.blocks)
     return Memory(
         weights=shapes.bytes_of_weights,
@@ -84,7 +84,8 @@ def memory(shapes: Shapes, work: Work) -> Memory:
         trained=TRAINED * FLOAT * shapes.trainable,
         factors=per_example_gradients(shapes, work),
         activations=number * tokens * each,
-        checkpointed=number * tokens * (shapes.blocks * shapes.width + block),
+        inputs=number * tokens * shapes.blocks * shapes.width,
+        block=number * tokens * each / max(1, shapes.blocks),
         logits=2 * FLOAT * tokens * shapes.vocabulary,
     )
 
@@ -92,7 +93,8 @@ def memory(shapes: Shapes, work: Work) -> Memory:
 def operations(shapes: Shapes, length: int) -> float:
     """Of one token, forward and backward: 4 a frozen weight of a linear map, 6 a trained one, and attention's."""
     weights = sum(d * r for d, r in shapes.maps) + shapes.width * shapes.vocabulary
-    return 4 * weights + 2 * min(weights, shapes.trainable) + 12 * length * shapes.width * shapes.blocks
+    frozen = max(weights - shapes.trainable, 0)
+    return 4 * frozen + 6 * shapes.trainable + 12 * length * shapes.width * shapes.blocks
 
 
 def seconds_of_a_pass(shapes: Shapes, work: Work, card: Card, *, sharded: bool) -> float:
@@ -117,7 +119,9 @@ def derivation(mechanism: Mechanism, shapes: Shapes, work: Work, gpu: str | None
     step = micro_batches(mechanism, work) * pass_time
     step += 0 if work.num_processes == 1 else 2 * all_reduced(mechanism, shapes) / LINK
     weights = f"weights in shards {size(held.gathered)}" if sharded else f"weights {size(held.weights)}"
-    kept = "block inputs" if checkpointing else "activations"
+    kept = f"activations {size(held.activations)} + logits {size(held.logits)}"
+    if checkpointing:
+        kept = f"inputs of blocks {size(held.inputs)} + a block or logits {size(max(held.block, held.logits))}"
     verdict = "" if fitting else f"; MORE THAN AN {name} HAS ({size(card.memory)}): smaller micro-batches, more GPUs"
     bound = "gathering" if sharded and pass_time > seconds_of_a_pass(shapes, work, card, sharded=False) * 1.4 else ""
     return [
@@ -125,8 +129,7 @@ def derivation(mechanism: Mechanism, shapes: Shapes, work: Work, gpu: str | None
             "memory a GPU",
             size(total),
             f"{weights} + sum, gradient and Adam of what is trained {size(held.trained)} + per-example gradients "
-            f"{size(held.factors)} + {kept} {size(held.checkpointed if checkpointing else held.activations)} + logits "
-            f"{size(held.logits)}{verdict}",
+            f"{size(held.factors)} + {kept}{verdict}",
         ),
         Derived(
             "tokens a second",

@@ -60,11 +60,12 @@ def of_model(model: Any) -> Shapes:
     """
     linear, tables, used, maps = [], [], set(), []
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = isinstance(model, peft.PeftModel)
     for module in model.modules():
         of_tokens = module is table
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not (adapted and _is_trained(module)):
             maps.append(_inputs_and_outputs(module))
-        if not (of_tokens or isinstance(module, nn.Linear | Conv1D)) or not module.weight.requires_grad:
+        if not (of_tokens or isinstance(module, nn.Linear | Conv1D)) or not _is_trained(module):
             continue
         weight = module.weight
         used.add(weight)
@@ -86,6 +87,10 @@ def of_model(model: Any) -> Shapes:
         width=table.weight.shape[1],
         vocabulary=table.weight.shape[0],
     )
+
+
+def _is_trained(module: Any) -> bool:
+    return bool(module.weight.requires_grad)
 
 
 def _inputs_and_outputs(module: Any) -> tuple[int, int]:

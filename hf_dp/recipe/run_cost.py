@@ -22,8 +22,8 @@ class Shapes(NamedTuple):
 
     `linear` holds (d, r) of each trained linear map, `tables` the width of the trained token embedding; `others` counts
     all other trained parameters, such as biases and scales. `maps` holds (d, r) of each linear map but the output
-    layer's, trained or not; `blocks`, `width` and `vocabulary` are the number of repeated blocks, the hidden units, and
-    the tokens that there are.
+    layer's and an adapter's; `blocks`, `width` and `vocabulary` are the number of repeated blocks, hidden units and
+    tokens that there are.
     """
 
     parameters: int

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from unittest import mock
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist

@@ -122,9 +122,7 @@ def test_shards_of_another_kind_are_refused_with_a_way_out(found: dict[int, Foun
             "more parameters are sharded and trainable: per-example gradients need them whole; train an adapter"
             in trained
         )
-        assert (
-            "weights sharded over tp: tensor, pipeline, expert and context sharding are not supported; load" in split
-        )
+        assert "weights sharded over tp: tensor, pipeline, expert and context sharding are not supported; load" in split
 
 
 def test_noise_has_nothing_to_do_with_the_seed_or_the_step_before(found: dict[int, Found]) -> None:

@@ -91,5 +91,5 @@ def test_a_device_that_computes_something_else_draws_no_noise(
 ) -> None:
     assert callable(bug)
     bug(monkeypatch)
-    with pytest.raises(HfDpError, match="does not give what it gives on the CPU.*set noise='gaussian'"):
+    with pytest.raises(HfDpError, match=r"does not give what it gives on the CPU.*set noise='gaussian'"):
         NoiseSource(key=ChaChaKey(SECRET)).gaussian(10, std=1.0, device="cpu")

@@ -71,17 +71,17 @@ def test_memory_is_that_of_a_pass(small: Pass, checkpointing: bool) -> None:
         small.model.gradient_checkpointing_enable({"use_reentrant": False})
         small.model.enable_input_require_grads()
     measured = peak(small.run)
+    small.model.gradient_checkpointing_disable()
     of_a_pass = stated.total(sharded=False, checkpointing=checkpointing) - stated.weights - stated.trained
-    print(measured, of_a_pass, stated)
-    assert 0.7 < of_a_pass / measured < 1.4
+    assert 0.75 < of_a_pass / measured < 1.25
 
 
 def test_operations_are_those_that_are_counted(small: Pass) -> None:
     with FlopCounterMode(display=False) as counted:
         small.run()
     stated = B * L * gpu_cost.operations(model_shapes.of_model(small.model), L)
-    print(counted.get_total_flops(), stated)
-    assert 0.8 < stated / counted.get_total_flops() < 1.25
+    # norms and sums of the adapter's gradients are left out, which count in a model of 64 hidden units alone
+    assert 0.75 < stated / counted.get_total_flops() < 1.1
 
 
 BIG = Shapes(  # 8 B in bfloat16 with LoRA, as of Llama 3

@@ -152,7 +152,7 @@ def test_replicas_of_shards_are_let_through_and_what_splits_an_example_is_not(tm
     check_options(args, public_eval=False)
     for split in ("tp_size", "cp_size", "sp_size"):
         args.parallelism_config = ParallelismConfig(dp_shard_size=4, **{split: 2})
-        with pytest.raises(UnsupportedOptionError, match="(?s)parallelism_config=.*split one example over"):
+        with pytest.raises(UnsupportedOptionError, match=r"(?s)parallelism_config=.*split one example over"):
             check_options(args, public_eval=False)
 
 
