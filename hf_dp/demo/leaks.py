@@ -77,8 +77,8 @@ def in_words(private: Leaks, plain: Leaks) -> str:
     """What the numbers say, and whether they can say anything."""
     n = secrets.NUM_SECRETS
     said = (
-        f"{n} codes stood in one private record each. Of all {secrets.NUM_CODES:,} codes, the planted one is the "
-        f"likeliest to\nthe non-private model for {plain.extracted} of them, to the private one for {private.extracted}."
+        f"{n} codes stood in one private record each. Of all {secrets.NUM_CODES:,} codes, the planted one is the\n"
+        f"likeliest to the non-private model for {plain.extracted} of them, to the private one for {private.extracted}."
     )
     if not plain.has_power:
         return (
