@@ -11,6 +11,7 @@ from hf_dp.recipe import Recipe, task
 from hf_dp.step import PrivacySpent
 
 LOSS = "eval_nats_per_character"
+PLAIN_RATE = 2e-3
 Curve = list[tuple[int, float]]
 Measure = Callable[[Any], float]
 
@@ -32,9 +33,15 @@ class Tuned(NamedTuple):
 
 
 def tune_plain(recipe: Recipe, output_dir: Path, measure: Measure) -> Tuned:
-    """The recipe without privacy: plain `Trainer`, with batches of the private run's expected size."""
-    keywords = task.trainer_keywords(recipe, task.prepare(recipe), output_dir)
-    batch = {"per_device_train_batch_size": recipe.privacy.expected_batch_size}
+    """The same records, steps and batch size without privacy: plain `Trainer` on all weights, as is usual for a model of
+    this size, at a rate that suits them.
+    """
+    whole = dataclasses.replace(recipe, lora=None)
+    keywords = task.trainer_keywords(whole, task.prepare(whole), output_dir)
+    batch = {
+        "per_device_train_batch_size": recipe.privacy.expected_batch_size,
+        "learning_rate": PLAIN_RATE,
+    }
     beside = _Beside(measure)
     made = Trainer(**{**keywords, "args": dataclasses.replace(keywords["args"], **batch)}, callbacks=[beside])
     return _tuned(made, beside)

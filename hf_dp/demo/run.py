@@ -32,8 +32,8 @@ class Size(NamedTuple):
     """How much of everything. `overrides` are applied to the recipe."""
 
     num_public: int = 3000
-    num_private: int = 512
-    num_heldout: int = 512
+    num_private: int = 1024
+    num_heldout: int = 256
     base_steps: int = 300
     overrides: tuple[str, ...] = ()
 
@@ -79,9 +79,9 @@ def run(folder: Path, size: Size, recipe_path: Path = RECIPE) -> report.Result:
     def bits_left(model: Any) -> float:
         return secrets.bits_left(model, tokenizer, attacked.secrets)
 
-    console.rule("2. LoRA fine-tuning on the private half, by Trainer")
+    console.rule("2. Fine-tuning on the private half, by Trainer")
     plain = tune_plain(recipe, folder / "non-private", bits_left)
-    console.rule("3. The same by DPTrainer")
+    console.rule("3. Fine-tuning by DPTrainer, with LoRA")
     private = tune_private(recipe, bits_left)
     console.rule("4. What came of it")
     models = report.Of(AutoModelForCausalLM.from_pretrained(recipe.model.name), private.model, plain.model)
