@@ -14,8 +14,11 @@ from hf_dp.errors import ConfigError
 T = TypeVar("T")
 Noise = Literal["gaussian", "gaussian-chacha20", "discrete"]
 NOISES: tuple[str, ...] = get_args(Noise)
+IfUnset = Literal["fitted", "trainer"]
 CanaryKind = Literal["gradient", "new-token", "random-token"]
 CANARY_KINDS: tuple[str, ...] = get_args(CanaryKind)
+LEFT_ALONE = float("1")  # the default C: an object of its own, so that a given 1.0 can be told from none (by `is`)
+BY_RULE = float("0.1")  # the C that takes its place in training with Adam, see `training/fitted.py`
 _COLUMN = re.compile(r"\w([\w .-]*\w)?")  # the name is printed on the card
 ELSEWHERE = {  # what other libraries call a setting of ours -> our name
     "max_grad_norm": "clip_norm",
@@ -51,7 +54,9 @@ class PrivacyConfig:
         default=256,
         metadata={"help": "Mean size of the logical batch, over all processes. A record joins with q = B / N."},
     )
-    clip_norm: float = field(default=1.0, metadata={"help": "C: no example moves the gradient sum by more than this."})
+    clip_norm: float = field(
+        default=LEFT_ALONE, metadata={"help": "C: no example moves the gradient sum by more than this."}
+    )
     log_loss_up_to: float | None = field(
         default=None,
         metadata={
@@ -93,6 +98,13 @@ class PrivacyConfig:
     debug_seed: int | None = field(
         default=None,
         metadata={"help": "For tests only: sampling and noise are fixed. Card and ledger say NOT PRIVATE."},
+    )
+    if_unset: IfUnset = field(
+        default="fitted",
+        metadata={
+            "help": "Where learning rate and clip_norm were left alone: fitted, DPTrainer takes them from a rule for "
+            "private training; trainer, it keeps TrainingArguments' learning rate, and C = 1."
+        },
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PrivacyConfig":
@@ -185,6 +197,7 @@ _RULES: dict[str, Rule] = {
     "public_eval": ("true or false", lambda x: isinstance(x, bool)),
     "budget_file": ("a path as text, or left out", lambda x: x is None or (isinstance(x, str) and x != "")),
     "debug_seed": ("a whole number, 0 or more, or left out", lambda x: x is None or _is_whole(x, 0)),
+    "if_unset": (f"one of {', '.join(get_args(IfUnset))}", lambda x: x in get_args(IfUnset)),
 }
 
 

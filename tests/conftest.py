@@ -20,6 +20,7 @@ import torch
 from hf_dp.cli import main
 
 torch.set_num_threads(1)
+LONG = ("distributed", "training", "test_schedule.py", "test_mutants.py", "test_readme.py", "ledger", "audit")
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,11 @@ def hf_dp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return status, out, err
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files, and folders of such, come first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.path.parts), len(LONG)))
 
 
 def pytest_collection_finish() -> None:

@@ -83,6 +83,7 @@ def test_everything_wrong_is_named_at_once() -> None:
             unit_column="",
             debug_seed=-1,
             budget_file="",
+            if_unset="none",
             **{f"{name}_schedule": "none" for name in ("noise", "clip", "batch")},
         )
     for field in dataclasses.fields(PrivacyConfig):

@@ -17,11 +17,15 @@ from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.step.release import Releaser
 from tests.accounting import test_accounting
 from tests.ledger import test_faults
+from tests.per_example import test_fast_paths
 from tests.sampling import test_sampling
 from tests.step import test_release
 from tests.support import runs
 from tests.support.broken import (
     Patch,
+    a_pair_that_forgets_its_switch,
+    a_pair_without_its_scale,
+    a_stack_in_another_order,
     batches_evened_out,
     charged_after_the_release,
     clipped_after_averaging,
@@ -30,6 +34,7 @@ from tests.support.broken import (
     empty_draws_skipped,
     epsilon_three_percent_too_small,
     every_other_step_charged,
+    full_blocks_alone_measured,
     last_micro_batch_dropped,
     no_clipping,
     noise_divided_by_the_batch,
@@ -38,7 +43,9 @@ from tests.support.broken import (
     noise_of_the_session_before,
     noise_on_every_process,
     noise_on_one_parameter,
+    norms_of_one_stack_alone,
     not_a_number_let_through,
+    places_that_always_hold,
     shuffled_epochs,
 )
 from tests.training import test_trainer
@@ -114,6 +121,20 @@ def golden_epsilons(folder: Path) -> None:
         epsilon._spent.cache_clear()
 
 
+def general_way(folder: Path) -> None:
+    test_fast_paths.test_pairs_by_one_tap_have_the_gradients_of_the_general_way("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        test_fast_paths.test_stacks_and_single_gradients_give_one_clipped_sum(patch)
+
+
+def general_way_switched_off(folder: Path) -> None:
+    test_fast_paths.test_an_adapter_that_the_loss_switches_off_is_off()
+
+
+def places_of_a_frozen_parameter(folder: Path) -> None:
+    test_fast_paths.test_places_that_do_not_hold_are_not_taken()
+
+
 def _ledger(folder: Path) -> Ledger:
     ledger = Ledger.open(folder / LEDGER_NAME, test_release.HEADER)
     ledger.begin(0.05, test_release.SIGMA, test_release.C, 50)
@@ -139,6 +160,12 @@ CAUGHT: dict[Callable[[Patch], None], Callable[[Path], None]] = {
     charged_after_the_release: on_disk_first,
     every_other_step_charged: on_disk_first,
     epsilon_three_percent_too_small: golden_epsilons,
+    norms_of_one_stack_alone: neighbour_replay,
+    full_blocks_alone_measured: neighbour_replay,
+    a_stack_in_another_order: general_way,
+    a_pair_without_its_scale: general_way,
+    a_pair_that_forgets_its_switch: general_way_switched_off,
+    places_that_always_hold: places_of_a_frozen_parameter,
 }
 
 

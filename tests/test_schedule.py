@@ -25,6 +25,7 @@ from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.schedule import MOST_LEVELS, Level, Schedules, factors, levels, mean_batch
 from tests.support import fft_accountant, reference, runs
 from tests.support import models as M
+from tests.support.marks import quick
 
 SETTINGS = {"target_delta": 1e-3, "expected_batch_size": 8, "clip_norm": 0.1}
 
@@ -267,7 +268,10 @@ def test_what_is_executed_is_what_was_planned_and_the_card_says_so(tmp_path: Pat
     assert [entry["epsilon"] for entry in logged] == sorted(entry["epsilon"] for entry in logged)
 
 
-@pytest.mark.parametrize("name", ["noise_multiplier", "sample_rate", "num_steps", "clip_norm", "expected_batch_size"])
+LEVEL = ["noise_multiplier", "sample_rate", "num_steps", "clip_norm", "expected_batch_size"]
+
+
+@pytest.mark.parametrize("name", quick(("noise_multiplier",), LEVEL))
 def test_a_level_that_was_changed_is_found(name: str, tmp_path: Path) -> None:
     privacy = {"noise_multiplier": 1.0, **SETTINGS, "noise_schedule": "step:0.5", "batch_schedule": "step:2"}
     trainer = runs.trainer(tmp_path, None, privacy, max_steps=2)
@@ -310,6 +314,7 @@ def test_resuming_goes_on_at_the_right_level(stopped: int, tmp_path: Path) -> No
     assert executed[0] == executed[1]
 
 
+@pytest.mark.slow
 def test_within_an_epoch_too_with_draws_read_ahead(tmp_path: Path) -> None:
     """N = 24, B = 4 to 8: 4 steps an epoch, stopped in the second; the draws passed over are charged nothing."""
     privacy = {"noise_multiplier": 1.0, **SETTINGS, "expected_batch_size": 4, "batch_schedule": "step:2:4"}
@@ -326,6 +331,7 @@ def test_within_an_epoch_too_with_draws_read_ahead(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / LEDGER_NAME).segments == resumed.mechanism.segments()
 
 
+@pytest.mark.slow
 def test_training_stops_before_the_step_that_would_exceed_the_target(tmp_path: Path) -> None:
     """The second train() has what the first left: nothing."""
     privacy = {"target_epsilon": 3.0, **SETTINGS, "noise_schedule": "exponential:0.5"}
@@ -337,6 +343,7 @@ def test_training_stops_before_the_step_that_would_exceed_the_target(tmp_path: P
     assert trainer.privacy_spent().num_steps == 4
 
 
+@pytest.mark.slow
 def test_a_plain_loop_follows_the_schedule(tmp_path: Path) -> None:
     x = torch.randn(400, 5)
     model = nn.Linear(5, 1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from hf_dp.accounting.calibration import round_up
 from hf_dp.accounting.epsilon import spent
 from hf_dp.accounting.plan import epoch_length
-from hf_dp.config import PrivacyConfig
+from hf_dp.config import BY_RULE, LEFT_ALONE, PrivacyConfig
 from hf_dp.mechanism import METRIC_NOISE, Mechanism
 from hf_dp.randomness import STD, integer_sensitivity
 
@@ -40,7 +40,7 @@ def derivation(
         ("sample rate q", f"{m.sample_rate:.6g}", "B / N; every record joins a step with probability q"),
         ("steps T", f"{m.num_steps:,}", "given" if max_steps > 0 else by_epochs),
         ("delta", f"{m.delta:g}", "1 / N**1.1, rounded down" if privacy.target_delta is None else "given"),
-        ("clip norm C", f"{m.clip_norm:g}", "given; no record moves the sum by more"),
+        ("clip norm C", f"{m.clip_norm:g}", f"{_of_clip_norm(privacy)}; no record moves the sum by more"),
         ("noise multiplier sigma", f"{m.noise_multiplier:.10g}", of_sigma),
         ("noise on the sum", f"{m.noise_std:.5g}", "sigma x C, standard deviation of each coordinate"),
         ("noise on the mean", f"{m.noise_std / m.expected_batch_size:.5g}", "sigma x C / B"),
@@ -58,6 +58,12 @@ def derivation(
     if m.loss_bound is not None:
         rows[9:9] = _metric_rows(m, m.loss_bound)
     return [Derived(*row) for row in rows]
+
+
+def _of_clip_norm(privacy: PrivacyConfig) -> str:
+    if privacy.clip_norm is BY_RULE:
+        return "hf_dp's rule for Adam: hf_dp/training/README.md"
+    return "the default" if privacy.clip_norm is LEFT_ALONE else "given"
 
 
 def _level_rows(privacy: PrivacyConfig, m: Mechanism) -> list[tuple[str, str, str]]:

@@ -41,6 +41,12 @@ ASSUMPTIONS = (
     "operating system, which is never stored.",
     "One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",
 )
+INDEPENDENCE = (
+    "What comes of an example in a pass depends on no other example. Where several shared a pass, its operations were "
+    "followed before the first step, and gradients compared with those of each example alone, on made-up records of "
+    "few and many tokens: the model's code and PyTorch are trusted to treat sizes between those compared alike.",
+)
+INDEPENDENCE_SINCE = 4  # the version of privacy.json
 RUN_AS_DRAWN = (
     "The number of runs was drawn, once, by the randomness of the operating system and nobody knew it before the last "
     "one had ended; each run drew its settings from a fixed list; none was left out, repeated or stopped because of "
@@ -102,9 +108,11 @@ def sampler(unit: str) -> str:
     return SAMPLER if unit in (UNIT, PAIR) else GROUP_SAMPLER
 
 
-def sentences(public_eval: bool, noises: Sequence[str], unit: str, *, selected: bool = False) -> Sentences:
+def sentences(
+    public_eval: bool, noises: Sequence[str], unit: str, *, selected: bool = False, version: int
+) -> Sentences:
     """The sentences for a run with these kinds of noise and this unit; `public_eval` is whether evaluation data were
-    declared public.
+    declared public, and `version` that of privacy.json.
     """
     named = ", then ".join(GENERATOR_NAMES[name] for name in sorted({*map(generator_of, noises)}, reverse=True))
     named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s")}
@@ -113,6 +121,7 @@ def sentences(public_eval: bool, noises: Sequence[str], unit: str, *, selected: 
         assumptions=(
             *arithmetic,
             *(text.format(generator=named, **named_unit) for text in ASSUMPTIONS),
+            *(INDEPENDENCE if version >= INDEPENDENCE_SINCE else ()),
             *([RUN_AS_DRAWN] if selected else []),
         ),
         covered=COVERED,

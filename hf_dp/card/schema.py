@@ -8,7 +8,7 @@ from typing import cast
 from hf_dp.errors import ConfigError
 
 SCHEMA = "privacy.schema.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PRIVACY_JSON = "privacy.json"
 
 

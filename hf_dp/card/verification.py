@@ -80,7 +80,8 @@ def _settings(record: Record) -> Iterator[Check]:
         yield _release(record, segments)
         noises = [s.noise for s in segments] or [planned_noise(mechanism)]
         selected = record.selection is not None
-        ours = sentences(record.public_eval, noises, record.unit, selected=selected)._asdict()
+        version = record.schema_version
+        ours = sentences(record.public_eval, noises, record.unit, selected=selected, version=version)._asdict()
         different = [name for name in ours if getattr(record, name) != ours[name]]
         yield Check("what is assumed, covered and not", not different, ", ".join(different) or "as it should be")
         epsilon_is = EPSILON_OF_SELECTION if selected else kind_of(noises)["epsilon_is"]

@@ -120,7 +120,7 @@ def privacy_record(
         ledger_head=ledger.head,
         declared=dict(declared),
         libraries=dict(libraries),
-        **sentences(bool(declared.get("public_eval")), noises, mechanism.unit)._asdict(),
+        **sentences(bool(declared.get("public_eval")), noises, mechanism.unit, version=SCHEMA_VERSION)._asdict(),
         audit=audit and audit_record(audit, claim.segments or ledger.segments, delta, claim.epsilon.epsilon),
     )
 
@@ -156,6 +156,7 @@ def with_selection(record: Record, selected: Selection) -> Record:
     """
     epsilon = selection.spent(selected, record.delta)
     epsilon_at, curve = bounds_of_selection(selected, record.delta)
+    noises, version = [s.noise for s in record.segments], record.schema_version
     return replace(
         record,
         epsilon=epsilon,
@@ -165,7 +166,7 @@ def with_selection(record: Record, selected: Selection) -> Record:
         tradeoff=curve,
         accountant=record.accountant._replace(epsilon_is=EPSILON_OF_SELECTION),
         selection=RecordedSelection.of(selected, record.delta),
-        **sentences(record.public_eval, [s.noise for s in record.segments], record.unit, selected=True)._asdict(),
+        **sentences(record.public_eval, noises, record.unit, selected=True, version=version)._asdict(),
     )
 
 

@@ -17,21 +17,24 @@ from hf_dp.per_example.batches import (
     same,
     stacked,
 )
+from hf_dp.per_example.borrowing import Places, places_kept
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.compiled import CompiledBlocks
-from hf_dp.per_example.cost import materialise_is_cheaper
+from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
 from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
 from hf_dp.per_example.inventory import Inventory, Row, inventory_of_one, take_inventory
+from hf_dp.per_example.lengths import ComparedLengths, sizes_of
 from hf_dp.per_example.losses import IGNORED, public_sizes
 from hf_dp.per_example.one_at_a_time import each_alone, tied_members
 from hf_dp.per_example.outside import hooks_in, refuse_hooks
-from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, prove, state_put_back
+from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, prove, state_put_back, untouched
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
 from hf_dp.per_example.units import as_rows, as_units
 
 __all__ = [
     "IGNORED",
+    "LAUNCHES",
     "LEFT",
     "LENGTHS",
     "MANY",
@@ -39,6 +42,7 @@ __all__ = [
     "RIGHT",
     "SIZE",
     "Batch",
+    "ComparedLengths",
     "CompiledBlocks",
     "Inventory",
     "Leaf",
@@ -46,6 +50,7 @@ __all__ = [
     "Padding",
     "Pass",
     "Path",
+    "Places",
     "Proof",
     "Record",
     "Report",
@@ -69,6 +74,7 @@ __all__ = [
     "materialise_is_cheaper",
     "pad_and_join",
     "per_example_factors",
+    "places_kept",
     "precision",
     "preferences",
     "prove",
@@ -77,11 +83,13 @@ __all__ = [
     "refuse_hooks",
     "same",
     "self_check",
+    "sizes_of",
     "stacked",
     "state_put_back",
     "synthetic_records",
     "take_inventory",
     "tied_members",
     "undisturbed",
+    "untouched",
     "views",
 ]

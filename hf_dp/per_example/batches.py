@@ -35,18 +35,22 @@ class MicroBatch(Batch):
     With several examples, every tensor, and every list of things that are not tensors, has one row for each example, in
     their order; anything else is the same for all of them. A batch of one example is what the collator made of its
     record, whatever that is.
+
+    Attributes:
+        records: of these examples, where they were padded to a length that other records of the draw had: from them
+            each can be collated anew by itself. () where no example was padded, or where they are not known.
     """
 
-    def __init__(self, batch: Mapping[str, Leaf], size: int) -> None:
+    def __init__(self, batch: Mapping[str, Leaf], size: int, records: Sequence[Record] = ()) -> None:
         super().__init__(batch)
-        self.size = size
+        self.size, self.records = size, records
 
     def rows(self, where: slice) -> "MicroBatch":
         """The examples in this range."""
         size = len(range(*where.indices(self.size)))
         if size == self.size:
             return self
-        return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, size)
+        return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, size, self.records[where])
 
     def first(self, count: int) -> "MicroBatch":
         """The first `count` examples; beyond the last one, the first ones again."""
@@ -59,7 +63,7 @@ class MicroBatch(Batch):
 
     def mapped(self, change: Callable[[Batch], Batch]) -> "MicroBatch":
         """The same examples after `change` was applied to the batch as a whole, for example to move it to a device."""
-        return MicroBatch(change(dict(self)), self.size)
+        return MicroBatch(change(dict(self)), self.size, self.records)
 
 
 def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:

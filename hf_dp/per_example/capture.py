@@ -6,8 +6,7 @@ backward run, and factors are recorded. Other rooms call `clipped_gradient_sum`.
 after an exception too, and `p.grad` is never written.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -16,16 +15,20 @@ from torch import Tensor, nn
 from hf_dp.errors import CaptureError, UnseenUse, UnsupportedParameterError
 from hf_dp.per_example import factors as fx
 from hf_dp.per_example import norms
+from hf_dp.per_example.borrowing import places_of
 from hf_dp.per_example.clipping import clip_factors
-from hf_dp.per_example.cost import materialise_is_cheaper
+from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
 from hf_dp.per_example.forms import ONE, SEVERAL, SHARED, Forms, Key, Use
 from hf_dp.per_example.norms import Measured
+from hf_dp.per_example.pairs import Pair, one_tap_each
 from hf_dp.per_example.proxy import ParameterProxy
 from hf_dp.per_example.rules import apply_rule
+from hf_dp.per_example.stacks import Joined, Stacks, add_weighted_sums, joined
 from hf_dp.per_example.units import folded
 
 T = TypeVar("T")
+Shapes: TypeAlias = Mapping[torch.Size, int]
 REMEDY = (
     "freeze it, or set per_device_train_batch_size=1 (and no token budget): one example at a time is exact for any "
     "layer"
@@ -48,11 +51,13 @@ class Capture:
         size: B.
         collecting: to take an inventory.
         forms: whether rows are the examples', as far as an inventory has found it.
+        shapes: of the parameters that are trained, and how many there are of each.
     """
 
     apply_rule = staticmethod(apply_rule)  # proxies call the rules through their capture, which imports both
 
-    def __init__(self, size: int, forms: Forms, *, collecting: bool = False) -> None:
+    def __init__(self, size: int, forms: Forms, *, collecting: bool = False, shapes: Shapes | None = None) -> None:
+        self._stacks = Stacks(shapes or {})
         self._unit_rows = forms.unit_rows
         self.batch_size = size * self._unit_rows
         self.seen: dict[Key, list[Use]] = {}
@@ -70,7 +75,7 @@ class Capture:
 
     def forget(self) -> None:
         """Drops factors and proxies. They refer back to this object, and only the garbage collector frees a cycle."""
-        self.recorded, self._watched = {}, []
+        self.recorded, self._watched, self._stacks = {}, [], Stacks({})
 
     def used(self, parameter: str, operation: str) -> None:
         """Notes that an operation with a rule uses `parameter`."""
@@ -109,15 +114,23 @@ class Capture:
             f"are the examples': {REMEDY}"
         )
 
-    def record(self, parameter: str, factor: Factor) -> None:
+    def record(self, parameter: str, factor: Factor, scale: float | None = None) -> None:
         """Records one use of `parameter`, from a tap's backward: folded to examples, and materialised now if that is
         cheaper (see `cost`).
+
+        Args:
+            parameter: its name.
+            factor: of its gradients; of LoRA's pairs, divided by `scale`.
+            scale: alpha / r of a pair, whose factors are of the form Outer.
         """
         factor = folded(factor, self._unit_rows)
         if isinstance(factor, Outer):
-            _, positions, d = factor.inputs.shape
-            if materialise_is_cheaper(positions, d, factor.grads.shape[-1]):
-                factor = Dense(fx.materialise(factor))
+            batch, positions, d = factor.inputs.shape
+            spared = 0.0 if scale is None else LAUNCHES / batch
+            if materialise_is_cheaper(positions, d, factor.grads.shape[-1], spared):
+                factor = self._stacks.product(factor, 1.0 if scale is None else scale)
+            elif scale is not None:
+                factor = Outer(factor.inputs, factor.grads * scale)
         self.recorded.setdefault(parameter, []).append(factor)
 
     def refuse(self, parameters: Sequence[str], operation: str, compute: Callable[[], T]) -> T:
@@ -146,47 +159,6 @@ def refusal_message(refusals: dict[tuple[str, str], None]) -> str:
     return f"no exact per-example rule for: {uses}. For each: {REMEDY}."
 
 
-class Borrowed:
-    """The stand-ins of the trainable parameters by name; after the pass, `strays`: parameters that got a gradient."""
-
-    def __init__(self) -> None:
-        self.stand_ins: dict[str, Tensor] = {}
-        self.strays: list[str] = []
-
-
-@contextmanager
-def borrowed(model: nn.Module, stand_in: Callable[[str, nn.Parameter], Tensor]) -> Iterator[Borrowed]:
-    """Puts `stand_in(name, parameter)` wherever the model keeps a trainable parameter, and restores it afterwards.
-
-    A tied parameter has one stand-in, in all its places. Gradients that the parameters held are set aside during the
-    pass, so a parameter that has a gradient after it was used from elsewhere: it is a stray.
-    """
-    stand_ins: dict[int, Tensor] = {}
-    lent = Borrowed()
-    owned: dict[str, tuple[nn.Parameter, Tensor | None]] = {}
-    places: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for prefix, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad:
-                continue
-            if id(parameter) not in stand_ins:
-                name = f"{prefix}.{key}" if prefix else key
-                stand_ins[id(parameter)] = lent.stand_ins[name] = stand_in(name, parameter)
-                owned[name] = parameter, parameter.grad
-            places.append((module, key, parameter))
-    try:
-        for module, key, parameter in places:
-            module._parameters[key] = stand_ins[id(parameter)]  # type: ignore[assignment]
-            parameter.grad = None
-        yield lent
-    finally:
-        for module, key, parameter in places:
-            module._parameters[key] = parameter
-        lent.strays = [name for name, (parameter, _) in owned.items() if parameter.grad is not None]
-        for parameter, grad in owned.values():
-            parameter.grad = grad
-
-
 def per_example_factors(
     model: nn.Module,
     example_losses: Callable[[], Tensor],
@@ -194,6 +166,7 @@ def per_example_factors(
     *,
     capture: Capture | None = None,
     forms: Forms | None = None,
+    pairs: bool = True,
 ) -> tuple[dict[str, list[Factor]], Tensor]:
     """One forward and backward pass.
 
@@ -203,6 +176,7 @@ def per_example_factors(
         batch_size: B.
         capture: the record to fill, of batch size B.
         forms: of the model's inventory (`take_inventory(...).forms`). One example needs none.
+        pairs: LoRA's pairs may have one tap each (see `pairs`); never where `capture` is given.
 
     Returns:
         Parameter name -> factors of its per-example gradients; and the losses [B], detached.
@@ -214,19 +188,20 @@ def per_example_factors(
     """
     if batch_size == 1 and capture is None:
         return _single_example(model, example_losses)
+    fast: Sequence[Pair] = ()
+    places = places_of(model)
     if capture is None and forms is not None:
-        capture = Capture(batch_size, forms)
+        capture, fast = Capture(batch_size, forms, shapes=places.shapes), places.pairs if pairs else ()
     if capture is None:
         raise CaptureError(
             f"a pass of {batch_size} examples needs the forms of the model's inventory: give `per_example_factors` "
             "forms=take_inventory(model, batch, example_losses).forms"
         )
-    stand_in = lambda name, p: ParameterProxy.of(p, name, capture)  # noqa: E731
     try:
-        with borrowed(model, stand_in) as lent, torch.enable_grad():
+        with places.lent(places.proxies(capture)) as strays, one_tap_each(fast, capture), torch.enable_grad():
             losses = _checked(example_losses(), batch_size)
             _backward(losses)
-        capture.refuse_hidden(lent.strays)
+        capture.refuse_hidden(strays)
         return {name: fx.merge(uses) for name, uses in capture.recorded.items()}, losses.detach()
     finally:
         capture.forget()
@@ -234,12 +209,14 @@ def per_example_factors(
 
 def _single_example(model: nn.Module, example_losses: Callable[[], Tensor]) -> tuple[dict[str, list[Factor]], Tensor]:
     """With one example in the pass, autograd's gradient is the example's, for any layer and any operation."""
-    with borrowed(model, lambda name, p: p.detach().requires_grad_()) as lent, torch.enable_grad():
+    places = places_of(model)
+    leaves = {name: p.detach().requires_grad_() for name, p in places.parameters.items()}
+    with places.lent(leaves) as strays, torch.enable_grad():
         losses = _checked(example_losses(), 1)
         _backward(losses)
-    if lent.strays:
-        raise CaptureError(f"the model uses {', '.join(lent.strays)} from elsewhere than its module: freeze them")
-    found = {name: leaf.grad for name, leaf in lent.stand_ins.items() if leaf.grad is not None}
+    if strays:
+        raise CaptureError(f"the model uses {', '.join(strays)} from elsewhere than its module: freeze them")
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {name: [Dense(grad.to_dense().unsqueeze(0))] for name, grad in found.items()}, losses.detach()
 
 
@@ -256,11 +233,11 @@ def _checked(losses: Tensor, batch_size: int) -> Tensor:
     return losses
 
 
-def squared_norms(factors: dict[str, list[Factor]], batch_size: int, like: Tensor) -> Measured:
-    """Upper bounds of |g_b|^2 over all parameters together, [B], in float64; zeros if there are no factors."""
-    if not factors:
-        return Measured(like.new_zeros(batch_size, dtype=torch.float64), {})
-    return norms.squared_norms(factors)
+def squared_norms(factors: dict[str, list[Factor]], blocks: Sequence[Joined], losses: Tensor) -> Measured:
+    """Upper bounds of |g_b|^2 over all parameters together, [B], in float64; zeros if there are none."""
+    if not factors and not blocks:
+        return Measured(torch.zeros_like(losses, dtype=torch.float64), {})
+    return norms.squared_norms(factors, [block.gradients for block in blocks])
 
 
 class PerExample(NamedTuple):
@@ -304,14 +281,27 @@ def clipped_gradient_sum(
     if batch_size == 0:
         return PerExample(torch.zeros(0), torch.zeros(0))
     factors, losses = factors_of(model, example_losses, batch_size)
-    measured = squared_norms(factors, batch_size, losses)
+    with torch.autocast(losses.device.type, enabled=False):  # it would make float32 products bfloat16
+        squares = _add_clipped(factors, losses, clip_norm, into)
+    return PerExample(squares.sqrt(), losses)
+
+
+def _add_clipped(factors: dict[str, list[Factor]], losses: Tensor, clip_norm: float, into: dict[str, Tensor]) -> Tensor:
+    """Adds the clipped gradients to `into`; upper bounds of their squared norms before clipping, [B]."""
+    blocks = joined(factors)
+    inside = {name for block in blocks for name in block.names}
+    factors = {name: uses for name, uses in factors.items() if name not in inside}
+    measured = squared_norms(factors, blocks, losses)
     weights = clip_factors(measured.squares.sqrt(), clip_norm)
     bounded = weights > 0
     if not bool(bounded.all()):
         factors = {name: fx.without_examples(uses, bounded) for name, uses in factors.items()}
+        blocks = [block.without_examples(bounded) for block in blocks]
     for name, uses in factors.items():
         fx.add_weighted_sum(uses, weights, into[name], measured.cancelling.get(name, ()))
-    return PerExample(measured.squares.sqrt(), losses)
+    for block in blocks:
+        add_weighted_sums(block, weights, into)
+    return measured.squares
 
 
 def views(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

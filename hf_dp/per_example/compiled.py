@@ -131,7 +131,7 @@ class CompiledBlocks:
 
         rows = self._forms.unit_rows
         with self._lent(batch_size * rows) as anchors, dynamo.patch(recompile_limit=GRAPHS):
-            factors, losses = per_example_factors(model, example_losses, batch_size, forms=self._forms)
+            factors, losses = per_example_factors(model, example_losses, batch_size, forms=self._forms, pairs=False)
         found = {name: anchor.grad for name, anchor in anchors.items() if anchor.grad is not None}
         return factors | {name: [folded(Dense(gradient), rows)] for name, gradient in found.items()}, losses
 

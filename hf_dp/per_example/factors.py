@@ -24,10 +24,19 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 25  # largest temporary, in elements (128 MiB of float32)
 
 
+class Stack:
+    """Room for the gradients of m parameters of one shape, [m, B, r, d], of which `used` are there (see `stacks`)."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers, self.used = numbers, 0
+
+
 class Dense(NamedTuple):
-    """Materialised per-example gradients, [B, *shape]."""
+    """Materialised per-example gradients, [B, *shape]; where they lie in a stack, which one and where."""
 
     gradient: Tensor
+    stack: Stack | None = None
+    place: int = 0
 
 
 class Outer(NamedTuple):
@@ -55,7 +64,12 @@ def wide(x: Tensor) -> torch.dtype:
 
 def exact(x: Tensor) -> Tensor:
     """x in float32 or better: lower precisions are widened, float64 stays."""
-    return x.to(wide(x))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def in_rows(gradient: Tensor) -> Tensor:
+    """[B, *shape] -> [B, n], in float32 or better; a single number has n = 1."""
+    return exact(gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1))
 
 
 def per_example_product(grads: Tensor, inputs: Tensor) -> Tensor:
@@ -84,7 +98,7 @@ def merge(factors: Sequence[Factor]) -> list[Factor]:
         merged.append(
             dense[0]
             if len(dense) == 1
-            else Dense(torch.stack([f.gradient.flatten(1) for f in dense]).sum(0).view_as(dense[0].gradient))
+            else Dense(torch.stack([in_rows(f.gradient) for f in dense]).sum(0).view_as(dense[0].gradient))
         )
     if outer:
         one = len(outer) == 1
@@ -119,7 +133,7 @@ def add_weighted_sum(
     weights = toward_zero(weights, into.dtype)
     for factor in factors:
         if isinstance(factor, Dense):
-            flat = exact(factor.gradient).flatten(1).to(into.dtype)
+            flat = in_rows(factor.gradient).to(into.dtype)
             into.view(-1).addmv_(flat.t(), weights)
         elif isinstance(factor, Outer):
             _add_outer(factor, weights, into)

@@ -22,9 +22,10 @@ For a sum of several factors, M is the sum of theirs. |G| <= M. For two factors 
 the products' absolute values (Higham 2002, section 3.1). float32 numbers become float64 numbers exactly. For nested
 sums, the lengths add up.
 
-1. *Dense.* Blocks of 128 are summed in the gradient's own precision, then float64 takes over. All terms are positive:
-   relatively, the true square exceeds the computed one by at most (128 + 16) v + 2 (n / 128) u. Each square that
-   underflows adds at most twice the smallest normal number.
+1. *Dense.* Blocks of at most 128 are summed in the gradient's own precision, then float64 adds up the k blocks. All
+   terms are positive: relatively, the true square exceeds the computed one by at most (128 + 16) v + 2 k u. Each square
+   that underflows adds at most twice the smallest normal number. Where m parameters are in one tensor, n and k are
+   those of all of them: a sum of positive terms, whosever they are.
 2. *Gram*, |G|^2 = sum_st (x_s . x_t) (g_s . g_t): nested sums of lengths d, r, T and T, so the error is at most
    gamma_(d + r + 2T) M^2.
 3. *Product* and *Rows*: G itself is formed with an error of norm at most gamma_T M. So its square has an error of at
@@ -80,15 +81,17 @@ class Bound(NamedTuple):
     length: int
 
 
-def squared_norms(factors: Mapping[str, Sequence[Factor]]) -> Measured:
-    """Upper bounds of |G_b|^2 over all parameters.
+def squared_norms(factors: Mapping[str, Sequence[Factor]], stacks: Sequence[Tensor] = ()) -> Measured:
+    """Upper bounds of |G_b|^2 over all parameters, of which there is at least one.
 
     Args:
-        factors: by parameter, at least one, each as from `factors.merge`.
+        factors: by parameter, each as from `factors.merge`.
+        stacks: [m, B, n], the gradients of m further parameters each.
     """
     bounds = {name: bound(uses) for name, uses in factors.items()}
-    squares = torch.stack([b.square + b.error for b in bounds.values()])  # [parameters, B]
-    terms = torch.stack([b.terms for b in bounds.values()])
+    measured = [*bounds.values(), *map(_dense, stacks)]
+    squares = torch.stack([b.square + b.error for b in measured])  # [parameters and stacks, B]
+    terms = torch.stack([b.terms for b in measured])
     cancels = terms > CANCELS * squares.sum(0).clamp_min(0.0).sqrt()  # False where it is NaN
     cancelling: dict[str, list[int]] = {}
     if any(not isinstance(f, Dense) for uses in factors.values() for f in uses):
@@ -96,7 +99,7 @@ def squared_norms(factors: Mapping[str, Sequence[Factor]]) -> Measured:
             name = list(bounds)[number]
             cancelling.setdefault(name, []).append(example)
             squares[number, example] = square_in_float64(factors[name], example, bounds[name])
-    return Measured(squares.sum(0) * (1 + 4 * (len(bounds) + 8) * UNIT), cancelling)
+    return Measured(squares.sum(0) * (1 + 4 * (len(measured) + 8) * UNIT), cancelling)
 
 
 def bound(factors: Sequence[Factor]) -> Bound:
@@ -150,20 +153,23 @@ def by_product(factor: Outer) -> Bound:
 
 def _measured(factor: Factor) -> Bound:
     if isinstance(factor, Dense):
-        return _dense(fx.exact(factor.gradient).flatten(1))
+        return _dense(fx.in_rows(factor.gradient).unsqueeze(0))
     if isinstance(factor, Rows):
         return _rows(factor)
     return by_gram(factor) if gram_is_cheaper(factor) else by_product(factor)
 
 
-def _dense(flat: Tensor) -> Bound:
-    """The sum of squares of [B, n], by blocks."""
-    numbers, precision = flat.shape[1], torch.finfo(flat.dtype)
+def _dense(stack: Tensor) -> Bound:
+    """The sum of squares of [m, B, n] over m and n, by blocks of n."""
+    count, _, numbers = stack.shape
+    precision = torch.finfo(stack.dtype)
     whole = numbers // BLOCK * BLOCK
-    square = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, BLOCK)), dim=2).double().square_().sum(1)
+    blocks = torch.linalg.vector_norm(stack[..., :whole].unflatten(2, (-1, BLOCK)), dim=3)
+    square = blocks.double().square_().sum((0, 2))
     if whole < numbers:
-        square = square + torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square_()
-    error = square * ((BLOCK + 16) * precision.eps / 2 + 2 * numbers / BLOCK * UNIT) + 2 * numbers * precision.tiny
+        square = square + torch.linalg.vector_norm(stack[..., whole:], dim=2).double().square_().sum(0)
+    length, total = count * -(-numbers // BLOCK), count * numbers
+    error = square * ((BLOCK + 16) * precision.eps / 2 + 2 * length * UNIT) + 2 * total * precision.tiny
     return Bound(square, error, (square + error).sqrt(), 0)  # in a cross term, its sums are no longer than the other's
 
 

@@ -89,7 +89,8 @@ def is_coupled(model: nn.Module, collated: Sequence[Batch], example_losses: Exam
 
     Args:
         model: unwrapped; left as it was.
-        collated: as for `self_check`, with several examples in the whole.
+        collated: as for `self_check`, with several examples in the whole: those of the others, again and again where it
+            has more of them.
         example_losses: (model, batch) -> one loss an example.
         factors_of: what will do the passes over several examples.
     """
@@ -173,20 +174,23 @@ def _difference(
 def _squared_differences(
     model: nn.Module, batch: MicroBatch, alone: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass
 ) -> tuple[Tensor, Tensor]:
-    """|g_b in the batch - g_b alone|^2 and |g_b alone|^2 for each example, [B] each; one parameter of one example at a
-    time.
+    """|g_b in the batch - g_b alone|^2 and |g_b alone|^2 for the first and the last example like each that is alone,
+    [B] each with 0 for the others; one parameter of one example at a time.
     """
     size = batch.size
     together, losses = factors_of(model, lambda: example_losses(model, batch), size)
     totals = torch.zeros(2, size, dtype=exact(losses).dtype, device=losses.device)
-    for row, one in enumerate(alone[:size]):
+    for first, one in enumerate(alone[:size]):
         singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
+        last = first + (size - 1 - first) // len(alone) * len(alone)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.requires_grad:
                     reference = _gradient(singly.get(name, []), 0, 1, p)
-                    totals[0, row] += (_gradient(together.get(name, []), row, size, p) - reference).square().sum()
-                    totals[1, row] += reference.square().sum()
+                    for row in {first, last}:
+                        difference = _gradient(together.get(name, []), row, size, p) - reference
+                        totals[0, row] += difference.square().sum()
+                        totals[1, row] += reference.square().sum()
     return totals[0], totals[1]
 
 

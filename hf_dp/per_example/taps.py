@@ -63,6 +63,69 @@ class LinearTap(torch.autograd.Function):
         return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None, None
 
 
+class PairTap(torch.autograd.Function):
+    """LoRA's pair beside its base: y + s (x A^T) B^T, with A [k, d] and B [r, k].
+
+    Gradients per example, with u = x A^T: B: s g^T u; A: s (g B)^T x (both Outer, and handed over with s).
+    """
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, y: Tensor, anchor: Tensor, pair: tuple[Tensor, Tensor], *how: Any) -> Tensor:
+        """`x` [B, ..., d] leads with the examples, `y` [B, ..., r] is the base's; `how`: s, B, the sinks of A and B."""
+        (a, b), (ctx.scaling, ctx.batch, *ctx.sinks) = pair, how
+        base, u = y.reshape(-1, y.shape[-1]), F.linear(x.reshape(-1, x.shape[-1]), a)
+        ctx.save_for_backward(x, u, a, b)
+        if base.dtype == u.dtype:
+            out = torch.addmm(base, u, b.t(), alpha=ctx.scaling)
+        else:
+            out = (base + ctx.scaling * F.linear(u, b)).to(y.dtype)
+        return torch.ops.aten._unsafe_view(out, y.shape)  # no view: an in-place activation may follow
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over the factors and returns the gradients of x and y."""
+        (g,) = grads
+        x, u, a, b = ctx.saved_tensors
+        inner = _pair(ctx, x, u, g.reshape(-1, g.shape[-1]).to(u.dtype), b)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = x.new_empty(len(inner), x.shape[-1]).addmm_(inner, a, beta=0, alpha=ctx.scaling).view(x.shape)
+        return gx, (g if ctx.needs_input_grad[1] else None), None, None, None, None, None, None
+
+
+class PairedLinearTap(torch.autograd.Function):
+    """`PairTap` with a base that is a frozen linear map: x W^T + c + s (x A^T) B^T."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, anchor: Tensor, base: Any, pair: tuple[Tensor, Tensor], *how: Any) -> Tensor:
+        """`base`: W and c, or None; the rest as of `PairTap`."""
+        (a, b), (ctx.scaling, ctx.batch, *ctx.sinks) = pair, how
+        out, u = F.linear(x, *base), F.linear(x.reshape(-1, x.shape[-1]), a)
+        ctx.save_for_backward(x, u, a, b, base[0])
+        out.view(-1, out.shape[-1]).addmm_(u, b.t(), alpha=ctx.scaling)
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over the factors and returns the input's gradient."""
+        (g,) = grads
+        x, u, a, b, weight = ctx.saved_tensors
+        flat = g.reshape(-1, g.shape[-1])
+        inner = _pair(ctx, x, u, flat, b)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = (flat @ weight).addmm_(inner, a, alpha=ctx.scaling).view(x.shape)
+        return gx, None, None, None, None, None, None, None
+
+
+def _pair(ctx: Context, x: Tensor, u: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    """Hands over the factors of A and B, and returns g B, [B T, k]."""
+    inner, batch = g @ b, ctx.batch
+    ctx.sinks[1](Outer(u.view(batch, -1, u.shape[-1]), g.view(batch, -1, g.shape[-1])), ctx.scaling)
+    ctx.sinks[0](Outer(x.reshape(batch, -1, x.shape[-1]), inner.view(batch, -1, inner.shape[-1])), ctx.scaling)
+    return inner
+
+
 class EmbeddingTap(torch.autograd.Function):
     """y = table[index]. Gradient per example: the rows of g, added up by index (Rows); the padding row gets none."""
 

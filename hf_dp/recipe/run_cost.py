@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from hf_dp.accounting import Derived
 from hf_dp.mechanism import METRICS, Mechanism
-from hf_dp.per_example import materialise_is_cheaper
+from hf_dp.per_example import LAUNCHES, materialise_is_cheaper
 
 FLOAT = 4  # bytes of float32: what is clipped, summed and reduced
 BESIDE_THE_SUM = 3  # further numbers in the all-reduce: see `step/release.py`
@@ -85,7 +85,11 @@ def per_example_gradients(shapes: Shapes, work: Work) -> int:
     if work.examples == 1:
         return FLOAT * shapes.trainable
     length = work.length
-    held = sum(d * r if materialise_is_cheaper(length, d, r) else length * (d + r) for d, r in shapes.linear)
+    held = 0
+    for d, r in shapes.linear:
+        kept, factored = d * r, length * (d + r)
+        ways = {materialise_is_cheaper(length, d, r, spared) for spared in (0.0, LAUNCHES / work.examples)}
+        held += max(kept if way else factored for way in ways)
     held += length * sum(width + INDEX for width in shapes.tables) + shapes.others
     return FLOAT * work.examples * held
 

@@ -98,7 +98,7 @@ def _training(wanted: Wanted, output: str) -> Iterator[str]:
     yield _line(
         "num_train_epochs", str(epochs_for(wanted.num_records)), "each step spends; more steps, more noise each"
     )
-    yield _line("learning_rate", "2e-3", "with noise, 10 to 100 times the usual")
+    yield "  # learning_rate: 1e-3              # from a rule, which the plan names, unless given"
     yield _line("per_device_train_batch_size", "16", "memory and speed only")
     yield _line("logging_steps", "10")
     yield _line("save_strategy", '"no"', "the finished model is saved in any case")
@@ -110,7 +110,7 @@ def _privacy(wanted: Wanted) -> Iterator[str]:
     yield _line(
         "expected_batch_size", str(batch_for(wanted.num_records)), "the logical batch; larger, less noise in all"
     )
-    yield _line("clip_norm", "0.1", "no record moves a step's sum by more")
+    yield "  # clip_norm: 0.1                   # no record moves a step's sum by more; from a rule unless given"
     if wanted.unit_column:
         yield _line("unit_column", _scalar(wanted.unit_column), "all records with the same value are protected as one")
     else:

@@ -157,6 +157,8 @@ def build(
             audit=audit,
         )
         trainer.about |= _about(recipe)
+        if "learning_rate" in recipe.training:  # given, even if it equals the default
+            trainer.args.learning_rate, trainer.rate_by_rule = keywords["args"].learning_rate, ""
         return trainer
     except HfDpError:
         raise

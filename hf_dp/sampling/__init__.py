@@ -1,6 +1,6 @@
 """Records go in; Poisson draws come out, this process's share of them, cut into micro-batches."""
 
-from hf_dp.sampling.collation import Collate, Collation, OfUnits, taken_by_the_model
+from hf_dp.sampling.collation import Collate, Collation, OfUnits, of_lengths, taken_by_the_model
 from hf_dp.sampling.loader import logical_batches
 from hf_dp.sampling.microbatch import (
     DRAW_NUMBER,
@@ -37,6 +37,7 @@ __all__ = [
     "groups_by",
     "logical_batches",
     "micro_batches",
+    "of_lengths",
     "own_generators",
     "read_records",
     "taken_by_the_model",

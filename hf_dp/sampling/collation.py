@@ -36,6 +36,7 @@ from hf_dp.per_example import (
     leaves,
     pad_and_join,
     same,
+    sizes_of,
     stacked,
 )
 from hf_dp.randomness import fork_forward_rng
@@ -97,26 +98,32 @@ class Collation:
             batch = as_mapping(self._collate([unpacked(record) for record in records]))
             if not is_tied(batch, len(records)):
                 raise CaptureError(f"the collator did not make one row of each record: {WHY_ROWS}")
-            return [MicroBatch(batch, len(records))]
-        alone = self.alone(records)
+            return [MicroBatch(batch, len(records), _if_padded(records))]
+        kept, alone = self._each(records)
         if self.apart is None and alone:
             try:
-                return [stacked(alone, self._paddings)]
+                batch = stacked(alone, self._paddings)
             except Untied:
-                pass
+                return alone
+            padded = any(sizes_of(one) != sizes_of(batch) for one in alone)
+            return [MicroBatch(batch, batch.size, kept if padded else ())]
         return alone
 
-    def alone(self, records: list[Record]) -> list[MicroBatch]:
+    def alone(self, records: Sequence[Record]) -> list[MicroBatch]:
         """A micro-batch for each record that has tokens.
 
         Raises:
             CaptureError: as a call.
         """
-        made = (as_mapping(self._collate([unpacked(record)])) for record in records)
-        alone = [MicroBatch(batch, 1) for batch in made if not is_empty(batch)]
-        for batch in alone:
-            _refuse_other_rows(batch, CaptureError)
-        return alone
+        return self._each(records)[1]
+
+    def _each(self, records: Sequence[Record]) -> tuple[list[Record], list[MicroBatch]]:
+        """The records that have tokens, and the micro-batch of each."""
+        made = [as_mapping(self._collate([unpacked(record)])) for record in records]
+        kept = [i for i, batch in enumerate(made) if not is_empty(batch)]
+        for i in kept:
+            _refuse_other_rows(made[i], CaptureError)
+        return [records[i] for i in kept], [MicroBatch(made[i], 1) for i in kept]
 
     def together_and_alone(self, records: list[Record]) -> list[MicroBatch]:
         """What checks compare, each record collated once.
@@ -221,7 +228,12 @@ def several_lengths(records: Sequence[Record]) -> list[Record]:
     lengths = [_length(record) for record in records]
     if len(set(lengths)) > 1 or not lengths or lengths[0] < 2:
         return list(records)
-    return [*records, _cut(records[0], lengths[0], lengths[0] // 2), _cut(records[0], lengths[0], 1)]
+    return [*records, *of_lengths(records[0], (lengths[0] // 2, 1))]
+
+
+def of_lengths(record: Record, lengths: Sequence[int]) -> list[Record]:
+    """A record of each length: its sequences are cut, or gone through again from their first element on."""
+    return [_resized(record, _length(record), to) for to in lengths]
 
 
 def _tried(collate: Collate, made_up: Sequence[Record]) -> tuple[list[Record], list[Batch], list[Batch], Batch]:
@@ -302,6 +314,11 @@ def _is_known(collate: Collate) -> bool:
     return shipped and not vars(collate).get("mlm", False)
 
 
+def _if_padded(records: list[Record]) -> list[Record]:
+    """The records, if one of them is padded to the length of another; else none."""
+    return records if len({_sizes(record) for record in records}) > 1 else []
+
+
 def _alike(records: list[Record]) -> bool:
     """Whether all records have the same columns of the same types; else one could decide how another is collated."""
     kinds = {_kind(record) for record in records}
@@ -329,11 +346,14 @@ def _leaf_kind(value: Leaf) -> Hashable:
 
 
 def _length(record: Record) -> int:
-    members = (
-        record.values() if isinstance(record, Mapping) else record if isinstance(record, (tuple, list)) else [record]
-    )
     named = record.get("input_ids") if isinstance(record, Mapping) else None
-    return len(named) if named is not None else max((_size(m) for m in members), default=0)
+    return len(named) if named is not None else max(_sizes(record), default=0)
+
+
+def _sizes(record: Record) -> tuple[int, ...]:
+    """How many elements each member of a record has; 0 of what is no sequence."""
+    members = record.values() if isinstance(record, Mapping) else record
+    return tuple(map(_size, members if isinstance(record, (Mapping, tuple, list)) else [record]))
 
 
 def _size(value: object) -> int:
@@ -342,10 +362,13 @@ def _size(value: object) -> int:
     return len(value) if isinstance(value, list) else 0
 
 
-def _cut(record: Record, length: int, to: int) -> Record:
-    """A copy of the record in which sequences of length `length` are cut to `to` elements."""
+def _resized(record: Record, length: int, to: int) -> Record:
+    """A copy of the record in which sequences of length `length` have `to` elements."""
     if isinstance(record, Mapping):
-        return {name: _cut(member, length, to) for name, member in record.items()}
+        return {name: _resized(member, length, to) for name, member in record.items()}
     if isinstance(record, tuple):
-        return tuple(_cut(member, length, to) for member in record)
-    return record[:to] if _size(record) == length else record
+        return tuple(_resized(member, length, to) for member in record)
+    if not length or _size(record) != length:
+        return record
+    again = np.arange(to) % length
+    return [record[i] for i in again] if isinstance(record, list) else record[again]

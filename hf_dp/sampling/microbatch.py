@@ -4,6 +4,7 @@ How a draw is cut into micro-batches is a matter of speed and memory alone: the 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from hf_dp.sampling.reading import INPUTS, Failure
 Container: TypeAlias = dict[str, Any]  # a draw on its way to a step: the keys below
 MICRO_BATCHES = "micro_batches"
 SIZES = "sizes"
+RECORDS = "records"
 FAILURE = "failure"
 DRAW_NUMBER = "draw_number"
 # What one more pass costs beside its tokens, expressed in tokens. Measured on a CPU core: 55 (BERT of 22 M parameters)
@@ -72,8 +74,10 @@ def micro_batches(container: Mapping[str, Any]) -> Iterator[MicroBatch]:
     """
     if FAILURE in container:
         raise CaptureError(container[FAILURE])
-    for batch, size in zip(container[MICRO_BATCHES], container[SIZES], strict=True):
-        yield MicroBatch(widened(batch), size)
+    batches, sizes = container[MICRO_BATCHES], container[SIZES]
+    kept = container[RECORDS].lists if RECORDS in container else [()] * len(batches)
+    for batch, size, records in zip(batches, sizes, kept, strict=True):
+        yield MicroBatch(widened(batch), size, records)
 
 
 def feature_length(feature: Record) -> int:
@@ -86,10 +90,23 @@ def feature_length(feature: Record) -> int:
     return min(1, len(about)) if isinstance(about, Sized) else 1
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The `records` of each micro-batch. They are not moved to a device, as those in a list would be."""
+
+    lists: list[Sequence[Record]]
+
+
+def _contained(made: Sequence[MicroBatch]) -> Container:
+    kept = {RECORDS: Kept([batch.records for batch in made])} if any(batch.records for batch in made) else {}
+    return {MICRO_BATCHES: [narrowed(batch) for batch in made], SIZES: [batch.size for batch in made], **kept}
+
+
 class LogicalBatchCollator:
     """Collates one draw into a container: `{"micro_batches": [batch, ...], "sizes": [number of examples, ...]}`.
 
-    Both lists are empty for an empty draw. `micro_batches` reads them back. If the records come as a `Draw`, the
+    Both lists are empty for an empty draw. `micro_batches` reads them back. Where examples were padded, the container
+    has their records too. If the records come as a `Draw`, the
     container has its number too, as "draw_number". The container has no top-level `labels` or `input_ids`, so Trainer
     counts no tokens in it, and it is a plain dict, so it is moved to a device like any batch.
 
@@ -135,7 +152,7 @@ class LogicalBatchCollator:
         if not failures:
             try:
                 made = self._collated(features)
-                return {MICRO_BATCHES: [narrowed(b) for b in made], SIZES: [b.size for b in made], **number}
+                return _contained(made) | number
             except Exception as error:
                 failures = [Failure.of(error, "collated")]
         return {FAILURE: str(failures[0]), **number}

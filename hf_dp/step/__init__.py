@@ -7,12 +7,13 @@ from hf_dp.step.opening import Place, Session
 from hf_dp.step.private_step import Passes, PrivateStep
 from hf_dp.step.run import PrivateRun
 from hf_dp.step.sharding import is_sharded
-from hf_dp.step.signal import ReleasedFigures
+from hf_dp.step.signal import SIGNAL_TO_NOISE, ReleasedFigures
 from hf_dp.step.spending import PrivacySpent, Spending
 from hf_dp.step.weight_guard import WeightGuard, foreign_parameters, refuse_foreign_parameters
 
 __all__ = [
     "COARSE",
+    "SIGNAL_TO_NOISE",
     "Passes",
     "Place",
     "PrivacySpent",

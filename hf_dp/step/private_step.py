@@ -3,7 +3,7 @@
 This is algorithm 1 of Abadi et al. 2016. `DPTrainer`, `PrivateLoop` and the audit's controls take all their steps here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +12,19 @@ from torch import Tensor, nn
 
 from hf_dp.errors import CaptureError, HfDpError, UnseenUse
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import Batch, MicroBatch, Pass, State, per_example_factors, state_put_back, views
+from hf_dp.per_example import (
+    Batch,
+    ComparedLengths,
+    MicroBatch,
+    Pass,
+    Places,
+    Record,
+    State,
+    per_example_factors,
+    places_kept,
+    state_put_back,
+    views,
+)
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Failure
 from hf_dp.step import sharding
@@ -38,6 +50,9 @@ class Passes:
         largest: makes up a batch of the largest size, to try what fits in memory; None tries nothing.
         alone: each example has a pass of its own, before which the model's state is put back to that of the first pass.
         copied: names of parameters that a pass is known to write to; they are put back too.
+        compared: whether records of a micro-batch's lengths may share a pass (see `ComparedLengths`); None where all
+            may. Not asked where weights are sharded, because all processes take as many passes.
+        collated_alone: one record -> its micro-batch, or none if it has no tokens.
     """
 
     example_losses: Callable[[nn.Module, Batch], Tensor]
@@ -49,6 +64,8 @@ class Passes:
     largest: Callable[[], MicroBatch] | None = None
     alone: bool = False
     copied: tuple[str, ...] = ()
+    compared: ComparedLengths | None = None
+    collated_alone: Callable[[list[Record]], list[MicroBatch]] | None = None
 
 
 class PrivateStep:
@@ -79,6 +96,7 @@ class PrivateStep:
         self._memory = MemoryLimit(fixed=self.sharded)
         self._names: list[str] = []
         self._state: State | None = None
+        self._places: Places | None = None
 
     def __call__(
         self, run: PrivateRun, batches: Batches, draw_number: int, beside: Callable[[Tensor], None] | None = None
@@ -131,15 +149,16 @@ class PrivateStep:
         with fork_forward_rng([self.passes.device], seed=forward_seed):
             parts: Iterable[MicroBatch] = self._memory.parts(b.mapped(self.passes.to_device) for b in batches)
             parts, missing = sharding.counted(parts, self.passes.device) if self.sharded else (parts, 0)
-            for part in self._memory.one_by_one(parts):
-                self.add(part)
-            for _ in range(missing):
-                self._pass_for_the_others()
+            with places_kept(self.model, self._places) as self._places:
+                for part in self._memory.one_by_one(parts):
+                    self.add(part)
+                for _ in range(missing):
+                    self._pass_for_the_others()
 
     def add(self, batch: MicroBatch) -> None:
         """One pass: adds the clipped gradients of its examples to the sum.
 
-        Where the pass uses a parameter as passes on public records did not, for example for records that are longer,
+        Where passes over public records of such lengths are not right, or this one uses a parameter as they did not,
         each example has a pass of its own instead, before which the model's state is put back.
 
         Raises:
@@ -147,14 +166,30 @@ class PrivateStep:
         """
         if self.passes.alone and batch.size > 1:
             raise CaptureError(f"each example has a pass of its own: expected one example a pass, got {batch.size}")
-        try:
-            return self._add(batch, nullcontext() if self._state is None else state_put_back(self.model, self._state))
-        except UnseenUse:
-            if self.sharded or batch.size == 1:  # sharded: the other processes take as many passes as this one
-                raise
+        if self._may_be_shared(batch):
+            try:
+                kept = nullcontext() if self._state is None else state_put_back(self.model, self._state)
+                return self._add(batch, kept)
+            except UnseenUse:
+                if self.sharded or batch.size == 1:  # sharded: the other processes take as many passes as this one
+                    raise
         state = State(self.model)
-        for example in range(batch.size):
-            self._add(batch.rows(slice(example, example + 1)), state_put_back(self.model, state))
+        for one in self._each_alone(batch):
+            self._add(one, state_put_back(self.model, state))
+
+    def _may_be_shared(self, batch: MicroBatch) -> bool:
+        if self.passes.compared is None or self.sharded or (batch.size == 1 and not batch.records):
+            return True
+        with self.passes.precision():
+            return self.passes.compared(batch)
+
+    def _each_alone(self, batch: MicroBatch) -> Iterator[MicroBatch]:
+        """Each example of a micro-batch in one of its own, not padded to the length of another where that is known."""
+        if self.passes.collated_alone is None or not batch.records:
+            yield from (batch.rows(slice(i, i + 1)) for i in range(batch.size))
+        else:
+            alone = (one for record in batch.records for one in self.passes.collated_alone([record]))
+            yield from (one.mapped(self.passes.to_device) for one in alone)
 
     def _add(self, batch: MicroBatch, kept: AbstractContextManager[object]) -> None:
         with self.passes.precision(), kept:
@@ -184,7 +219,7 @@ class PrivateStep:
         """Frees the sum's memory; the next step allocates it again."""
         if self._names:
             del self.sum
-        self._names, self._state = [], None
+        self._names, self._state, self._places = [], None, None
 
     def _pass_for_the_others(self) -> None:
         """Forward and backward over a made-up example; its result is dropped.

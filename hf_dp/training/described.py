@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from hf_dp import durable
 from hf_dp.card import Described
 from hf_dp.training.evaluation import CLOCK, EVAL_MARK, HARMLESS
+from hf_dp.training.fitted import rate_in_force
 from hf_dp.training.host import PrivateTrainer
 
 GENERIC = ("csv", "generator", "json", "pandas", "parquet", "text", "")  # builders of `datasets` that name no data set
@@ -34,7 +35,7 @@ def described(trainer: PrivateTrainer) -> Described:
         "fine-tuned from": Path(base).name if base and Path(base).is_dir() and not is_adapter else "",
         "trained": f"{sum(parameters):,} numbers in {len(parameters)} tensors",
         "loss of an example": trainer.objective.kind,
-        "learning rate": f"{args.learning_rate:g}, {_value(args.lr_scheduler_type)}"
+        "learning rate": f"{rate_in_force(trainer):g}, {_value(args.lr_scheduler_type)}"
         + (f" after {warm_up:,} steps of warm-up" if warm_up else ""),
         "optimizer": _value(args.optim) + (f", weight decay {args.weight_decay:g}" if args.weight_decay else ""),
         "precision": "bfloat16 (autocast)" if args.bf16 else str(next(trainer.model.parameters()).dtype)[6:],

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_dp.config import PrivacyConfig
 from hf_dp.mechanism import METRICS
+from hf_dp.step import SIGNAL_TO_NOISE
 from hf_dp.training.deciders import nothing_decided, refuse_deciders
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ EVAL_MARK = "eval_not_covered_by_privacy"
 # Epsilon as if the number of steps so far had been fixed beforehand. It stands beside "epsilon", which is the plan's.
 STEPS_TAKEN = "epsilon_of_steps_taken"
 # Numbers that tell nothing about a record: they follow from the schedule, the clock or the mechanism.
-HARMLESS = {"epsilon", STEPS_TAKEN, "epoch", "step", "learning_rate", "grad_norm", "loss", "train_samples", *METRICS}
+HARMLESS = {"epsilon", STEPS_TAKEN, "epoch", "step", "learning_rate", "grad_norm", "loss", "train_samples"}
+HARMLESS |= {*METRICS, SIGNAL_TO_NOISE}  # these follow from what was released
 CLOCK = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time", "_compilation_time")
 
 

@@ -35,7 +35,10 @@ class PrivateTrainer(Protocol):
     args: TrainingArguments
     model: nn.Module
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
+    rate_by_rule: str
     privacy: PrivacyConfig
+    mechanism: Mechanism | None
     objective: Objective
     alone_because: str
     unit_rows: int

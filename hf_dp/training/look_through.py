@@ -10,7 +10,7 @@ A record without tokens is not wrong: it counts, and contributes nothing.
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -136,7 +136,12 @@ def _limits(trainer: PrivateTrainer) -> Limits:
 
 def _remedy(what: str, column: str, limits: Limits) -> str:
     if what == TOO_LONG:
-        return f"truncate the records to {limits.positions} tokens (truncation=True, max_length={limits.positions})"
+        how = (
+            f"max_length={limits.positions}"
+            if column in OF_PAIRS
+            else f"truncation=True, max_length={limits.positions}"
+        )
+        return f"truncate the records to {limits.positions} tokens ({how})"
     if what != OUTSIDE:
         return REMEDIES[what]
     highest = limits.below[column] - 1
@@ -218,7 +223,9 @@ def _is_clean(table: pa.Table, limits: Limits) -> bool:
         if below is not None and not _inside(column.to_numpy(zero_copy_only=False), below):
             return False
     tokens = lengths.get(TOKENS, np.zeros(0))
-    if limits.positions is not None and len(tokens) and tokens.max() > limits.positions:
+    if limits.positions is not None and any(
+        len(each) and each.max() > limits.positions for _, each in _longest(lengths)
+    ):
         return False
     return all(np.array_equal(tokens, lengths[name]) for name in AS_LONG if TOKENS in lengths and name in lengths)
 
@@ -265,14 +272,28 @@ def _of_record(record: dict[str, Leaf], seen: dict[str, Seen], limits: Limits) -
             yield Problem(name, TEXTS)
         elif not one.inside:
             yield Problem(name, OUTSIDE)
-    tokens = _length(record.get(TOKENS))
+    lengths = {name: length for name in seen if (length := _length(record[name])) is not None}
+    for name, length in _longest(lengths):
+        if limits.positions is not None and length > limits.positions:
+            yield Problem(name, TOO_LONG)
+    tokens = lengths.get(TOKENS)
     if tokens is None:
         return
-    if limits.positions is not None and tokens > limits.positions:
-        yield Problem(TOKENS, TOO_LONG)
     for name in AS_LONG:
-        if _length(record.get(name)) not in (None, tokens):
+        if lengths.get(name, tokens) != tokens:
             yield Problem(name, OTHER_LENGTH)
+
+
+def _longest(lengths: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """How many tokens a model meets at a time: those of a text, or of a prompt and one of its two answers.
+
+    Args:
+        lengths: by column; numbers, or arrays of one number a record.
+    """
+    if TOKENS in lengths:
+        yield TOKENS, lengths[TOKENS]
+    prompt, *answers = OF_PAIRS
+    yield from ((name, lengths[name] + lengths.get(prompt, 0)) for name in answers if name in lengths)
 
 
 def _length(value: Leaf) -> int | None:

@@ -56,7 +56,7 @@ from hf_dp.step import (
     foreign_parameters,
 )
 from hf_dp.training.cards import write_card
-from hf_dp.training.passes import Subject, examined, written_by
+from hf_dp.training.passes import COUPLED, Subject, are_coupled, compared_lengths, examined, written_by
 
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw may wait for
 
@@ -169,7 +169,7 @@ class PrivateLoop:
         collation = Collation(
             collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
         )
-        self._check(collation)
+        self._check(collation, max_examples)
         run = PrivateRun.open(m, self._place, Session(dataset, continues=self._run is not None))
         self._run = run
         try:
@@ -233,7 +233,7 @@ class PrivateLoop:
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._example_losses(model, tuple(batch.values()) if all(k.isdigit() for k in batch) else batch)
 
-    def _check(self, collation: Collation) -> None:
+    def _check(self, collation: Collation, max_examples: int) -> None:
         """Inventory, proof and self-check; decides whether each example has a pass of its own."""
         self.model.train()
         subject = Subject(self.model, self._losses, collation, collation.tried, self._on_device)
@@ -243,9 +243,19 @@ class PrivateLoop:
             factors_of = partial(per_example_factors, forms=rows.forms)
             what = self.model, batches, self._losses, self.mechanism.clip_norm, factors_of
             self_check(*what, one_a_pass=bool(reason))
+            if not reason and are_coupled(subject, rows, batches, max_examples):
+                reason = COUPLED
         copied = written_by(self.model, self._losses, batches[1]) if reason else ()
+        compared = None if reason else compared_lengths(subject, rows)
         passes = Passes(
-            self._losses, self._device, self._on_device, factors_of=factors_of, alone=bool(reason), copied=copied
+            self._losses,
+            self._device,
+            self._on_device,
+            factors_of=factors_of,
+            alone=bool(reason),
+            copied=copied,
+            compared=compared,
+            collated_alone=collation.alone,
         )
         self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
 

@@ -18,6 +18,7 @@ from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.per_example import (
     SIZE,
     Batch,
+    ComparedLengths,
     Inventory,
     MicroBatch,
     Proof,
@@ -29,9 +30,10 @@ from hf_dp.per_example import (
     prove,
     take_inventory,
     undisturbed,
+    untouched,
 )
 from hf_dp.randomness import fork_forward_rng
-from hf_dp.sampling import Collation
+from hf_dp.sampling import Collation, of_lengths
 from hf_dp.training.beside import refuse_comparing
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.not_taken import first_line, refused_records
@@ -100,8 +102,7 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[Inventory, str]:
         if reason:
             return rows, reason
         batches = subject.batches()
-        factors_of = partial(per_example_factors, forms=rows.forms)
-        if not is_coupled(subject.model, batches, subject.example_losses, factors_of):
+        if not are_coupled(subject, rows, batches, trainer._most_examples()):
             return rows, ""
         refuse_comparing(subject.model, of_a_batch(trainer), batches[1:])
         return _of_one(subject, batches[1], COUPLED), COUPLED
@@ -147,12 +148,14 @@ def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], 
     if reason:
         return _of_one(subject, one, reason), reason
     try:
-        rows = take_inventory(subject.model, whole, subject.example_losses, subject.unit_rows)
+        with untouched(subject.model):  # what a pass changes in it, such as its attention for good, the proof must see
+            rows = take_inventory(subject.model, whole, subject.example_losses, subject.unit_rows)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of whatever kind: stand-ins for parameters meet code that was not written for them
         try:
-            rows = inventory_of_one(subject.model, one, subject.example_losses)
+            with untouched(subject.model):
+                rows = inventory_of_one(subject.model, one, subject.example_losses)
         except Exception as alone_too:
             raise error if isinstance(error, HfDpError) else refused_records(alone_too, one, subject.model) from None
         return rows, first_line(error)
@@ -166,7 +169,8 @@ def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], 
 def _of_one(subject: Subject, one: Batch, reason: str) -> Inventory:
     """The inventory where each example has a pass of its own, for that reason."""
     try:
-        return inventory_of_one(subject.model, one, subject.example_losses)
+        with untouched(subject.model):
+            return inventory_of_one(subject.model, one, subject.example_losses)
     except (HfDpError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -179,6 +183,50 @@ def written_by(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Te
     with undisturbed(model):
         per_example_factors(model, lambda: example_losses(model, one), 1)
         return tuple(name for name, p in model.named_parameters() if p._version != before.get(name))
+
+
+def are_coupled(subject: Subject, inventory: Inventory, batches: Sequence[MicroBatch], most: int) -> bool:
+    """Whether examples have another gradient than alone in a batch of `most` of them, or of fewer for lack of memory.
+
+    Args:
+        subject: what is examined.
+        inventory: of its passes.
+        batches: several examples in one batch, then each alone.
+        most: the most examples of a pass.
+    """
+    whole, *alone = batches
+    factors_of, size = partial(per_example_factors, forms=inventory.forms), max(most, whole.size)
+    while True:
+        try:
+            return is_coupled(subject.model, [whole.first(size), *alone], subject.example_losses, factors_of)
+        except torch.OutOfMemoryError:
+            if size == whole.size:
+                raise
+            size = max(size // 2, whole.size)
+
+
+def compared_lengths(
+    subject: Subject,
+    inventory: Inventory,
+    make: Callable[[Sequence[int]], list[Record]] | None = None,
+    longest: int | None = None,
+) -> ComparedLengths:
+    """What decides of a micro-batch whether its examples may share a pass, by their lengths.
+
+    Args:
+        subject: what is trained.
+        inventory: of its passes.
+        make: lengths -> made-up records; None makes them of the subject's first record.
+        longest: the most tokens that the model takes; None where any number is taken.
+    """
+    made = make or partial(of_lengths, subject.records[0])
+    factors_of = partial(per_example_factors, forms=inventory.forms)
+    return ComparedLengths(
+        lambda lengths: subject.batches(made(lengths)),
+        lambda batches: not is_coupled(subject.model, batches, subject.example_losses, factors_of),
+        subject.batches()[0],
+        longest,
+    )
 
 
 def proof_of(subject: Subject) -> Proof:

@@ -7,6 +7,7 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 
 from hf_dp import accounting
 from hf_dp.tables import print_plan
+from hf_dp.training.fitted import left_alone, rate_in_force
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.trackers import PrivacyInTrackers
 
@@ -64,13 +65,13 @@ def print_plan_of(trainer: PrivateTrainer, title: str) -> None:
 
 
 def _learning_rate(trainer: PrivateTrainer) -> tuple[str, str, str]:
-    rate, schedule = trainer.args.learning_rate, trainer.args.lr_scheduler_type
-    if trainer.optimizer is not None:  # the user's own
-        rate = trainer.optimizer.param_groups[0]["lr"]
-    rule = f"given; schedule: {getattr(schedule, 'value', schedule)}"
-    if rate == TrainingArguments.learning_rate:
-        rule = "TrainingArguments' default, for training without noise; with noise, 10 to 100 times as much is usual"
-    return "learning rate", f"{rate:g}", rule
+    args, schedule = trainer.args, trainer.args.lr_scheduler_type
+    rule = f"{trainer.rate_by_rule or 'given'}; schedule: {getattr(schedule, 'value', schedule)}"
+    if trainer.optimizer is None and left_alone(args, "learning_rate"):
+        kind = type(args).__name__
+        rule = f"{kind}' default" if kind.endswith("s") else f"{kind}'s default"
+        rule += ", for training without noise; with noise, 10 to 100 times as much is usual"
+    return "learning rate", f"{rate_in_force(trainer):g}", rule
 
 
 def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:

@@ -56,10 +56,22 @@ class PrivacyInTrackers(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Writes what is logged into a file of the output folder, one JSON object a line."""
+    """Writes what is logged into a file of the output folder, one JSON object a line.
+
+    What is logged before the training begins is written when it begins: a training that is refused leaves no file.
+    """
 
     def __init__(self, name: str = "metrics.jsonl") -> None:
         self.name = name
+        self._waiting: list[str] | None = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes what has waited."""
+        waiting, self._waiting = self._waiting or [], None
+        if state.is_world_process_zero:
+            self._write(args, waiting)
 
     def on_log(
         self,
@@ -71,8 +83,16 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Adds a line, on the main process."""
         if state.is_world_process_zero and logs:
+            line = json.dumps({"step": state.global_step, **logs}) + "\n"
+            if self._waiting is None:
+                self._write(args, [line])
+            else:
+                self._waiting.append(line)
+
+    def _write(self, args: TrainingArguments, lines: list[str]) -> None:
+        if lines:
             with (Path(str(args.output_dir)) / self.name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.writelines(lines)
 
 
 def settings(m: Mechanism) -> Settings:

@@ -47,6 +47,7 @@ from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, keeping_the_users_words, write_card
 from hf_dp.training.described import described, save_classes
 from hf_dp.training.evaluation import STEPS_TAKEN, MarkedEvaluation
+from hf_dp.training.fitted import fill_in, with_clip_norm
 from hf_dp.training.given import refuse_other_types
 from hf_dp.training.guarded import GuardedWeights
 from hf_dp.training.host import Objective
@@ -55,7 +56,7 @@ from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.options import check_options, positional_names, refuse_model, without_batch_clipping
 from hf_dp.training.overrides import refuse_order
-from hf_dp.training.passes import Settled, inventory_and_reason, written_by
+from hf_dp.training.passes import Settled, inventory_and_reason
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_privacy
 
@@ -72,8 +73,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             `per_device_train_batch_size` examples. It affects speed and memory, never the result.
         check_records: a few public records for the self-check, if none can be made up from the data set's columns.
         audit: puts canaries among the records; `audit_result` then gives the lower bound on epsilon that they show.
-        class_weights: one public number a class. In training, each example's loss is multiplied by the number of its
-            label, before clipping.
+        class_weights: a public number for each class, by which its examples' losses are multiplied before clipping.
         **kwargs: as the host class takes them. `compute_loss_func(outputs, labels)` is called with the outputs and
             labels of one example at a time, with a leading dimension of 1, and returns its loss: [1] or a scalar.
 
@@ -84,6 +84,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         about: public things about the run for the card's table of settings, by name, such as
             `trainer.about["training data"] = "Clinic notes, 2024"`.
         alone_because: why each example has a pass of its own; "" if a pass may hold several.
+        rate_by_rule: where the learning rate is from, if the user left it alone (see `fitted`); "" if it is theirs.
         unit_rows: a class attribute, k: the collator makes k rows of each record, which are clipped as one example. The
             batches that `example_losses` is given then lead with the examples, [B, k, ...].
 
@@ -123,7 +124,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         check_options(training, public_eval=privacy.public_eval, **others)
         options["args"] = self.adjusted(without_batch_clipping(training))
         refuse_audit(audit, privacy)
-        self.privacy = privacy
+        self.privacy = privacy = with_clip_norm(privacy, training, others)
         self._canaries = Canaries(audit)
         self.micro_batch_tokens = micro_batch_tokens
         self._check_records = check_records
@@ -143,6 +144,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             refuse_model(self.model)
         if self.optimizer is not None:
             refuse_foreign_parameters(self.model, self.optimizer)
+        self.rate_by_rule = fill_in(self)
         show_privacy(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Records, given_data)), self._groups)
@@ -186,6 +188,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         with objectives.as_in_training(self), taken_by_the_model():
             batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
             what = self.model, batches, self.example_losses, clip_norm, self._factors_of
+            self._check_lengths_if_sharded()
             return self_check(*what, one_a_pass=bool(self.alone_because))
 
     # ---- the loss --------------------------------------------------------------------------------------------------
@@ -376,11 +379,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
             largest=self._largest_batch,
             alone=bool(self.alone_because),
             copied=self._written_by_a_pass() if self.alone_because else (),
+            collated_alone=lambda records: self._collation().alone(records),
+            compared=None if self.alone_because else self._compared_lengths(self._inventory),
         )
-
-    def _written_by_a_pass(self) -> tuple[str, ...]:
-        with objectives.as_in_training(self):
-            return written_by(self.model, self.example_losses, self._synthetic_batches()[1])
 
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():

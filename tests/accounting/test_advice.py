@@ -42,8 +42,12 @@ def test_the_ratios_are_those_of_noise_that_is_drawn(levels):
     assert together != pytest.approx(found.of_a_step, rel=0.5)
 
 
+SLOW = pytest.mark.slow
+OTHERS = [(100, None, 40), pytest.param(100, 2.0, 20, marks=SLOW), pytest.param(25, 2.0, 80, marks=SLOW)]
+
+
 @pytest.mark.parametrize("levels", [(), LEVELS])
-@pytest.mark.parametrize(("batch", "epochs", "steps"), [(100, None, 40), (100, 2.0, 20), (25, 2.0, 80)])
+@pytest.mark.parametrize(("batch", "epochs", "steps"), OTHERS)
 def test_another_batch_has_the_epsilon_of_the_plan(levels, batch, epochs, steps):
     plan = dataclasses.replace(PLANNED, levels=levels)
     other = advice.at_batch(plan, batch, epochs)

@@ -20,7 +20,11 @@ def at(segments, rate, delta=1e-5):
 
 @pytest.mark.parametrize(
     ("sigma", "advantage", "rates"),
-    [(0.678, 0.43, (0.043, 0.152, 0.467)), (1.018, 0.24, (0.008, 0.047, 0.256)), (2.0, 0.10, (0.002, 0.020, 0.155))],
+    [
+        (0.678, 0.43, (0.043, 0.152, 0.467)),
+        pytest.param(1.018, 0.24, (0.008, 0.047, 0.256), marks=pytest.mark.slow),
+        pytest.param(2.0, 0.10, (0.002, 0.020, 0.155), marks=pytest.mark.slow),
+    ],
 )
 def test_rates_at_q_0243_and_410_steps_are_those_of_an_independent_computation(sigma, advantage, rates):
     """By riskcal on the same privacy loss distribution, to the digits given (half a unit of the last is rounding)."""

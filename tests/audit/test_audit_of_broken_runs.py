@@ -61,6 +61,7 @@ def new_tokens(folder: Path, seed: int, *, claim: bool = True) -> dict[str, Any]
     return trainer.audit_result()
 
 
+@pytest.mark.slow
 def test_noise_from_a_known_seed_is_taken_off_and_the_claim_refuted(tmp_path: Path) -> None:
     attacker, original = NoiseSource(key=42), Canaries.observe
 

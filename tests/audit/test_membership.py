@@ -196,7 +196,9 @@ def test_members_of_overfitted_models_are_found_and_those_of_private_ones_are_no
     ("privacy", "plans", "claim"),
     [
         pytest.param([], 2, "epsilon 7.99", marks=pytest.mark.slow),
-        (["privacy.target_epsilon=null", "privacy.noise_multiplier=0.0"], 1, "epsilon inf"),
+        pytest.param(
+            ["privacy.target_epsilon=null", "privacy.noise_multiplier=0.0"], 1, "epsilon inf", marks=pytest.mark.slow
+        ),
     ],
     ids=["private", "without noise"],
 )

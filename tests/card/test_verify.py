@@ -16,6 +16,7 @@ from hf_dp.card.verification import verify
 from hf_dp.cli import app
 from hf_dp.ledger.ledger import LEDGER_NAME
 from tests.support.folders import N, failures, model_folder
+from tests.support.marks import quick
 
 Edit = Callable[[dict], object]
 
@@ -83,7 +84,7 @@ JSON_EDITS: dict[str, tuple[Edit, str]] = {
     "unit": (field("unit", "user"), "N, unit, relation, delta"),
     "relation": (field("relation", "replace-one"), "the neighbouring relation"),
     "private-off": (field("private", False), "epsilon: 'infinite' was expected"),
-    "schema": (field("schema_version", 99), "schema_version is 99, at most 3 is known here"),
+    "schema": (field("schema_version", 99), "schema_version is 99, at most 4 is known here"),
     "unknown-field": (field("epsilon_true", 1.0), "'epsilon_true' was unexpected"),
     "ledger-head": (lambda r: r["ledger"].update(head="00" * 32), "head of the ledger"),
     "assumptions": (lambda r: r["assumptions"].clear(), "assumptions: [] should be non-empty"),
@@ -91,7 +92,7 @@ JSON_EDITS: dict[str, tuple[Edit, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", JSON_EDITS)
+@pytest.mark.parametrize("name", quick({*[*JSON_EDITS][::3]}, JSON_EDITS))
 def test_an_edited_record_is_caught(name: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     path = folder / card.PRIVACY_JSON

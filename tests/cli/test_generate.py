@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from hf_dp.card.readme import yaml_of
-from tests.cli.test_merge import adapter, names
+from tests.cli.test_merge import adapter, names, spoil
 from tests.support.folders import failures, model_folder
 
 
@@ -65,13 +65,10 @@ def test_texts_of_a_model_without_a_guarantee_have_none(hf_dp, tmp_path):
 
 def spoiled(folder, how):
     """Spoils the folder; arguments that must be refused."""
-    if how == "a lie":
-        record = json.loads((folder / "privacy.json").read_text())
-        (folder / "privacy.json").write_text(json.dumps(record | {"epsilon": record["epsilon"] / 2}))
+    if how in ("a lie", "no base"):
+        spoil(folder, how)
     elif how == "no model":
-        (folder / "adapter_config.json").unlink()
-    elif how == "no base":
-        (folder.parent / "base" / "config.json").unlink()
+        spoil(folder, "no adapter")
     elif how == "there already":
         (folder.parent / "texts").mkdir()
     return {"too long": ["a b c " * 500], "hot": ["--temperature", -1], "none": ["--num", 0]}.get(how, [])

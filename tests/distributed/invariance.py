@@ -36,9 +36,7 @@ class Way(NamedTuple):
 
 DIAGONAL = [
     Way("llama", "4", "plain", True),
-    Way("llama", "4", "compiled", False),
     Way("llama", "tokens", "reentrant", False),
-    Way("gpt2", "1", "non-reentrant", False),
     Way("gpt2", "tokens", "reentrant", True),
 ]
 

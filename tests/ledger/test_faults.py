@@ -71,7 +71,7 @@ def charged(folder: Path) -> int:
 # ---- the campaign of scripts/faults, in short ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", quick(("torn ledger", "changed settings"), FAULTS))
+@pytest.mark.parametrize("fault", quick(("torn ledger",), FAULTS))
 def test_a_short_campaign_of_faults_is_clean(fault: str, tmp_path: Path) -> None:
     *_, count = campaign(fault, tmp_path, times=3 if "KILL" in fault else 1, seed=1)
     assert count.planted

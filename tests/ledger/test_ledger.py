@@ -24,6 +24,7 @@ from hf_dp.mechanism import Segment
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.step.release import Releaser
 from tests.support.children import KILLED, Bomb, in_child
+from tests.support.marks import quick
 
 HEADER = LedgerHeader(num_examples=1000, unit="record", relation="zero-out", delta=1e-5, data_fingerprint="ab" * 32)
 SETTINGS = {"sample_rate": 0.05, "joint_noise_multiplier": 1.0, "clip_norm": 0.5, "expected_batch_size": 50}
@@ -166,12 +167,13 @@ def kills_under(folder: Path, points: list[tuple[str, str, int]]) -> int:
     return killed
 
 
-@pytest.mark.parametrize("point", POINTS, ids=str)
+@pytest.mark.parametrize("point", quick(POINTS[::3], POINTS), ids=str)
 def test_a_kill_at_any_point_never_hides_a_step(point: tuple[str, str, int], tmp_path: Path) -> None:
     assert kills_under(tmp_path, [point, ("none", "", 0)]) == 1
     assert read_ledger(tmp_path / LEDGER_NAME).num_steps >= STEPS
 
 
+@pytest.mark.slow
 def test_kills_one_after_another_in_one_folder(tmp_path: Path) -> None:
     points = list(POINTS)
     random.Random(0).shuffle(points)

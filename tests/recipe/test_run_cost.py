@@ -77,10 +77,10 @@ def test_memory_is_that_of_the_factors_of_a_run(name: str, tmp_path: Path, monke
     held: list[int] = []
     norms = capture.squared_norms
 
-    def weighing(factors: Any, batch_size: int, like: Any) -> Any:
-        tensors = [t for uses in factors.values() for f in uses for t in parts(f)]
+    def weighing(factors: Any, blocks: Any, losses: Any) -> Any:
+        tensors = [t for uses in factors.values() for f in uses for t in parts(f)] + [b.gradients for b in blocks]
         held.append(sum(t.numel() * t.element_size() for t in tensors))
-        return norms(factors, batch_size, like)
+        return norms(factors, blocks, losses)
 
     monkeypatch.setattr(capture, "squared_norms", weighing)
     model, rows = CASES[name](), runs.text_rows(8)

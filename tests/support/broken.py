@@ -8,7 +8,10 @@ import torch
 
 from hf_dp.accounting import epsilon
 from hf_dp.ledger.ledger import Ledger
-from hf_dp.per_example import capture, losses
+from hf_dp.per_example import capture, losses, norms, stacks
+from hf_dp.per_example.borrowing import Places
+from hf_dp.per_example.pairs import Pair
+from hf_dp.per_example.stacks import Stacks
 from hf_dp.randomness.noise import NoiseSource
 from hf_dp.sampling import microbatch
 from hf_dp.sampling.poisson import Draw, PoissonSampler
@@ -40,7 +43,48 @@ def clipped_after_averaging(patch: Patch) -> None:
 def clipped_by_parameter(patch: Patch) -> None:
     """Each parameter's gradient is held to C by itself, so that an example moves the sum by more than C."""
     original = capture.squared_norms
-    patch.setattr(capture, "squared_norms", lambda factors, b, like: original(dict(list(factors.items())[:1]), b, like))
+
+    def of_the_first(factors: Any, blocks: Any, losses: torch.Tensor) -> Any:
+        return original({}, [capture.Joined(b.names[:1], b.gradients[:1]) for b in blocks[:1]], losses)
+
+    patch.setattr(capture, "squared_norms", of_the_first)
+
+
+def norms_of_one_stack_alone(patch: Patch) -> None:
+    """Parameters of one shape are measured, and those of the others are clipped with them."""
+    original = capture.squared_norms
+    patch.setattr(capture, "squared_norms", lambda factors, blocks, losses: original(factors, blocks[:1], losses))
+
+
+def full_blocks_alone_measured(patch: Patch) -> None:
+    """Of a row, what is left over of the blocks of 128 numbers is forgotten."""
+    original = norms._dense
+    patch.setattr(norms, "_dense", lambda stack: original(stack[..., : stack.shape[2] // norms.BLOCK * norms.BLOCK]))
+
+
+def a_stack_in_another_order(patch: Patch) -> None:
+    original = stacks._as_written
+
+    def turned_round(dense: Any) -> Any:
+        block = original(dense)
+        return block._replace(names=block.names[::-1])
+
+    patch.setattr(stacks, "_as_written", turned_round)
+
+
+def a_pair_without_its_scale(patch: Patch) -> None:
+    """LoRA's A is given its gradient before alpha / r."""
+    original = Stacks.product
+    patch.setattr(Stacks, "product", lambda self, factor, scale: original(self, factor, 1.0))
+
+
+def a_pair_that_forgets_its_switch(patch: Patch) -> None:
+    """An adapter that the loss switches off for a while stays on."""
+    patch.setattr(Pair, "_is_as_found", lambda self: True)
+
+
+def places_that_always_hold(patch: Patch) -> None:
+    patch.setattr(Places, "hold", lambda self, model: True)
 
 
 def noise_divided_by_the_batch(patch: Patch) -> None:
@@ -134,6 +178,7 @@ def divided_by_the_tokens_of_the_batch(patch: Patch) -> None:
 
 def not_a_number_let_through(patch: Patch) -> None:
     patch.setattr(capture.fx, "without_examples", lambda uses, keep: uses)
+    patch.setattr(stacks.Joined, "without_examples", lambda block, keep: block)
 
 
 def empty_draws_skipped(patch: Patch) -> None:

@@ -15,6 +15,7 @@ from hf_dp.training.objective import YOURS
 from hf_dp.training.passes import COUPLED
 from tests.support import models as M
 from tests.support import runs
+from tests.support.marks import quick
 from tests.training.test_loop import DATA, mechanism
 from tests.training.test_objective import exact
 
@@ -111,7 +112,7 @@ ANSWERERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", ANSWERERS)
+@pytest.mark.parametrize("name", quick(("bert",), ANSWERERS))
 def test_answers_among_padded_positions_take_one_example_a_pass(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     trainer = exact(tmp_path, ANSWERERS[name](), answers(7), spans, trainer_class=Answers)

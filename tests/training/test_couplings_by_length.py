@@ -3,6 +3,7 @@ alone.
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+import hf_dp
+from hf_dp.per_example import MicroBatch
+from hf_dp.training.passes import COUPLED
 from tests.support import exact, reference, runs
 from tests.support import models as M
 
@@ -131,3 +135,133 @@ def test_texts_that_are_cut_in_pieces_only_where_they_are_long_are_exact(tmp_pat
     of_logits = lambda outputs, labels: F.cross_entropy(outputs.logits, labels)  # noqa: E731
     trainer = exact.exact(tmp_path, Pieces(), records, asked, compute_loss_func=of_logits)
     assert trainer.alone_because == ""
+
+
+def beside_each_other(x: Tensor, layer: nn.Module) -> Tensor:
+    """[B, T, d] as rows: example by example in short batches, position by position in long ones."""
+    if x.shape[1] <= 16:
+        return layer(x.reshape(-1, x.shape[-1])).view_as(x)
+    return layer(x.transpose(0, 1).reshape(-1, x.shape[-1])).view(*x.shape[:2][::-1], -1).transpose(0, 1)
+
+
+def positions_first(x: Tensor, layer: nn.Module) -> Tensor:
+    """Position by position in long batches: [T, B, d], which passes for [B, T, d] where B = T."""
+    return layer(x) if x.shape[1] <= 16 else layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def otherwise_if_long(x: Tensor, layer: nn.Module) -> Tensor:
+    """A short example is treated as a long one where it is padded to the length of a long one."""
+    return layer(x) if x.shape[1] <= 16 else layer(2 * x)
+
+
+def mixed_if_long(x: Tensor, layer: nn.Module) -> Tensor:
+    """Long batches are normalised over their examples."""
+    return layer(x) if x.shape[1] <= 16 else layer(x - x.mean(0, keepdim=True))
+
+
+def mixed_if_many(x: Tensor, layer: nn.Module) -> Tensor:
+    """Batches of many examples are normalised over them."""
+    return layer(x) if len(x) <= 4 else layer(x - x.mean(0, keepdim=True))
+
+
+class BySwitch(nn.Module):
+    """A classifier whose one linear layer is used in another way for batches of some sizes."""
+
+    def __init__(self, use: Callable[[Tensor, nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.table, self.linear, self.use = nn.Embedding(M.VOCAB, 8), nn.Linear(8, 8), use
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> ModelOutput:
+        there = attention_mask.unsqueeze(-1)
+        return ModelOutput(logits=(self.use(self.table(input_ids) * there, self.linear).tanh() * there).sum(1))
+
+
+WAYS = [beside_each_other, positions_first, otherwise_if_long, mixed_if_long]
+
+
+@pytest.mark.parametrize("use", WAYS, ids=lambda use: use.__name__)
+def test_what_a_model_does_to_long_records_alone_is_exact(use: Any, tmp_path: Path) -> None:
+    """Made-up records of the first checks have 5 to 9 tokens; longer ones are compared when the first are met."""
+    torch.manual_seed(0)
+    texts = [torch.randint(3, M.VOCAB, (n,)).tolist() for n in (*[18] * 15, 5, 40, 7)]  # a pass with B = T = 18
+    records = [{"input_ids": t, "attention_mask": [1] * len(t), "labels": i % 8} for i, t in enumerate(texts)]
+
+    def asked(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(one["input_ids"], one["attention_mask"]).logits, one["labels"])
+
+    of_logits = lambda outputs, labels: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+    k = {"compute_loss_func": of_logits, "per_device_train_batch_size": 18}
+    trainer = exact.exact(tmp_path, BySwitch(use), records, asked, **k)
+    assert trainer.alone_because == ""
+    compared = trainer.private_step.passes.compared
+    assert [compared(MicroBatch({"input_ids": torch.zeros(2, n), "labels": torch.zeros(2)}, 2)) for n in (12, 31)] == [
+        True,
+        False,
+    ]
+
+
+def test_what_a_model_does_to_many_examples_alone_is_exact(tmp_path: Path) -> None:
+    """The first checks take three examples a pass; as many as a pass may hold are compared beside them."""
+    torch.manual_seed(0)
+    texts = [torch.randint(3, M.VOCAB, (n,)).tolist() for n in (9, 5, 7, 9, 6, 8)]
+    records = [{"input_ids": t, "attention_mask": [1] * len(t), "labels": i % 8} for i, t in enumerate(texts)]
+
+    def asked(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(one["input_ids"], one["attention_mask"]).logits, one["labels"])
+
+    of_logits = lambda outputs, labels: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+    for size, reason in ((4, ""), (6, COUPLED)):
+        k = {"compute_loss_func": of_logits, "per_device_train_batch_size": size}
+        trainer = exact.exact(tmp_path / str(size), BySwitch(mixed_if_many), records, asked, **k)
+        assert trainer.alone_because == reason
+
+
+def test_a_loop_gives_records_of_a_length_that_couples_a_pass_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, lengths = BySwitch(mixed_if_long).double(), (5, 24, 18, 9)
+    data = [(torch.randint(3, M.VOCAB, (n,)), n % 8) for n in lengths]
+
+    def collate(records: list[tuple[Tensor, int]]) -> tuple[Tensor, ...]:
+        ids = nn.utils.rnn.pad_sequence([record[0] for record in records], batch_first=True)
+        return ids, torch.tensor([record[1] for record in records])
+
+    def example_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0], (batch[0] > 0).long()).logits, batch[1], reduction="none")
+
+    plain = {"noise_multiplier": 1.0, "target_delta": 1e-3}
+    privacy = hf_dp.PrivacyConfig(**plain, expected_batch_size=len(data), clip_norm=CLIP)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    mechanism = hf_dp.plan(privacy, len(data), num_train_epochs=1)
+    loop = hf_dp.PrivateLoop(model, optimizer, example_losses, mechanism, tmp_path)
+    parameters = reference.trainable(model)
+    slow = [torch.autograd.grad(example_losses(model, collate([one])).sum(), list(parameters.values())) for one in data]
+    by_hand = clipped([dict(zip(parameters, found, strict=True)) for found in slow])
+    sums = runs.record_sums(monkeypatch)
+    for draw in loop.draws(data, collate=collate):
+        assert max(batch.size for batch in draw) > 1
+        loop.backward(draw)
+        optimizer.step()
+    parts = sums[0].split([p.numel() for p in parameters.values()])
+    fast = {name: part.view(p.shape) for part, (name, p) in zip(parts, parameters.items(), strict=True)}
+    assert loop.alone_because == ""
+    assert reference.relative_difference(fast, by_hand) < 1e-4  # a sum in float32
+
+
+def test_attention_that_a_short_record_changes_for_good_is_each_records_own(tmp_path: Path) -> None:
+    """BigBird takes full attention from its first short text on; each record meets the model as it was given."""
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    blocks = {"vocab_size": M.VOCAB, "block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 64}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    config = tf.BigBirdConfig(**size, **blocks, **off, **STRONG)
+    model = tf.BigBirdForSequenceClassification(config).double()
+    records = [{**record, "labels": i % 2} for i, record in enumerate(rows([40, 5, 48]))]
+
+    each = [exact.by_hand(copy.deepcopy(model), [record], exact.own) for record in records]
+    slow = {name: sum(found[name] for found in each) for name in each[0]}
+    trainer, sums = exact.summed(tmp_path, model, records)
+    assert "independent" in trainer.alone_because
+    assert model.bert.attention_type == "block_sparse"
+    assert reference.relative_difference(sums, slow) < 1e-4  # a sum in float32

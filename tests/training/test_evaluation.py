@@ -13,6 +13,7 @@ from hf_dp.training.deciders import deciders
 from hf_dp.training.evaluation import EVAL_MARK, mark
 from tests.support import models as M
 from tests.support import runs
+from tests.support.marks import quick
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 12}
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}
@@ -189,7 +190,7 @@ class Does(TrainerCallback):
             self.act(control, optimizer)
 
 
-@pytest.mark.parametrize("event", ["on_evaluate", "on_log"])
+@pytest.mark.parametrize("event", quick(("on_evaluate",), ["on_evaluate", "on_log"]))
 @pytest.mark.parametrize(
     ("act", "named"), [(stop, "should_training_stop"), (save, "should_save"), (slow_down, "learning rate")]
 )

@@ -12,6 +12,7 @@ from hf_dp.errors import ConfigError, HfDpError, ReleaseError, UnsupportedParame
 from hf_dp.ledger.ledger import LEDGER_NAME
 from tests.support import models as M
 from tests.support import runs
+from tests.support.marks import quick
 
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 12}
 ROWS = runs.text_rows()
@@ -72,18 +73,22 @@ def hooked(model: nn.Module) -> None:
     trainable(model)[0].register_hook(lambda g: 2 * g)
 
 
+BESIDE = [
+    ("on_pre_optimizer_step", own_loss, "not those that were released"),
+    ("on_step_end", step_beside, "changed otherwise"),
+    ("on_step_begin", hooked, "hooks on gradients"),
+]
+LIKE_THESE = [
+    ("on_pre_optimizer_step", decay, "not those that were released"),
+    ("on_pre_optimizer_step", drop, "not those that were released"),
+    ("on_pre_optimizer_step", wiped, "changed otherwise"),
+    ("on_optimizer_step", shrink, "changed otherwise"),
+    ("on_step_begin", wiped, "changed otherwise"),
+]
+
+
 @pytest.mark.parametrize(
-    ("event", "act", "said"),
-    [
-        ("on_pre_optimizer_step", own_loss, "not those that were released"),
-        ("on_pre_optimizer_step", decay, "not those that were released"),
-        ("on_pre_optimizer_step", drop, "not those that were released"),
-        ("on_pre_optimizer_step", wiped, "changed otherwise"),
-        ("on_optimizer_step", shrink, "changed otherwise"),
-        ("on_step_end", step_beside, "changed otherwise"),
-        ("on_step_begin", wiped, "changed otherwise"),
-        ("on_step_begin", hooked, "hooks on gradients"),
-    ],
+    ("event", "act", "said"), [*BESIDE, *(pytest.param(*case, marks=pytest.mark.slow) for case in LIKE_THESE)]
 )
 def test_a_callback_that_trains_beside_is_an_error_at_once(event: str, act: Any, said: str, tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, tiny(), PRIVATE, max_steps=4, callbacks=[At(event, act)])
@@ -169,7 +174,7 @@ class GoOn(TrainerCallback):
         return control
 
 
-@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_epoch_end"])
+@pytest.mark.parametrize("event", quick(("on_step_end",), ["on_step_end", "on_log", "on_epoch_end"]))
 def test_no_callback_takes_training_beyond_the_target(event: str, tmp_path: Path) -> None:
     target = {"target_epsilon": 2.0, "target_delta": 1e-3, "expected_batch_size": 6}
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}

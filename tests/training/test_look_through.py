@@ -17,6 +17,7 @@ from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.training.look_through import Limits, _problems, complete_record
 from tests.support import exact, runs
 from tests.support import models as M
+from tests.support.marks import quick
 
 LABELS = ("labels", "label")
 FAR = 1 << 40  # a label that an error's message would tell
@@ -157,7 +158,7 @@ OTHER_INPUTS: dict[str, tuple[Callable[[], Any], list[dict[str, Any]], dict[str,
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", quick(FORMS[:1], FORMS))
 @pytest.mark.parametrize("name", OTHER_INPUTS)
 def test_a_sound_a_picture_or_a_text_that_ends_a_step_is_refused(
     name: str, form: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -196,7 +197,16 @@ def test_what_a_loss_of_the_users_own_takes_is_not_refused(tmp_path: Path) -> No
     assert read_ledger(tmp_path / LEDGER_NAME).num_steps == 1
 
 
-@pytest.mark.parametrize(("where", "form"), [(0, Dataset.from_list), (3, as_list), (0, OnTheFly), (23, OnTheFly)])
+SLOW = pytest.mark.slow
+EMPTY_AT = [
+    (3, as_list),
+    (0, OnTheFly),
+    pytest.param(0, Dataset.from_list, marks=SLOW),
+    pytest.param(23, OnTheFly, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("where", "form"), EMPTY_AT)
 def test_a_record_without_tokens_counts_and_contributes_nothing(
     where: int, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import hf_dp
@@ -222,6 +222,18 @@ def test_the_rows_that_trl_makes_are_two_a_pair_or_refused(adapted: Any) -> None
     collate = hf_dp.sampling.OfUnits(three_rows, 2)
     with pytest.raises(CaptureError, match="2 rows of each record"):
         collate([{}])
+
+
+def test_a_pair_longer_than_the_models_positions_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Its prompt and one of its answers: the remedy of the message trains."""
+    data = pairs(PAIRS).add_item({"prompt": "w3 " * 40, "chosen": " w4" * 40, "rejected": " w5"})
+    lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    k = {"peft_config": lora, "max_steps": 1}
+    with pytest.raises(ConfigError, match=r"chosen_ids longer than the model's positions.*max_length=64"):
+        on_trl.dpo(tmp_path / "refused", M.gpt2(n_layer=1), data, private(), **k).train()
+    trained = on_trl.dpo(tmp_path / "cut", M.gpt2(n_layer=1), data, private(), max_length=64, **k)
+    trained.train()
+    assert trained.privacy_spent().num_steps == 1
 
 
 @pytest.mark.parametrize(

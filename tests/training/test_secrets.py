@@ -23,6 +23,7 @@ from hf_dp.step import opening as opening_module
 from hf_dp.step.run import PrivateRun
 from tests.support import models as M
 from tests.support import runs
+from tests.support.marks import quick
 
 SECRET = "Margarethe Quittenbaum-4711"
 LENGTH = 1913  # of the planted record: no other number in the run is this one
@@ -242,7 +243,7 @@ def test_no_text_and_no_length_of_a_record_is_left(witness: Witness) -> None:
     assert [name for name, text in texts(witness) if length.search(text)] == []
 
 
-@pytest.mark.parametrize("run", ["witness", "witness_of_metrics"])
+@pytest.mark.parametrize("run", quick(("witness",), ["witness", "witness_of_metrics"]))
 def test_no_loss_and_no_norm_is_left(run: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """300 numbers are looked for among 1e5 floats: in one run of 60, one is found by chance. A leak is found twice."""
     witness: Witness = request.getfixturevalue(run)
@@ -254,7 +255,7 @@ def test_no_loss_and_no_norm_is_left(run: str, request: pytest.FixtureRequest, t
 
 def test_logs_hold_public_quantities_alone(witness: Witness) -> None:
     public = {"epoch", "step", "learning_rate", "epsilon", "train_runtime", "train_samples_per_second"}
-    public |= {"train_steps_per_second", "grad_norm", "epsilon_of_steps_taken"}
+    public |= {"train_steps_per_second", "grad_norm", "epsilon_of_steps_taken", "signal_to_noise"}
     assert {name for entry in witness.history for name in entry} <= public
     norms = [entry["grad_norm"] for entry in witness.history if "grad_norm" in entry]
     assert norms == pytest.approx(witness.released_norms, rel=1e-5)  # of the noisy gradient: it left already

@@ -18,6 +18,7 @@ from hf_dp.card.readme import section_of
 from hf_dp.per_example.clipping import ROUNDING_MARGIN
 from tests.support import models as M
 from tests.support import reference, runs
+from tests.support.marks import quick
 from tests.support.on_trl import settings, tokenizer, words
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -97,7 +98,7 @@ MASKS: dict[str, tuple[Any, dict[str, Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", quick(("a completion", "the assistant's turns"), MASKS))
 def test_each_loss_mask_is_exact_one_record_at_a_time_in_float64(tmp_path: Path, mask: str) -> None:
     data, options, some_are_no_targets = MASKS[mask]
     trainer = sft(tmp_path, data(), model=M.llama(num_hidden_layers=1).double(), **options)

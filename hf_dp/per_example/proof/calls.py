@@ -1,6 +1,7 @@
 """One operation as it was called -> its arguments by name, with what each depends on: what a rule is given."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -56,6 +57,7 @@ class Call:
         return self.func(**given)
 
 
+@cache
 def plain_name(func: Value) -> str:
     """'add' for aten.add_.Tensor; in another namespace than PyTorch's own, with it."""
     space, name = func._schema.name.split("::")
@@ -65,8 +67,12 @@ def plain_name(func: Value) -> str:
 
 def written(func: Value, arguments: dict[str, Value]) -> list[Tensor]:
     """The tensors among the arguments, by name, that an operation writes to."""
-    writes = (a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
-    return [t for name in writes for t in tensors_in(arguments[name])]
+    return [t for name in _targets(func) for t in tensors_in(arguments[name])]
+
+
+@cache
+def _targets(func: Value) -> tuple[str, ...]:
+    return tuple(a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def bound(func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> dict[str, Value]:

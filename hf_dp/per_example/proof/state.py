@@ -11,10 +11,10 @@ the operations of the pass are followed, so that it is copied just before the fi
 
 import itertools
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -25,83 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
 from hf_dp.per_example.proof.calls import Value, bound, written
-from hf_dp.per_example.proof.harmless import is_harmless_setting
+from hf_dp.per_example.proof.kept import PLAIN, Empty, Kept, KeptMapping, KeptTensor, joined, local
 from hf_dp.per_example.proof.labels import address
 
 DEPTH = (
     3  # objects within objects that are no modules; a model's configuration, adapters' settings and caches are within
 )
-_PLAIN = (int, float, complex, str, bytes, bool, type(None))
-
-
-class _Kept:
-    """One container and what it held."""
-
-    def __init__(self, name: str, read: Callable[[], list[Value]], write: Callable[[list[Value]], None]) -> None:
-        self.name, self._read, self._write, self._held = name, read, write, read()
-
-    def differs(self) -> bool:
-        now = self._read()
-        return len(now) != len(self._held) or not all(map(_same, now, self._held))
-
-    def changes(self) -> list[str]:
-        if not self.differs():
-            return []
-        now = self._read()
-        if not all(isinstance(e, tuple) and len(e) == 2 for e in (*now, *self._held)):
-            return [self.name]
-        old, new = dict(self._held), dict(now)
-        keys = [k for k in {**old, **new} if k not in old or k not in new or not _same(old[k], new[k])]
-        keys = [k for k in keys if not is_harmless_setting(k, new.get(k))]
-        return [f"{self.name}.{k}".lstrip(".") if isinstance(k, str) else self.name for k in keys]
-
-    def put_back(self) -> None:
-        self._write(self._held)
-
-
-class _KeptTensor:
-    """One tensor: its memory and its values."""
-
-    def __init__(self, name: str, tensor: Tensor, copied: bool) -> None:
-        self.name, self.tensor, self.copied = name, tensor, copied
-        self.note()
-
-    def note(self) -> None:
-        with torch.no_grad():
-            self._alias = self.tensor.detach()
-            self._copy = self._alias.clone() if self.copied else None
-        self._version, self._grad = self.tensor._version, self.tensor.requires_grad
-
-    def copy(self) -> None:
-        """Takes a copy of values that are still those noted; nothing where there is one."""
-        if self._copy is None:
-            with torch.no_grad():
-                self._copy = self._alias.clone()
-
-    def changes(self) -> list[str]:
-        return [] if self._in_place() and self._unwritten() and self.tensor.requires_grad == self._grad else [self.name]
-
-    def _in_place(self) -> bool:
-        now, then = self.tensor, self._alias
-        return _local(now).data_ptr() == _local(then).data_ptr() and now.shape == then.shape and now.dtype == then.dtype
-
-    def _unwritten(self) -> bool:
-        if self.tensor._version == self._version and self._alias._version == self._version and self._copy is None:
-            return True
-        return self._copy is not None and _equal(self._alias, self._copy)
-
-    def put_back(self) -> None:
-        with torch.no_grad():
-            if not self._in_place():
-                self.tensor.data = self._alias
-            if self.tensor.requires_grad != self._grad and self.tensor.is_leaf:
-                self.tensor.requires_grad_(self._grad)
-            if self._copy is None:
-                raise SelfCheckError(
-                    f"a pass writes to {self.name}, whose values only the released steps may change: freeze it there"
-                )
-            if not _equal(self._alias, self._copy):
-                self._alias.copy_(self._copy)
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_COLLECTIONS = {dict, OrderedDict, list, deque, set}
+_NOTHING_WITHIN = {*PLAIN, types.ModuleType, types.BuiltinFunctionType}
 
 
 class State:
@@ -113,24 +45,25 @@ class State:
     """
 
     def __init__(self, model: nn.Module, copied: Collection[str] = ()) -> None:
-        self._containers: list[_Kept] = []
-        self._tensors: list[_KeptTensor] = []
-        self._at: dict[int, list[_KeptTensor]] = {}
+        self._empty = Empty()
+        self._containers: list[Kept | KeptMapping | Empty] = [self._empty]
+        self._tensors: list[KeptTensor] = []
+        self._at: dict[int, list[KeptTensor]] = {}
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._copied = frozenset(copied)
         self._seen: dict[int, Value] = {}
         modules = list(model.named_modules())
         self._seen.update((id(module), module) for _, module in modules)
         for name, module in modules:
-            self._module(module, name, lambda key: not key.endswith("_hooks"))
+            self._module(module, name, hooks=False)
         for name, module in modules:
-            self._module(module, name, lambda key: key.endswith("_hooks"))
+            self._hooks(module, name)
 
     def keep(self, name: str, tensor: Tensor, copied: bool = True) -> None:
         """Notes one tensor more, under a name."""
-        self._tensors.append(_KeptTensor(name, tensor, copied))
+        self._tensors.append(KeptTensor(name, tensor, copied))
         if id(tensor) in self._own:  # others' memory, such as what sharding gathers, may be freed meanwhile
-            self._at.setdefault(address(_local(tensor)), []).append(self._tensors[-1])
+            self._at.setdefault(address(local(tensor)), []).append(self._tensors[-1])
 
     def copy(self, about_to_be_written: Tensor) -> None:
         """Takes a copy of the parameters in the memory that is about to be written to, where there is none yet."""
@@ -168,7 +101,7 @@ class State:
                 tensor.put_back()
 
     def _walk(self, value: Value, name: str, depth: int) -> None:
-        if isinstance(value, (*_PLAIN, type, types.ModuleType, types.BuiltinFunctionType)) or id(value) in self._seen:
+        if type(value) in _NOTHING_WITHIN or isinstance(value, (*PLAIN, type)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -176,24 +109,36 @@ class State:
                 copied = not isinstance(value, nn.Parameter) or name in self._copied
                 self.keep(name, value, copied)
         elif isinstance(value, nn.Module):
-            self._module(value, name, lambda key: True)
+            self._module(value, name)
         elif depth < DEPTH:
             self._container(value, name, depth + 1)
 
-    def _module(self, module: nn.Module, name: str, taken: Callable[[str], bool]) -> None:
+    def _module(self, module: nn.Module, name: str, hooks: bool = True) -> None:
         own = vars(module)
-        if taken("_modules"):
-            self._keep(name, partial(_items, own), partial(_set_items, own))
+        self._containers.append(KeptMapping(name, own))
         for key, value in own.items():
-            if taken(key):
-                inner = name if key in ("_parameters", "_buffers", "_modules") else _joined(name, key)
+            kind = type(value)
+            if kind in _NOTHING_WITHIN:
+                continue
+            inner = name if key in _REGISTRIES else joined(name, key)
+            if kind in _COLLECTIONS and not value:
+                self._empty.append((inner, value))
+            elif hooks or not key.endswith("_hooks"):
                 self._walk(value, inner, 0)
 
+    def _hooks(self, module: nn.Module, name: str) -> None:
+        """What hooks hold comes last, so that a tensor of the model has the name that it has there."""
+        for key, value in vars(module).items():
+            if key.endswith("_hooks") and value:
+                self._walk(value, joined(name, key), 0)
+
     def _container(self, value: Value, name: str, depth: int) -> None:
-        if isinstance(value, dict):
-            self._keep(name, partial(_items, value), partial(_set_items, value))
+        if type(value) in _COLLECTIONS and not value:
+            self._empty.append((name, value))
+        elif isinstance(value, dict):
+            self._containers.append(KeptMapping(name, value))
             for key, element in value.items():
-                self._walk(element, _joined(name, key), depth)
+                self._walk(element, joined(name, key), depth)
         elif isinstance(value, (list, deque)):
             self._keep(name, partial(list, value), partial(_set_list, value))
             self._walk_all(value, name, depth)
@@ -229,12 +174,12 @@ class State:
         except TypeError:  # without attributes of its own
             return
         if isinstance(own, dict):
-            self._keep(name, partial(_items, own), partial(_set_items, own))
+            self._containers.append(KeptMapping(name, own))
             for key, element in own.items():
-                self._walk(element, _joined(name, key), depth)
+                self._walk(element, joined(name, key), depth)
 
     def _keep(self, name: str, read: Callable[[], list[Value]], write: Callable[[list[Value]], None]) -> None:
-        self._containers.append(_Kept(name, read, write))
+        self._containers.append(Kept(name, read, write))
 
 
 @contextmanager
@@ -309,49 +254,21 @@ class _CopyBeforeWrite(TorchDispatchMode):
         super().__init__()
         self._state = state
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # within, nothing is compiled; asking again for each operation took longer than the operation
+
     def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
-        if func._schema.is_mutable:
+        if _writes(func):
             with torch._C.DisableTorchFunction():
                 for tensor in written(func, bound(func, args, kwargs or {})):
                     self._state.copy(tensor)
         return func(*args, **(kwargs or {}))
 
 
-def _same(a: Value, b: Value) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return type(a) is type(b) and isinstance(a, _PLAIN) and a == b
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that lies in shards; any other as it is."""
-    detached = tensor.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """The same bits: a NaN equals itself, and -0.0 is not 0.0."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.is_meta or b.is_meta:  # lies elsewhere, as a module's hooks say
-        return a.is_meta == b.is_meta
-    first, second = (_local(t).contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return bool(torch.equal(first, second))
-
-
-def _joined(name: str, key: Value) -> str:
-    return f"{name}.{key}" if name else str(key)
-
-
-def _items(own: dict[Value, Value]) -> list[Value]:
-    return list(own.items())
-
-
-def _set_items(own: dict[Value, Value], held: list[Value]) -> None:
-    own.clear()
-    own.update(held)
+@cache
+def _writes(operation: Value) -> bool:
+    return bool(operation._schema.is_mutable)
 
 
 def _set_list(own: Value, held: list[Value]) -> None:

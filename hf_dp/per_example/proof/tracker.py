@@ -9,6 +9,7 @@ kernel).
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,10 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self._tracker = tracker
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # within, nothing is compiled; asking again for each operation takes time
+
     def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         kwargs = kwargs or {}
         if plain_name(func) not in RULES and _is_composite(func):
@@ -326,6 +331,7 @@ def _mixed(labels: Labels) -> bool:
     return bool(_MIXED[distinct(labels)].any())
 
 
+@cache
 def _is_composite(func: Value) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
