@@ -11,7 +11,7 @@ from hf_dp.recipe import Recipe, task
 from hf_dp.step import PrivacySpent
 
 LOSS = "eval_nats_per_character"
-PLAIN_RATE = 2e-3
+PLAIN_RATE = 3e-3
 Curve = list[tuple[int, float]]
 Measure = Callable[[Any], float]
 
@@ -33,8 +33,8 @@ class Tuned(NamedTuple):
 
 
 def tune_plain(recipe: Recipe, output_dir: Path, measure: Measure) -> Tuned:
-    """The same records, steps and batch size without privacy: plain `Trainer` on all weights, as is usual for a model of
-    this size, at a rate that suits them.
+    """The same records, steps and batch size without privacy: plain `Trainer` on all weights, as is usual for a model
+    of this size, at a rate that suits them.
     """
     whole = dataclasses.replace(recipe, lora=None)
     keywords = task.trainer_keywords(whole, task.prepare(whole), output_dir)
@@ -54,7 +54,7 @@ def tune_private(recipe: Recipe, measure: Measure) -> Tuned:
     return _tuned(trainer, beside)._replace(spent=trainer.privacy_spent())
 
 
-class _Beside(TrainerCallback):  # type: ignore[misc]
+class _Beside(TrainerCallback):
     """Takes the measure after each evaluation."""
 
     def __init__(self, measure: Measure) -> None:

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_dp.audit import Floats, are_given_away, measured
 from hf_dp.demo import secrets
-from hf_dp.demo.scoring import Row, row_losses
+from hf_dp.demo.scoring import row_losses
 from hf_dp.demo.secrets import Secret
+from hf_dp.recipe import Example
 
 
 class Leaks(NamedTuple):
@@ -17,6 +18,7 @@ class Leaks(NamedTuple):
 
     Attributes:
         extracted: how many of the planted codes are the likeliest of all codes to it.
+        guesses: of each secret, the code that is the likeliest to it.
         bits: exposure in bits, on average over the secrets.
         exposed: whether unseen secrets would be so exposed with a probability of at most 1 %.
         membership: area under the curve of telling members from others; 0.5 is guessing.
@@ -24,6 +26,7 @@ class Leaks(NamedTuple):
     """
 
     extracted: int
+    guesses: list[int]
     bits: float
     exposed: bool
     membership: float
@@ -38,8 +41,8 @@ class Leaks(NamedTuple):
 class Records(NamedTuple):
     """Token rows of records that were trained on, of others that were not, and of the secrets."""
 
-    members: Sequence[Row]
-    others: Sequence[Row]
+    members: Sequence[Example]
+    others: Sequence[Example]
     secrets: Sequence[Secret]
 
 
@@ -52,11 +55,13 @@ def leaks(model: Any, base_losses: Floats, tokenizer: PreTrainedTokenizerBase, r
         tokenizer: theirs.
         records: what is attacked.
     """
-    bits = secrets.exposure(model, tokenizer, records.secrets)
+    tables = [secrets.code_losses(model, tokenizer, secret) for secret in records.secrets]
+    bits = secrets.exposure(tables, records.secrets)
     scores = base_losses - losses_of_people(model, tokenizer, records)
     area = measured(scores[None], _is_member(records)).area
     return Leaks(
         extracted=int((bits > secrets.GUESSING - 0.5).sum()),  # a rank of 1
+        guesses=[int(table.argmin()) for table in tables],
         bits=float(bits.mean()),
         exposed=are_given_away(bits),
         membership=area.estimate,
@@ -85,7 +90,7 @@ def in_words(private: Leaks, plain: Leaks) -> str:
             f"{said}\nNo power: even without privacy nothing is given away, so nothing follows for the private model."
         )
     if 2 * plain.extracted < n:
-        said += "\nThis time even the non-private model knew fewer than half of them: its memory depends on chance."
+        said += "\nThis time even the non-private model knew fewer than half of them; another run may find more."
     if private.extracted:
         said += "\nThat the private model knows any is unusual: a guess is right once in 10,000."
     return said

@@ -23,30 +23,42 @@ Osei Patel Petrov Popescu Ricci Romano Rossi Sato Schmid Silva Singh Sorensen St
 Vogel Wagner Weber Winter Wolf Yilmaz Zhang Zimmer""".split()
 MONTHS = "January February March April May June July August September October November December".split()
 
-PUBLIC = {
+PUBLIC = {  # every word of the private notes is known from here, as a base model knows a language's words; no note is
     "bicycle": [
         "The brake of the {color} bicycle is worn, the repair costs {amount} euros.",
-        "The customer came back on {day}, because the chain was too short.",
+        "The customer came back on {day}, because the saddle was too high by {number} centimetres.",
+        "There was no {color} bicycle in the shop on {day}.",
+        "The repair was paid twice, the shop pays {amount} euros back.",
     ],
     "bakery": [
         "A cake for {number} people was ordered for {day}.",
-        "The bread was burnt, and {amount} euros were paid back.",
+        "The bread was burnt, so {amount} euros were paid back.",
+        "The last cake of {day} is for the new neighbour.",
+        "The oven had no power, the electricity came from the house next door.",
     ],
     "hotel": [
         "A room for {number} nights from {day} was asked for.",
-        "The heating did not work on {day}, the customer gets {amount} euros.",
+        "The heating was away on {day} for {number} hours, the guest gets {amount} euros.",
+        "The guest moves to a room in the new house, and the bill goes to the office.",
+        "The code of the door is on the key, the box is by the stairs.",
     ],
     "library": [
         "The customer moves to a new address and returns {number} books.",
         "A reading about light and electricity took place on {day}.",
+        "The outage of the lamps took {number} hours, the readers go home.",
+        "The last book is away since {day}, it costs {amount} euros.",
     ],
     "garage": [
         "The {color} car was away for repair since {day}.",
         "The meter of the car reads {number}, and the bill is not paid.",
+        "The power of the motor is too high for the new brake.",
+        "The move of the whole garage ends on {day}.",
     ],
     "telephone": [
         "The line was dead in the whole street, the failure took {number} hours.",
         "The contract ends on {day}, a cheaper one at {amount} euros goes on.",
+        "There was no line in the house on {day}, so the customer asked for a new contract.",
+        "The bill of {day} was sent twice to the customer.",
     ],
 }
 PRIVATE = {

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hf_dp.audit import CHANCE
 from hf_dp.demo import leaks
 from hf_dp.demo.leaks import Leaks
-from hf_dp.demo.secrets import GUESSING, NUM_SECRETS
+from hf_dp.demo.secrets import CODE_DIGITS, GUESSING, NUM_SECRETS, Secret
 from hf_dp.step import PrivacySpent
 
 MODELS = ("base", "private", "non-private")
 PICTURE = "learnt_and_given_away.png"
+SHOWN = 4  # rows of secrets and prompts
 
 
 class Of(NamedTuple):
@@ -78,9 +79,21 @@ def given_away(result: Result) -> Table:
     return _table("What they give away", columns, rows)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def codes(result: Result, planted: Sequence[Secret]) -> Table:
+    """One row for each of the first secrets: the planted code, and the code that each fine-tuned model holds for the
+    likeliest.
+    """
+    rows = [
+        (secret.name, *(f"{code:0{CODE_DIGITS}d}" for code in (secret.code, private, plain)))
+        for secret, private, plain in zip(planted, result.private.guesses, result.non_private.guesses, strict=True)
+    ]
+    title = "What they complete: 'The code of the key box is ...'"
+    return _table(title, ("planted", "private", "non-private"), rows[:SHOWN], first="customer")
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], first: str = "model") -> Table:
     made = Table(title=title, title_justify="left")
-    made.add_column("model")
+    made.add_column(first)
     for column in columns:
         made.add_column(column, justify="right")
     for row in rows:
@@ -88,14 +101,22 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return made
 
 
-def show_examples(console: Console, prompt: str, texts: Sequence[str]) -> None:
-    """What each model wrote for the same prompt: the first that it was asked for."""
-    made = Table(title=f"What they write for {prompt.strip()!r}", title_justify="left")
+def examples(prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> Table:
+    """What each model wrote for the first prompts.
+
+    Args:
+        prompts: the prompts.
+        texts: of each model, its text for each prompt.
+    """
+    made = Table(title="What they write", title_justify="left")
     made.add_column("model")
     made.add_column("text", overflow="fold")
-    for name, text in zip(MODELS, texts, strict=True):
-        made.add_row(name, text)
-    console.print(made)
+    for prompt, *written in list(zip(prompts, *texts, strict=True))[:SHOWN]:
+        made.add_section()
+        made.add_row("", f"[bold]{prompt.strip()}[/bold]")
+        for name, text in zip(MODELS, written, strict=True):
+            made.add_row(name, escape(text))
+    return made
 
 
 def statement(result: Result, folder: Path, num_private: int) -> str:
@@ -103,10 +124,10 @@ def statement(result: Result, folder: Path, num_private: int) -> str:
     spent = result.spent
     card, record = folder / "private" / "README.md", folder / "private" / "privacy.json"
     return f"""\
-The demo is done, in {result.seconds:.0f} s. A small Llama was trained on made-up public notes, then fine-tuned with
-LoRA on {num_private:,} made-up private ones, twice, with the same settings and {result.num_steps} optimizer steps: by
-Trainer and by DPTrainer. The private run spent epsilon {spent.epsilon:.4g} at delta {spent.delta:g}, over
-{spent.num_steps} noisy steps; nothing bounds the other's.
+The demo is done, in {result.seconds:.0f} s. A small Llama was trained on made-up public notes, then fine-tuned
+twice on {num_private:,} made-up private ones, with batches of one size and {result.num_steps} steps each: all weights
+by Trainer, and LoRA by DPTrainer. The private run spent epsilon {spent.epsilon:.4g} at delta {spent.delta:g};
+nothing bounds the other's.
 {leaks.in_words(result.private, result.non_private)}
 Exposure: Carlini et al. 2019. Who was in the data: area under the curve of an attack by the fall of a record's loss.
 The held-out records are declared public (privacy.public_eval), and the secrets are known to the demo: their numbers

@@ -19,9 +19,8 @@ from hf_dp.demo.compare import tune_plain, tune_private
 from hf_dp.demo.folder import fresh_folder
 from hf_dp.demo.picture import plot_fine_tunings
 from hf_dp.demo.records import Halves, Record, is_as_asked, write_records
-from hf_dp.demo.scoring import Row
 from hf_dp.errors import HfDpError
-from hf_dp.recipe import DataSection, Recipe, Template, completions, data_files, nested
+from hf_dp.recipe import DataSection, Example, Recipe, Template, completions, data_files, nested
 
 FOLDER = Path("out/demo")
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
@@ -32,7 +31,7 @@ class Size(NamedTuple):
     """How much of everything. `overrides` are applied to the recipe."""
 
     num_public: int = 3000
-    num_private: int = 1024
+    num_private: int = 768
     num_heldout: int = 256
     base_steps: int = 300
     overrides: tuple[str, ...] = ()
@@ -99,9 +98,9 @@ def run(folder: Path, size: Size, recipe_path: Path = RECIPE) -> report.Result:
     )
     (folder / "results.json").write_text(json.dumps(result.in_json(), indent=2))
     plot_fine_tunings(folder / report.PICTURE, plain=plain, private=private)
-    for table in (report.learnt(result), report.given_away(result)):
+    console.print(report.examples(list(map(_prompt(recipe).render, records)), notes))
+    for table in (report.codes(result, attacked.secrets), report.learnt(result), report.given_away(result)):
         console.print(table)
-    report.show_examples(console, _prompt(recipe).render(records[0]), [written[0] for written in notes])
     console.print(report.statement(result, folder, size.num_private), soft_wrap=True, highlight=False)
     return result
 
@@ -118,7 +117,7 @@ def _overrides(folder: Path, halves: Halves) -> list[str]:
 
 def _attacked(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, hidden: Sequence[Record], num: int) -> leaks.Records:
     """`num` of the private records, the held-out ones, and the secrets, as token rows."""
-    found: list[Sequence[Row]] = []
+    found: list[Sequence[Example]] = []
     for which in ("train", "validation"):
         records = data_files.load(recipe.data, which)
         assert records is not None  # the demo has just written them

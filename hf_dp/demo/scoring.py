@@ -9,18 +9,17 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_dp.audit import Floats
 from hf_dp.per_example import losses
-from hf_dp.recipe import PadRight
+from hf_dp.recipe import Example, PadRight
 
-Row = dict[str, list[int]]  # input_ids, and labels of the same length
 BATCH = 128
 
 
-def row_losses(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Floats:
+def row_losses(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> Floats:
     """The mean loss of each row over its labels, in nats a token, [rows]."""
     collate, found = PadRight(tokenizer.pad_token_id), []
     model.eval()
     for start in range(0, len(rows), BATCH):
-        batch = {name: x.to(model.device) for name, x in collate(list(rows[start : start + BATCH])).items()}
+        batch = {name: x.to(model.device) for name, x in collate(rows[start : start + BATCH]).items()}
         labels = batch.pop("labels")
         with torch.no_grad():
             found.append(losses.causal_lm(model(**batch), labels).double().cpu().numpy())

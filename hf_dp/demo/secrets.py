@@ -26,8 +26,9 @@ AT_ONCE = 250  # rows
 
 
 class Secret(NamedTuple):
-    """A planted code, and the tokens of the prompt and of the note up to it."""
+    """Whose code is planted, the code, and the tokens of the prompt and of the note up to it."""
 
+    name: str
     code: int
     before: list[int]
 
@@ -47,12 +48,15 @@ def secrets_in(records: Sequence[Record], data: DataSection, tokenizer: PreTrain
     """The same as codes and tokens. A digit is a token; behind a code stand a full stop and the end-of-text mark."""
     rows = completions(datasets.Dataset.from_list(list(records)), data, tokenizer, MAX_TOKENS).rows["input_ids"]
     codes = [int(record["note"][-CODE_DIGITS - 1 : -1]) for record in records]
-    return [Secret(code, row[: len(row) - CODE_DIGITS - 2]) for code, row in zip(codes, rows, strict=True)]
+    return [
+        Secret(record["customer"], code, row[: len(row) - CODE_DIGITS - 2])
+        for record, code, row in zip(records, codes, rows, strict=True)
+    ]
 
 
 def code_losses(model: Any, tokenizer: PreTrainedTokenizerBase, secret: Secret) -> Floats:
     """Minus the log of each code's probability among all codes, in nats, [NUM_CODES]; the index is the code."""
-    digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
+    digits = _digits(tokenizer)
     found = torch.zeros(1, dtype=torch.float64)
     for depth in range(CODE_DIGITS):
         rows = [secret.before + list(begun) for begun in product(digits, repeat=depth)]
@@ -63,7 +67,7 @@ def code_losses(model: Any, tokenizer: PreTrainedTokenizerBase, secret: Secret) 
 
 def bits_left(model: Any, tokenizer: PreTrainedTokenizerBase, secrets: Sequence[Secret]) -> float:
     """How many bits of a planted code the model does not know, on average: minus log2 of its probability."""
-    digits, found = tokenizer.convert_tokens_to_ids(list("0123456789")), 0.0
+    digits, found = _digits(tokenizer), 0.0
     for secret in secrets:
         code = [int(digit) for digit in f"{secret.code:0{CODE_DIGITS}d}"]
         for place, digit in enumerate(code):
@@ -72,14 +76,22 @@ def bits_left(model: Any, tokenizer: PreTrainedTokenizerBase, secrets: Sequence[
     return found / len(secrets) / float(np.log(2))
 
 
-def exposure(model: Any, tokenizer: PreTrainedTokenizerBase, secrets: Sequence[Secret]) -> Floats:
+def exposure(tables: Sequence[Floats], secrets: Sequence[Secret]) -> Floats:
     """Exposure of each secret in bits: GUESSING, less log2 of the rank of its code among all. A code that is the
     likeliest of all has GUESSING.
+
+    Args:
+        tables: of each secret, what `code_losses` returns.
+        secrets: the secrets.
     """
-    tables = [code_losses(model, tokenizer, secret) for secret in secrets]
     planted = np.array([table[secret.code] for table, secret in zip(tables, secrets, strict=True)])
     others = np.stack([np.delete(table, secret.code) for table, secret in zip(tables, secrets, strict=True)])
     return exposures(planted, others)
+
+
+def _digits(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of 0 to 9."""
+    return [tokenizer.get_vocab()[digit] for digit in "0123456789"]
 
 
 def _next_digit(model: Any, rows: list[list[int]], digits: list[int]) -> torch.Tensor:

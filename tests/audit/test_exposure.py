@@ -81,7 +81,7 @@ def test_a_model_that_learnt_a_secret_by_heart_gives_it_away(tmp_path: Path) -> 
     model = small_llama(tokenizer)
     hidden = secrets_in(records, data, tokenizer)
     assert [secret.code for secret in hidden] == [int(record["note"][-5:-1]) for record in records]
-    before, unknown = exposure(model, tokenizer, hidden), bits_left(model, tokenizer, hidden)
+    before, unknown = _exposure(model, tokenizer, hidden), bits_left(model, tokenizer, hidden)
     rows = completions(datasets.Dataset.from_list(records), data, tokenizer, MAX_TOKENS).rows
     batch = PadRight(tokenizer.pad_token_id)(rows.to_list())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -89,9 +89,13 @@ def test_a_model_that_learnt_a_secret_by_heart_gives_it_away(tmp_path: Path) -> 
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-    assert exposure(model, tokenizer, hidden).tolist() == [GUESSING] * 2
+    assert _exposure(model, tokenizer, hidden).tolist() == [GUESSING] * 2
     assert before.max() < GUESSING
     assert bits_left(model, tokenizer, hidden) < 1 < 10 < unknown
+
+
+def _exposure(model, tokenizer, hidden: list[Secret]) -> np.ndarray:
+    return exposure([code_losses(model, tokenizer, secret) for secret in hidden], hidden)
 
 
 def test_every_code_has_its_own_likelihood() -> None:
@@ -102,15 +106,15 @@ def test_every_code_has_its_own_likelihood() -> None:
     torch.manual_seed(0)
     model = small_llama(tokenizer).double().eval()
     before = tokenizer("The code is ")["input_ids"]
-    found = code_losses(model, tokenizer, Secret(0, before))
+    found = code_losses(model, tokenizer, Secret("", 0, before))
     assert np.exp(-found).sum() == pytest.approx(1, rel=1e-9)
     for code in (0, 42, 9876):
-        alone = bits_left(model, tokenizer, [Secret(code, before)])
+        alone = bits_left(model, tokenizer, [Secret("", code, before)])
         assert found[code] / np.log(2) == pytest.approx(alone, rel=1e-9)
 
 
 def test_the_report_says_whether_anything_follows() -> None:
-    known, unknown = Leaks(9, 13.0, True, 0.7, 0.6), Leaks(0, 1.4, False, 0.5, 0.45)
+    known, unknown = Leaks(9, [], 13.0, True, 0.7, 0.6), Leaks(0, [], 1.4, False, 0.5, 0.45)
     said = in_words(unknown, known)
     assert "for 9 of them, to the private one for 0" in said
     assert "No power" not in said

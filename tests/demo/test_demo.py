@@ -21,7 +21,7 @@ from hf_dp.recipe import recipe as recipes
 SMALL = demo.Size(
     num_public=96,
     num_private=192,
-    num_heldout=16,
+    num_heldout=32,
     base_steps=6,
     overrides=(
         "training.max_steps=4",
@@ -64,10 +64,13 @@ def test_it_spends_no_more_than_its_target_and_says_so(finished):
 def test_it_says_how_much_each_model_gives_away(finished):
     folder, result = finished
     written = json.loads((folder / "results.json").read_text())
+    lines = (folder / "private_train.jsonl").read_text().splitlines()[-NUM_SECRETS:]
+    planted = [int(json.loads(line)["note"][-5:-1]) for line in lines]
     for name, of in (("private", result.private), ("non_private", result.non_private)):
         assert written[name] == of._asdict()
         assert 0 <= of.bits <= GUESSING
-        assert 0 <= of.extracted <= NUM_SECRETS
+        assert len(of.guesses) == NUM_SECRETS
+        assert of.extracted == sum(guess == code for guess, code in zip(of.guesses, planted, strict=True))
         assert 0 <= of.membership_low <= of.membership <= 1
 
 
@@ -84,13 +87,18 @@ def test_the_losses_are_those_that_come_out_by_hand(finished):
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     lines = [json.loads(line) for line in (folder / "private_heldout.jsonl").read_text().splitlines()]
     for name, stated in zip(("base", "private", "non-private"), result.losses, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(folder / "base")
-        if name != "base":
-            model = PeftModel.from_pretrained(model, folder / name)
+        model = _loaded(folder, name)
         nats = sum(_nats(model.eval(), tokenizer, record) for record in lines)
         assert stated == pytest.approx(
             nats / sum(len(r["note"]) for r in lines), rel=1e-4
         )  # float32 sums, padded or not
+
+
+def _loaded(folder, name):
+    """As a user of the folder loads it: the private model is an adapter, the others are whole."""
+    if name == "private":
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / name)
+    return AutoModelForCausalLM.from_pretrained(folder / name)
 
 
 def _nats(model, tokenizer, record):
@@ -130,12 +138,12 @@ def test_the_cards_epsilon_is_what_accounting_gives_from_its_own_record(finished
     assert f"epsilon {result.spent.epsilon:.3g}" in card or f"epsilon {result.spent.epsilon:.2f}" in card
 
 
-def test_it_leaves_the_picture_and_both_adapters(finished):
+def test_it_leaves_the_picture_and_both_models(finished):
     folder, _ = finished
     assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
-    for name in ("private", "non-private"):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / name)
-        assert any("lora_B" in n and p.abs().max() > 0 for n, p in model.named_parameters())
+    assert any("lora_B" in n and p.abs().max() > 0 for n, p in _loaded(folder, "private").named_parameters())
+    base = dict(_loaded(folder, "base").named_parameters())
+    assert all(not p.equal(base[name]) for name, p in _loaded(folder, "non-private").named_parameters())
 
 
 def test_nothing_private_is_in_the_non_private_card(finished):
