@@ -10,8 +10,9 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
+from typer.testing import CliRunner
 
-from hf_dp.cli import main
+from hf_dp.cli import app
 from tests.card.test_whole_card import said_by
 from tests.support import browser
 from tests.support import recipes as R
@@ -50,9 +51,8 @@ def cards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(*arguments: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["hf-dp", *map(str, arguments)])
-        main()
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
 
 
 def test_the_hubs_library_takes_them_and_they_name_no_place_on_this_machine(cards):
