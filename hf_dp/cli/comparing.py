@@ -175,7 +175,7 @@ def _losses_of_people(ruler: DPTrainer, records: Records) -> Floats:
     return np.concatenate([row_losses(ruler, rows) for rows in (records.members, records.others)])
 
 
-class _Beside(TrainerCallback):  # type: ignore[misc]
+class _Beside(TrainerCallback):
     """Takes a measure after some steps."""
 
     def __init__(self, steps: set[int], measure: Callable[[], Leaks]) -> None:
