@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -28,8 +29,11 @@ PASSES: dict[str, dict[str, Any]] = {
     "non-reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
-REPLICAS = ["--use_parallelism_config", "true"]
-REPLICAS += ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"]
+REPLICAS = """
+parallelism_config:
+  parallelism_config_dp_replicate_size: 2
+  parallelism_config_dp_shard_size: 2
+"""
 BASES = {"llama": M.llama, "gpt2": M.gpt2}
 
 
@@ -37,8 +41,8 @@ CONFIG_FILE = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "
 
 
 class Way(NamedTuple):
-    """`sharded`: "" not at all, "loaded" by from_pretrained, "launched" by accelerate's config file; of each, with
-    "in replicas", over half of the processes.
+    """`sharded`: "" not at all, "loaded" by from_pretrained, "launched" by accelerate's config file, "replicas" by one
+    that shards over half of the processes.
     """
 
     base: str
@@ -66,13 +70,18 @@ def ways(world: int, *, all_of_them: bool) -> list[Way]:
 
 
 @contextmanager
-def launched(*words: str) -> Iterator[None]:
-    """The environment in which `accelerate launch --config_file recipes/accelerate/sharded.yaml` starts processes."""
+def launched(*words: str, more: str = "") -> Iterator[None]:
+    """The environment in which `accelerate launch --config_file recipes/accelerate/sharded.yaml` starts processes;
+    `more` is put into the file.
+    """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    given = launch_command_parser().parse_args(["--config_file", str(CONFIG_FILE), *words, "train.py"])
-    made = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(CONFIG_FILE.read_text() + more)
+        file.flush()
+        given = launch_command_parser().parse_args(["--config_file", file.name, *words, "train.py"])
+        made = prepare_multi_gpu_env(_validate_launch_command(given)[0])
     kept = {name: value for name, value in made.items() if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
     with mock.patch.dict(os.environ, kept):
         yield
@@ -91,24 +100,22 @@ def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
     if together:
         dist.barrier()
     extra: dict[str, Any] = {}
-    if sharded.startswith("loaded"):
+    if sharded == "loaded":
         from transformers.distributed import DistributedConfig
 
-        replicas = 2 if "replicas" in sharded else 1
-        sizes = {"fsdp_size": dist.get_world_size() // replicas, "dp_replicate_size": replicas}
-        extra = {"distributed_config": DistributedConfig(**sizes)}
+        extra = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
     loaded = AutoModelForCausalLM.from_pretrained(folder / base, **extra)
-    torch.manual_seed(1 if main or not sharded.startswith("launched") else 2)
+    torch.manual_seed(1 if main or sharded in ("", "loaded") else 2)
     model = M.with_lora(lambda: loaded)
-    assert sharding.is_sharded(model) == sharded.startswith("loaded")
+    assert sharding.is_sharded(model) == (sharded == "loaded")
     return model
 
 
 def update(way: Way, folder: Path) -> Tensor:
     """What three noiseless steps at q = 1/2 change; draws come from the debug seed, and so are the same everywhere."""
     runs.arguments(folder)  # joins the processes
-    words = REPLICAS if "replicas" in way.sharded else ()
-    with launched(*words) if way.sharded.startswith("launched") else nullcontext():
+    more = REPLICAS if way.sharded == "replicas" else ""
+    with launched(more=more) if way.sharded in ("launched", "replicas") else nullcontext():
         model = adapter_on(way.base, folder, sharded=way.sharded)
         trainer = runs.trainer(
             folder / "-".join(map(str, way)),
