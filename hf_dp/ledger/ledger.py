@@ -126,6 +126,7 @@ class Ledger:
         expected_batch_size: int,
         noise: str = "gaussian",
         loss_bound: float | None = None,
+        records_per_unit: int = 1,
     ) -> None:
         """Starts a new segment if these settings differ from those of the current one; further steps are charged to it.
 
@@ -135,7 +136,8 @@ class Ledger:
             LedgerError: a value out of range, q other than B / N, or the write failed.
         """
         settings = (float(sample_rate), float(joint_noise_multiplier), float(clip_norm), expected_batch_size)
-        segment = ExecutedSegment(*settings, num_steps=0, loss_bound=loss_bound, noise=noise)
+        k = records_per_unit if records_per_unit > 1 else None
+        segment = ExecutedSegment(*settings, num_steps=0, noise=noise, loss_bound=loss_bound, records_per_unit=k)
         try:
             check_segment(segment, self._record.header.num_examples)
         except ValueError as error:

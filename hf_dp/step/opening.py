@@ -290,4 +290,5 @@ def begin_segment(ledger: Ledger, level: StepSettings) -> None:
         level.expected_batch_size,
         level.noise,
         level.loss_bound,
+        level.records_per_unit,
     )

@@ -59,7 +59,7 @@ def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups |
             "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
         )
     column = trainer.privacy.unit_column
-    again = groups_by(trainer.train_dataset, column)
+    again = groups_by(trainer.train_dataset, column, trainer.privacy.records_per_unit)
     if groups is not None and again is not None and not all(map(np.array_equal, groups, again)):
         raise ConfigError(
             f"{name} put the training records into another order, so that unit_column={column!r} would group others: "

@@ -47,8 +47,8 @@ def test_groups_come_in_the_order_of_their_first_record() -> None:
         [3],
     ]
     all_of_them = np.arange(3)
-    assert groups.one_of_each(all_of_them, np.zeros(3)).tolist() == [0, 1, 3]
-    assert groups.one_of_each(all_of_them, np.full(3, np.nextafter(1, 0))).tolist() == [6, 5, 3]
+    assert groups.some_of_each(all_of_them, np.zeros((3, 1)))[0].tolist() == [0, 1, 3]
+    assert groups.some_of_each(all_of_them, np.full((3, 1), np.nextafter(1, 0)))[0].tolist() == [6, 5, 3]
 
 
 def test_numbers_are_groups_too_and_transforms_do_not_matter() -> None:
