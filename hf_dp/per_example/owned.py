@@ -1,6 +1,6 @@
-"""Units that own several examples, such as a person with their records: the mean of a unit's gradients, formed before the
-norm and clipped once (user-level sampling: Charles et al. 2024, "Fine-Tuning Large Language Models with User-Level
-Differential Privacy", algorithm 2).
+"""Units that own several examples, such as a person with their records: the mean of a unit's gradients, formed before
+the norm and clipped once (user-level sampling: Charles et al. 2024, "Fine-Tuning Large Language Models with User-Level
+Differential Privacy", DP-SGD-ULS).
 
 Legend: E examples of a pass, U units; unit u owns n_u of the examples, which are neighbours. Its gradient is
 
@@ -10,8 +10,8 @@ Each example is a function of its own record alone, as ever, so that passes, rul
 a pass found of E examples is brought to U units in the form that it has (`of_units`):
 
     Dense  [E, *shape]              -> [U, *shape], the mean over a unit's examples
-    Outer  [E, T, d], [E, T, r]     -> [U, m T, d], [U, m T, r] with m = max n_u and zeros where there is no example; the
-                                       Gram form has the products across examples
+    Outer  [E, T, d], [E, T, r]     -> [U, m T, d], [U, m T, r] with m = max n_u and zeros where there is no example;
+                                       the Gram form has the products across examples
     Rows   [E, T], [E, T, d]        -> [U, m T], [U, m T, d]
 
 Numbers of two units never meet in an operation, so that one which is not finite stays with its unit. Norm and sum are

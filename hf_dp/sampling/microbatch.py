@@ -115,8 +115,9 @@ class LogicalBatchCollator:
     """Collates one draw into a container: `{"micro_batches": [batch, ...], "sizes": [number of examples, ...]}`.
 
     Both lists are empty for an empty draw. `micro_batches` reads them back, with the records of padded examples and the
-    units that own several. If the records come as a `Draw`, the container has its number too, as "draw_number". The container has no top-level `labels` or `input_ids`, so Trainer
-    counts no tokens in it, and it is a plain dict, so it is moved to a device like any batch.
+    units that own several. If the records come as a `Draw`, the container has its number too, as "draw_number". The
+    container has no top-level `labels` or `input_ids`, so Trainer counts no tokens in it, and it is a plain dict, so it
+    is moved to a device like any batch.
 
     `collate` runs under secret randomness, because masking tokens from a public seed would couple the examples of a
     batch. A record without a single token counts as drawn and contributes nothing. If a record cannot be collated, the

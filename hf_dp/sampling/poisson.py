@@ -39,8 +39,8 @@ class PoissonSampler(Sampler[list[int]]):
     Guarantee: under a secret key, record i is in draw t with probability `sample_rate`, rounded down to a multiple of
     2**-53, independently of every other record and draw. There is one global draw. Process r of W yields the slice
     kept[r::W] of the units, so the slices of all processes together are the draw, each unit once and whole. Nothing is
-    capped, padded, shuffled or evened out. A slice may be empty: it is yielded as `[]`. The order within a draw is that of the data
-    set, or of the groups.
+    capped, padded, shuffled or evened out. A slice may be empty: it is yielded as `[]`. The order within a draw is that
+    of the data set, or of the groups.
 
     Iterating again yields fresh draws: no draw's number comes twice in the life of the object, even if an iterator was
     not exhausted.

@@ -4,7 +4,7 @@ records.
 **Why a whole group is protected.** A step keeps each of N groups with probability q, independently. Of a group that is
 kept it takes k records (all, if it has no more), each choice of k with the same probability, and clips the mean of
 their gradients to C (user-level sampling: Charles et al. 2024, "Fine-Tuning Large Language Models with User-Level
-Differential Privacy", algorithm 2). Let P be the law of the released sum without the group. With the group, and given
+Differential Privacy", DP-SGD-ULS). Let P be the law of the released sum without the group. With the group, and given
 that the choice J of its records would be taken, the law is (1-q) P + q P_J, where P_J is P moved by at most C: the law
 of a subsampled Gaussian with one record. The choice of J depends on nothing else, so the law with the group is the mean
 of these laws over J. The hockey-stick divergence, and exp((a-1) Rényi divergence), are jointly convex, so the
@@ -42,6 +42,10 @@ class Groups(NamedTuple):
     def num_groups(self) -> int:
         """N."""
         return len(self.starts) - 1
+
+    def differ(self, other: "Groups") -> bool:
+        """Whether the other groups have other records, or the same in another order."""
+        return not (np.array_equal(self.records, other.records) and np.array_equal(self.starts, other.starts))
 
     def some_of_each(
         self, groups: NDArray[np.int64], uniforms: NDArray[np.float64]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import CaptureError
-from hf_dp.per_example import factors as fx
 from hf_dp.per_example import Pass, per_example_factors
+from hf_dp.per_example import factors as fx
 from hf_dp.randomness import Grid, grid_for
 
 

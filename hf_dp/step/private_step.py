@@ -71,8 +71,8 @@ class Passes:
 class PrivateStep:
     """Takes the private steps of one model: `released = step(run, batches, draw_number)`.
 
-    Guarantee: what each record, or each unit of several records, adds to the sum has Euclidean norm at most `level.clip_norm`, and the sum leaves only
-    through `run.release`.
+    Guarantee: what each record, or each unit of several records, adds to the sum has Euclidean norm at most
+    `level.clip_norm`, and the sum leaves only through `run.release`.
 
     Args:
         model: unwrapped (no DDP around it).

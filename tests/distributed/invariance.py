@@ -25,6 +25,8 @@ PASSES: dict[str, dict[str, Any]] = {
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
 BASES = {"llama": M.llama, "gpt2": M.gpt2}
+PEOPLE = "people"  # a Llama of which persons with 1 to 5 records are the units
+UNITS: dict[str, Any] = {"unit_column": "person", "records_per_unit": 3, "expected_batch_size": 5}
 
 
 class Way(NamedTuple):
@@ -38,6 +40,8 @@ DIAGONAL = [
     Way("llama", "4", "plain", True),
     Way("llama", "tokens", "reentrant", False),
     Way("gpt2", "tokens", "reentrant", True),
+    Way(PEOPLE, "1", "plain", True),
+    Way(PEOPLE, "4", "plain", False),
 ]
 
 
@@ -56,7 +60,7 @@ def adapter_on(base: str, folder: Path, *, sharded: bool) -> torch.nn.Module:
     main, together = not dist.is_initialized() or dist.get_rank() == 0, dist.is_initialized()
     if main and not (folder / base).exists():
         torch.manual_seed(0)
-        BASES[base]().save_pretrained(folder / base)
+        BASES.get(base, M.llama)().save_pretrained(folder / base)
     if together:
         dist.barrier()
     extra: dict[str, Any] = {}
@@ -75,12 +79,14 @@ def update(way: Way, folder: Path) -> Tensor:
     """What three noiseless steps at q = 1/2 change; draws come from the debug seed, and so are the same everywhere."""
     runs.arguments(folder)  # joins the processes
     model = adapter_on(way.base, folder, sharded=way.sharded)
-    before = flat(model)
+    before, rows = flat(model), runs.text_rows()
+    persons = rows.add_column("person", [number * number // 60 for number in range(len(rows))])
     trainer = runs.trainer(
         folder / "-".join(map(str, way)),
         model,
-        {**runs.NOISELESS, "expected_batch_size": 12},
+        {**runs.NOISELESS, "expected_batch_size": 12, **(UNITS if way.base == PEOPLE else {})},
         max_steps=3,
+        train_dataset=persons if way.base == PEOPLE else rows,
         **MICRO_BATCHES[way.micro_batches],
         **PASSES[way.passes],
     )

@@ -45,7 +45,9 @@ def slow(model: nn.Module, batch: MicroBatch, counts: Sequence[int], clip_norm: 
 
 def fast(model: nn.Module, batch: MicroBatch, counts: Sequence[int], factors_of: Pass) -> dict[str, Tensor]:
     into = {name: torch.zeros_like(p) for name, p in reference.trainable(model).items()}
-    seen = clipped_gradient_sum(model, lambda: losses(model, batch), batch.size, CLIP, into, of_units(factors_of, counts))
+    seen = clipped_gradient_sum(
+        model, lambda: losses(model, batch), batch.size, CLIP, into, of_units(factors_of, counts)
+    )
     each = torch.stack([x.mean() for x in losses(model, batch).detach().split(list(counts))])
     assert torch.allclose(seen.losses, each)
     return into
@@ -105,7 +107,7 @@ def test_a_unit_in_several_passes_is_the_same_unit() -> None:
             found = per_example_factors(model, lambda one=part: losses(model, one), part.size, forms=forms)
             unit = under_way.add(found, part.owned)
             assert (unit is None) == under_way.is_begun == (not part.owned.last)
-        seen = clipped_gradient_sum(model, lambda: None, 1, CLIP, into, lambda *_: unit)
+        seen = clipped_gradient_sum(model, lambda: None, 1, CLIP, into, lambda *_, whole=unit: whole)
         assert reference.relative_difference(into, slow(model, whole, (5,), CLIP)) < EXACT
         assert torch.allclose(seen.losses, losses(model, whole).mean().detach())
 
@@ -114,9 +116,11 @@ def test_a_unit_of_which_examples_are_missing_is_an_error() -> None:
     found = {"w": [Dense(torch.ones(1, 2))]}, torch.zeros(1)
     for parts in ([(1, True)], [(1, False)] * 3 + [(1, True)]):  # too few of it; those of a unit before it
         under_way = UnitUnderWay({"w": torch.zeros(2)})
+        *before, end = (Owned((count,), 3, last=last) for count, last in parts)
+        for owned in before:
+            under_way.add(found, owned)
         with pytest.raises(CaptureError, match="did not come together"):
-            for count, last in parts:
-                under_way.add(found, Owned((count,), 3, last=last))
+            under_way.add(found, end)
     with pytest.raises(CaptureError, match="units of 3 examples"):
         of_units(lambda *_: found, (2, 1))(nn.Identity(), lambda: torch.zeros(1), 1)
 
