@@ -15,8 +15,11 @@ from hf_dp import ConfigError, DPTrainer, PrivacyConfig
 from hf_dp.card.verification import verify
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.per_example.batches import MicroBatch
+from hf_dp.recipe.recipe import read
+from hf_dp.recipe.task import build
 from hf_dp.sampling import Draw, LogicalBatchCollator, micro_batches
 from tests.support import models as M
+from tests.support import recipes as R
 from tests.support import reference, runs
 
 SIZES, CLIP, BOUND = (1, 2, 5, 3, 7, 1), 0.1, 4.575
@@ -195,3 +198,19 @@ def test_a_number_of_records_needs_a_unit() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             PrivacyConfig(noise_multiplier=1.0, **settings)
+
+
+def test_a_recipe_that_splits_documents_protects_each_as_one(tmp_path: Path) -> None:
+    settings = {"data__split": "chunks", "data__max_length": 6, "privacy__records_per_unit": 4}
+    trainer = build(read(R.write(tmp_path, **settings, privacy__clip_norm=1e-4)))
+    m, rows = trainer.mechanism, trainer.train_dataset
+    assert (m.num_examples, m.records_per_unit, len(rows)) == (40, 4, 80)
+    assert m.unit == 'group of records with the same "document"'
+    chunks = [rows.select([2 * number, 2 * number + 1]).remove_columns("document").to_list() for number in range(3)]
+    found = runs.clipped_sum(trainer, in_passes(trainer, chunks, 8))
+    trainer.model.double()
+    whole = [[{**row, "attention_mask": [1] * len(row["input_ids"])} for row in some] for some in chunks]
+    slow = one_person_at_a_time(trainer, whole, 1e-4)
+    assert float((found - slow).norm()) < 1e-4 * 1e-4  # a pass in float32
+    with pytest.raises(ConfigError, match="no such column"):
+        build(read(R.write(tmp_path, **settings, privacy__unit_column="nobody")))
