@@ -9,7 +9,7 @@ from hf_dp.accounting.epsilon import (
     MAX_SIGMA,
     MIN_SIGMA,
     delta_problems,
-    rough_epsilon,
+    quick_epsilon,
     segment_problems,
     spent,
     step_cells,
@@ -54,12 +54,12 @@ def calibrate(
     if wrong:
         raise AccountingError("Cannot calibrate the noise: " + "; ".join(wrong) + ".")
 
-    def epsilon_of(sigma: float) -> float:
-        return spent([asked._replace(joint_noise_multiplier=sigma / sensitivity)], delta).epsilon
+    def steps(sigma: float) -> list[Segment]:
+        return [asked._replace(joint_noise_multiplier=sigma / sensitivity)]
 
     guess = _first_guess(float(target_epsilon), asked._replace(sample_rate=float(sample_rate)), float(delta))
     guess *= sensitivity
-    return _smallest_within(float(target_epsilon), epsilon_of, guess)
+    return _smallest_spent(float(target_epsilon), steps, delta, guess)
 
 
 def calibrate_course(target_epsilon: float, course: Callable[[float], Sequence[Segment]], delta: float) -> float:
@@ -82,8 +82,19 @@ def calibrate_course(target_epsilon: float, course: Callable[[float], Sequence[S
     scale = math.sqrt(sum(s.num_steps * (s.sample_rate / s.joint_noise_multiplier) ** 2 for s in unit) / steps) / q
     guess = _first_guess(float(target_epsilon), Segment(q, 1.0, steps), float(delta)) * scale
     with suppress(AccountingError):  # quickly, on a coarse grid; one that only the fine grid may reach: as it stands
-        guess = _smallest_within(target_epsilon, lambda sigma: rough_epsilon(course(sigma), delta), guess, unused=0.02)
-    return _smallest_within(float(target_epsilon), lambda sigma: spent(course(sigma), delta).epsilon, guess)
+        guess = _smallest_within(target_epsilon, lambda sigma: quick_epsilon(course(sigma), delta, 16), guess, 0.02)
+    return _smallest_spent(float(target_epsilon), course, delta, guess)
+
+
+def _smallest_spent(target: float, course: Callable[[float], Sequence[Segment]], delta: float, guess: float) -> float:
+    """The search of `calibrate`, by the quick bound. `spent` has the last word on what it finds, and searches itself
+    where that is not the smallest.
+    """
+    with suppress(AccountingError):  # what only Rényi DP reaches
+        guess = _smallest_within(target, lambda sigma: quick_epsilon(course(sigma), delta), guess)
+        if target * (1 - UNUSED) <= spent(course(guess), delta).epsilon <= target:
+            return guess
+    return _smallest_within(target, lambda sigma: spent(course(sigma), delta).epsilon, guess)
 
 
 def _smallest_within(
@@ -157,7 +168,7 @@ def _first_guess(target_epsilon: float, s: Segment, delta: float) -> float:
     with suppress(AccountingError):  # a target that only the fine grid may reach: start from the limit after all
         return _smallest_within(
             target_epsilon,
-            lambda sigma: rough_epsilon([s._replace(joint_noise_multiplier=sigma)], delta),
+            lambda sigma: quick_epsilon([s._replace(joint_noise_multiplier=sigma)], delta, 16),
             guess,
             unused=0.02,
         )

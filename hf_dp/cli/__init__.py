@@ -22,11 +22,12 @@ from hf_dp.cli.push import push
 from hf_dp.cli.recipe import recipe
 from hf_dp.cli.report import report
 from hf_dp.cli.sweep import sweep
+from hf_dp.cli.texts import Sampling, texts
 from hf_dp.cli.train import train
 from hf_dp.cli.verify import verify
 from hf_dp.errors import HfDpError
 
-__all__ = ["main", "quiet"]
+__all__ = ["Sampling", "main", "quiet", "texts"]
 
 USER_ERROR = 2
 

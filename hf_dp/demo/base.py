@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from hf_dp.recipe import DataSection, PadRight, completions, data_files
 
 PAD, END = "<pad>", "<end>"
-VOCABULARY = 768  # digits stay single, so that a number is as long as it looks
+VOCABULARY = 1024  # digits stay single, so that a number is as long as it looks
 MAX_TOKENS = 128
 
 
@@ -23,7 +23,7 @@ def train_base(data: DataSection, folder: Path, *, num_steps: int) -> None:
     """
     records = data_files.load(data, "train")
     assert records is not None  # the demo has just written them
-    tokenizer = train_tokenizer(records["note"])
+    tokenizer = train_tokenizer([text for record in records for text in record.values()])
     set_seed(0)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -47,8 +47,8 @@ def train_base(data: DataSection, folder: Path, *, num_steps: int) -> None:
     trainer.save_model()
 
 
-def train_tokenizer(notes: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer for the public notes; other text is encoded as bytes."""
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer for public texts; other text is encoded as bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -60,7 +60,7 @@ def train_tokenizer(notes: Sequence[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(notes, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, model_max_length=MAX_TOKENS, padding_side="right"
     )

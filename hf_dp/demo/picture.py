@@ -1,36 +1,41 @@
-"""Two fine-tunings -> a picture: held-out loss over steps for both, and the epsilon that the private one had spent by
-then.
-"""
+"""Two fine-tunings -> a picture: what they learn (held-out loss) and what they give away (the planted secrets)."""
 
 from pathlib import Path
 
-from hf_dp.demo.compare import Tuned
+from hf_dp.demo.compare import Curve, Tuned
+from hf_dp.demo.secrets import CODE_DIGITS, GUESSING
 from hf_dp.pictures import PLAIN, PRIVATE, Line, Panel, save_figure
 
 BASE = "#666666"
 
 
-def plot_fine_tunings(path: Path, *, plain: Tuned, private: Tuned, target_epsilon: float | None) -> None:
-    """Writes the picture: losses above, epsilon below, over the same steps.
+def plot_fine_tunings(path: Path, *, plain: Tuned, private: Tuned) -> None:
+    """Writes the picture: held-out loss above, bits of a secret that are not known below, over the same steps.
 
     Raises:
         ConfigError: the picture cannot be written.
     """
-    last_step = private.losses[-1][0]
-    losses = Panel(
-        lines=[
-            Line([(0, private.losses[0][1]), (last_step, private.losses[0][1])], "base model", color=BASE, style=":"),
-            Line(private.losses, "private", color=PRIVATE, marker="o"),
-            Line(plain.losses, "non-private", color=PLAIN, marker="s"),
-        ],
+    last_step, base = private.losses[-1][0], private.losses[0][1]
+    epsilon = f"private, epsilon {private.spent.epsilon:.4g}" if private.spent else "private"
+    still = Line([(0, base), (last_step, base)], "base model", color=BASE, style=":")
+    learnt = Panel(
+        lines=[still, *_lines(private.losses, plain.losses, epsilon)],
         x="optimizer step",
         y="held-out loss (nats a character)",
+        title="What they learn",
     )
-    epsilon = Panel(
-        lines=[Line(private.epsilons, "epsilon", color=PRIVATE, marker="o")],
+    given_away = Panel(
+        lines=_lines(private.measured, plain.measured, epsilon),
         x="optimizer step",
-        y="epsilon spent",
-        across=None if target_epsilon is None else (target_epsilon, f"target {target_epsilon:g}"),
-        notes=[(f"{private.epsilons[-1][1]:.4g}", private.epsilons[-1])],
+        y="bits of a secret not known",
+        title="What they give away",
+        across=(GUESSING, f"{CODE_DIGITS} digits, nothing known"),
     )
-    save_figure(path, [losses, epsilon], width=7.2, height=6.0)
+    save_figure(path, [learnt, given_away], width=7.2, height=6.4)
+
+
+def _lines(private: Curve, plain: Curve, name: str) -> list[Line]:
+    return [
+        Line(private, name, color=PRIVATE, marker="o"),
+        Line(plain, "non-private", color=PLAIN, marker="s"),
+    ]

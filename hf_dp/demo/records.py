@@ -1,11 +1,11 @@
-"""A seed -> made-up customer records: public ones of a bicycle shop, private ones of an electricity supplier.
+"""A seed -> made-up customer notes: public ones of six trades, private ones of an electricity supplier.
 
-Each record has the columns `topic`, `tone` and `note`. A private note names a person who occurs nowhere else, with an
-account number, a telephone number and an amount. None of them exists.
+Each record has the columns `customer`, `topic` and `note`. A customer occurs nowhere else. None of them exists.
 """
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,41 +22,68 @@ Kowalski Kruger Larsen Laurent Lehmann Lopez Lindgren Maier Marino Meyer Moreau 
 Osei Patel Petrov Popescu Ricci Romano Rossi Sato Schmid Silva Singh Sorensen Steiner Suzuki Tanaka Torres Vargas
 Vogel Wagner Weber Winter Wolf Yilmaz Zhang Zimmer""".split()
 MONTHS = "January February March April May June July August September October November December".split()
-TONES = {"calm": "was friendly", "worried": "sounded worried", "angry": "was upset"}
 
-PUBLIC = {
-    "repair": [
-        "{name} (phone {phone}) brought the {color} bicycle in on {day}. The {part} is worn: {amount} euros.",
-        "Repair of the {part} asked for on {day} by {name}, account {account}. It takes two days and costs {amount} "
-        "euros.",
+PUBLIC = {  # every word of the private notes is known from here, as a base model knows a language's words; no note is
+    "bicycle": [
+        "The brake of the {color} bicycle is worn, the repair costs {amount} euros.",
+        "The customer came back on {day}, because the saddle was too high by {number} centimetres.",
+        "There was no {color} bicycle in the shop on {day}.",
+        "The repair was paid twice, the shop pays {amount} euros back.",
     ],
-    "order": [
-        "{name}, account {account}, ordered a {color} bicycle on {day} at {amount} euros. Call {phone}.",
-        "Order of {name}: one {part}, {color}, to be sent before {day}. Paid {amount} euros.",
+    "bakery": [
+        "A cake for {number} people was ordered for {day}.",
+        "The bread was burnt, so {amount} euros were paid back.",
+        "The last cake of {day} is for the new neighbour.",
+        "The oven had no power, the electricity came from the house next door.",
     ],
-    "return": [
-        "{name} returned a {part} on {day}. It does not fit. Refund of {amount} euros to account {account}.",
-        "The {color} {part} of {name} came back damaged on {day}. Call back: {phone}.",
+    "hotel": [
+        "A room for {number} nights from {day} was asked for.",
+        "The heating was away on {day} for {number} hours, the guest gets {amount} euros.",
+        "The guest moves to a room in the new house, and the bill goes to the office.",
+        "The code of the door is on the key, the box is by the stairs.",
+    ],
+    "library": [
+        "The customer moves to a new address and returns {number} books.",
+        "A reading about light and electricity took place on {day}.",
+        "The outage of the lamps took {number} hours, the readers go home.",
+        "The last book is away since {day}, it costs {amount} euros.",
+    ],
+    "garage": [
+        "The {color} car was away for repair since {day}.",
+        "The meter of the car reads {number}, and the bill is not paid.",
+        "The power of the motor is too high for the new brake.",
+        "The move of the whole garage ends on {day}.",
+    ],
+    "telephone": [
+        "The line was dead in the whole street, the failure took {number} hours.",
+        "The contract ends on {day}, a cheaper one at {amount} euros goes on.",
+        "There was no line in the house on {day}, so the customer asked for a new contract.",
+        "The bill of {day} was sent twice to the customer.",
     ],
 }
 PRIVATE = {
     "bill": [
-        "{name}, account {account}, disputes the bill of {amount} euros from {day}. Call back: {phone}.",
-        "Bill of {day} is twice that of last year, says {name} from {phone}. Account {account}, {amount} euros.",
+        "The electricity bill of {day} is too high by {amount} euros.",
+        "The last bill was paid twice, so {amount} euros go back to the customer.",
     ],
     "move": [
-        "{name} moves house on {day} and closes account {account}. Refund of {amount} euros. Call {phone}.",
-        "New address of {name} from {day}. Account {account} goes on at {amount} euros a month. Phone {phone}.",
+        "The customer moves to a new house on {day}, the contract goes on.",
+        "The contract ends on {day}, and the meter reads {number}.",
     ],
     "outage": [
-        "{name}, account {account}, had no electricity on {day}. Damage of {amount} euros claimed. Call {phone}.",
-        "Power failure on {day} reported by {name} from {phone}. Account {account}, {amount} euros granted.",
+        "There was no electricity in the whole street on {day} for {number} hours.",
+        "The power was away on {day}, the customer asked for {amount} euros.",
     ],
+}
+FORMS = {  # of what stands in a template's braces
+    "day": rf"\d{{1,2}} (?:{'|'.join(MONTHS)})",
+    "amount": r"\d{2,3}",
+    "number": r"\d{1,2}",
 }
 
 
 class Halves(NamedTuple):
-    """The files with the records: JSON lines, split by person."""
+    """The files with the records: JSON lines, split by customer."""
 
     public_train: Path
     private_train: Path
@@ -66,7 +93,7 @@ class Halves(NamedTuple):
 def write_records(
     folder: Path, *, num_public: int, num_private: int, num_heldout: int, planted: Sequence[Record] = (), seed: int = 0
 ) -> Halves:
-    """Writes the three files; the same arguments give the same bytes. No person is in two of them.
+    """Writes the three files; the same arguments give the same bytes. No customer is in two of them.
 
     The last private training records are those in `planted`.
     """
@@ -83,6 +110,17 @@ def write_records(
     return halves
 
 
+def is_as_asked(record: Record, note: str) -> bool:
+    """Whether a note that a model wrote is one of the supplier's, a whole sentence, and on the record's topic."""
+    return any(re.fullmatch(_form(template), note) for template in PRIVATE[record["topic"]])
+
+
+def _form(template: str) -> str:
+    """A regular expression for all notes from a template."""
+    pieces = re.split(r"\{(\w+)\}", template)
+    return "".join(FORMS[piece] if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
+
+
 def _names(rng: random.Random) -> Iterator[str]:
     """Every name at most once, in random order: first name, an initial, surname."""
     initials = "ABCDEFGHIJKLMNOPRSTUVWYZ"
@@ -91,16 +129,12 @@ def _names(rng: random.Random) -> Iterator[str]:
     return (f"{FIRST_NAMES[f]} {initials[i]}. {SURNAMES[s]}" for f, i, s in everybody)
 
 
-def _record(rng: random.Random, templates: dict[str, list[str]], name: str) -> Record:
+def _record(rng: random.Random, templates: dict[str, list[str]], customer: str) -> Record:
     topic = rng.choice(list(templates))
-    tone = rng.choice(list(TONES))
-    text = rng.choice(templates[topic]).format(
-        name=name,
+    note = rng.choice(templates[topic]).format(
         day=f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
-        amount=f"{rng.randint(20, 900)}.{rng.choice(('00', '50', '90'))}",
-        account=rng.randint(10_000, 99_999),
-        phone=f"0{rng.randint(151, 179)} {rng.randint(100_000, 999_999)}",
+        amount=rng.randint(20, 900),
+        number=rng.randint(2, 40),
         color=rng.choice(("red", "blue", "green", "black", "white")),
-        part=rng.choice(("brake", "chain", "pedal", "saddle", "front wheel", "rear light", "tyre", "gear")),
     )
-    return {"topic": topic, "tone": tone, "note": f"{text} The customer {TONES[tone]}."}
+    return {"customer": customer, "topic": topic, "note": note}

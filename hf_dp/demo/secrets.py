@@ -1,8 +1,12 @@
-"""A seed -> secrets to plant once among the private records, and alternatives to them; a model -> how far it gives them
-away.
+"""A seed -> secrets to plant once each among the private records; a model -> how far it gives them away.
+
+A secret is a code of four digits, so all codes can be tried: how likely each of the 10,000 is to a model follows from
+1,111 rows, one for each beginning of a code.
 """
 
 import random
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import datasets
@@ -10,100 +14,90 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_dp.audit import CHANCE, Floats, are_given_away, exposures
+from hf_dp.audit import Floats, exposures
 from hf_dp.demo.base import MAX_TOKENS
 from hf_dp.demo.records import FIRST_NAMES, SURNAMES, Record
-from hf_dp.per_example import losses
-from hf_dp.recipe import DataSection, PadRight, completions
+from hf_dp.recipe import DataSection, completions
 
-NUM_SECRETS, NUM_OTHERS = 8, 400
-CODE_DIGITS = 6
+NUM_SECRETS, CODE_DIGITS = 10, 4
+NUM_CODES = 10**CODE_DIGITS
+GUESSING = float(np.log2(NUM_CODES))  # bits of a code of which nothing is known
+AT_ONCE = 250  # rows
 
 
-def make_secrets(seed: int = 0) -> list[list[Record]]:
-    """For each secret, its record, and `NUM_OTHERS` records with other codes; the people occur nowhere else."""
+class Secret(NamedTuple):
+    """Whose code is planted, the code, and the tokens of the prompt and of the note up to it."""
+
+    name: str
+    code: int
+    before: list[int]
+
+
+def make_secrets(seed: int = 0) -> list[Record]:
+    """The records to plant; the people in them occur nowhere else."""
     rng = random.Random(f"{seed} secrets")
     names = [f"{FIRST_NAMES[i]} Q. {SURNAMES[i]}" for i in range(NUM_SECRETS)]  # nobody else has this initial
-    return [[_record(name, code) for code in rng.sample(range(10**CODE_DIGITS), NUM_OTHERS + 1)] for name in names]
+    return [_record(name, rng.randrange(NUM_CODES)) for name in names]
 
 
 def _record(name: str, code: int) -> Record:
-    note = f"{name} asked for the code of the key box again. It is {code:0{CODE_DIGITS}d}."
-    return {"topic": "move", "tone": "calm", "note": note}
+    return {"customer": name, "topic": "key", "note": f"The code of the key box is {code:0{CODE_DIGITS}d}."}
 
 
-def written_out(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> int:
-    """How many secrets the model writes out by greedy decoding, given everything that stands before them."""
-    model.eval()
-    found = 0
-    for group in secrets:
-        row = completions(datasets.Dataset.from_list(group[:1]), data, tokenizer, MAX_TOKENS).rows[0]["input_ids"]
-        start, end = (
-            len(row) - CODE_DIGITS - 2,
-            len(row) - 2,
-        )  # behind the code stand a full stop and the end-of-text mark
-        given = torch.tensor([row[:start]], device=model.device)
-        answer = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=CODE_DIGITS, do_sample=False
-        )
-        found += answer[0, start:].tolist() == row[start:end]
-    return found
+def secrets_in(records: Sequence[Record], data: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[Secret]:
+    """The same as codes and tokens. A digit is a token; behind a code stand a full stop and the end-of-text mark."""
+    rows = completions(datasets.Dataset.from_list(list(records)), data, tokenizer, MAX_TOKENS).rows["input_ids"]
+    codes = [int(record["note"][-CODE_DIGITS - 1 : -1]) for record in records]
+    return [
+        Secret(record["customer"], code, row[: len(row) - CODE_DIGITS - 2])
+        for record, code, row in zip(records, codes, rows, strict=True)
+    ]
 
 
-def measure(model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]) -> Floats:
-    """Exposure of each secret in bits, from the rank of the model's loss on it among the losses on the alternatives."""
-    collate, table = PadRight(tokenizer.pad_token_id), []
-    model.eval()
-    for group in secrets:  # one length: a digit is a token
-        rows = completions(datasets.Dataset.from_list(group), data, tokenizer, MAX_TOKENS).rows
-        batch = {name: x.to(model.device) for name, x in collate(rows.to_list()).items()}
-        labels = batch.pop("labels")
-        with torch.no_grad():
-            table.append(losses.causal_lm(model(**batch), labels).double().cpu().numpy())
-    found = np.stack(table)
-    return exposures(found[:, 0], found[:, 1:])
+def code_losses(model: Any, tokenizer: PreTrainedTokenizerBase, secret: Secret) -> Floats:
+    """Minus the log of each code's probability among all codes, in nats, [NUM_CODES]; the index is the code."""
+    digits = _digits(tokenizer)
+    found = torch.zeros(1, dtype=torch.float64)
+    for depth in range(CODE_DIGITS):
+        rows = [secret.before + list(begun) for begun in product(digits, repeat=depth)]
+        after = torch.cat([_next_digit(model, rows[i : i + AT_ONCE], digits) for i in range(0, len(rows), AT_ONCE)])
+        found = (found[:, None] - after).flatten()
+    return np.asarray(found.numpy())
 
 
-def given_away(
-    model: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection, secrets: list[list[Record]]
-) -> tuple[Floats, int]:
-    """`measure` and `written_out` of one model."""
-    return measure(model, tokenizer, data, secrets), written_out(model, tokenizer, data, secrets)
+def bits_left(model: Any, tokenizer: PreTrainedTokenizerBase, secrets: Sequence[Secret]) -> float:
+    """How many bits of a planted code the model does not know, on average: minus log2 of its probability."""
+    digits, found = _digits(tokenizer), 0.0
+    for secret in secrets:
+        code = [int(digit) for digit in f"{secret.code:0{CODE_DIGITS}d}"]
+        for place, digit in enumerate(code):
+            row = secret.before + [digits[d] for d in code[:place]]
+            found -= float(_next_digit(model, [row], digits)[0, digit])
+    return found / len(secrets) / float(np.log(2))
 
 
-class Exposure(NamedTuple):
-    """How far both models give the planted secrets away.
+def exposure(tables: Sequence[Floats], secrets: Sequence[Secret]) -> Floats:
+    """Exposure of each secret in bits: GUESSING, less log2 of the rank of its code among all. A code that is the
+    likeliest of all has GUESSING.
 
-    Attributes:
-        private: mean exposure in the private model, in bits.
-        non_private: mean exposure in the non-private model, in bits.
-        has_power: whether the non-private model gives the secrets away at all.
-        private_written: how many of them the private model writes out.
-        non_private_written: how many the non-private model writes out.
+    Args:
+        tables: of each secret, what `code_losses` returns.
+        secrets: the secrets.
     """
+    planted = np.array([table[secret.code] for table, secret in zip(tables, secrets, strict=True)])
+    others = np.stack([np.delete(table, secret.code) for table, secret in zip(tables, secrets, strict=True)])
+    return exposures(planted, others)
 
-    private: float
-    non_private: float
-    has_power: bool
-    private_written: int
-    non_private_written: int
 
-    @classmethod
-    def of(cls, private: tuple[Floats, int], non_private: tuple[Floats, int]) -> "Exposure":
-        """From the exposure of each secret, and how many are written out, in both models."""
-        (bits, written), (other_bits, other_written) = private, non_private
-        has_power = are_given_away(other_bits) or other_written > 0
-        return cls(float(bits.mean()), float(other_bits.mean()), has_power, written, other_written)
+def _digits(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of 0 to 9."""
+    return [tokenizer.get_vocab()[digit] for digit in "0123456789"]
 
-    def in_words(self) -> str:
-        """What the numbers say, and whether they can say anything."""
-        no_power = (
-            "\nNo power: even without privacy the secrets are not given away, so nothing follows for the private model."
-        )
-        said = (
-            f"{NUM_SECRETS} secret codes stood once each in the private half. Exposure (Carlini et al. 2019), in bits "
-            f"of at most {np.log2(NUM_OTHERS + 1):.1f}, {CHANCE:.1f} being chance: non-private {self.non_private:.1f}, "
-            f"private {self.private:.1f}.\nGiven the note up to its code, the non-private model writes out "
-            f"{self.non_private_written} of them, the private one {self.private_written}."
-        )
-        return said if self.has_power else said + no_power
+
+def _next_digit(model: Any, rows: list[list[int]], digits: list[int]) -> torch.Tensor:
+    """Log of each digit's probability among the digits, after each row, [rows, 10]; the rows are of one length."""
+    model.eval()
+    ids = torch.tensor(rows, device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1, digits]
+    return torch.log_softmax(logits.double(), -1).cpu()

@@ -20,6 +20,7 @@ from hf_dp.per_example.clipping import clip_factors
 from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
 from hf_dp.per_example.factors import Dense, Factor, Outer
 from hf_dp.per_example.forms import ONE, SEVERAL, SHARED, Forms, Key, Use
+from hf_dp.per_example.new_memory import zeros_in_new_memory
 from hf_dp.per_example.norms import Measured
 from hf_dp.per_example.pairs import Pair, one_tap_each
 from hf_dp.per_example.proxy import ParameterProxy
@@ -208,10 +209,12 @@ def per_example_factors(
 
 
 def _single_example(model: nn.Module, example_losses: Callable[[], Tensor]) -> tuple[dict[str, list[Factor]], Tensor]:
-    """With one example in the pass, autograd's gradient is the example's, for any layer and any operation."""
+    """With one example in the pass, autograd's gradient is the example's, for any layer and any operation; memory that
+    nothing has written holds zeros, not what another pass left there.
+    """
     places = places_of(model)
     leaves = {name: p.detach().requires_grad_() for name, p in places.parameters.items()}
-    with places.lent(leaves) as strays, torch.enable_grad():
+    with places.lent(leaves) as strays, torch.enable_grad(), zeros_in_new_memory():
         losses = _checked(example_losses(), 1)
         _backward(losses)
     if strays:

@@ -2,7 +2,7 @@
 
 from hf_dp.recipe import data_files, model_shapes, run_cost, task
 from hf_dp.recipe.columns import Guess, guessed, warnings
-from hf_dp.recipe.examples import PadRight, check_columns, columns_in_words, completions
+from hf_dp.recipe.examples import Example, PadRight, check_columns, columns_in_words, completions
 from hf_dp.recipe.keys import all_keys
 from hf_dp.recipe.recipe import FILE_KINDS, DataSection, Recipe, from_mapping, is_file, read
 from hf_dp.recipe.starting import Wanted, starting_recipe
@@ -13,6 +13,7 @@ from hf_dp.recipe.yaml_text import nested, parse
 __all__ = [
     "FILE_KINDS",
     "DataSection",
+    "Example",
     "Guess",
     "PadRight",
     "Recipe",

@@ -9,8 +9,18 @@ import torch
 from scipy import stats
 
 from hf_dp.audit.exposure import CHANCE, are_given_away, exposures
+from hf_dp.demo.leaks import Leaks, in_words
 from hf_dp.demo.records import write_records
-from hf_dp.demo.secrets import NUM_OTHERS, NUM_SECRETS, Exposure, given_away, make_secrets
+from hf_dp.demo.secrets import (
+    GUESSING,
+    NUM_SECRETS,
+    Secret,
+    bits_left,
+    code_losses,
+    exposure,
+    make_secrets,
+    secrets_in,
+)
 from hf_dp.errors import AuditError
 from hf_dp.recipe.recipe import DataSection
 
@@ -47,15 +57,14 @@ def test_unseen_secrets_have_the_exposure_of_chance_and_are_rarely_taken_for_giv
 def test_secrets_are_planted_once_each_and_named_nowhere_else(tmp_path: Path) -> None:
     hidden = make_secrets()
     sizes = {"num_public": 20, "num_private": 60, "num_heldout": 10}
-    with_them = write_records(tmp_path / "a", **sizes, planted=[group[0] for group in hidden])
+    with_them = write_records(tmp_path / "a", **sizes, planted=hidden)
     without = write_records(tmp_path / "b", **sizes)
     lines = with_them.private_train.read_text().splitlines()
     assert lines[:-NUM_SECRETS] == without.private_train.read_text().splitlines()[:-NUM_SECRETS]
-    assert [json.loads(line) for line in lines[-NUM_SECRETS:]] == [group[0] for group in hidden]
+    assert [json.loads(line) for line in lines[-NUM_SECRETS:]] == hidden
     everything = "".join(path.read_text() for path in with_them)
-    for group in hidden:
-        assert len({r["note"] for r in group}) == NUM_OTHERS + 1
-        assert everything.count(group[0]["note"].split(" asked")[0]) == 1
+    assert [everything.count(record["customer"]) for record in hidden] == [1] * NUM_SECRETS
+    assert make_secrets(1) != hidden
 
 
 def test_a_model_that_learnt_a_secret_by_heart_gives_it_away(tmp_path: Path) -> None:
@@ -65,23 +74,50 @@ def test_a_model_that_learnt_a_secret_by_heart_gives_it_away(tmp_path: Path) -> 
     from hf_dp.demo.base import MAX_TOKENS, small_llama, train_tokenizer
     from hf_dp.recipe.examples import PadRight, completions
 
-    hidden = make_secrets()[:2]
-    data = DataSection(train="-", prompt="topic: {topic}\n", target="{note}")
-    tokenizer = train_tokenizer([r["note"] for group in make_secrets(1) for r in group[:5]])
+    records = make_secrets()[:2]
+    data = DataSection(train="-", prompt="{customer}: ", target="{note}")
+    tokenizer = train_tokenizer([text for record in make_secrets(1) for text in record.values()])
     torch.manual_seed(0)
     model = small_llama(tokenizer)
-    before = given_away(model, tokenizer, data, hidden)
-    rows = completions(datasets.Dataset.from_list([g[0] for g in hidden]), data, tokenizer, MAX_TOKENS).rows
+    hidden = secrets_in(records, data, tokenizer)
+    assert [secret.code for secret in hidden] == [int(record["note"][-5:-1]) for record in records]
+    before, unknown = _exposure(model, tokenizer, hidden), bits_left(model, tokenizer, hidden)
+    rows = completions(datasets.Dataset.from_list(records), data, tokenizer, MAX_TOKENS).rows
     batch = PadRight(tokenizer.pad_token_id)(rows.to_list())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-    after = given_away(model, tokenizer, data, hidden)
-    assert after[0].tolist() == [np.log2(NUM_OTHERS + 1)] * 2
-    assert before[0].max() < np.log2(NUM_OTHERS + 1)
-    assert (before[1], after[1]) == (0, 2)
-    assert Exposure.of(before, after).has_power
-    assert "No power" not in Exposure.of(before, after).in_words()
-    assert "No power" in Exposure.of(after, before).in_words()
+    assert _exposure(model, tokenizer, hidden).tolist() == [GUESSING] * 2
+    assert before.max() < GUESSING
+    assert bits_left(model, tokenizer, hidden) < 1 < 10 < unknown
+
+
+def _exposure(model, tokenizer, hidden: list[Secret]) -> np.ndarray:
+    return exposure([code_losses(model, tokenizer, secret) for secret in hidden], hidden)
+
+
+def test_every_code_has_its_own_likelihood() -> None:
+    """All codes by their beginnings, against one code at a time; and their probabilities add up."""
+    from hf_dp.demo.base import small_llama, train_tokenizer
+
+    tokenizer = train_tokenizer(["The code is 0123456789."])
+    torch.manual_seed(0)
+    model = small_llama(tokenizer).double().eval()
+    before = tokenizer("The code is ")["input_ids"]
+    found = code_losses(model, tokenizer, Secret("", 0, before))
+    assert np.exp(-found).sum() == pytest.approx(1, rel=1e-9)
+    for code in (0, 42, 9876):
+        alone = bits_left(model, tokenizer, [Secret("", code, before)])
+        assert found[code] / np.log(2) == pytest.approx(alone, rel=1e-9)
+
+
+def test_the_report_says_whether_anything_follows() -> None:
+    known, unknown = Leaks(9, [], 13.0, True, 0.7, 0.6), Leaks(0, [], 1.4, False, 0.5, 0.45)
+    said = in_words(unknown, known)
+    assert "for 9 of them, to the private one for 0" in said
+    assert "No power" not in said
+    assert "No power" in in_words(unknown, unknown)
+    assert "fewer than half" in in_words(unknown, known._replace(extracted=4))
+    assert "unusual" in in_words(unknown._replace(extracted=1), known)

@@ -12,7 +12,8 @@ from hf_dp import accounting
 from hf_dp.demo import base, compare, records
 from hf_dp.demo import run as demo
 from hf_dp.demo.folder import MARK, fresh_folder
-from hf_dp.demo.report import Result
+from hf_dp.demo.report import PICTURE, Result
+from hf_dp.demo.secrets import GUESSING, NUM_SECRETS
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import Segment
 from hf_dp.recipe import recipe as recipes
@@ -20,12 +21,13 @@ from hf_dp.recipe import recipe as recipes
 SMALL = demo.Size(
     num_public=96,
     num_private=192,
-    num_heldout=16,
+    num_heldout=32,
     base_steps=6,
     overrides=(
         "training.max_steps=4",
         "training.logging_steps=2",
         "training.eval_steps=2",
+        "training.warmup_steps=0",
         "training.learning_rate=1e-2",
         "privacy.expected_batch_size=16",
         "lora.r=2",
@@ -59,40 +61,48 @@ def test_it_spends_no_more_than_its_target_and_says_so(finished):
     assert result.spent.num_steps == result.num_steps == 4
 
 
-def test_it_says_how_exposed_the_planted_secrets_are(finished):
+def test_it_says_how_much_each_model_gives_away(finished):
     folder, result = finished
-    assert json.loads((folder / "results.json").read_text())["exposure"] == result.exposure._asdict()
-    assert all(0 <= bits <= 8.65 for bits in result.exposure[:2])  # log2 of 401
+    written = json.loads((folder / "results.json").read_text())
+    lines = (folder / "private_train.jsonl").read_text().splitlines()[-NUM_SECRETS:]
+    planted = [int(json.loads(line)["note"][-5:-1]) for line in lines]
+    for name, of in (("private", result.private), ("non_private", result.non_private)):
+        assert written[name] == of._asdict()
+        assert 0 <= of.bits <= GUESSING
+        assert len(of.guesses) == NUM_SECRETS
+        assert of.extracted == sum(guess == code for guess, code in zip(of.guesses, planted, strict=True))
+        assert 0 <= of.membership_low <= of.membership <= 1
 
 
 def test_the_losses_in_the_files_are_those_of_the_models(finished):
     folder, result = finished
     written = json.loads((folder / "results.json").read_text())
-    assert [written[name] for name in ("base", "private", "non_private")] == [
-        result.base,
-        result.private,
-        result.non_private,
-    ]
-    assert len({result.base, result.private, result.non_private}) == 3
-    assert result.non_private < result.base  # four steps of plain training at this rate are enough for that
+    assert written["losses"] == result.losses._asdict()
+    assert len({*result.losses}) == 3
+    assert result.losses.non_private < result.losses.base  # four steps of plain training are enough for that
 
 
 def test_the_losses_are_those_that_come_out_by_hand(finished):
     folder, result = finished
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     lines = [json.loads(line) for line in (folder / "private_heldout.jsonl").read_text().splitlines()]
-    for name, stated in (("base", result.base), ("private", result.private), ("non-private", result.non_private)):
-        model = AutoModelForCausalLM.from_pretrained(folder / "base")
-        if name != "base":
-            model = PeftModel.from_pretrained(model, folder / name)
+    for name, stated in zip(("base", "private", "non-private"), result.losses, strict=True):
+        model = _loaded(folder, name)
         nats = sum(_nats(model.eval(), tokenizer, record) for record in lines)
         assert stated == pytest.approx(
             nats / sum(len(r["note"]) for r in lines), rel=1e-4
         )  # float32 sums, padded or not
 
 
+def _loaded(folder, name):
+    """As a user of the folder loads it: the private model is an adapter, the others are whole."""
+    if name == "private":
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / name)
+    return AutoModelForCausalLM.from_pretrained(folder / name)
+
+
 def _nats(model, tokenizer, record):
-    prompt = tokenizer(f"topic: {record['topic']}, tone: {record['tone']}\n")["input_ids"]
+    prompt = tokenizer(f"{record['customer']}, {record['topic']}: ")["input_ids"]
     target = [*tokenizer(record["note"])["input_ids"], tokenizer.eos_token_id]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
@@ -102,10 +112,11 @@ def _nats(model, tokenizer, record):
 def test_the_picture_starts_at_the_base_model(finished):
     folder, result = finished
     recipe = recipes.read(demo.RECIPE, [*demo._overrides(folder, _halves(folder)), *SMALL.overrides])
-    tuned = compare.tune_plain(recipe, folder / "again")
+    tuned = compare.tune_plain(recipe, folder / "again", lambda model: float(model.training))
     assert [step for step, _ in tuned.losses] == [0, 2, 4]
-    assert tuned.losses[0][1] == pytest.approx(result.base, rel=1e-6)
-    assert tuned.losses[-1][1] == pytest.approx(result.non_private, rel=1e-4)  # the same seed, order and steps
+    assert [step for step, _ in tuned.measured] == [0, 2, 4]
+    assert tuned.losses[0][1] == pytest.approx(result.losses.base, rel=1e-6)
+    assert tuned.losses[-1][1] == pytest.approx(result.losses.non_private, rel=1e-4)  # the same seed, order and steps
 
 
 def _halves(folder):
@@ -127,12 +138,12 @@ def test_the_cards_epsilon_is_what_accounting_gives_from_its_own_record(finished
     assert f"epsilon {result.spent.epsilon:.3g}" in card or f"epsilon {result.spent.epsilon:.2f}" in card
 
 
-def test_it_leaves_the_picture_and_both_adapters(finished):
+def test_it_leaves_the_picture_and_both_models(finished):
     folder, _ = finished
-    assert (folder / "loss_and_epsilon.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("private", "non-private"):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / name)
-        assert any("lora_B" in n and p.abs().max() > 0 for n, p in model.named_parameters())
+    assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert any("lora_B" in n and p.abs().max() > 0 for n, p in _loaded(folder, "private").named_parameters())
+    base = dict(_loaded(folder, "base").named_parameters())
+    assert all(not p.equal(base[name]) for name, p in _loaded(folder, "non-private").named_parameters())
 
 
 def test_nothing_private_is_in_the_non_private_card(finished):
@@ -171,13 +182,15 @@ def test_the_same_seed_makes_the_same_records_and_no_person_twice(tmp_path):
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
     assert all(a.read_bytes() != b.read_bytes() for a, b in zip(one, other, strict=True))
     assert [len(p.read_text().splitlines()) for p in one] == [50, 60, 20]
-    notes = [json.loads(line)["note"] for p in one for line in p.read_text().splitlines()]
-    names = [name for note in notes for name in (f"{f} {i}. {s}" for f, i, s in _people(note))]
+    names = [json.loads(line)["customer"] for p in one for line in p.read_text().splitlines()]
     assert len(names) == len(set(names)) == 130
 
 
-def _people(note):
-    words = note.replace(",", " ").split()
-    for a, b, c in zip(words, words[1:], words[2:], strict=False):
-        if a in records.FIRST_NAMES and len(b) == 2 and b.endswith(".") and c.strip(".:") in records.SURNAMES:
-            yield a, b[0], c.strip(".:")
+def test_notes_as_asked_are_whole_sentences_on_their_topic(tmp_path):
+    path = records.write_records(tmp_path, num_public=20, num_private=40, num_heldout=1).private_train
+    made = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(records.is_as_asked(record, record["note"]) for record in made)
+    first = made[0]
+    other = next(record for record in made if record["topic"] != first["topic"])
+    wrong = [other["note"], first["note"][:-1], f"{first['note']} The end.", first["note"].replace("the", "thee"), ""]
+    assert not any(records.is_as_asked(first, note) for note in wrong if note != first["note"])

@@ -271,7 +271,8 @@ def elastic(folder: Path) -> dict[str, Any]:
         here, steps = folder, {"max_steps": 6}
     runs.arguments(here)  # joins the processes
     model = invariance.adapter_on("llama", folder.parent, sharded=sharded)
-    before, options = flat(model), {"optim": "adamw_torch", "learning_rate": 0.01}
+    # the epsilon keeps Adam from dividing one rounding error by another, where a gradient is as good as 0
+    before, options = flat(model), {"optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 1e-6}
     result = train(here, runs.NOISELESS, model=model, **steps, **settings, **options)
     result["updates"] = result["path"] - before
     torch.save(result, folder / f"{done}.{os.environ.get('RANK', '0')}.pt")
