@@ -43,6 +43,7 @@ def utility(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "scripts/bench_utility"))
 
 
+@pytest.mark.slow
 def test_utility_runs_and_goes_on_where_it_stopped(
     utility: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

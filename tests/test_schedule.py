@@ -181,9 +181,9 @@ def test_epsilon_of_a_course_is_that_of_a_convolution_in_other_code() -> None:
 @pytest.mark.parametrize(
     ("target", "steps", "course"),
     [
-        (8.0, 40, {"noise_schedule": "exponential:0.5"}),
         (0.3, 4, {"noise_schedule": "step:3:4", "log_loss_up_to": 5.0}),
         (1.0, 400, {"noise_schedule": "step:0.4:3", "batch_schedule": "step:2", "clip_schedule": "linear:0.1"}),
+        pytest.param(8.0, 40, {"noise_schedule": "exponential:0.5"}, marks=pytest.mark.slow),
         pytest.param(3.0, 100, {"batch_schedule": "linear:4"}, marks=pytest.mark.slow),
         pytest.param(30.0, 7, {"noise_schedule": "cosine:5", "batch_schedule": "cosine:0.1"}, marks=pytest.mark.slow),
     ],

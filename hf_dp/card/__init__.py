@@ -3,6 +3,7 @@
 from hf_dp.card.description import Described
 from hf_dp.card.readme import kept, read_readme
 from hf_dp.card.record import Record
+from hf_dp.card.registry import REGISTRY, registry_entry
 from hf_dp.card.report.page import page
 from hf_dp.card.report.training import DESCRIPTIONS
 from hf_dp.card.schema import PRIVACY_JSON, read_record
@@ -15,6 +16,7 @@ __all__ = [
     "CARD_FILES",
     "DESCRIPTIONS",
     "PRIVACY_JSON",
+    "REGISTRY",
     "WEIGHTS",
     "Described",
     "Record",
@@ -28,6 +30,7 @@ __all__ = [
     "processing_files",
     "read_readme",
     "read_record",
+    "registry_entry",
     "verify",
     "with_selection",
     "write_card",

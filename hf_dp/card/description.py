@@ -16,6 +16,10 @@ from hf_dp.card.words import ended_early, in_turn, rounded_up, settings, steps_c
 PREFIX = "base_model:"  # of the Hub's tags about the base
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CLAIM = re.compile(r"\(epsilon <= [^)]*\)")
+_NAMED = re.compile(r'^model_id = "([\w.-]+/[\w.-]+)"', re.MULTILINE)  # in the code of a card
+_NO_NAMES = re.compile(
+    r"(outputs?|out|results?|models?|final|run|checkpoint-\d+)(-merged)?", re.IGNORECASE
+)  # of folders
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Described:
         base: folder or name of the base model, or "".
         license: of the base, where it is known, or "".
         evaluated_on: name of the evaluation data, or "".
+        name: of the model on the Hub, `USER/MODEL`, or "".
     """
 
     rows: Mapping[str, str] = field(default_factory=dict)
@@ -35,6 +40,7 @@ class Described:
     base: str = ""
     license: str = ""
     evaluated_on: str = ""
+    name: str = ""
 
 
 def claim(record: Record) -> str:
@@ -55,7 +61,7 @@ def model_section(record: Record, model: Model, front: Mapping[str, object], nam
         record: of the training.
         model: what lies beside the card.
         front: the card's YAML; its base and licence are told.
-        name: of the model.
+        name: of the model's folder, or on the Hub.
     """
     base = model.base or str(front.get("base_model") or "")
     what = f"{_kind(model.adapter)} adapter" if model.adapter else "whole model"
@@ -65,7 +71,7 @@ def model_section(record: Record, model: Model, front: Mapping[str, object], nam
         "licence": str(front.get("license") or ""),
         "classes": ", ".join(_cell(c) for c in model.classes),
     }
-    return f"""# {name}
+    return f"""# {title(record, model, front, name)}
 
 {_promise(record)}
 
@@ -74,9 +80,25 @@ def model_section(record: Record, model: Model, front: Mapping[str, object], nam
 ## How to use it
 
 ```python
-{usage(model, base)}
+{usage(model, base, name)}
 ```
 """
+
+
+def title(record: Record, model: Model, front: Mapping[str, object], name: str) -> str:
+    """What the model is called: by its name, or by base or task where its folder's name is any folder's (`out`)."""
+    short = name.rpartition("/")[2]
+    if not _NO_NAMES.fullmatch(short):
+        return short
+    base = Path(model.base or str(front.get("base_model") or "")).name
+    how = " with differential privacy" if record.private else ""
+    return f"{base or model.task.capitalize()}, fine-tuned{how}"
+
+
+def name_on_the_hub(words: str) -> str:
+    """The name on the Hub by which the code in a card's first section loads the model; "" where it has none."""
+    found = _NAMED.search(words)
+    return found[1] if found else ""
 
 
 def training_section(record: Record, described: Described) -> str:
@@ -99,7 +121,7 @@ def results_section(described: Described) -> str:
     if not described.results:
         return ""
     where = f" ({described.evaluated_on})" if described.evaluated_on else ""
-    numbers = {name: f"{value:.4g}" for name, value in described.results.items()}
+    numbers = {name.replace("_", " "): f"{value:.4g}" for name, value in described.results.items()}
     return (
         f"## Results\n\nOn evaluation data that whoever trained the model declared public{where}:\n\n"
         f"{table('measure', numbers)}\n"

@@ -20,13 +20,9 @@ from hf_dp.errors import ConfigError
 START = "<!-- hf_dp: privacy section, start; rewritten at every save, write outside of it -->"
 END = "<!-- hf_dp: privacy section, end -->"
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-SECTIONS = (
-    "model",
-    "training",
-    "results",
-)  # of the whole card, in the order in which they stand before the privacy section
+SECTIONS = ("model", "training", "results", "claims")  # of the whole card, in order; the privacy section is the last
 _SECTION = re.compile(
-    r"<!-- hf_dp: (?P<name>model|training|results) section, start (?P<sum>\w+)[^>]*-->\r?\n(?P<words>.*?)\r?\n"
+    rf"<!-- hf_dp: (?P<name>{'|'.join(SECTIONS)}) section, start (?P<sum>\w+)[^>]*-->\r?\n(?P<words>.*?)\r?\n"
     r"<!-- hf_dp: (?P=name) section, end -->",
     re.DOTALL,
 )

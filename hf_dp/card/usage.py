@@ -101,15 +101,18 @@ def model_in(folder: Path) -> Model | None:
     return None
 
 
-def usage(model: Model, base: str) -> str:
-    """Python that loads the model from the current folder and uses it; the last lines only for tasks with a short use.
+def usage(model: Model, base: str, name: str) -> str:
+    """Python that loads the model and uses it; the last lines only for tasks with a short use.
 
     Args:
         model: what the folder holds.
         base: folder or name of the base, for its tokenizer where the folder has none; may be "".
+        name: the model's on the Hub, `USER/MODEL`, or its folder's, for code that runs beside that folder.
     """
     reads = model.head in USES and (model.has_tokenizer or bool(base))
-    return "\n".join([*_imports(model, reads=reads), "", *_loading(model, base, reads=reads), *_using(model, reads)])
+    return "\n".join(
+        [*_imports(model, reads=reads), "", *_loading(model, base, name, reads=reads), *_using(model, reads)]
+    )
 
 
 def _imports(model: Model, *, reads: bool) -> Iterator[str]:
@@ -121,8 +124,9 @@ def _imports(model: Model, *, reads: bool) -> Iterator[str]:
         yield f"from transformers import {', '.join(names)}"
 
 
-def _loading(model: Model, base: str, *, reads: bool) -> Iterator[str]:
-    yield 'folder = "."  # where this card lies, or the model\'s name on the Hub'
+def _loading(model: Model, base: str, name: str, *, reads: bool) -> Iterator[str]:
+    where = "" if "/" in name else "  # the folder of this card"
+    yield f"model_id = {json.dumps(name, ensure_ascii=False)}{where}"
     if model.adapter and model.classes:
         listed = len(model.classes) <= MOST_CLASSES
         if listed:
@@ -132,12 +136,12 @@ def _loading(model: Model, base: str, *, reads: bool) -> Iterator[str]:
             )
             yield "}"
         yield f"model = {model.loader}.from_pretrained("
-        yield f"    folder, num_labels={len(model.classes)}{', id2label=classes' if listed else ''}"
+        yield f"    model_id, num_labels={len(model.classes)}{', id2label=classes' if listed else ''}"
         yield ")"
     else:
-        yield f"model = {model.loader}.from_pretrained(folder)"
+        yield f"model = {model.loader}.from_pretrained(model_id)"
     if reads:
-        yield f"tokenizer = AutoTokenizer.from_pretrained({'folder' if model.has_tokenizer else json.dumps(base)})"
+        yield f"tokenizer = AutoTokenizer.from_pretrained({'model_id' if model.has_tokenizer else json.dumps(base)})"
 
 
 def _using(model: Model, reads: bool) -> list[str]:

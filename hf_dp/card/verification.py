@@ -314,9 +314,9 @@ def _readme(folder: Path, record: Record) -> Iterator[Check]:
     tagged = [tag for tag in TAGS if tag in tags_of(front)]
     needed = [tag for tag in TAGS if tag in OLD_TAGS or tag in tagged] if record.private else []
     yield _equal("the card's tags", tagged, needed)
-    head = words_of(text, "model")
-    if head is not None:
-        wrong = wrong_claims(head, record)
+    heads = [words for name in ("model", "claims") if (words := words_of(text, name)) is not None]
+    if heads:
+        wrong = wrong_claims(" ".join(heads), record)
         yield Check("the claim at the card's head", not wrong, ", ".join(wrong) or "as privacy.json has it")
     same = written is not None and written.split() == section(record).split()
     yield _as_rendered("the card's section in words", same)

@@ -18,7 +18,16 @@ from hf_dp import accounting, durable
 from hf_dp.accounting import RATES, Epsilon, Selection, Tradeoff, selection, tradeoff, tradeoff_below
 from hf_dp.audit import Counts, audit_record
 from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, kind_of, sampler, sentences
-from hf_dp.card.description import Described, front_matter, model_section, results_section, training_section
+from hf_dp.card.claims import claims_section
+from hf_dp.card.description import (
+    Described,
+    front_matter,
+    model_section,
+    name_on_the_hub,
+    results_section,
+    title,
+    training_section,
+)
 from hf_dp.card.readme import (
     is_ours,
     of_a_whole_model,
@@ -182,7 +191,8 @@ def write_card(folder: str | Path, record: Record, described: Described | None =
         folder: of the model.
         record: what is stated.
         described: what only the training knows; without it, what an earlier card says of it stays.
-        name: of the model; by default the folder's.
+        name: of the model's folder, or on the Hub, `USER/MODEL`; by default that of `described`, of the card that is
+            there, or the folder's.
 
     Raises:
         ConfigError: README.md is not UTF-8, its YAML cannot be read, or its marks are damaged; it is then left alone,
@@ -198,14 +208,16 @@ def write_card(folder: str | Path, record: Record, described: Described | None =
     text = with_front_matter(read_readme(readme), yaml_block(record), TAGS, tagged=record.private)
     text = with_section(text, section(record))
     if model is not None and is_ours(text):
-        text = _whole_card(text, record, model, described, name or folder.resolve().name)
+        known = name or (described.name if described else "") or name_on_the_hub(words_of(text, "model") or "")
+        text = _whole_card(text, record, model, described, known or folder.resolve().name)
     durable.replace(readme, text.encode())
 
 
 def _whole_card(text: str, record: Record, model: Model, described: Described | None, name: str) -> str:
     selected = record.selection is not None
-    text = with_keys(text, front_matter(model, yaml_of(text), described, name, selected=selected))
-    sections = {"model": model_section(record, model, yaml_of(text), name)}
+    called = title(record, model, yaml_of(text), name)
+    text = with_keys(text, front_matter(model, yaml_of(text), described, called, selected=selected))
+    sections = {"model": model_section(record, model, yaml_of(text), name), "claims": claims_section(record)}
     if described is not None or words_of(text, "training") is None:
         sections["training"] = training_section(record, described or Described())
     if described is not None or selected:  # the results that a model was selected by are not covered, nor typical

@@ -13,6 +13,7 @@ from hf_dp.cli.audit import audit
 from hf_dp.cli.budget import budget
 from hf_dp.cli.card import card
 from hf_dp.cli.check import check
+from hf_dp.cli.compare import compare
 from hf_dp.cli.generate import generate
 from hf_dp.cli.init import init
 from hf_dp.cli.libraries import quiet
@@ -67,6 +68,7 @@ app.command()(merge)
 app.command()(generate)
 app.command()(push)
 app.command()(budget)
+app.command()(compare)
 app.command()(audit)
 app.command()(sweep)
 

@@ -16,19 +16,19 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
-import torch
 import typer
 
 from hf_dp.accounting import spent
 from hf_dp.audit import FEWEST_MODELS, Attack, Coins, Floats, ceilings, is_refuted, lira_scores, measured, plot_attacks
+from hf_dp.cli.losses import row_losses
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.per_example import IGNORED
 from hf_dp.recipe import Recipe, task
 from hf_dp.tables import console, print_table
-from hf_dp.training import DPTrainer
 
+NOT_COVERED = "These numbers were computed on the records themselves: no epsilon covers them."
 IN_TURN = {
     "save_strategy": "no",
     "push_to_hub": False,
@@ -53,7 +53,7 @@ def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None)
         ConfigError: fewer models than `FEWEST_MODELS`, or a recipe whose halves cannot be trained.
         typer.Exit: with status 1, where the claim is refuted.
     """
-    _refuse(recipe, num_models)
+    refuse_attack(recipe, num_models)
     parts = task.prepare(recipe)
     included = np.random.default_rng().random((num_models, len(parts.train))) < 0.5
     private = _trained(recipe, included, parts)
@@ -71,13 +71,18 @@ def attack_membership(recipe: Recipe, num_models: int, plot: Path | None = None)
     if plot is not None:
         plot_attacks({"without noise": control, "private": found}, [private.segments], private.delta, plot)
         print(f"Rates on logarithmic axes: {plot}")
-    print("These numbers were computed on the records themselves: no epsilon covers them.")
+    print(NOT_COVERED)
     if np.isfinite(epsilon) and is_refuted(scores, included, private.segments, private.delta):
         console().print(f"[bold red]REFUTED[/]: the claim of epsilon {epsilon:.4g}")
         raise typer.Exit(1)
 
 
-def _refuse(recipe: Recipe, num_models: int) -> None:
+def refuse_attack(recipe: Recipe, num_models: int = FEWEST_MODELS) -> None:
+    """Refuses recipes whose records cannot be attacked one by one.
+
+    Raises:
+        ConfigError: names everything wrong at once.
+    """
     wrong = []
     if num_models < FEWEST_MODELS:
         wrong.append(f"expected at least {FEWEST_MODELS} models, got {num_models}")
@@ -107,7 +112,7 @@ def _trained(recipe: Recipe, included: Coins, parts: task.Parts) -> Trained:
             with redirect_stdout(io.StringIO()) if number > 1 else nullcontext():  # the plan is that of all
                 trainer.train()
             last = read_ledger(Path(folder) / LEDGER_NAME)
-            found.append(_losses(trainer, parts.train))
+            found.append(row_losses(trainer, parts.train))
     assert last is not None
     return Trained(np.stack(found), last.segments, last.header.delta)
 
@@ -120,19 +125,6 @@ def _half(rows: datasets.Dataset, members: Coins) -> datasets.Dataset:
         columns["input_ids"][i] = columns["input_ids"][i][:1]
         columns["labels"][i] = IGNORED if isinstance(columns["labels"][i], int) else [IGNORED]
     return datasets.Dataset.from_dict(columns, features=rows.features)
-
-
-def _losses(trainer: DPTrainer, rows: datasets.Dataset) -> Floats:
-    """The model's loss on each row, [n], in evaluation mode; rows of similar length are batched together."""
-    trainer.model.eval()
-    size, order = trainer.args.per_device_train_batch_size, np.argsort([len(ids) for ids in rows["input_ids"]])
-    found = np.zeros(len(rows))
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        for start in range(0, len(rows), size):
-            some = order[start : start + size]
-            batch = trainer._prepare_inputs(trainer.data_collator([rows[int(i)] for i in some]))
-            found[some] = trainer.example_losses(trainer.model, batch).double().cpu().numpy()
-    return found
 
 
 def _print(found: Attack, control: Attack, private: Trained, epsilon: float) -> None:

@@ -2,7 +2,8 @@
 torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
@@ -41,7 +42,24 @@ def push(
         )
     if found.behind:
         print(found.words)
-    print(f"Pushed: {_upload(folder, repository, private, found.files)}")
+    with _named(folder, repository):
+        print(f"Pushed: {_upload(folder, repository, private, found.files)}")
+
+
+@contextmanager
+def _named(folder: Path, repository: str) -> Iterator[None]:
+    """The card's code loads the model by its name on the Hub, from now on, or only within where the upload fails."""
+    from hf_dp import durable
+    from hf_dp.card import Record, read_record, write_card
+
+    readme = folder / "README.md"
+    before = readme.read_bytes()
+    write_card(folder, Record.of(read_record(folder)), name=repository)
+    try:
+        yield
+    except BaseException:
+        durable.replace(readme, before)
+        raise
 
 
 def _upload(folder: Path, repository: str, private: bool, files: Sequence[str]) -> str:

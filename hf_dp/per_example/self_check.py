@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from hf_dp.errors import SelfCheckError
 from hf_dp.per_example.batches import Batch, MicroBatch
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors
-from hf_dp.per_example.factors import Factor, add_weighted_sum, exact
+from hf_dp.per_example.factors import add_weighted_sum, exact
 from hf_dp.per_example.inventory import ExampleLosses
 from hf_dp.per_example.proof import state_put_back, untouched
 
@@ -180,25 +180,22 @@ def _squared_differences(
     size = batch.size
     together, losses = factors_of(model, lambda: example_losses(model, batch), size)
     totals = torch.zeros(2, size, dtype=exact(losses).dtype, device=losses.device)
+    chosen = torch.eye(size, dtype=totals.dtype, device=losses.device)
     for first, one in enumerate(alone[:size]):
         singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
         last = first + (size - 1 - first) // len(alone) * len(alone)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.requires_grad:
-                    reference = _gradient(singly.get(name, []), 0, 1, p)
-                    for row in {first, last}:
-                        difference = _gradient(together.get(name, []), row, size, p) - reference
-                        totals[0, row] += difference.square().sum()
-                        totals[1, row] += reference.square().sum()
+                    difference = torch.zeros(p.shape, dtype=exact(p).dtype, device=p.device)
+                    add_weighted_sum(singly.get(name, []), chosen[0, :1], difference)
+                    totals[1, first] += difference.square().sum()
+                    add_weighted_sum(together.get(name, []), -chosen[first], difference)
+                    totals[0, first] += difference.square().sum()
+                    if last != first:
+                        add_weighted_sum(together.get(name, []), chosen[first] - chosen[last], difference)
+                        totals[0, last] += difference.square().sum()
     return totals[0], totals[1]
-
-
-def _gradient(factors: Sequence[Factor], row: int, size: int, like: Tensor) -> Tensor:
-    """The gradient of example `row` out of factors of `size` examples, in the parameter's shape."""
-    into = torch.zeros(like.shape, dtype=exact(like).dtype, device=like.device)
-    add_weighted_sum(factors, torch.eye(size, dtype=into.dtype, device=like.device)[row], into)
-    return into
 
 
 def precision(model: nn.Module) -> torch.dtype:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hf_dp.training.evaluation import STEPS_TAKEN
+from hf_dp.training.fitted import rate_in_force
 from hf_dp.training.loop import PrivateLoop, plan
 from hf_dp.training.options import REFUSED, check_options
 from hf_dp.training.progress import print_plan_of
@@ -28,6 +29,7 @@ __all__ = [
     "check_options",
     "plan",
     "print_plan_of",
+    "rate_in_force",
 ]
 
 

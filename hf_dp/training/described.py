@@ -13,7 +13,18 @@ from hf_dp.card import Described
 from hf_dp.training.evaluation import CLOCK, EVAL_MARK, HARMLESS
 from hf_dp.training.fitted import rate_in_force
 from hf_dp.training.host import PrivateTrainer
+from hf_dp.training.objective import HOST, SPELT_OUT
+from hf_dp.training.overrides import host_of
 
+LOSSES = {  # a known loss of an example -> what it is
+    "ForCausalLM": "cross-entropy of each next token, mean over the record's target tokens",
+    "ForConditionalGeneration": "cross-entropy of each target token, mean over the record's",
+    "ForMaskedLM": "cross-entropy of the masked tokens, mean over the record's",
+    "ForTokenClassification": "cross-entropy of each token's class, mean over the record's tokens",
+    "ForSequenceClassification": "cross-entropy of the class",
+    "multi_label_classification": "binary cross-entropy, mean over the classes",
+    "regression": "squared error",
+}
 GENERIC = ("csv", "generator", "json", "pandas", "parquet", "text", "")  # builders of `datasets` that name no data set
 OF_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -25,16 +36,15 @@ def described(trainer: PrivateTrainer) -> Described:
     """
     args, about = trainer.args, dict(trainer.about)
     base = str(getattr(_config(trainer), "name_or_path", "") or "")
-    is_adapter = bool(getattr(trainer.model, "peft_config", None))  # whose card names its base by itself
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     warm_up = args.get_warmup_steps(trainer.state.max_steps) if trainer.state.max_steps > 0 else 0
     evaluated_on = about.pop("evaluation data", _name_of(trainer.eval_dataset))
     rows = {
         "training data": about.pop("training data", _name_of(trainer.train_dataset)),
         **about,
-        "fine-tuned from": Path(base).name if base and Path(base).is_dir() and not is_adapter else "",
-        "trained": f"{sum(parameters):,} numbers in {len(parameters)} tensors",
-        "loss of an example": trainer.objective.kind,
+        "fine-tuned from": Path(base).name if base and Path(base).is_dir() else "",
+        "trained parameters": f"{sum(parameters):,}",
+        "loss of an example": _loss(trainer),
         "learning rate": f"{rate_in_force(trainer):g}, {_value(args.lr_scheduler_type)}"
         + (f" after {warm_up:,} steps of warm-up" if warm_up else ""),
         "optimizer": _value(args.optim) + (f", weight decay {args.weight_decay:g}" if args.weight_decay else ""),
@@ -46,7 +56,17 @@ def described(trainer: PrivateTrainer) -> Described:
         base=base,
         license=license_of(base),
         evaluated_on=evaluated_on,
+        name=trainer.hub_model_id or "",
     )
+
+
+def _loss(trainer: PrivateTrainer) -> str:
+    """What the loss of an example is, in words."""
+    kind, chosen = trainer.objective.kind, getattr(trainer.args, "loss_type", None)
+    if kind in (HOST, SPELT_OUT):
+        named = ", ".join(chosen) if isinstance(chosen, list | tuple) else chosen
+        return f"{host_of(type(trainer), 'compute_loss').__name__}'s" + (f", {named}" if named else "")
+    return LOSSES.get(kind, kind)
 
 
 def license_of(base: str) -> str:

@@ -51,6 +51,7 @@ class PrivateTrainer(Protocol):
     eval_dataset: Any
     state: Any
     about: dict[str, str]
+    hub_model_id: Any
     processing_class: Any
     accelerator: Accelerator
     callback_handler: CallbackHandler

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dp import accounting
 from hf_dp.tables import print_plan
@@ -11,6 +11,8 @@ from hf_dp.training.fitted import left_alone, rate_in_force
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.trackers import PrivacyInTrackers
 
+BAR = f"{ProgressCallback.__module__}.ProgressCallback"
+TABLE = "transformers.utils.notebook.NotebookProgressCallback"
 QUIET = ("warning", "error", "critical")  # values of TrainingArguments.log_level
 
 
@@ -32,11 +34,21 @@ class EpsilonProgress(ProgressCallback):
 
 
 def show_privacy(trainer: PrivateTrainer) -> None:
-    """Puts epsilon on Trainer's own progress bar, and the privacy settings in its trackers; a user's own bar stays."""
+    """Puts epsilon on Trainer's own progress bar, in a notebook in its table, and the privacy settings in its trackers;
+    a user's own bar stays.
+    """
     trainer.add_callback(PrivacyInTrackers(trainer))
-    if any(type(c) is ProgressCallback for c in trainer.callback_handler.callbacks):
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(EpsilonProgress)
+    own = {f"{type(c).__module__}.{type(c).__name__}": type(c) for c in trainer.callback_handler.callbacks}
+    for name, ours in ((BAR, lambda: EpsilonProgress), (TABLE, _for_a_notebook)):
+        if name in own:
+            trainer.remove_callback(own[name])
+            trainer.add_callback(ours())
+
+
+def _for_a_notebook() -> type[TrainerCallback]:
+    from hf_dp.training.notebook import EpsilonInNotebook
+
+    return EpsilonInNotebook
 
 
 def print_summary(trainer: PrivateTrainer) -> None:

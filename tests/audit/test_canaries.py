@@ -208,6 +208,7 @@ def small_claim(folder: Path, **k: Any) -> DPTrainer:
     )
 
 
+@pytest.mark.slow
 def test_noise_divided_by_the_batch_is_refuted_on_the_card_and_by_verify(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         noise_divided_by_the_batch(patch)

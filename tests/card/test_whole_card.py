@@ -90,11 +90,11 @@ def code_in(folder: Path) -> str:
 
 
 def said_by(folders: list[Path]) -> dict[str, str]:
-    """What the code on each card prints, run in its folder, all in one fresh process without hf_dp."""
+    """What the code on each card prints, run beside its folder, all in one fresh process without hf_dp."""
     run = (
         "import json, os, sys\n"
         "for folder, code in json.loads(sys.stdin.read()):\n"
-        "    os.chdir(folder); print('==', folder); exec(code, {})\n"
+        "    os.chdir(os.path.dirname(folder)); print('==', folder); exec(code, {})\n"
         "print('== all', 'hf_dp' in sys.modules)"
     )
     done = subprocess.run(
@@ -112,7 +112,7 @@ def said_by(folders: list[Path]) -> dict[str, str]:
 
 
 def test_the_code_on_an_adapters_card_runs(folders, monkeypatch, capsys):
-    monkeypatch.chdir(folders["an adapter"])
+    monkeypatch.chdir(folders["an adapter"].parent)
     exec(code_in(folders["an adapter"]), {})
     assert capsys.readouterr().out.split()[0] in R.WORDS
 

@@ -74,7 +74,7 @@ def test_the_merged_model_loads_without_peft_and_gives_what_the_adapter_gave(hf_
     text = (merged / "README.md").read_text()
     assert OWN in text
     assert "# adapter-merged\n" in text
-    assert "AutoModelForCausalLM.from_pretrained(folder)" in text
+    assert "AutoModelForCausalLM.from_pretrained(model_id)" in text
     for carried in ("privacy.json", "privacy_ledger.jsonl", "privacy_tradeoff.svg"):
         assert (merged / carried).read_bytes() == (folder / carried).read_bytes()
 

@@ -114,9 +114,8 @@ def sums_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> l
     return sums
 
 
-@pytest.mark.parametrize(  # inductor needs a C++ compiler, and a minute
-    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])  # inductor needs a C++ compiler, and a minute
 def test_a_training_has_the_same_sums(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = sums_of(tmp_path / "plain", monkeypatch)
     compiled = sums_of(tmp_path / "compiled", monkeypatch, torch_compile=True, torch_compile_backend=backend)
