@@ -20,7 +20,9 @@ from hf_dp.ledger.ledger import Ledger, LedgerHeader
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
 from hf_dp.per_example.compiled import CompiledBlocks
-from hf_dp.randomness.noise import NoiseSource
+from hf_dp.randomness import on_device
+from hf_dp.randomness.noise import BLOCK, NoiseSource
+from hf_dp.randomness.streams import ChaChaKey, Role, fresh_key
 from hf_dp.step.memory import MemoryLimit
 from hf_dp.step.release import Releaser
 
@@ -145,8 +147,14 @@ def one_at_a_time(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 def noise(device: str, numbers: int) -> Result:
     """sigma^2 measured over stated, and by how many standard errors; 2/3 and 3/2 of sigma would be far outside."""
+    kinds = {"philox": fresh_key(), "chacha20": ChaChaKey(fresh_key())}
+    found = {name: _noise_of(NoiseSource(key=key), device, numbers) for name, key in kinds.items()}
+    return {**found, "ok": all(of["ok"] for of in found.values())}
+
+
+def _noise_of(source: NoiseSource, device: str, numbers: int) -> Result:
     std = 1.7
-    drawn = NoiseSource().gaussian(numbers, std=std, device=device).double()
+    drawn = source.gaussian(numbers, std=std, device=device).double()
     share = float(drawn.square().mean()) / std**2
     error = (2 / numbers) ** 0.5
     far = {name: abs(share / factor**2 - 1) / error for name, factor in (("2/3", 2 / 3), ("3/2", 3 / 2))}
@@ -155,7 +163,10 @@ def noise(device: str, numbers: int) -> Result:
 
 
 def release(device: str, sizes: tuple[int, ...], deadline: float) -> Result:
-    """Seconds of a release of so many coordinates: charge, noise, sum; and of the noise alone."""
+    """Seconds of a release of so many coordinates: charge, noise, sum; and of the noise alone, by each generator.
+
+    ChaCha20 is first compared with the CPU's, bit by bit, and then made by the device's own operations (on a CPU too).
+    """
     found: Result = {}
     header = LedgerHeader(num_examples=1000, unit="record", relation="zero-out", delta=1e-5)
     for number, size in enumerate(sizes):
@@ -167,10 +178,14 @@ def release(device: str, sizes: tuple[int, ...], deadline: float) -> Result:
             flat, source = torch.zeros(size, device=device), NoiseSource()
             releaser = Releaser(ledger, source)
             alone = seconds_of(partial(source.gaussian, size, std=1.0, device=device), device)
+            there = torch.device(device)
+            made_there = partial(on_device.gaussian, fresh_key(), Role.NOISE, 0, size, BLOCK, there)
+            made_there()  # compares, and compiles what the driver compiles
+            chacha = seconds_of(made_there, device)
             whole = seconds_of(
                 partial(releaser, flat, sensitivity=1.0, noise_multiplier=1.0, draw_number=number), device
             )
-        found[f"{size:,}"] = {"noise_seconds": alone, "release_seconds": whole}
+        found[f"{size:,}"] = {"noise_seconds": alone, "chacha20_seconds": chacha, "release_seconds": whole}
     return found
 
 

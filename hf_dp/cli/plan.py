@@ -31,10 +31,9 @@ def plan(
     per_device_train_batch_size: Annotated[int | None, typer.Option(help="Cost: of a micro-batch. Default 8.")] = None,
     micro_batch_tokens: Annotated[int | None, typer.Option(help="Cost: the most tokens of a micro-batch.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Cost: tokens of an example, padded. Default 256.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Cost: A100, H100 (default), H200 or L40S.")] = None,
 ) -> None:
-    """Says what noise a target epsilon needs, or what epsilon a noise gives, before there are data or a model; and what
-    a run costs.
-    """
+    """Says what noise a target epsilon needs, or what epsilon a noise gives, and what a run costs, before it begins."""
     from hf_dp import accounting
     from hf_dp.config import PrivacyConfig
     from hf_dp.errors import ConfigError
@@ -51,7 +50,7 @@ def plan(
         "micro_batch_tokens": micro_batch_tokens,
         "max_length": max_length,
     }
-    _refuse_work(model, work)
+    _refuse_work(model, work, gpu)
     privacy = PrivacyConfig(
         target_epsilon=target_epsilon,
         noise_multiplier=noise_multiplier,
@@ -67,7 +66,7 @@ def plan(
     rows = accounting.derivation(privacy, mechanism, num_train_epochs=epochs or 0.0, max_steps=max_steps)
     print_plan("The plan", rows, mechanism)
     if model is not None:
-        print_table("What a run costs", ("", "value", "rule"), _cost(mechanism, model, work))
+        print_table("What a run costs", ("", "value", "rule"), _cost(mechanism, model, work, gpu))
     if plot is not None:
         _draw(mechanism, plot, against or "steps", epochs)
 
@@ -79,23 +78,25 @@ def _draw(mechanism: "Mechanism", plot: Path, against: str, epochs: float | None
     print(f"{'Noise at the same epsilon' if against == 'batch' else 'Epsilon'} against {against}: {plot}")
 
 
-def _refuse_work(model: str | None, work: dict[str, int | None]) -> None:
+def _refuse_work(model: str | None, work: dict[str, int | None], gpu: str | None) -> None:
     from hf_dp.errors import ConfigError
 
     given = {f"--{name.replace('_', '-')}": value for name, value in work.items() if value is not None}
     wrong = [f"{name}: expected 1 or more, got {value}" for name, value in given.items() if value < 1]
-    if given and model is None:
-        wrong.append(f"{', '.join(given)} only say what a model's run costs: add --model")
+    if (given or gpu) and model is None:
+        names = [*given, *(["--gpu"] if gpu else [])]
+        wrong.append(f"{', '.join(names)} only say what a model's run costs: add --model")
     if wrong:
         raise ConfigError("; ".join(wrong))
 
 
-def _cost(mechanism: "Mechanism", model: str, work: dict[str, int | None]) -> "list[Derived]":
+def _cost(mechanism: "Mechanism", model: str, work: dict[str, int | None], gpu: str | None) -> "list[Derived]":
     from hf_dp.accounting import advice
     from hf_dp.cli.libraries import quiet
-    from hf_dp.recipe import model_shapes, run_cost
+    from hf_dp.recipe import gpu_cost, model_shapes, run_cost
 
     quiet()
+    gpu_cost.card_of(gpu)
     shapes = model_shapes.of_name(model, work["lora_r"])
     dealt = run_cost.Work(
         num_processes=work["num_processes"] or 1,
@@ -106,4 +107,5 @@ def _cost(mechanism: "Mechanism", model: str, work: dict[str, int | None]) -> "l
     warning = advice.warning(mechanism, shapes.trainable)
     if warning:
         print(warning)
-    return [*advice.loudness_rows(mechanism, shapes.trainable), *run_cost.derivation(mechanism, shapes, dealt)]
+    rows = [*advice.loudness_rows(mechanism, shapes.trainable), *run_cost.derivation(mechanism, shapes, dealt)]
+    return [*rows, *gpu_cost.derivation(mechanism, shapes, dealt, gpu)]

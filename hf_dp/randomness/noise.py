@@ -1,7 +1,8 @@
 """A number of coordinates and a standard deviation -> fresh noise under a secret key: Gaussian in float32, or discrete.
 
 With Philox, normals come from numpy's ziggurat (Marsaglia and Tsang 2000): float32, 23 random bits within each of 256
-layers, values up to 8.2 standard deviations. With ChaCha20 they come from Box-Muller in float64, rounded to float32.
+layers, values up to 8.2 standard deviations. With ChaCha20 they come from Box-Muller in float64, rounded to float32;
+on a CUDA device they are made there (`on_device`).
 The privacy analysis of both assumes exact arithmetic: no claim is made against attacks on floating-point noise (Mironov
 2012), as for any floating-point noise without a proof against them. `NoiseSource.discrete` draws whole numbers instead,
 and has such a proof (see `grid` and `discrete`).
@@ -19,7 +20,7 @@ import numpy as np
 from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.randomness.chacha import ChaCha20Stream
 from hf_dp.randomness.discrete import discrete_gaussian
-from hf_dp.randomness.streams import Key, Role, checked_key, keyed_stream
+from hf_dp.randomness.streams import ChaChaKey, Key, Role, checked_key, keyed_stream
 
 if TYPE_CHECKING:  # importing torch takes seconds, and who only reads ledgers draws no noise
     import torch
@@ -52,12 +53,13 @@ class NoiseSource:
     def gaussian(self, numel: int, *, std: float, device: "torch.device | str | None" = None) -> "Tensor":
         """N(0, std² I), float32, [numel], on `device`; zeros for std = 0.
 
-        The noise is drawn on the CPU, in threads. Its values depend on the key and on the number of the call, not on
-        the device or the number of threads.
+        The noise is drawn on the CPU, in threads, and copied; with a `ChaChaKey`, it is made on a CUDA device itself.
+        Its values depend on the key and on the number of the call, not on the number of threads, nor on the device but
+        for float32's last bit (see `on_device`).
 
         Raises:
             ConfigError: std negative, not finite, or beyond float32; numel negative.
-            HfDpError: in a forked copy of the process that made the source.
+            HfDpError: in a forked copy of the process that made the source; or as `on_device.gaussian`.
         """
         if numel < 0 or not (std == 0 or (math.isfinite(std) and SMALLEST_STD <= std <= LARGEST_STD)):
             raise ConfigError(
@@ -66,9 +68,15 @@ class NoiseSource:
             )
         import torch
 
+        from hf_dp.randomness import on_device
+
         number = self._next_number()
         if std == 0:
             return torch.zeros(numel, dtype=torch.float32, device=device)
+        there = torch.device("cpu" if device is None else device)
+        if isinstance(self._key, ChaChaKey) and there.type in on_device.DEVICES:
+            made = on_device.gaussian(self._key.secret, Role.NOISE, number, numel, BLOCK, there)
+            return made.mul_(float(np.float32(std)))
         values = np.empty(numel, dtype=np.float32)
 
         def fill(block: int) -> None:

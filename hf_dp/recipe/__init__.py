@@ -1,6 +1,6 @@
 """A YAML recipe goes in; its data, model, trainer and cost come out."""
 
-from hf_dp.recipe import data_files, model_shapes, run_cost, task
+from hf_dp.recipe import data_files, gpu_cost, model_shapes, run_cost, task
 from hf_dp.recipe.columns import Guess, guessed, warnings
 from hf_dp.recipe.examples import Example, PadRight, check_columns, columns_in_words, completions
 from hf_dp.recipe.keys import all_keys
@@ -25,6 +25,7 @@ __all__ = [
     "completions",
     "data_files",
     "from_mapping",
+    "gpu_cost",
     "guessed",
     "is_file",
     "model_shapes",

@@ -4,6 +4,8 @@ A named model is built on torch's meta device: its config is read, but no weight
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -34,29 +36,43 @@ def of_name(name: str, lora_r: int | None) -> Shapes:
         ) from None
     named = (getattr(transformers, a, None) for a in config.architectures or ())
     build = next((c for c in named if c is not None), transformers.AutoModel.from_config)
-    with torch.device("meta"):
+    with torch.device("meta"), _type_of(config):
         model = build(config)
         if lora_r is not None:
             model = peft.get_peft_model(model, peft.LoraConfig(r=lora_r, target_modules="all-linear"))
     return of_model(model)
 
 
+@contextmanager
+def _type_of(config: Any) -> Iterator[None]:
+    """New weights are of the type in which the model is saved, if its config names one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype if isinstance(config.dtype, torch.dtype) else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def of_model(model: Any) -> Shapes:
     """Counts and uses of a model's parameters. All but linear maps and the token embedding count in full, such as
     positions.
     """
-    linear, tables, used = [], [], set()
+    linear, tables, used, maps = [], [], set(), []
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = isinstance(model, peft.PeftModel)
     for module in model.modules():
-        of_tokens = module is model.get_input_embeddings()
-        if not (of_tokens or isinstance(module, nn.Linear | Conv1D)) or not module.weight.requires_grad:
+        of_tokens = module is table
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not (adapted and _is_trained(module)):
+            maps.append(_inputs_and_outputs(module))
+        if not (of_tokens or isinstance(module, nn.Linear | Conv1D)) or not _is_trained(module):
             continue
         weight = module.weight
         used.add(weight)
         if of_tokens:
             tables.append(weight.shape[1])
         else:
-            d, r = weight.shape if isinstance(module, Conv1D) else (weight.shape[1], weight.shape[0])
-            linear.append((d, r))
+            linear.append(_inputs_and_outputs(module))
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     return Shapes(
@@ -66,4 +82,18 @@ def of_model(model: Any) -> Shapes:
         linear=tuple(linear),
         tables=tuple(tables),
         others=sum(math.prod(p.shape) for p in trainable if p not in used),
+        maps=tuple(maps),
+        blocks=max((len(m) for m in model.modules() if isinstance(m, nn.ModuleList)), default=1),
+        width=table.weight.shape[1],
+        vocabulary=table.weight.shape[0],
     )
+
+
+def _is_trained(module: Any) -> bool:
+    return bool(module.weight.requires_grad)
+
+
+def _inputs_and_outputs(module: Any) -> tuple[int, int]:
+    """(d, r) of a linear map."""
+    d, r = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+    return int(d), int(r)

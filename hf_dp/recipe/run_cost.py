@@ -21,7 +21,9 @@ class Shapes(NamedTuple):
     """The sizes of a model that its cost depends on.
 
     `linear` holds (d, r) of each trained linear map, `tables` the width of the trained token embedding; `others` counts
-    all other trained parameters, such as biases and scales.
+    all other trained parameters, such as biases and scales. `maps` holds (d, r) of each linear map but the output
+    layer's and an adapter's; `blocks`, `width` and `vocabulary` are the number of repeated blocks, hidden units and
+    tokens that there are.
     """
 
     parameters: int
@@ -30,6 +32,10 @@ class Shapes(NamedTuple):
     linear: tuple[tuple[int, int], ...] = ()
     tables: tuple[int, ...] = ()
     others: int = 0
+    maps: tuple[tuple[int, int], ...] = ()
+    blocks: int = 0
+    width: int = 0
+    vocabulary: int = 0
 
 
 class Work(NamedTuple):

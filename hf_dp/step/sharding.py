@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from hf_dp import per_example
 from hf_dp.per_example import MicroBatch
 
+DATA = {"fsdp", "dp", "dp_replicate", "dp_shard", "dp_shard_cp"}  # dimensions along which no example is split
 LOADING = "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=number of processes))"
 
 
@@ -63,9 +64,9 @@ def problems(model: nn.Module) -> Iterator[str]:
             "distributed_config"
         )
     dimensions = {name for p in sharded.values() for name in p.device_mesh.mesh_dim_names or ()}
-    others = sorted(dimensions - {"fsdp"})
+    others = sorted(dimensions - DATA)
     if others:
         yield (
-            f"weights sharded over {', '.join(others)}: tensor, pipeline, expert and replicated sharding are not "
+            f"weights sharded over {', '.join(others)}: tensor, pipeline, expert and context sharding are not "
             f"supported; load the base with {LOADING}, or use DDP"
         )

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.step import COARSE, coarse_products, sharding
+from hf_dp.training import shards
 from hf_dp.training.deciders import deciders
 from hf_dp.training.given import unusable_data
 from hf_dp.training.overrides import ignored, unfit
@@ -27,6 +28,18 @@ COMPILED = (
     "torch.compile cannot trace the stand-ins that watch the trainable parameters; pass the model as it was before "
     "torch.compile, and TrainingArguments(torch_compile=True)"
 )
+
+SPLIT = (
+    "tensor, context and sequence parallelism split one example over processes; use DDP, or shards with or without "
+    "replicas (dp_shard_size, dp_replicate_size, or load the base with "
+    f"{sharding.LOADING})"
+)
+
+
+def _of_data_alone(config: Any) -> bool:
+    """Whether accelerate's ParallelismConfig (which versions before 1.10 lack) splits the batch alone."""
+    return type(config).__name__ == "ParallelismConfig" and config.non_data_parallel_size == 1
+
 
 # option -> (is this value unsafe?, why and what to do instead)
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -62,16 +75,9 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it reduces and steps inside backward; use DDP (accelerate launch --multi_gpu), or load the base sharded with "
         f"{sharding.LOADING}",
     ),
-    "fsdp": (
-        bool,
-        "accelerate's FSDP shards the trainable parameters too, whose per-example gradients need them whole; leave "
-        f"it out, load the base with {sharding.LOADING} and put an adapter on it, or use DDP (accelerate launch "
-        "--multi_gpu)",
-    ),
     "parallelism_config": (
-        lambda v: v is not None,
-        "tensor, context and sequence parallelism split one example over processes; use DDP, or load the base "
-        f"sharded with {sharding.LOADING}",
+        lambda v: v is not None and not _of_data_alone(v),
+        SPLIT,
     ),
     "optim": (
         lambda v: any(word in str(v).lower() for word in ("lomo", "layerwise")),
@@ -136,6 +142,8 @@ HANDLED: dict[str, str] = {
     "seed": "initial weights and plain loaders; never draws, noise, dropout or masks",
     "data_seed": "not read: draws come from a secret key",
     "full_determinism": "deterministic kernels; draws, noise and dropout stay secret",
+    "fsdp": "FSDP2: the base of an adapter is sharded as the trainer is made, the adapter stays whole (see `shards`)",
+    "fsdp_config": "as fsdp; its activation_checkpointing becomes the model's own",
     "accelerator_config": "split_batches, dispatch_batches and num_steps are refused; even_batches is not read",
     "dataloader_num_workers": "records are read under secret randomness in each worker",
     "dataloader_in_order": "not read: draws arrive in their order",
@@ -160,7 +168,7 @@ SAFE = frozenset(
     save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
     hub_private_repo hub_model_id hub_always_push hub_revision
     use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-    ddp_static_graph fsdp_config dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    ddp_static_graph dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context remove_unused_columns label_names
     """.split()
 )
@@ -168,9 +176,10 @@ SAFE = frozenset(
 # environment variable, set by `accelerate launch` or its config file -> (is this value unsafe?, remedy)
 ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
     "ACCELERATE_USE_DEEPSPEED": (lambda v: v.lower() in ("1", "true"), REFUSED["deepspeed"][1]),
-    "ACCELERATE_USE_FSDP": (lambda v: v.lower() in ("1", "true"), REFUSED["fsdp"][1]),
-    "ACCELERATE_USE_MEGATRON_LM": (lambda v: v.lower() in ("1", "true"), REFUSED["parallelism_config"][1]),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (lambda v: v.lower() in ("1", "true"), REFUSED["parallelism_config"][1]),
+    "ACCELERATE_USE_MEGATRON_LM": (lambda v: v.lower() in ("1", "true"), SPLIT),
+    "PARALLELISM_CONFIG_TP_SIZE": (lambda v: v not in ("", "1"), SPLIT),
+    "PARALLELISM_CONFIG_CP_SIZE": (lambda v: v not in ("", "1"), SPLIT),
+    "PARALLELISM_CONFIG_SP_SIZE": (lambda v: v not in ("", "1"), SPLIT),
     "ACCELERATE_MIXED_PRECISION": (lambda v: v.lower() in ("fp16", "fp8"), REFUSED["fp16"][1]),
 }
 
@@ -191,6 +200,7 @@ def check_options(args: TrainingArguments, *, public_eval: bool, **others: Any) 
     if why := unfit(trainer):
         raise UnsupportedOptionError(f"cannot be combined with differential privacy: {why}")
     problems = [*_wrong_arguments(args, public_eval), *_wrong_environment(), *_wrong_others(others)]
+    problems += shards.problems(args, others)
     problems += [*ignored(trainer), *getattr(trainer, "unfit_settings", lambda args: ())(args)]
     problems += [*_wrong_model(others.get("model")), *(() if public_eval else deciders(others.get("callbacks") or ()))]
     _refuse(problems)

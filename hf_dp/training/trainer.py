@@ -40,9 +40,9 @@ from hf_dp.step import (
     Spending,
     WeightGuard,
     refuse_foreign_parameters,
-    sharding,
 )
 from hf_dp.training import objective as objectives
+from hf_dp.training import shards
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, keeping_the_users_words, write_card
 from hf_dp.training.described import described, save_classes
@@ -138,8 +138,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         given_data = options.get("train_dataset")
         self._groups = groups_by(given_data, privacy.unit_column, privacy.records_per_unit)
         self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num, self.row)
-        with sharding.checkpoints_allowed(options["args"], options.get("model")):
+        with shards.around_the_host(options):
             super().__init__(**options)
+        shards.shard(self)
         if self.model is not options.get("model"):  # the host loaded it, or put adapters on it
             refuse_model(self.model)
         if self.optimizer is not None:

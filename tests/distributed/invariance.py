@@ -1,8 +1,12 @@
 """One way to run the same mathematics (micro-batches, checkpointing, compiling, shards) -> the adapter's update."""
 
 import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,30 +28,39 @@ PASSES: dict[str, dict[str, Any]] = {
     "non-reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
+REPLICAS = ["--use_parallelism_config", "true"]
+REPLICAS += ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"]
 BASES = {"llama": M.llama, "gpt2": M.gpt2}
-PEOPLE = "people"  # a Llama of which persons with 1 to 5 records are the units
-UNITS: dict[str, Any] = {"unit_column": "person", "records_per_unit": 3, "expected_batch_size": 5}
+PEOPLE = "people"  # a Llama of which persons with 1 to 8 records are the units
+
+
+CONFIG_FILE = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "sharded.yaml"
 
 
 class Way(NamedTuple):
+    """`sharded`: "" not at all, "loaded" by from_pretrained, "launched" by accelerate's config file; of each, with
+    "in replicas", over half of the processes.
+    """
+
     base: str
     micro_batches: str
     passes: str
-    sharded: bool
+    sharded: str
 
 
 DIAGONAL = [
-    Way("llama", "4", "plain", True),
-    Way("llama", "tokens", "reentrant", False),
-    Way("gpt2", "tokens", "reentrant", True),
-    Way(PEOPLE, "1", "plain", True),
-    Way(PEOPLE, "4", "plain", False),
+    Way("llama", "4", "plain", "loaded"),
+    Way("llama", "tokens", "reentrant", ""),
+    Way("gpt2", "tokens", "reentrant", "loaded"),
+    Way("gpt2", "tokens", "non-reentrant", "launched"),
+    Way(PEOPLE, "1", "plain", "loaded"),
+    Way(PEOPLE, "4", "plain", ""),
 ]
 
 
 def ways(world: int, *, all_of_them: bool) -> list[Way]:
     """The matrix or its diagonal; one process has nothing to shard, and what is sharded is not compiled."""
-    matrix = [Way(*w) for w in itertools.product(BASES, MICRO_BATCHES, PASSES, (False, True))]
+    matrix = [Way(*w) for w in itertools.product(BASES, MICRO_BATCHES, PASSES, ("", "loaded", "launched"))]
     return [
         way
         for way in (matrix if all_of_them else DIAGONAL)
@@ -55,42 +68,68 @@ def ways(world: int, *, all_of_them: bool) -> list[Way]:
     ]
 
 
-def adapter_on(base: str, folder: Path, *, sharded: bool) -> torch.nn.Module:
-    """The same adapter on the same base in every run; loaded in shards where asked for."""
-    main, together = not dist.is_initialized() or dist.get_rank() == 0, dist.is_initialized()
+@contextmanager
+def launched(*words: str) -> Iterator[None]:
+    """The environment in which `accelerate launch --config_file recipes/accelerate/sharded.yaml` starts processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    given = launch_command_parser().parse_args(["--config_file", str(CONFIG_FILE), *words, "train.py"])
+    made = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+    kept = {name: value for name, value in made.items() if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
+    with mock.patch.dict(os.environ, kept):
+        yield
+
+
+def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
+    """The same adapter on the same base in every run; loaded in shards where asked for.
+
+    Where accelerate is to shard it, other processes than the first begin with another adapter, and no weights.
+    """
+    together = dist.is_initialized()
+    main = not together or dist.get_rank() == 0
     if main and not (folder / base).exists():
         torch.manual_seed(0)
         BASES.get(base, M.llama)().save_pretrained(folder / base)
     if together:
         dist.barrier()
     extra: dict[str, Any] = {}
-    if sharded:
+    if sharded.startswith("loaded"):
         from transformers.distributed import DistributedConfig
 
-        extra = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
+        replicas = 2 if "replicas" in sharded else 1
+        sizes = {"fsdp_size": dist.get_world_size() // replicas, "dp_replicate_size": replicas}
+        extra = {"distributed_config": DistributedConfig(**sizes)}
     loaded = AutoModelForCausalLM.from_pretrained(folder / base, **extra)
-    torch.manual_seed(1)
+    torch.manual_seed(1 if main or not sharded.startswith("launched") else 2)
     model = M.with_lora(lambda: loaded)
-    assert sharding.is_sharded(model) == sharded
+    assert sharding.is_sharded(model) == sharded.startswith("loaded")
     return model
 
 
 def update(way: Way, folder: Path) -> Tensor:
     """What three noiseless steps at q = 1/2 change; draws come from the debug seed, and so are the same everywhere."""
     runs.arguments(folder)  # joins the processes
-    model = adapter_on(way.base, folder, sharded=way.sharded)
-    before, rows = flat(model), runs.text_rows()
-    persons = rows.add_column("person", [number * number // 60 for number in range(len(rows))])
-    trainer = runs.trainer(
-        folder / "-".join(map(str, way)),
-        model,
-        {**runs.NOISELESS, "expected_batch_size": 12, **(UNITS if way.base == PEOPLE else {})},
-        max_steps=3,
-        train_dataset=persons if way.base == PEOPLE else rows,
-        **MICRO_BATCHES[way.micro_batches],
-        **PASSES[way.passes],
-    )
-    trainer.train()
+    words = REPLICAS if "replicas" in way.sharded else ()
+    rows, own = runs.text_rows(), {}
+    if way.base == PEOPLE:
+        own = {"unit_column": "person", "records_per_unit": 3, "expected_batch_size": 5}
+        rows = rows.add_column("person", [number * number // 60 for number in range(len(rows))])
+    with launched(*words) if way.sharded.startswith("launched") else nullcontext():
+        model = adapter_on(way.base, folder, sharded=way.sharded)
+        trainer = runs.trainer(
+            folder / "-".join(map(str, way)),
+            model,
+            {**runs.NOISELESS, "expected_batch_size": 12, **own},
+            max_steps=3,
+            train_dataset=rows,
+            **MICRO_BATCHES[way.micro_batches],
+            **PASSES[way.passes],
+        )
+        assert sharding.is_sharded(model) == bool(way.sharded)
+        assert trainer.alone_because == ("" if way.micro_batches != "1" else "per_device_train_batch_size=1")
+        before = flat(model)
+        trainer.train()
     return flat(trainer.model) - before
 
 

@@ -21,9 +21,10 @@ HF_DP = ["--no_python", sys.executable, "-c", "from hf_dp.cli import main; main(
 def test_accelerate_reads_its_config_files(path: Path) -> None:
     """It refuses keys that it does not know."""
     config = load_config_from_file(str(path))
-    assert config.distributed_type == DistributedType.MULTI_GPU
+    sharded = path.stem == "sharded"
+    assert config.distributed_type == (DistributedType.FSDP if sharded else DistributedType.MULTI_GPU)
     assert config.mixed_precision == "no"  # the recipe's to say
-    assert config.num_machines == {"one-node": 1, "several-nodes": 2}[path.stem]
+    assert config.num_machines == {"one-node": 1, "sharded": 1, "several-nodes": 2}[path.stem]
     assert config.num_processes % config.num_machines == 0
 
 
@@ -33,7 +34,7 @@ def test_a_recipe_runs_under_accelerates_config_files(path: Path, tmp_path: Path
     """Two processes over gloo, under one launcher or each under its own, as on two machines."""
     recipe, port = R.write(tmp_path), str(free_port())
     common = ["--num_processes", "2", "--main_process_port", port]
-    nodes = [[]] if path.stem == "one-node" else [["--machine_rank", str(n)] for n in range(2)]
+    nodes = [[]] if path.stem != "several-nodes" else [["--machine_rank", str(n)] for n in range(2)]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *common]
     done = finish(*([*launch, *node, *HF_DP, str(recipe)] for node in nodes))
     assert [d.returncode for d in done] == [0] * len(nodes), [d.stderr[-2000:] for d in done]

@@ -21,6 +21,7 @@ from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from hf_dp.recipe.recipe import read
 from hf_dp.step import PrivateStep
 from hf_dp.step.opening import Place, Session
 from hf_dp.step.run import PrivateRun
+from hf_dp.training import shards
 from tests import conftest  # noqa: F401  one thread, no network
 from tests.distributed import invariance
 from tests.support import models as M
@@ -246,18 +248,80 @@ def same_update_in_all_ways(folder: Path) -> dict[str, Any]:
     return {str(way): invariance.update(way, folder) for way in invariance.ways(world(), all_of_them=True)}
 
 
+def replicas(folder: Path) -> dict[str, Any]:
+    """Shards over two of four processes each, made in both ways; on one process, the same without."""
+    kinds = ("loaded in replicas", "launched in replicas") if world() > 1 else ("",)
+    ways = (invariance.Way("llama", "4", "plain", kind) for kind in kinds)
+    return {str(way): invariance.update(way, folder) for way in ways}
+
+
+def launched(folder: Path) -> dict[str, Any]:
+    """Two steps under accelerate's config file, with its checkpointing; set up as on GPUs, and with peft's policy."""
+    from accelerate.utils import DistributedType
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FSDPModule
+
+    def as_on_gpus(trainer: Any) -> Any:
+        plugin, state = plugin_of(trainer), trainer.accelerator.state
+        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(trainer.model)
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+        return plugin
+
+    def watching(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, **k: Any) -> Any:
+        averaged.extend([op] if op == dist.ReduceOp.AVG else [])
+        return reduce(tensor, op=op, **k)
+
+    runs.arguments(folder)  # joins the processes
+    passes, averaged, reduce, watch, plugin_of = [], [], dist.all_reduce, Watch(), shards._plugin
+    count = lambda step, *a: passes.append(1)  # noqa: E731
+    taken, idle = after(PrivateStep, "_add", count), after(PrivateStep, "_pass_for_the_others", count)
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
+    with invariance.launched("--fsdp_activation_checkpointing", "true"):
+        model = invariance.adapter_on("llama", folder, sharded="launched")
+        given = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with mock.patch.object(shards, "_plugin", as_on_gpus):
+            trainer = runs.trainer(folder, model, NOISY, callbacks=[watch], **settings)
+        begun, units = flat(model), [n for n, m in model.named_modules() if isinstance(m, FSDPModule)]
+        with taken, idle, mock.patch.object(dist, "all_reduce", watching):
+            trainer.train()
+        trainer.save_model()
+    whole = {name: p.full_tensor() for name, p in model.named_parameters() if name not in given}
+    return {
+        "units": units,
+        "begun": begun,
+        "left whole": all(p is given[name] for name, p in model.named_parameters() if name in given),
+        "base": {name.removeprefix("base_model.model.").replace(".base_layer", ""): w for name, w in whole.items()},
+        "hooks": {len(p._post_accumulate_grad_hooks) for p in given.values()},
+        "averaged": len(averaged),
+        "passes": len(passes),
+        "checkpointed": model.get_base_model().model.layers[0].gradient_checkpointing,
+        "hashes": watch.hashes,
+        "weights": {name: p.detach() for name, p in given.items()},
+        "others": [n for n in os.listdir(folder / "checkpoint-2") if "fsdp" in n or "distcp" in n],
+    }
+
+
+def mixing_shards(folder: Path) -> dict[str, Any]:
+    """Why a base in shards, one of whose blocks compares the examples of a pass, has one a pass."""
+    runs.arguments(folder)  # joins the processes
+    model = invariance.adapter_on("llama", folder, sharded="loaded")
+    block = model.get_base_model().model.layers[0]
+    block.register_forward_hook(lambda module, inputs, output: output - output.mean(0, keepdim=True))
+    return {"alone": runs.trainer(folder, model, NOISY).alone_because}
+
+
 def sharded_empty_draws(folder: Path) -> dict[str, Any]:
     """Most slices hold no example, and every process must pass as often as the others."""
     runs.arguments(folder)  # joins the processes
     privacy = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 1}
-    model = invariance.adapter_on("llama", folder, sharded=True)
+    model = invariance.adapter_on("llama", folder, sharded="loaded")
     return train(folder, privacy, model=model, train_dataset=runs.text_rows(200), max_steps=15, learning_rate=0.01)
 
 
-SESSIONS: list[tuple[bool, dict[str, Any]]] = [
-    (True, {"per_device_train_batch_size": 4}),
-    (False, {"per_device_train_batch_size": 1}),
-    (False, {"per_device_train_batch_size": 24, "micro_batch_tokens": 40, "bf16": True}),
+SESSIONS: list[tuple[str, dict[str, Any]]] = [
+    ("loaded", {"per_device_train_batch_size": 4}),
+    ("", {"per_device_train_batch_size": 1}),
+    ("", {"per_device_train_batch_size": 24, "micro_batch_tokens": 40, "bf16": True}),
 ]
 
 
@@ -265,7 +329,7 @@ def elastic(folder: Path) -> dict[str, Any]:
     """Two more steps of one run, in other shards, micro-batches and precision; the fourth call takes all six."""
     here = folder.parent / "one run"
     done = len(list(here.glob("checkpoint-*")))
-    sharded, settings = SESSIONS[done] if done < len(SESSIONS) else (False, {})
+    sharded, settings = SESSIONS[done] if done < len(SESSIONS) else ("", {})
     steps = {"max_steps": 2 * done + 2, "save_strategy": "steps", "save_steps": 2, "resume": done > 0}
     if done == len(SESSIONS):
         here, steps = folder, {"max_steps": 6}
@@ -337,7 +401,7 @@ def refused_shards(folder: Path) -> dict[str, Any]:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     runs.arguments(folder)  # joins the processes
-    whole = invariance.adapter_on("llama", folder, sharded=True).get_base_model()
+    whole = invariance.adapter_on("llama", folder, sharded="loaded").get_base_model()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     split = torch.nn.Linear(4, 4, bias=False).requires_grad_(False)
     split.weight = torch.nn.Parameter(distribute_tensor(split.weight.data, mesh, [Shard(0)]), requires_grad=False)
@@ -394,7 +458,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     for f in (
         *(one_step, trajectory, empty_draws, noise, noise_again, discrete, slices, refused, resumed),
         *(dies, exhausted, stopped, scarce),
-        *(same_update, same_update_in_all_ways, sharded_empty_draws, elastic),
+        *(same_update, same_update_in_all_ways, launched, mixing_shards, replicas, sharded_empty_draws, elastic),
         *(counted, different, refused_shards, real_rows, on_trls_trainers),
     )
 }

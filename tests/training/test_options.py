@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from transformers import Seq2SeqTrainingArguments, Trainer
 
 from hf_dp import DPTrainerMixin, PrivacyConfig
@@ -78,7 +79,6 @@ def test_what_is_set_on_the_object_is_seen(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "way_out"),
     [
-        ("fsdp", ["full_shard"], "fsdp=.*load the base with .*fsdp_size.*adapter on it, or use DDP"),
         (
             "deepspeed",
             "ds.json",
@@ -87,7 +87,7 @@ def test_what_is_set_on_the_object_is_seen(name: str, tmp_path: Path) -> None:
         (
             "parallelism_config",
             object(),
-            "parallelism_config=.*tensor, context and sequence parallelism.*; use DDP, or load",
+            "parallelism_config=.*tensor, context and sequence parallelism.*; use DDP, or shards with or without repl",
         ),
         ("_n_gpu", 2, "DataParallel over 2 GPUs: start one process a GPU"),
     ],
@@ -106,12 +106,54 @@ def test_what_the_launcher_says_by_the_environment_is_seen(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = runs.arguments(tmp_path)
-    harmless = {"ACCELERATE_MIXED_PRECISION": "bf16"}.get(name, "false")
-    monkeypatch.setenv(name, harmless)
+    harmless = {"ACCELERATE_MIXED_PRECISION": "bf16"} | {f"PARALLELISM_CONFIG_{n}P_SIZE": "1" for n in "TCS"}
+    monkeypatch.setenv(name, harmless.get(name, "false"))
     check_options(args, public_eval=False)
-    monkeypatch.setenv(name, {"ACCELERATE_MIXED_PRECISION": "fp16"}.get(name, "true"))
+    unsafe = {"ACCELERATE_MIXED_PRECISION": "fp16"} | {f"PARALLELISM_CONFIG_{n}P_SIZE": "2" for n in "TCS"}
+    monkeypatch.setenv(name, unsafe.get(name, "true"))
     with pytest.raises(UnsupportedOptionError, match=f"{name}=.*accelerate's launcher"):
         check_options(args, public_eval=False)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "environment", "model", "way_out"),
+    [
+        (True, {}, "adapter", None),
+        (True, {"version": 1}, "adapter", r"fsdp_config: FSDP of version 1 .*set \{'version': 2\}, or use DDP"),
+        (True, {"xla": True}, "adapter", "fsdp_config: XLA"),
+        (True, {}, "whole", "only the frozen base of an adapter .*get_peft_model"),
+        (None, {}, "adapter", "ACCELERATE_USE_FSDP=true .*set fsdp_version: 2"),
+        (None, {"FSDP_VERSION": "2"}, "adapter", None),
+        (None, {"FSDP_VERSION": "2"}, "whole", "only the frozen base of an adapter"),
+    ],
+)
+def test_accelerates_fsdp_is_for_adapters_in_its_second_version(
+    fsdp: bool | None, environment: dict[str, Any], model: str, way_out: str | None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    args = runs.arguments(tmp_path)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if fsdp:
+        vars(args).update(fsdp=True, fsdp_config=environment)
+    else:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+    given = M.with_lora(M.llama) if model == "adapter" else M.llama()
+    if way_out is None:
+        return check_options(args, public_eval=False, model=given)
+    with pytest.raises(UnsupportedOptionError, match=way_out):
+        check_options(args, public_eval=False, model=given)
+
+
+def test_replicas_of_shards_are_let_through_and_what_splits_an_example_is_not(tmp_path: Path) -> None:
+    args = runs.arguments(tmp_path)
+    args.parallelism_config = ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)
+    check_options(args, public_eval=False)
+    for split in ("tp_size", "cp_size", "sp_size"):
+        args.parallelism_config = ParallelismConfig(dp_shard_size=4, **{split: 2})
+        with pytest.raises(UnsupportedOptionError, match=r"(?s)parallelism_config=.*split one example over"):
+            check_options(args, public_eval=False)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

@@ -8,7 +8,7 @@ kernel).
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_dp.per_example.proof import gathered
 from hf_dp.per_example.proof.calls import Call, Value, plain_name, tensors_in
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
 from hf_dp.per_example.proof.labels import (
@@ -33,6 +34,7 @@ from hf_dp.per_example.proof.labels import (
     distinct,
 )
 from hf_dp.per_example.proof.rules import RULES, rule_of
+from hf_dp.per_example.proof.state import is_sharded
 
 NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
     "_fused_sdp_choice sym_size sym_numel sym_stride sym_storage_offset sym_is_contiguous size stride dim numel "
@@ -78,6 +80,7 @@ class Tracker:
         function: the name of the PyTorch function under way.
         dropped_are_own: whether dropout is at work, on numbers of the examples' own.
         crossed: whether trained parameters met rows that are not the examples' own.
+        paused: nothing is followed.
         in_backward: what follows are gradients, which are summed over examples where they reach trained parameters.
     """
 
@@ -86,11 +89,12 @@ class Tracker:
         self.mixes: dict[str, None] = {}
         self.found: dict[str, None] = {}
         self.written: dict[str, None] = {}
-        self.gradients_mended = self.in_backward = self.crossed = self.dropped_are_own = False
+        self.gradients_mended = self.in_backward = self.crossed = self.dropped_are_own = self.paused = False
         self.names = {id(module): name for name, module in model.named_modules()}
         self._kept = {address(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._trained = {address(p) for p in model.parameters() if p.requires_grad}
         self.function = ""
+        self._sharded = is_sharded(model)
         self._born: set[int] = set()
         self._pass = 0
 
@@ -113,8 +117,22 @@ class Tracker:
     @contextmanager
     def watching(self, backward: bool = False) -> Iterator[None]:
         """Every operation within is followed; compiled functions run as they are written."""
-        with torch.compiler.set_stance("force_eager"), _Leaving(self, backward), _Operations(self):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            gathered.unseen(self._apart) if self._sharded else nullcontext(),
+            _Leaving(self, backward),
+            _Operations(self),
+        ):
             yield
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Nothing within is followed."""
+        outer, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = outer
 
     def note(self, into: dict[str, None], what: str) -> None:
         """Notes one finding, with the place in the model or in the code."""
@@ -262,6 +280,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         kwargs = kwargs or {}
+        if self._tracker.paused:
+            return func(*args, **kwargs)
         if plain_name(func) not in RULES and _is_composite(func):
             with self:
                 whole = func.decompose(*args, **kwargs)
@@ -282,6 +302,8 @@ class _Leaving(TorchFunctionMode):
 
     def __torch_function__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
         kwargs = kwargs or {}
+        if self._tracker.paused:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in LEAVES or name in FROM_PYTHON or name in INDEXING:
             self._look(name, [*args, *kwargs.values()])
