@@ -26,6 +26,7 @@ ELSEWHERE = {  # what other libraries call a setting of ours -> our name
     "l2_norm_clip": "clip_norm",
     "sigma": "noise_multiplier",
 }
+MOST_RECORDS = 1024  # of a unit in a step; each is a row of passes, so that more would take days
 MIN_DELTA = 1e-12  # below it the PLD accountant is too coarse: at 1e-14 it gives 8.59 for a true epsilon of 4.25
 
 
@@ -73,6 +74,12 @@ class PrivacyConfig:
     unit_column: str | None = field(
         default=None,
         metadata={"help": "Protect all records with the same value in this column as one: a person's, an author's."},
+    )
+    records_per_unit: int = field(
+        default=1,
+        metadata={
+            "help": "With unit_column, k: of a drawn group at most k of its records, whose mean gradient is clipped."
+        },
     )
     noise_schedule: str | None = field(
         default=None,
@@ -193,6 +200,7 @@ _RULES: dict[str, Rule] = {
         "a column's name, of letters, digits and _ . - or spaces, or left out",
         lambda x: x is None or (isinstance(x, str) and _COLUMN.fullmatch(x) is not None),
     ),
+    "records_per_unit": (f"a whole number from 1 to {MOST_RECORDS:,}", lambda x: _is_whole(x, 1, MOST_RECORDS)),
     **{f"{name}_schedule": (schedule.EXPECTED, schedule.is_schedule) for name in schedule.Schedules._fields},
     "public_eval": ("true or false", lambda x: isinstance(x, bool)),
     "budget_file": ("a path as text, or left out", lambda x: x is None or (isinstance(x, str) and x != "")),
@@ -216,6 +224,8 @@ def _contradictions(c: PrivacyConfig) -> Iterator[str]:
         yield f"give exactly one of target_epsilon and noise_multiplier (got {given})"
     if _is_infinite(c.target_epsilon):
         yield "for training without privacy use transformers.Trainer, or noise_multiplier=0 to debug"
+    if c.records_per_unit != 1 and c.unit_column is None:
+        yield "records_per_unit is of the groups that unit_column makes: name the column, or leave it at 1"
     if c.noise == "discrete" and c.log_loss_up_to is not None:
         yield "log_loss_up_to has no place on the grid of noise='discrete': leave it out, or choose another noise"
     if c.noise == "discrete" and any(c.schedules):

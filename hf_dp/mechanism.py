@@ -113,6 +113,7 @@ class StepSettings(_Noisy):
     clip_norm: float
     noise: str = "gaussian"
     loss_bound: float | None = None
+    records_per_unit: int = 1
 
     def steps(self, num_steps: int) -> Segment:
         """The segment of `num_steps` steps with these settings."""
@@ -141,6 +142,8 @@ class Mechanism(_Noisy):
         relation: when two data sets are neighbours.
         debug: the randomness comes from a fixed seed, so nothing about the run is private.
         noise: the kind of noise, one of `config.NOISES`.
+        records_per_unit: k: of a drawn group the mean gradient of at most k records is clipped; 1 where records are
+            units.
         levels: the levels of a schedule, T steps in all; sigma, C and B above are those of the first level. Empty where
             sigma, C and B are constant.
     """
@@ -157,6 +160,7 @@ class Mechanism(_Noisy):
     relation: str = RELATION
     debug: bool = False
     noise: str = "gaussian"
+    records_per_unit: int = 1
     levels: tuple[Level, ...] = ()
 
     @property
@@ -186,6 +190,7 @@ class Mechanism(_Noisy):
             clip_norm=level.clip_norm,
             noise=self.noise,
             loss_bound=self.loss_bound,
+            records_per_unit=self.records_per_unit,
         )
 
     @property
@@ -224,6 +229,16 @@ def unit_of(column: str | None, row: str = UNIT) -> str:
     in `column`.
     """
     return row if column is None else GROUP.format(column=column)
+
+
+def taken_of_a_group(records_per_unit: int) -> str:
+    """What a step takes of a drawn group, in words."""
+    if records_per_unit == 1:
+        return "of a drawn group one record, each as likely as another"
+    return (
+        f"of a drawn group at most {records_per_unit:,} of its records, each choice as likely as another, whose mean "
+        "gradient is clipped"
+    )
 
 
 def generator_of(noise: str) -> str:

@@ -8,7 +8,7 @@ from hf_dp.accounting.calibration import round_up
 from hf_dp.accounting.epsilon import spent
 from hf_dp.accounting.plan import epoch_length
 from hf_dp.config import BY_RULE, LEFT_ALONE, PrivacyConfig
-from hf_dp.mechanism import METRIC_NOISE, Mechanism
+from hf_dp.mechanism import METRIC_NOISE, Mechanism, taken_of_a_group
 from hf_dp.randomness import STD, integer_sensitivity
 
 
@@ -53,6 +53,9 @@ def derivation(
         ),
     ]
     rows[9:9] = _level_rows(privacy, m)
+    if privacy.unit_column is not None:
+        k = f"{m.records_per_unit:,}"
+        rows[3:3] = [("records a unit, k", k, f"given; a step takes {taken_of_a_group(m.records_per_unit)}")]
     if m.is_discrete:
         rows[9:11] = _grid_rows(m, rdp)
     if m.loss_bound is not None:

@@ -57,6 +57,7 @@ def plan_mechanism(
         unit=unit_of(privacy.unit_column, row),
         debug=privacy.debug_seed is not None,
         noise=privacy.noise,
+        records_per_unit=privacy.records_per_unit,
     )
     planned = _with_noise(privacy, unscaled, unscaled.noise_multiplier)
     if privacy.target_epsilon is not None:

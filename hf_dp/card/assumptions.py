@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from hf_dp.card.words import units
-from hf_dp.mechanism import DISCRETE, PAIR, UNIT, generator_of
+from hf_dp.mechanism import DISCRETE, PAIR, UNIT, generator_of, taken_of_a_group
 
 GAUSSIAN = {
     "name": "Poisson-subsampled Gaussian (DP-SGD)",
@@ -61,9 +61,7 @@ SCORES = (
     "not protect."
 )
 SAMPLER = "Poisson: each record by itself, afresh in each step"
-GROUP_SAMPLER = (
-    "Poisson: each group by itself, afresh in each step; of a drawn group one record, each as likely as another"
-)
+GROUP_SAMPLER = "Poisson: each group by itself, afresh in each step; {taken}"
 COVERED = (
     "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were "
     "computed from the noisy sums alone.",
@@ -103,9 +101,9 @@ def kind_of(noises: Iterable[str]) -> dict[str, str]:
     return WHOLE_NUMBERS if DISCRETE in noises else GAUSSIAN
 
 
-def sampler(unit: str) -> str:
+def sampler(unit: str, records_per_unit: int) -> str:
     """How records are sampled, in words."""
-    return SAMPLER if unit in (UNIT, PAIR) else GROUP_SAMPLER
+    return SAMPLER if unit in (UNIT, PAIR) else GROUP_SAMPLER.format(taken=taken_of_a_group(records_per_unit))
 
 
 def sentences(

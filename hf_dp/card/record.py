@@ -88,6 +88,7 @@ class RecordedMechanism:
     joint_noise_multiplier: float
     target_epsilon: float | None
     num_steps_planned: int
+    records_per_unit: int = 1
     levels: tuple[RecordedLevel, ...] = ()
 
 
@@ -205,6 +206,8 @@ class Record:
             values = {k: v for k, v in values.items() if k not in OF_VERSION_1 and k != "sensitivity"}
         levels = [_named(level) for level in self.mechanism.levels]
         del values["levels"]
+        if values["records_per_unit"] == 1:
+            del values["records_per_unit"]
         return values | ({"levels": levels} if levels else {})
 
     def _segment_stated(self, segment: ExecutedSegment) -> dict[str, object]:

@@ -94,8 +94,10 @@ def _plan(mechanism: RecordedMechanism, segments: Sequence[ExecutedSegment]) -> 
     """
     levels = mechanism.levels
     if segments:
-        plans = [{**_of_a_step(x), "loss_bound": mechanism.loss_bound} for x in levels or [mechanism]]
-        last = {**_of_a_step(segments[-1]), "loss_bound": segments[-1].loss_bound}
+        whole = {"loss_bound": mechanism.loss_bound, "records_per_unit": mechanism.records_per_unit}
+        plans = [_of_a_step(x) | whole for x in levels or [mechanism]]
+        end = segments[-1]
+        last = {**_of_a_step(end), "loss_bound": end.loss_bound, "records_per_unit": end.records_per_unit or 1}
         yield _equal("the last steps are the plan's", last, last if last in plans else plans[0])
     if levels:
         same = _of_a_step(mechanism) == _of_a_step(levels[0])
@@ -104,7 +106,7 @@ def _plan(mechanism: RecordedMechanism, segments: Sequence[ExecutedSegment]) -> 
         yield Check("the schedule's levels are one plan", same and right and steps, f"{len(levels)} levels")
 
 
-def _of_a_step(settings: Settings) -> dict[str, float]:
+def _of_a_step(settings: Settings) -> dict[str, float | None]:
     return {
         "sample_rate": settings.sample_rate,
         "noise_multiplier": settings.joint_noise_multiplier,
@@ -133,7 +135,7 @@ def _release(record: Record, segments: Sequence[ExecutedSegment]) -> Check:
     words = kind_of([noise])
     expected: dict[str, object] = {name: words[name] for name in ("name", "noise", "noise_precision")}
     expected |= {
-        "sampler": sampler(record.unit),
+        "sampler": sampler(record.unit, mechanism.records_per_unit),
         "released": released(bound),
         "sensitivity": mechanism.clip_norm * release_norm(bound),
         "noise_generator": GENERATORS[generator],

@@ -9,7 +9,7 @@ from string import Template
 from hf_dp.audit import AuditRecord, power
 from hf_dp.card.record import Record, RecordedSelection, TradeoffCurve, in_json
 from hf_dp.ledger import ExecutedSegment
-from hf_dp.mechanism import DISCRETE, METRIC_NOISE, PAIR, UNIT
+from hf_dp.mechanism import DISCRETE, METRIC_NOISE, PAIR, UNIT, taken_of_a_group
 from hf_dp.pictures import tradeoff_svg
 
 PICTURE = "privacy_tradeoff.svg"
@@ -58,12 +58,14 @@ def section(record: Record) -> str:
 
 def in_words(record: Record) -> dict[str, str]:
     """Name -> text, for the places in the templates that are no lists. Numbers are rounded to the safe side."""
+    k = record.mechanism.records_per_unit
     shown = {
         "reason": record.reason or "",
         "delta": f"{record.delta:.6g}",
         "unit": record.unit,
         "units": units(record.unit),
         "relation": record.relation,
+        "taken": "" if k == 1 else f"; a step takes {taken_of_a_group(k)}",
         "num_examples": f"{record.mechanism.num_examples:,}",
         "mechanism": record.mechanism.name,
         "clip_norm": in_turn(s.clip_norm for s in settings(record)),

@@ -284,7 +284,7 @@ def _mechanism(m: Mechanism) -> RecordedMechanism:
         expected_batch_size=m.expected_batch_size,
         clip_norm=m.clip_norm,
         clipping="Euclidean norm of each example's whole gradient",
-        sampler=sampler(m.unit),
+        sampler=sampler(m.unit, m.records_per_unit),
         released=released(m.loss_bound),
         loss_bound=m.loss_bound,
         sensitivity=m.sensitivity,
@@ -296,6 +296,7 @@ def _mechanism(m: Mechanism) -> RecordedMechanism:
         joint_noise_multiplier=m.joint_noise_multiplier,
         target_epsilon=m.target_epsilon,
         num_steps_planned=m.num_steps,
+        records_per_unit=m.records_per_unit,
         levels=_levels(m),
     )
 

@@ -17,7 +17,7 @@ def check(
     from hf_dp.cli.libraries import quiet
     from hf_dp.cli.tables import print_inventory
     from hf_dp.ledger import budget
-    from hf_dp.recipe import columns_in_words, data_files, read, task
+    from hf_dp.recipe import columns_in_words, data_files, read, task, warnings
     from hf_dp.training import print_plan_of
 
     quiet()
@@ -30,6 +30,8 @@ def check(
         records = data_files.load(asked.data, which)
         if records is not None:
             print(f"data.{which}: {len(records):,} records of {columns_in_words(records)}")
+            for warning in warnings(records, asked.privacy.unit_column) if which == "train" else ():
+                print(f"WARNING (shown here alone): {warning}.")
     print_inventory(rows)
     mechanism = trainer.mechanism
     assert mechanism is not None  # a recipe always has a training set

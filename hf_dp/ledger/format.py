@@ -9,7 +9,8 @@ r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines in which
 
 The noise multiplier is the joint one: noise over the sensitivity of everything that a step releases. A segment whose
 steps also release training loss and batch size has "loss_bound":L behind its other fields (`step/metrics.py`); it is
-accounted like any other. Without "noise" the noise is "gaussian".
+accounted like any other. Where a step takes k > 1 records of a drawn unit, "records_per_unit":k stands there too.
+Without "noise" the noise is "gaussian".
 
 A plan says which steps are to follow upon those before it. A run claims the epsilon of its plan, however early it ends:
 when it ends may depend on what it released, and the epsilon of the steps taken holds only for a number fixed beforehand
@@ -74,6 +75,7 @@ class ExecutedSegment(NamedTuple):
     num_steps: int
     noise: str = "gaussian"
     loss_bound: float | None = None
+    records_per_unit: int | None = None  # None for 1
 
     @property
     def sensitivity(self) -> float:

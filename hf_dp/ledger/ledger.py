@@ -126,16 +126,18 @@ class Ledger:
         expected_batch_size: int,
         noise: str = "gaussian",
         loss_bound: float | None = None,
+        **beside: int,
     ) -> None:
         """Starts a new segment if these settings differ from those of the current one; further steps are charged to it.
 
-        `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases.
+        `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases; `beside` may have
+        `records_per_unit`, where it is above 1.
 
         Raises:
             LedgerError: a value out of range, q other than B / N, or the write failed.
         """
         settings = (float(sample_rate), float(joint_noise_multiplier), float(clip_norm), expected_batch_size)
-        segment = ExecutedSegment(*settings, num_steps=0, loss_bound=loss_bound, noise=noise)
+        segment = ExecutedSegment(*settings, num_steps=0, noise=noise, loss_bound=loss_bound, **beside)
         try:
             check_segment(segment, self._record.header.num_examples)
         except ValueError as error:

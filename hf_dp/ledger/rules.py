@@ -33,6 +33,7 @@ SEGMENT: dict[str, Rule] = {
 }
 OPTIONAL: dict[str, Rule] = {
     "loss_bound": _number(1e-30, 1e30),
+    "records_per_unit": _whole(2),
     "noise": ("one of " + ", ".join(NOISES), lambda v: v in NOISES),
 }
 PLAN: dict[str, Rule] = {

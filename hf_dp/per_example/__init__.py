@@ -7,6 +7,7 @@ from hf_dp.per_example.batches import (
     Batch,
     Leaf,
     MicroBatch,
+    Owned,
     Padding,
     Path,
     Record,
@@ -27,6 +28,7 @@ from hf_dp.per_example.lengths import ComparedLengths, sizes_of
 from hf_dp.per_example.losses import IGNORED, public_sizes
 from hf_dp.per_example.one_at_a_time import each_alone, tied_members
 from hf_dp.per_example.outside import hooks_in, refuse_hooks
+from hf_dp.per_example.owned import UnitUnderWay, of_units
 from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, prove, state_put_back, untouched
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
@@ -47,6 +49,7 @@ __all__ = [
     "Inventory",
     "Leaf",
     "MicroBatch",
+    "Owned",
     "Padding",
     "Pass",
     "Path",
@@ -56,6 +59,7 @@ __all__ = [
     "Report",
     "Row",
     "State",
+    "UnitUnderWay",
     "Untied",
     "as_rows",
     "as_units",
@@ -72,6 +76,7 @@ __all__ = [
     "longest_taken",
     "losses",
     "materialise_is_cheaper",
+    "of_units",
     "pad_and_join",
     "per_example_factors",
     "places_kept",

@@ -5,7 +5,7 @@ tensor. A leaf is anything in a batch that is not a mapping, tuple or list of fu
 indices that lead to it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,6 +29,42 @@ class Padding(NamedTuple):
     side: str
 
 
+class Owned(NamedTuple):
+    """Which units the examples of a micro-batch belong to, where a unit may have several (see `owned`).
+
+    Attributes:
+        counts: how many examples each unit has here; those of a unit are neighbours.
+        of: where all are of one unit that has further ones in other micro-batches: how many it has in all. Else 0.
+        last: whether no further ones of that unit follow.
+    """
+
+    counts: tuple[int, ...]
+    of: int = 0
+    last: bool = True
+
+    def pieces(self, most: int) -> Iterator["Owned"]:
+        """The same in pieces of at most `most` examples. A unit is cut only if it has more by itself."""
+        if self.of:
+            left = sum(self.counts)
+            while left > 0:
+                size, left = min(most, left), left - min(most, left)
+                yield Owned((size,), self.of, last=self.last and not left)
+            return
+        whole: list[int] = []
+        room = most
+        for count in self.counts:
+            if whole and count > room:
+                yield Owned(tuple(whole))
+                whole, room = [], most
+            if count > most:
+                yield from Owned((count,), count).pieces(most)
+            else:
+                whole.append(count)
+                room -= count
+        if whole:
+            yield Owned(tuple(whole))
+
+
 class MicroBatch(Batch):
     """A batch for one pass, and how many examples it has.
 
@@ -39,11 +75,15 @@ class MicroBatch(Batch):
     Attributes:
         records: of these examples, where they were padded to a length that other records of the draw had: from them
             each can be collated anew by itself. () where no example was padded, or where they are not known.
+        owned: which units the examples belong to; None where each is one.
     """
 
-    def __init__(self, batch: Mapping[str, Leaf], size: int, records: Sequence[Record] = ()) -> None:
+    def __init__(
+        self, batch: Mapping[str, Leaf], size: int, records: Sequence[Record] = (), owned: Owned | None = None
+    ) -> None:
         super().__init__(batch)
         self.size, self.records = size, records
+        self.owned = None if owned is not None and not owned.of and set(owned.counts) <= {1} else owned
 
     def rows(self, where: slice) -> "MicroBatch":
         """The examples in this range."""
@@ -63,7 +103,19 @@ class MicroBatch(Batch):
 
     def mapped(self, change: Callable[[Batch], Batch]) -> "MicroBatch":
         """The same examples after `change` was applied to the batch as a whole, for example to move it to a device."""
-        return MicroBatch(change(dict(self)), self.size, self.records)
+        return MicroBatch(change(dict(self)), self.size, self.records, self.owned)
+
+    def owned_by(self, owned: Owned | None) -> "MicroBatch":
+        """The same examples as those of these units."""
+        return MicroBatch(self, self.size, self.records, owned)
+
+    def pieces(self, most: int) -> Iterator["MicroBatch"]:
+        """The same examples in micro-batches of at most `most`. A unit is cut only if it has more by itself."""
+        start = 0
+        for owned in (self.owned or Owned((1,) * self.size)).pieces(most):
+            size = sum(owned.counts)
+            yield self.rows(slice(start, start + size)).owned_by(owned)
+            start += size
 
 
 def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:

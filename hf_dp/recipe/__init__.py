@@ -1,7 +1,7 @@
 """A YAML recipe goes in; its data, model, trainer and cost come out."""
 
 from hf_dp.recipe import data_files, gpu_cost, model_shapes, run_cost, task
-from hf_dp.recipe.columns import Guess, guessed
+from hf_dp.recipe.columns import Guess, guessed, warnings
 from hf_dp.recipe.examples import Example, PadRight, check_columns, columns_in_words, completions
 from hf_dp.recipe.keys import all_keys
 from hf_dp.recipe.recipe import FILE_KINDS, DataSection, Recipe, from_mapping, is_file, read
@@ -36,4 +36,5 @@ __all__ = [
     "starting_recipe",
     "task",
     "training_arguments",
+    "warnings",
 ]

@@ -1,5 +1,8 @@
-"""Records -> which of their columns a recipe should take, as far as their names and lengths tell. A person decides."""
+"""Records -> which of their columns a recipe should take, as far as their names and lengths tell; and what speaks
+against protecting each by itself. A person decides.
+"""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +18,8 @@ PERSON = re.compile(
     re.IGNORECASE,
 )
 LOOKED_AT = 200  # records whose lengths are looked at
+FEWEST_WORDS = 5  # of a text that is looked for again: many people write the same few words
+WORD = re.compile(r"[^\W\d_]+")
 
 
 class Guess(NamedTuple):
@@ -48,6 +53,51 @@ def guessed(records: datasets.Dataset) -> Guess:
         return Guess("causal_lm", {"prompt": f"{{{prompt}}}\n", "target": f"{{{answer}}}"}, label, person)
     longest = _longest(records, texts)
     return Guess("causal_lm", {"target": f"{{{longest}}}"} if longest else {}, label, person)
+
+
+def warnings(records: datasets.Dataset, unit_column: str | None) -> list[str]:
+    """What to look at before these records are protected one by one, or as `unit_column` says. The figures are of
+    private records: they are to be shown to their owner, and kept nowhere.
+    """
+    found, person = [], guessed(records).person
+    if unit_column is None and person is not None:
+        repeated = len(records) - len(set(map(str, records[person])))
+        if repeated:
+            found.append(
+                f"{person} looks like a person's name or number, and {repeated:,} of {len(records):,} records have one "
+                "that stood before, but each record is protected by itself: whoever is in many is protected less. To "
+                f"protect all of a person's as one: privacy.unit_column={person}"
+            )
+    alike = near_duplicates(records, unit_column)
+    if alike:
+        remedy = (
+            "remove all but one, or name the column that tells whose they are as privacy.unit_column"
+            if unit_column is None
+            else "remove all but one"
+        )
+        found.append(
+            f"{alike:,} of {len(records):,} records have the words of another "
+            f"{unit_column or 'record'}'s, whatever case, numbers and punctuation: what "
+            f"they say is protected less, the more there are. If it is private, {remedy}"
+        )
+    return found
+
+
+def near_duplicates(records: datasets.Dataset, unit_column: str | None) -> int:
+    """How many records have the same words, in the same order, as a record of another unit.
+
+    Case, numbers, punctuation and spaces do not count, nor do records of fewer than `FEWEST_WORDS` words. All columns
+    of text are read, but for `unit_column`.
+    """
+    texts = [name for name, kind in records.features.items() if _is_text(kind) and name not in (unit_column, "")]
+    owners = records[unit_column] if unit_column in records.column_names else range(len(records))
+    of_words: dict[bytes, list[object]] = {}  # a hash of the words -> the unit of each record that has them
+    columns = [records[name] for name in texts]
+    for owner, *values in zip(owners, *columns, strict=True):
+        words = WORD.findall(" ".join(value or "" for value in values).lower())
+        if len(words) >= FEWEST_WORDS:
+            of_words.setdefault(hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest(), []).append(owner)
+    return sum(len(found) for found in of_words.values() if len(set(found)) > 1)
 
 
 def _named(names: Sequence[str], wanted: Sequence[str]) -> str | None:

@@ -1,7 +1,8 @@
 """Records -> examples for training: token rows whose loss is on the target alone, texts with the number of their class,
 or prompts with two answers.
 
-Every record becomes exactly one example, so that N, which is public, does not depend on the content of any record.
+Every record becomes exactly one example, or, where long ones are split, one unit of several: so N, which is public,
+does not depend on the content of any record.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,12 @@ MAX_LABELS = 20  # a column with more classes, and more than half as many as rec
 
 class Examples(NamedTuple):
     """`rows` has the columns input_ids and labels; `num_characters` is the total length of the kept targets (0 for
-    classes).
+    classes); `record_of_row` says of which record each row is, where a record may have several.
     """
 
     rows: datasets.Dataset
     num_characters: int = 0
+    record_of_row: Sequence[int] | None = None
 
 
 class Example(TypedDict):
@@ -77,8 +79,9 @@ def completions(
 
     Prompt and target are tokenised separately, so that a prompt alone gives the same tokens as in training. A target of
     more than `max_length` tokens loses its end (and the end-of-text mark); then a prompt that does not fit loses its
-    beginning. A record with an empty target becomes an example without labels: its loss and gradient are zero, and it
-    still counts in N.
+    beginning. With `data.split` a longer target loses nothing: it is cut in pieces, each a row of its own after the
+    prompt, of which what half a row holds stays. A record with an empty target becomes an example without labels: its
+    loss and gradient are zero, and it still counts in N.
 
     Raises:
         RecipeError: a template names an unknown column, or the tokenizer has no end-of-text mark.
@@ -90,17 +93,24 @@ def completions(
     prompt = _resolved(data.prompt or "", records, f"data.prompt on data.{which}")
     target = _resolved(data.target or "", records, f"data.target on data.{which}")
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    num_characters = 0
+    num_characters, record_of_row, number = 0, [], 0
     for chunk in _chunks(records):
         prompts = _tokens(tokenizer, [prompt.render(r) for r in chunk], special=True)
         texts = [target.render(r) for r in chunk]
         for start, text, ids in zip(prompts, texts, _tokens(tokenizer, texts, special=False), strict=True):
-            row, kept = _joined(_beginning(start, tokenizer), ids if text.strip() else [], tokenizer, max_length)
-            rows["input_ids"].append(row)
-            rows["labels"].append([IGNORED] * (len(row) - kept) + row[len(row) - kept :])
-            whole = kept > len(ids)
-            num_characters += len((text if whole else str(tokenizer.decode(ids[:kept]))).strip())
-    return Examples(_dataset(rows, {"labels": datasets.Sequence(datasets.Value("int32"))}), num_characters)
+            beginning, ended = _beginning(start, tokenizer), [*ids, tokenizer.eos_token_id] if text.strip() else []
+            room = max_length - 1 if data.split is None else max_length - min(len(beginning), max_length // 2)
+            pieces = [ended[at : at + room] for at in range(0, max(1, len(ended)), room)]
+            pieces = pieces[:1] if data.split is None else pieces
+            for piece in pieces:
+                row = _joined(beginning, piece, tokenizer, max_length)
+                rows["input_ids"].append(row)
+                rows["labels"].append([IGNORED] * (len(row) - len(piece)) + piece)
+            record_of_row += [number] * len(pieces)
+            number, kept = number + 1, sum(map(len, pieces))
+            num_characters += len((text if kept > len(ids) else str(tokenizer.decode(ids[:kept]))).strip())
+    found = _dataset(rows, {"labels": datasets.Sequence(datasets.Value("int32"))})
+    return Examples(found, num_characters, record_of_row if data.split else None)
 
 
 def _beginning(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -111,16 +121,13 @@ def _beginning(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return prompt or [first]
 
 
-def _joined(
-    prompt: list[int], target: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[int], int]:
-    """(the row, how many tokens at its end are the target). At least one token of the prompt stays."""
-    ended = [*target, tokenizer.eos_token_id][: max_length - 1] if target else []
+def _joined(prompt: list[int], ended: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+    """The row of a prompt, of which at least one token stays, and what it ends with: a target, or a piece of one."""
     room = max_length - len(ended)
     if len(prompt) > room:
         mark = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room > 1 else []
         prompt = mark + prompt[len(prompt) - room + len(mark) :]
-    return prompt + ended, len(ended)
+    return prompt + ended
 
 
 # ---- classification ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from hf_dp.config import PrivacyConfig, is_number, nearest
 from hf_dp.errors import ConfigError, RecipeError
@@ -20,11 +20,12 @@ from hf_dp.recipe.yaml_text import Section, nested
 SECTIONS = ("model", "lora", "data", "training", "privacy")
 # task -> what its data must say, and what they may say besides
 OF_A_TASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "causal_lm": (("target",), ("prompt",)),
+    "causal_lm": (("target",), ("prompt", "split")),
     "sequence_classification": (("text", "label"), ("labels",)),
     "preference": (("prompt", "chosen", "rejected", "max_length"), ()),
 }
 TASKS = tuple(OF_A_TASK)
+DOCUMENT = "document"  # the unit of records that are split, if the recipe names no other
 DTYPES = ("auto", "float32", "bfloat16")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 OF_THE_TRAINER = {  # keys of `training` that DPTrainer takes itself -> what they mean
@@ -73,6 +74,12 @@ class DataSection:
     )
     max_length: int | None = field(
         default=None, metadata={"help": "the most tokens of a record; default: as many as the model takes"}
+    )
+    split: Literal["chunks"] | None = field(
+        default=None,
+        metadata={
+            "help": "causal_lm: chunks, cut longer records in rows of max_length, protected as one; else cut off"
+        },
     )
 
 
@@ -132,6 +139,8 @@ def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
     if not wrong:
         given = {s: cast(Section, sections.get(s) or {}) for s in SECTIONS}
         training = {"output_dir": default_output(name), **given["training"]}
+        if given["data"].get("split") is not None:
+            given["privacy"] = {"unit_column": DOCUMENT, **given["privacy"]}
         wrong += [
             *_type_problems(given),
             *_model_problems(given["model"]),

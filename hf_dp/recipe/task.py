@@ -27,7 +27,7 @@ from hf_dp.config import AuditConfig
 from hf_dp.errors import HfDpError, RecipeError
 from hf_dp.per_example import losses
 from hf_dp.recipe import data_files, examples
-from hf_dp.recipe.recipe import Recipe, arguments_class, is_file, is_folder
+from hf_dp.recipe.recipe import DOCUMENT, Recipe, arguments_class, is_file, is_folder
 from hf_dp.sampling import groups_by
 from hf_dp.training import DPTrainer
 
@@ -68,7 +68,8 @@ def prepare(recipe: Recipe) -> Parts:
             examples.check_columns(recipe.data, records, which)
     args = training_arguments(recipe)
     column = recipe.privacy.unit_column
-    groups = groups_by(train, column)
+    is_document = column == DOCUMENT and recipe.data.split is not None and column not in train.column_names
+    groups = None if is_document else groups_by(train, column)
     num_units = len(train) if groups is None else groups.num_groups
     accounting.plan_mechanism(
         recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
@@ -88,11 +89,7 @@ def prepare(recipe: Recipe) -> Parts:
             return examples.completions(records, recipe.data, tokenizer, max_length, which)
         return examples.classified(records, recipe.data, tokenizer, (max_length, classes), which)
 
-    train_rows = make(train, "train").rows
-    if column is not None:
-        if column in train_rows.column_names:
-            raise RecipeError(f"privacy.unit_column={column}: rows have a column of that name already; rename yours")
-        train_rows = train_rows.add_column(column, list(train[column]))
+    train_rows = _with_units(make(train, "train"), range(len(train)) if is_document else train, column)
     held_out = None if validation is None else make(validation, "validation")
     characters = held_out.num_characters if held_out else 0
     return Parts(
@@ -102,6 +99,19 @@ def prepare(recipe: Recipe) -> Parts:
         validation=(held_out.rows if pairs else _longest_first(held_out.rows)) if held_out else None,
         **_of_the_task(tokenizer, pairs, classes, characters),
     )
+
+
+def _with_units(
+    made: examples.Examples, records: datasets.Dataset | Sequence[int], column: str | None
+) -> datasets.Dataset:
+    """The rows with the column of their units: that of the records, or the numbers of split records."""
+    if column is None:
+        return made.rows
+    if column in made.rows.column_names:
+        raise RecipeError(f"privacy.unit_column={column}: rows have a column of that name already; rename yours")
+    owners: list[Any] = list(records[column] if isinstance(records, datasets.Dataset) else records)
+    of_row = made.record_of_row or range(len(owners))
+    return made.rows.add_column(column, [owners[record] for record in of_row])
 
 
 def _of_the_task(

@@ -3,6 +3,7 @@
 How a draw is cut into micro-batches is a matter of speed and memory alone: the sum over its examples stays the same.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from hf_dp.errors import CaptureError, ConfigError
-from hf_dp.per_example import MicroBatch, Record
+from hf_dp.per_example import MicroBatch, Owned, Record
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling.compact import narrowed, widened
 from hf_dp.sampling.poisson import Draw
@@ -20,7 +21,7 @@ from hf_dp.sampling.reading import INPUTS, Failure
 Container: TypeAlias = dict[str, Any]  # a draw on its way to a step: the keys below
 MICRO_BATCHES = "micro_batches"
 SIZES = "sizes"
-RECORDS = "records"
+BESIDE = "beside"
 FAILURE = "failure"
 DRAW_NUMBER = "draw_number"
 # What one more pass costs beside its tokens, expressed in tokens. Measured on a CPU core: 55 (BERT of 22 M parameters)
@@ -33,29 +34,36 @@ def tokens_of_a_pass(device: torch.device) -> int:
     return TOKENS_OF_A_PASS.get(device.type, TOKENS_OF_A_PASS["other"])
 
 
-def split(lengths: Sequence[int], max_examples: int, max_tokens: int | None, pass_cost: int) -> list[list[int]]:
-    """Cuts examples of these lengths into groups of similar length.
+def split(
+    lengths: Sequence[int],
+    max_examples: int,
+    max_tokens: int | None,
+    pass_cost: int,
+    counts: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Cuts units of these lengths into groups of similar length. Each unit is one example, or as many as `counts` says,
+    all as long as the longest of them.
 
-    A group has at most `max_examples` members, and at most `max_tokens` tokens once all members are padded to the
-    longest. An example longer than `max_tokens` makes a group of its own. Examples are sorted by length; of all ways to
-    cut the sorted examples into groups, this one has the fewest tokens, where padding counts and each group costs
-    `pass_cost` more. It is found by dynamic programming, in n steps of at most `max_examples` comparisons.
+    A group has at most `max_examples` examples, and at most `max_tokens` tokens once all are padded to the longest. A
+    unit that is larger makes a group of its own. Units are sorted by length; of all ways to cut the sorted units into
+    groups, this one has the fewest tokens, where padding counts and each group costs `pass_cost` more. It is found by
+    dynamic programming, in n steps of at most `max_examples` comparisons.
 
     Returns:
-        For each group the indices of its examples, every index once, longest first.
+        For each group the indices of its units, every index once, longest first.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     descending = np.array([lengths[i] for i in order], dtype=np.int64)
+    examples = np.cumsum([0, *(1 if counts is None else counts[i] for i in order)])
     cost = np.zeros(len(order) + 1, dtype=np.int64)  # cost[j]: of the first j examples, cut in the cheapest way
     start = np.zeros(len(order) + 1, dtype=np.int64)  # start[j]: where the last group of that way begins
     for end in range(1, len(cost)):
         first = max(0, end - max_examples)
-        padded = np.arange(end - first, 0, -1) * descending[first:end]
-        if max_tokens is not None:
-            first += min(
-                int((padded > max_tokens).sum()), end - first - 1
-            )  # drops groups that are too large; the single last example stays
-            padded = padded[first - end :]
+        held = examples[end] - examples[first:end]  # of a group that begins at each place
+        padded = held * descending[first:end]
+        too_large = (held > max_examples) | (padded > (math.inf if max_tokens is None else max_tokens))
+        first += min(int(too_large.sum()), end - first - 1)  # the single last unit stays
+        padded = padded[first - end :]
         total = cost[first:end] + padded
         best = int(total.argmin())
         cost[end], start[end] = total[best] + pass_cost, first + best
@@ -75,9 +83,9 @@ def micro_batches(container: Mapping[str, Any]) -> Iterator[MicroBatch]:
     if FAILURE in container:
         raise CaptureError(container[FAILURE])
     batches, sizes = container[MICRO_BATCHES], container[SIZES]
-    kept = container[RECORDS].lists if RECORDS in container else [()] * len(batches)
-    for batch, size, records in zip(batches, sizes, kept, strict=True):
-        yield MicroBatch(widened(batch), size, records)
+    beside = container[BESIDE].each if BESIDE in container else [((), None)] * len(batches)
+    for batch, size, (records, owned) in zip(batches, sizes, beside, strict=True):
+        yield MicroBatch(widened(batch), size, records, owned)
 
 
 def feature_length(feature: Record) -> int:
@@ -91,24 +99,25 @@ def feature_length(feature: Record) -> int:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The `records` of each micro-batch. They are not moved to a device, as those in a list would be."""
+class Beside:
+    """`records` and `owned` of each micro-batch. They are not moved to a device, as those in a list would be."""
 
-    lists: list[Sequence[Record]]
+    each: list[tuple[Sequence[Record], Owned | None]]
 
 
 def _contained(made: Sequence[MicroBatch]) -> Container:
-    kept = {RECORDS: Kept([batch.records for batch in made])} if any(batch.records for batch in made) else {}
-    return {MICRO_BATCHES: [narrowed(batch) for batch in made], SIZES: [batch.size for batch in made], **kept}
+    is_there = any(batch.records or batch.owned for batch in made)
+    beside = {BESIDE: Beside([(batch.records, batch.owned) for batch in made])} if is_there else {}
+    return {MICRO_BATCHES: [narrowed(batch) for batch in made], SIZES: [batch.size for batch in made], **beside}
 
 
 class LogicalBatchCollator:
     """Collates one draw into a container: `{"micro_batches": [batch, ...], "sizes": [number of examples, ...]}`.
 
-    Both lists are empty for an empty draw. `micro_batches` reads them back. Where examples were padded, the container
-    has their records too. If the records come as a `Draw`, the
-    container has its number too, as "draw_number". The container has no top-level `labels` or `input_ids`, so Trainer
-    counts no tokens in it, and it is a plain dict, so it is moved to a device like any batch.
+    Both lists are empty for an empty draw. `micro_batches` reads them back, with the records of padded examples and the
+    units that own several. If the records come as a `Draw`, the container has its number too, as "draw_number". The
+    container has no top-level `labels` or `input_ids`, so Trainer counts no tokens in it, and it is a plain dict, so it
+    is moved to a device like any batch.
 
     `collate` runs under secret randomness, because masking tokens from a public seed would couple the examples of a
     batch. A record without a single token counts as drawn and contributes nothing. If a record cannot be collated, the
@@ -158,8 +167,47 @@ class LogicalBatchCollator:
         return {FAILURE: str(failures[0]), **number}
 
     def _collated(self, features: list[Record]) -> list[MicroBatch]:
-        lengths = {i: length for i, feature in enumerate(features) if (length := self.length_of(feature))}
-        groups = split([*lengths.values()], self.max_examples, self.max_tokens, self.pass_cost)
-        at = [*lengths]
+        units = [[r for r in unit if self.length_of(r)] for unit in _by_unit(features)]
+        units = [unit for unit in units if unit]
+        alike: dict[int, list[list[Record]]] = {}  # in a pass, each unit takes the room of the one with most records
+        for unit in units:
+            alike.setdefault((len(unit) - 1).bit_length(), []).append(unit)
         with fork_forward_rng():
-            return [batch for group in groups for batch in self.collate([features[at[i]] for i in group])]
+            return [
+                batch
+                for some in alike.values()
+                for group in self._split([max(map(self.length_of, unit)) for unit in some], [*map(len, some)])
+                for batch in self._of_units([some[i] for i in group])
+            ]
+
+    def _split(self, lengths: list[int], counts: list[int] | None = None) -> list[list[int]]:
+        return split(lengths, self.max_examples, self.max_tokens, self.pass_cost, counts)
+
+    def _of_units(self, units: list[list[Record]]) -> list[MicroBatch]:
+        """Micro-batches of these units: one, or several where its records can't share it."""
+        counts = tuple(map(len, units))
+        is_too_large = len(units) == 1 and len(self._split([max(map(self.length_of, units[0]))] * counts[0])) > 1
+        if not is_too_large or counts == (1,):
+            made = self.collate([record for unit in units for record in unit])
+            if {*counts} == {1}:
+                return made
+            if len(made) == 1 and made[0].size == sum(counts):
+                return [made[0].owned_by(Owned(counts))]
+        return [part for unit in units for part in self._in_parts(unit)]
+
+    def _in_parts(self, unit: list[Record]) -> list[MicroBatch]:
+        """The micro-batches of one unit whose records take several."""
+        groups = self._split([self.length_of(record) for record in unit])
+        made = [batch for group in groups for batch in self.collate([unit[i] for i in group])]
+        whole = sum(batch.size for batch in made)
+        return [
+            batch.owned_by(Owned((batch.size,), whole, last=batch is made[-1])) if whole > 1 else batch
+            for batch in made
+        ]
+
+
+def _by_unit(features: list[Record]) -> list[list[Record]]:
+    """The records of each unit; each record by itself where a draw says nothing of units."""
+    counts = features.counts if isinstance(features, Draw) and features.counts else (1,) * len(features)
+    ends = np.cumsum(counts).tolist()
+    return [features[end - count : end] for end, count in zip(ends, counts, strict=True)]

@@ -18,14 +18,19 @@ T = TypeVar("T")
 
 
 class Draw(list[T]):
-    """What belongs to one draw (indices at first, later the records at these indices), with the draw's number."""
+    """What belongs to one draw (indices at first, later the records at these indices), with the draw's number.
 
-    __slots__ = ("number",)
+    Where units own several records, `counts` says how many each unit has here, one unit after the other; it is empty
+    where each record is a unit.
+    """
+
+    __slots__ = ("counts", "number")
     number: int
+    counts: tuple[int, ...]
 
-    def __init__(self, items: Iterable[T], number: int) -> None:
+    def __init__(self, items: Iterable[T], number: int, counts: Iterable[int] = ()) -> None:
         super().__init__(items)
-        self.number = number
+        self.number, self.counts = number, tuple(counts)
 
 
 class PoissonSampler(Sampler[list[int]]):
@@ -33,15 +38,15 @@ class PoissonSampler(Sampler[list[int]]):
 
     Guarantee: under a secret key, record i is in draw t with probability `sample_rate`, rounded down to a multiple of
     2**-53, independently of every other record and draw. There is one global draw. Process r of W yields the slice
-    kept[r::W], so the slices of all processes together are the draw, each record once. Nothing is capped, padded,
-    shuffled or evened out. A slice may be empty: it is yielded as `[]`. The order within a draw is that of the data
-    set, or of the groups.
+    kept[r::W] of the units, so the slices of all processes together are the draw, each unit once and whole. Nothing is
+    capped, padded, shuffled or evened out. A slice may be empty: it is yielded as `[]`. The order within a draw is that
+    of the data set, or of the groups.
 
     Iterating again yields fresh draws: no draw's number comes twice in the life of the object, even if an iterator was
     not exhausted.
 
     Args:
-        units: N, the number of records; or N `Groups`, of which a kept one yields one of its records (see
+        units: N, the number of records; or N `Groups`, of which a kept one yields at most `most` of its records (see
             `privacy_unit`).
         sample_rate: q, 0 < q <= 1 (at 1 every draw is the whole set), or a function that gives it for a draw's number.
         num_batches: length of one iteration, 1 or more.
@@ -95,6 +100,10 @@ class PoissonSampler(Sampler[list[int]]):
 
     def draw(self, number: int) -> NDArray[np.int64]:
         """The whole draw, of all processes: indices of records, determined by (key, number) alone."""
+        return self._records(number, slice(None))[0]
+
+    def _records(self, number: int, of: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Records of this slice of a draw's units, unit by unit; and how many each has, [] where each has one."""
         uniforms = keyed_stream(self._key, Role.SAMPLING, number)
         rate = self.sample_rate(number) if callable(self.sample_rate) else self.sample_rate
         threshold = math.floor(rate * UNIT) / UNIT
@@ -102,8 +111,12 @@ class PoissonSampler(Sampler[list[int]]):
             start + np.flatnonzero(uniforms.random(min(BLOCK, self.num_examples - start)) < threshold)
             for start in range(0, self.num_examples, BLOCK)
         ]
-        kept = np.concatenate(parts)
-        return kept if self._groups is None else self._groups.one_of_each(kept, uniforms.random(len(kept)))
+        kept, groups = np.concatenate(parts), self._groups
+        if groups is None:
+            return kept[of], np.zeros(0, dtype=np.int64)
+        own = uniforms.random(len(kept) * groups.most).reshape(len(kept), groups.most)
+        records, counts = groups.some_of_each(kept[of], own[of])
+        return records, counts if groups.most > 1 else counts[:0]
 
     def __len__(self) -> int:
         return self.num_batches
@@ -111,8 +124,8 @@ class PoissonSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self.num_batches):
             number, self._next = self._next, self._next + 1
-            mine = self.draw(number)[self.process_index :: self.num_processes]
-            yield Draw(mine.tolist(), number)
+            mine, counts = self._records(number, slice(self.process_index, None, self.num_processes))
+            yield Draw(mine.tolist(), number, counts.tolist())
 
     def __reduce__(self) -> str:
         raise HfDpError(

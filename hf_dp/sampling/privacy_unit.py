@@ -1,13 +1,18 @@
-r"""A data set and one of its columns -> groups of records that are protected as one; of a drawn group, one of its
+r"""A data set and one of its columns -> groups of records that are protected as one; of a drawn group, at most k of its
 records.
 
 **Why a whole group is protected.** A step keeps each of N groups with probability q, independently. Of a group that is
-kept it takes one record, each with the same probability, and clips its gradient to C. Let P be the law of the released
-sum without the group. With the group, and given that record j would be taken, the law is (1-q) P + q P_j, where P_j is
-P moved by at most C: the law of a subsampled Gaussian with one record. The choice of j depends on nothing else, so the
-law with the group is the mean of these laws over j. The hockey-stick divergence, and exp((a-1) Rényi divergence), are
-jointly convex, so the divergence of the mean is at most the greatest of theirs. Hence epsilon is that of N records at
-the same q, however many records a group has, and T steps compose as they do for records.
+kept it takes k records (all, if it has no more), each choice of k with the same probability, and clips the mean of
+their gradients to C (user-level sampling: Charles et al. 2024, "Fine-Tuning Large Language Models with User-Level
+Differential Privacy", DP-SGD-ULS). Let P be the law of the released sum without the group. With the group, and given
+that the choice J of its records would be taken, the law is (1-q) P + q P_J, where P_J is P moved by at most C: the law
+of a subsampled Gaussian with one record. The choice of J depends on nothing else, so the law with the group is the mean
+of these laws over J. The hockey-stick divergence, and exp((a-1) Rényi divergence), are jointly convex, so the
+divergence of the mean is at most the greatest of theirs. Hence epsilon is that of N records at the same q, however many
+records a group has, and T steps compose as they do for records.
+
+Each kept group is given k uniform numbers, whatever it needs of them: so which of its records are taken depends on its
+own number of records and on secret randomness, and on no other group's records.
 """
 
 from collections.abc import Hashable
@@ -26,24 +31,50 @@ class Groups(NamedTuple):
     Attributes:
         records: indices into the data set, [number of records].
         starts: [N + 1].
+        most: k, of how many records of a drawn group at most the mean gradient is taken.
     """
 
     records: NDArray[np.int64]
     starts: NDArray[np.int64]
+    most: int = 1
 
     @property
     def num_groups(self) -> int:
         """N."""
         return len(self.starts) - 1
 
-    def one_of_each(self, groups: NDArray[np.int64], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-        """One record of each of these groups, by a uniform number from [0, 1): a group's records are equally likely."""
+    def differ(self, other: "Groups") -> bool:
+        """Whether the other groups have other records, or the same in another order."""
+        return not (np.array_equal(self.records, other.records) and np.array_equal(self.starts, other.starts))
+
+    def some_of_each(
+        self, groups: NDArray[np.int64], uniforms: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """k records of each of these groups, or all where there are no more: each choice is equally likely.
+
+        It is Floyd's way to choose k of n: for j from n - k to n - 1, a random one of 0 to j, or j if that is chosen
+        already (Bentley and Floyd 1987, "A sample of brilliance").
+
+        Args:
+            groups: their numbers, [U].
+            uniforms: from [0, 1), [U, k].
+
+        Returns:
+            Indices of records, group by group; and how many there are of each group, [U].
+        """
         sizes = self.starts[groups + 1] - self.starts[groups]
-        return self.records[self.starts[groups] + (uniforms * sizes).astype(np.int64)]
+        chosen = np.full((len(groups), self.most), -1, dtype=np.int64)  # among a group's own; -1 for none
+        for i in range(self.most):
+            top = sizes - self.most + i  # j; below 0 where a group has too few records for k of them
+            drawn = (uniforms[:, i] * (top + 1)).astype(np.int64)
+            drawn = np.where((chosen[:, :i] == drawn[:, None]).any(1), top, drawn)
+            chosen[:, i] = np.where(sizes > self.most, drawn, np.where(i < sizes, i, -1))
+        taken = chosen >= 0
+        return self.records[(self.starts[groups][:, None] + chosen)[taken]], taken.sum(1)
 
 
-def groups_by(dataset: object, column: str | None) -> Groups | None:
-    """Groups the records by their value in `column`; None if there is no column or no data set.
+def groups_by(dataset: object, column: str | None, most: int = 1) -> Groups | None:
+    """Groups the records by their value in `column`; None if there is no column or no data set. `most` is k.
 
     Groups are numbered in the order of their first records.
 
@@ -75,4 +106,4 @@ def groups_by(dataset: object, column: str | None) -> Groups | None:
     numbers: dict[Hashable, int] = {}
     group = np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
     sizes = np.bincount(group, minlength=len(numbers))
-    return Groups(np.argsort(group, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
+    return Groups(np.argsort(group, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]), most)

@@ -83,7 +83,7 @@ class DrawnRecords:
                     records += map(packed, read_records(self.dataset, list(indices[start : start + READ_AT_ONCE])))
         except Exception as error:
             records = [Failure.of(error, "read")]
-        return Draw(records, indices.number) if isinstance(indices, Draw) else records
+        return Draw(records, indices.number, indices.counts) if isinstance(indices, Draw) else records
 
 
 def read_records(dataset: Records, indices: list[int]) -> list[Record]:

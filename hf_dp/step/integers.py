@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.errors import CaptureError
+from hf_dp.per_example import Pass, per_example_factors
 from hf_dp.per_example import factors as fx
-from hf_dp.per_example import per_example_factors
 from hf_dp.randomness import Grid, grid_for
 
 
@@ -42,9 +42,14 @@ def squared_norm(integers: Sequence[Tensor], bound: int) -> int:
 
 @torch.no_grad()
 def add_integer_gradient(
-    model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, grid: Grid, into: dict[str, Tensor]
+    model: nn.Module,
+    example_losses: Callable[[], Tensor],
+    batch_size: int,
+    grid: Grid,
+    into: dict[str, Tensor],
+    factors_of: Pass = per_example_factors,
 ) -> None:
-    """Adds the integer vector of one example to the int64 buffers `into`.
+    """Adds the integer vector of one example, or of a unit's mean, to the int64 buffers `into`.
 
     Raises:
         CaptureError: several examples in the pass, since the rounding of one might depend on another; or as
@@ -52,9 +57,14 @@ def add_integer_gradient(
     """
     if batch_size == 0:
         return
-    if batch_size != 1:
-        raise CaptureError(f"discrete noise takes one example a pass, got {batch_size}")
-    factors, _ = per_example_factors(model, example_losses, 1)
+    refuse_several(batch_size)
+    factors, _ = factors_of(model, example_losses, 1)
     gradients = {name: fx.materialise(uses[0])[0] for name, uses in factors.items()}
     for name, z in zip(gradients, to_integers(list(gradients.values()), grid), strict=True):
         into[name] += z
+
+
+def refuse_several(batch_size: int) -> None:
+    """Raises CaptureError if a pass holds several examples."""
+    if batch_size > 1:
+        raise CaptureError(f"discrete noise takes one example a pass, got {batch_size}")

@@ -41,9 +41,7 @@ class MemoryLimit:
     def parts(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The batches, one after the other, cut into parts that fit."""
         for batch in batches:
-            step = int(max(1, min(batch.size, self._tokens // _width(batch))))
-            for start in range(0, batch.size, step):
-                yield batch.rows(slice(start, start + step))
+            yield from batch.pieces(int(max(1, min(batch.size, self._tokens // _width(batch)))))
 
     def one_by_one(self, parts: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The parts; remembers the one under way, in case memory runs out in it."""

@@ -290,4 +290,5 @@ def begin_segment(ledger: Ledger, level: StepSettings) -> None:
         level.expected_batch_size,
         level.noise,
         level.loss_bound,
+        **({"records_per_unit": level.records_per_unit} if level.records_per_unit > 1 else {}),
     )

@@ -71,8 +71,8 @@ class Passes:
 class PrivateStep:
     """Takes the private steps of one model: `released = step(run, batches, draw_number)`.
 
-    Guarantee: what each record adds to the sum has Euclidean norm at most `level.clip_norm`, and the sum leaves only
-    through `run.release`.
+    Guarantee: what each record, or each unit of several records, adds to the sum has Euclidean norm at most
+    `level.clip_norm`, and the sum leaves only through `run.release`.
 
     Args:
         model: unwrapped (no DDP around it).
@@ -145,7 +145,7 @@ class PrivateStep:
 
         Dropout masks come from secret randomness; from `forward_seed` only in debugging.
         """
-        self.sum.flat.zero_()
+        self.sum.begin()
         with fork_forward_rng([self.passes.device], seed=forward_seed):
             parts: Iterable[MicroBatch] = self._memory.parts(b.mapped(self.passes.to_device) for b in batches)
             parts, missing = sharding.counted(parts, self.passes.device) if self.sharded else (parts, 0)
@@ -154,6 +154,7 @@ class PrivateStep:
                     self.add(part)
                 for _ in range(missing):
                     self._pass_for_the_others()
+        self.sum.refuse_rest()
 
     def add(self, batch: MicroBatch) -> None:
         """One pass: adds the clipped gradients of its examples to the sum.
@@ -185,15 +186,17 @@ class PrivateStep:
 
     def _each_alone(self, batch: MicroBatch) -> Iterator[MicroBatch]:
         """Each example of a micro-batch in one of its own, not padded to the length of another where that is known."""
-        if self.passes.collated_alone is None or not batch.records:
-            yield from (batch.rows(slice(i, i + 1)) for i in range(batch.size))
-        else:
-            alone = (one for record in batch.records for one in self.passes.collated_alone([record]))
-            yield from (one.mapped(self.passes.to_device) for one in alone)
+        for part in batch.pieces(1):
+            if self.passes.collated_alone is None or not part.records:
+                yield part
+            else:
+                alone = self.passes.collated_alone(list(part.records))
+                yield from (one.owned_by(part.owned).mapped(self.passes.to_device) for one in alone)
 
     def _add(self, batch: MicroBatch, kept: AbstractContextManager[object]) -> None:
         with self.passes.precision(), kept:
-            self.sum.add(self.model, lambda: self.passes.example_losses(self.model, batch), batch.size, self.level)
+            losses = lambda: self.passes.example_losses(self.model, batch)  # noqa: E731
+            self.sum.add(self.model, losses, batch.size, self.level, batch.owned)
 
     def _sum_up_untold(self, batches: Batches, run: PrivateRun) -> None:
         """Sums up all examples. The message of an error in the model or the loss may quote one, so it is left out."""

@@ -11,9 +11,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_dp.errors import CaptureError
 from hf_dp.mechanism import METRICS, StepSettings
-from hf_dp.per_example import Pass, clipped_gradient_sum, per_example_factors, views
-from hf_dp.step.integers import add_integer_gradient, grid_of
+from hf_dp.per_example import (
+    Owned,
+    Pass,
+    UnitUnderWay,
+    clipped_gradient_sum,
+    of_units,
+    per_example_factors,
+    views,
+)
+from hf_dp.step.integers import add_integer_gradient, grid_of, refuse_several
 from hf_dp.step.metrics import contribution
 
 
@@ -26,52 +35,124 @@ class ClippedSum(Protocol):
 
     flat: Tensor
 
-    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: StepSettings) -> None:
-        """Adds the clipped gradients of `size` examples.
+    def add(
+        self,
+        model: nn.Module,
+        losses: Callable[[], Tensor],
+        size: int,
+        level: StepSettings,
+        owned: Owned | None = None,
+    ) -> None:
+        """Adds the clipped gradients of `size` examples, or of the units that own them.
 
         Args:
             model: with the parameters that `flat` has views for.
             losses: runs the forward pass and returns one loss an example, [size].
             size: number of examples.
             level: the settings of the step.
+            owned: which units the examples belong to; None where each is one. Of a unit in parts nothing is added
+                before its last one.
 
         Raises:
-            UnsupportedParameterError, CaptureError: as `per_example_factors`.
+            UnsupportedParameterError, CaptureError: as `per_example_factors`, or `UnitUnderWay`.
         """
 
+    def begin(self) -> None:
+        """Sets everything to zero."""
 
-class FloatSum:
+    def refuse_rest(self) -> None:
+        """Raises CaptureError if a unit has not come to its last example."""
+
+
+class _OfUnits:
+    """What both kinds of sums do alike: `flat`, and the unit under way."""
+
+    def __init__(self, flat: Tensor, model: nn.Module) -> None:
+        self.flat, self._unit = flat, None
+        self._shapes = trainable(model)
+        self._parts = views(flat, self._shapes)
+
+    _unit: UnitUnderWay | None
+
+    def begin(self) -> None:
+        """See `ClippedSum.begin`."""
+        self.flat.zero_()
+        self._unit = None
+
+    def refuse_rest(self) -> None:
+        """See `ClippedSum.refuse_rest`."""
+        if self._unit is not None and self._unit.is_begun:
+            raise CaptureError("some examples of a unit are missing, so that its gradient is not known")
+
+    def _part(self, model: nn.Module, losses: Callable[[], Tensor], owned: Owned, factors_of: Pass) -> Pass | None:
+        """Adds a pass to the unit under way; if it is whole then, a pass over one example that gives what it found."""
+        if self._unit is None:
+            dtype = torch.float32 if self.flat.dtype == torch.int64 else self.flat.dtype
+            self._unit = UnitUnderWay({n: p.detach().to(self.flat.device, dtype) for n, p in self._shapes.items()})
+        found = factors_of(model, losses, sum(owned.counts))
+        with torch.no_grad(), torch.autocast(self.flat.device.type, enabled=False):
+            whole = self._unit.add(found, owned)
+        return None if whole is None else lambda *_: whole
+
+
+class FloatSum(_OfUnits):
     """sum_b min(1, C / |g_b|) g_b in float32 (Abadi et al. 2016, algorithm 1), and the metrics where there are some."""
 
     def __init__(
         self, model: nn.Module, level: StepSettings, device: torch.device, factors_of: Pass = per_example_factors
     ) -> None:
-        parameters = trainable(model)
         extra = 0 if level.loss_bound is None else len(METRICS)
-        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()) + extra, device=device)
-        self._parts = views(self.flat, parameters)
+        super().__init__(torch.zeros(_size(model) + extra, device=device), model)
         self._factors_of = factors_of
 
-    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: StepSettings) -> None:
+    def add(
+        self,
+        model: nn.Module,
+        losses: Callable[[], Tensor],
+        size: int,
+        level: StepSettings,
+        owned: Owned | None = None,
+    ) -> None:
         """See `ClippedSum.add`."""
-        seen = clipped_gradient_sum(model, losses, size, level.clip_norm, self._parts, self._factors_of)
+        factors_of: Pass | None = self._factors_of
+        if owned is not None and owned.of:
+            factors_of, size = self._part(model, losses, owned, self._factors_of), 1
+        elif owned is not None:
+            factors_of = of_units(self._factors_of, owned.counts)
+        if factors_of is None:
+            return
+        seen = clipped_gradient_sum(model, losses, size, level.clip_norm, self._parts, factors_of)
         if level.loss_bound is not None:
             metrics = contribution(seen.losses, clip_norm=level.clip_norm, loss_bound=level.loss_bound)
             self.flat[-len(METRICS) :] += metrics
 
 
-class IntegerSum:
+class IntegerSum(_OfUnits):
     """The sum for `noise='discrete'`: int64 vectors of bounded norm, one example a pass (see `randomness.grid`)."""
 
     def __init__(self, model: nn.Module, level: StepSettings, device: torch.device) -> None:
-        parameters = trainable(model)
         self._grid = grid_of(model, level.noise_multiplier, level.clip_norm)
-        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=torch.int64, device=device)
-        self._parts = views(self.flat, parameters)
+        super().__init__(torch.zeros(_size(model), dtype=torch.int64, device=device), model)
 
-    def add(self, model: nn.Module, losses: Callable[[], Tensor], size: int, level: StepSettings) -> None:
+    def add(
+        self,
+        model: nn.Module,
+        losses: Callable[[], Tensor],
+        size: int,
+        level: StepSettings,
+        owned: Owned | None = None,
+    ) -> None:
         """See `ClippedSum.add`; a pass with more than one example is an error."""
-        add_integer_gradient(model, losses, size, self._grid, self._parts)
+        refuse_several(size)
+        factors_of: Pass | None = per_example_factors
+        if owned is not None and owned.of:
+            factors_of = self._part(model, losses, owned, per_example_factors)
+        if factors_of is not None:
+            add_integer_gradient(model, losses, size, self._grid, self._parts, factors_of)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in trainable(model).values())
 
 
 def refuse_impossible_sum(model: nn.Module, level: StepSettings) -> None:

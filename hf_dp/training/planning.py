@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import nn
 from transformers import TrainingArguments
 
@@ -59,8 +58,8 @@ def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups |
             "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
         )
     column = trainer.privacy.unit_column
-    again = groups_by(trainer.train_dataset, column)
-    if groups is not None and again is not None and not all(map(np.array_equal, groups, again)):
+    again = groups_by(trainer.train_dataset, column, trainer.privacy.records_per_unit)
+    if groups is not None and again is not None and groups.differ(again):
         raise ConfigError(
             f"{name} put the training records into another order, so that unit_column={column!r} would group others: "
             "prepare the data first"

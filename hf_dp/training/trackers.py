@@ -107,6 +107,7 @@ def settings(m: Mechanism) -> Settings:
         "num_examples": m.num_examples,
         "num_steps": m.num_steps,
         "unit": m.unit,
+        "records_per_unit": m.records_per_unit,
         "noise": m.noise,
     }
 

@@ -221,6 +221,30 @@ def test_a_lost_card_is_made_again_and_what_the_training_knew_stays_with_the_car
     assert failures(folder) == ""
 
 
+def test_the_code_loads_by_the_name_on_the_hub_from_the_first_time_that_there_is_one(folder, record):
+    readme = folder / "README.md"
+    assert 'model_id = "model-0"  # the folder of this card' in readme.read_text()
+    card.write_card(folder, record, name="me/private-notes")
+    for _ in range(2):
+        assert 'model_id = "me/private-notes"\n' in readme.read_text()
+        assert "\n# private-notes\n" in readme.read_text()
+        card.write_card(folder, record)  # as `hf-dp card` does
+    assert failures(folder) == ""
+
+
+@pytest.mark.parametrize("name", ["out", "checkpoint-20"])
+def test_a_folder_whose_name_says_nothing_gives_no_title(name, folder, record):
+    card.write_card(folder, record, name=name)
+    assert "\n# base, fine-tuned with differential privacy\n" in (folder / "README.md").read_text()
+
+
+def test_a_bolder_claim_among_the_answers_to_reviewers_is_found_out(folder):
+    readme = folder / "README.md"
+    head, answers = readme.read_text().split("## In the terms of NIST SP 800-226")
+    readme.write_text(f"{head}## In the terms of NIST SP 800-226{re.sub(r'<= [0-9.]+', '<= 0.1', answers)}")
+    assert "the claim at the card's head: (epsilon <= 0.1, delta = 0.0001)" in failures(folder)
+
+
 def test_a_card_that_somebody_else_makes_anew_loses_no_words():
     new = "---\nlicense: mit\ntags: [new]\n---\n# Fresh\n"
     mine = f"---\ntags: [old]\n---\n# Mine\n\n{OWN}\n"

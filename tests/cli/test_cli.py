@@ -98,6 +98,7 @@ def test_check_shows_every_parameter_trains_nothing_and_leaves_nothing(hf_dp, tm
     assert "layers.0-1.self_attn.q_proj.lora_A" in out
     assert "28 trainable tensors" in out
     assert "data.train: 40 records of mr (text), ref (text)" in out
+    assert "WARNING (shown here alone): 40 of 40 records have the words of another record's" in " ".join(out.split())
     assert "noise multiplier sigma" in out
     assert "Self-check passed" in out
 

@@ -35,6 +35,7 @@ parallelism_config:
   parallelism_config_dp_shard_size: 2
 """
 BASES = {"llama": M.llama, "gpt2": M.gpt2}
+PEOPLE = "people"  # a Llama of which persons with 1 to 8 records are the units
 
 
 CONFIG_FILE = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "sharded.yaml"
@@ -56,6 +57,8 @@ DIAGONAL = [
     Way("llama", "tokens", "reentrant", ""),
     Way("gpt2", "tokens", "reentrant", "loaded"),
     Way("gpt2", "tokens", "non-reentrant", "launched"),
+    Way(PEOPLE, "1", "plain", "loaded"),
+    Way(PEOPLE, "4", "plain", ""),
 ]
 
 
@@ -96,7 +99,7 @@ def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
     main = not together or dist.get_rank() == 0
     if main and not (folder / base).exists():
         torch.manual_seed(0)
-        BASES[base]().save_pretrained(folder / base)
+        BASES.get(base, M.llama)().save_pretrained(folder / base)
     if together:
         dist.barrier()
     extra: dict[str, Any] = {}
@@ -115,13 +118,18 @@ def update(way: Way, folder: Path) -> Tensor:
     """What three noiseless steps at q = 1/2 change; draws come from the debug seed, and so are the same everywhere."""
     runs.arguments(folder)  # joins the processes
     more = REPLICAS if way.sharded == "replicas" else ""
+    rows, own = runs.text_rows(), {}
+    if way.base == PEOPLE:
+        own = {"unit_column": "person", "records_per_unit": 3, "expected_batch_size": 5}
+        rows = rows.add_column("person", [number * number // 60 for number in range(len(rows))])
     with launched(more=more) if way.sharded in ("launched", "replicas") else nullcontext():
         model = adapter_on(way.base, folder, sharded=way.sharded)
         trainer = runs.trainer(
             folder / "-".join(map(str, way)),
             model,
-            {**runs.NOISELESS, "expected_batch_size": 12},
+            {**runs.NOISELESS, "expected_batch_size": 12, **own},
             max_steps=3,
+            train_dataset=rows,
             **MICRO_BATCHES[way.micro_batches],
             **PASSES[way.passes],
         )

@@ -1,5 +1,6 @@
 """Records: what becomes of them as examples, and what is said about files that hold none."""
 
+import dataclasses
 import datetime
 
 import datasets
@@ -74,6 +75,24 @@ def test_every_record_is_one_example_in_its_place():
     assert len(made) == 2345
     assert all(2 <= len(r["input_ids"]) == len(r["labels"]) <= 4 for r in made)
     assert [sum(label != -100 for label in r["labels"]) for r in made[:5]] == [0, 2, 3, 3, 0]
+
+
+def test_a_split_record_is_cut_in_rows_that_lose_nothing():
+    long, short, empty = "the pub is red blue green sad glad a the", "the pub", " "
+    records = datasets.Dataset.from_list([{"mr": "name", "ref": text} for text in (long, empty, short)])
+    data = DataSection(train="", prompt="{mr} {mr} {mr} | ", target="{ref}", split="chunks")
+    made = completions(records, data, R.tokenizer(), 6)
+    rows = [list(zip(row["input_ids"], row["labels"], strict=True)) for row in made.rows]
+    assert made.record_of_row == [0] * 4 + [1, 2]  # 11 tokens by 3, which is what half a row leaves beside the prompt
+    assert max(map(len, rows)) == 6
+    words = R.WORDS.index
+    for record, text in enumerate((long, empty, short)):
+        of_it = [row for row, of in zip(rows, made.record_of_row, strict=True) if of == record]
+        learnt = [label for row in of_it for _, label in row if label != losses.IGNORED]
+        assert learnt == [words(w) for w in [*text.split(), *(["<end>"] if text.strip() else [])]]
+        assert all([token for token, label in row if label == losses.IGNORED][-1] == words("|") for row in of_it)
+    assert made.num_characters == len(long) + len(short)
+    assert completions(records, dataclasses.replace(data, split=None), R.tokenizer(), 6).record_of_row is None
 
 
 def test_a_tokenizer_without_an_end_mark_is_refused():

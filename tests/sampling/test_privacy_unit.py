@@ -47,8 +47,8 @@ def test_groups_come_in_the_order_of_their_first_record() -> None:
         [3],
     ]
     all_of_them = np.arange(3)
-    assert groups.one_of_each(all_of_them, np.zeros(3)).tolist() == [0, 1, 3]
-    assert groups.one_of_each(all_of_them, np.full(3, np.nextafter(1, 0))).tolist() == [6, 5, 3]
+    assert groups.some_of_each(all_of_them, np.zeros((3, 1)))[0].tolist() == [0, 1, 3]
+    assert groups.some_of_each(all_of_them, np.full((3, 1), np.nextafter(1, 0)))[0].tolist() == [6, 5, 3]
 
 
 def test_numbers_are_groups_too_and_transforms_do_not_matter() -> None:
@@ -110,6 +110,48 @@ def test_processes_share_one_draw() -> None:
     slices = [list(PoissonSampler(groups, 0.3, 5, key=4, process_index=r, num_processes=3)) for r in range(3)]
     for number in range(5):
         assert sorted(i for part in slices for i in part[number]) == sorted(whole.draw(number).tolist())
+
+
+def test_each_choice_of_k_records_is_as_likely_as_another_and_never_has_one_twice() -> None:
+    sizes, k, draws = [1, 3, 5], 3, 6000
+    groups = groups_by(records_of(*sizes), "author", k)
+    uniforms = np.random.default_rng(0).random((draws, 3, k))
+    counts: dict[tuple[int, ...], int] = {}
+    for each in uniforms:
+        records, taken = groups.some_of_each(np.arange(3), each)
+        assert taken.tolist() == [1, 3, 3]
+        assert records[:4].tolist() == [0, 1, 2, 3]
+        choice = tuple(sorted(records[4:].tolist()))
+        assert len(set(choice)) == k
+        counts[choice] = counts.get(choice, 0) + 1
+    assert len(counts) == 10  # 3 of 5
+    low, high = stats.chi2.ppf([FALSE_ALARM, 1 - FALSE_ALARM], 9)
+    assert low < sum((n - draws / 10) ** 2 / (draws / 10) for n in counts.values()) < high
+
+
+def test_what_is_taken_of_a_group_hangs_on_no_other_groups_records() -> None:
+    few, many = (groups_by(records_of(*sizes), "author", 4) for sizes in ([9, 2, 9], [9, 50, 9]))
+    for number in range(20):
+        drawn = [PoissonSampler(groups, 0.7, 1, key=5)._records(number, slice(None)) for groups in (few, many)]
+        owners = [
+            np.repeat([0, 1, 2], sizes)[records]
+            for sizes, (records, _) in zip(([9, 2, 9], [9, 50, 9]), drawn, strict=True)
+        ]
+        for owner, shift in ((0, 0), (2, 48)):
+            here = [records[own == owner] for own, (records, _) in zip(owners, drawn, strict=True)]
+            assert (here[0] + shift).tolist() == here[1].tolist()
+
+
+def test_processes_take_whole_groups() -> None:
+    groups = groups_by(records_of(*[1, 4, 9] * 20), "author", 4)
+    owner = np.repeat(np.arange(60), [1, 4, 9] * 20)
+    whole = PoissonSampler(groups, 0.3, 5, key=4)
+    slices = [list(PoissonSampler(groups, 0.3, 5, key=4, process_index=r, num_processes=3)) for r in range(3)]
+    for number in range(5):
+        assert sorted(i for part in slices for i in part[number]) == sorted(whole.draw(number).tolist())
+        for part in slices:
+            own = owner[part[number]].tolist()
+            assert [own.count(group) for group in dict.fromkeys(own)] == list(part[number].counts)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
