@@ -61,7 +61,6 @@ HIDDEN_WRITES = {  # arguments that are written to though the schema does not sa
     "cudnn_batch_norm": ("running_mean", "running_var"),
     "miopen_batch_norm": ("running_mean", "running_var"),
 }
-_MIXED = np.array([bin(byte & EXAMPLES).count("1") > 1 for byte in range(256)])
 _OWN = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 LONGEST = 12  # how many reasons of a kind are kept
@@ -349,8 +348,9 @@ class _Leaving(TorchFunctionMode):
 
 
 def _mixed(labels: Labels) -> bool:
-    """Whether a number depends on several examples."""
-    return bool(_MIXED[distinct(labels)].any())
+    """Whether a number depends on several examples: whether their bits, less the lowest one, leave any."""
+    bits = distinct(labels) & EXAMPLES
+    return bool((bits & (bits - 1)).any())
 
 
 @cache
