@@ -85,6 +85,7 @@ def test_overhead() -> None:
     assert int(rows["ours"][4]) == ours - plain
 
 
+@pytest.mark.slow
 def test_one_device(tmp_path: Path) -> None:
     printed = run("bench_gpu", "--cpu", "--tiny", "--json", str(tmp_path / "gpu.json"))
     found = json.loads((tmp_path / "gpu.json").read_text())

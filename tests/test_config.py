@@ -81,6 +81,7 @@ def test_everything_wrong_is_named_at_once() -> None:
             log_loss_up_to=0,
             public_eval="no",
             unit_column="",
+            records_per_unit=0,
             debug_seed=-1,
             budget_file="",
             if_unset="none",

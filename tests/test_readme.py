@@ -11,7 +11,7 @@ import torch
 import transformers
 import typer
 
-from hf_dp import accounting, cli
+from hf_dp import PrivacyConfig, accounting, cli
 from hf_dp.card import writing as card
 from hf_dp.demo.base import train_tokenizer
 from hf_dp.demo.records import write_records
@@ -31,7 +31,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 EXAMPLE, RECOMPUTE = blocks("README.md", "python")
 (RECIPE,) = blocks("README.md", "yaml")
-(PLAIN_LOOP,) = blocks("hf_dp/training/README.md", "python")
+PEOPLE, PLAIN_LOOP = blocks("hf_dp/training/README.md", "python")
 (WITH_TRL,) = blocks("hf_dp/training/README.md", "diff")
 
 
@@ -160,8 +160,13 @@ def test_a_script_of_trl_becomes_private_by_the_class_and_privacy(gpt2, tmp_path
     assert "pair of answers" in capsys.readouterr().out
 
 
+def test_people_are_protected_with_these_settings():
+    config = eval(PEOPLE, {"PrivacyConfig": PrivacyConfig})
+    assert (config.unit_column, config.records_per_unit) == ("author", 8)
+
+
 def test_no_page_has_code_that_no_test_runs():
-    run = [EXAMPLE, RECOMPUTE, RECIPE, PLAIN_LOOP, WITH_TRL]
+    run = [EXAMPLE, RECOMPUTE, RECIPE, PEOPLE, PLAIN_LOOP, WITH_TRL]
     there = [found for page in PAGES for found in blocks(str(page.relative_to(ROOT)), r"\w+")]
     assert sorted(there) == sorted(run)
 

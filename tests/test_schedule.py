@@ -286,7 +286,8 @@ def test_a_level_that_was_changed_is_found(name: str, tmp_path: Path) -> None:
         assert not all(check.holds for check in verify(tmp_path)), level
 
 
-@pytest.mark.parametrize("stopped", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [2, 3, 4])
 def test_resuming_goes_on_at_the_right_level(stopped: int, tmp_path: Path) -> None:
     """Epochs have 3 steps, levels 2: whichever step is next, weights, segments and epsilon are those of one piece."""
     privacy = {**runs.NOISELESS, "clip_schedule": "step:0.25:3", "expected_batch_size": 24}

@@ -133,12 +133,17 @@ def computed_again(audit: AuditRecord, segments: Sequence[Segment], delta: float
     return _figures(m, audit.guesses, tuple(segments), delta, epsilon)
 
 
+def has_power(control_area_under_curve: float | None) -> bool:
+    """Whether a positive control showed that an audit can find something; unknown counts as not."""
+    return control_area_under_curve is not None and control_area_under_curve > POWER
+
+
 def power(control_area_under_curve: float | None) -> str:
     """What the positive control says of an audit: whether an audit that finds nothing could have found something."""
     area = control_area_under_curve
     if area is None:
         return "power not known: no positive control was run"
-    if area > POWER:
+    if has_power(area):
         return f"positive control: area under the curve {area:.3f} without noise, on the canaries alone"
     return f"no power: even without noise, on the canaries alone, the area under the curve is {area:.3f}"
 

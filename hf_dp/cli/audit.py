@@ -83,12 +83,20 @@ def _audited(asked: "Recipe", config: "AuditConfig") -> None:
     if trainer.is_world_process_zero():
         found = AuditRecord.of(trainer.audit_result())
         print_table("The audit", ("", "value", "meaning"), _rows(found, trainer.privacy_spent()))
-        verdict = "[bold red]REFUTED[/]: the claim" if found.refuted else "Not refuted: the claim"
-        console().print(
-            f"{verdict} of epsilon {trainer.privacy_spent().epsilon:.4g}. Card: {asked.output_dir / 'README.md'}"
-        )
+        claim = f"the claim of epsilon {trainer.privacy_spent().epsilon:.4g}"
+        console().print(f"{_verdict(found)}: {claim}. Card: {asked.output_dir / 'README.md'}")
         if found.refuted:
             raise typer.Exit(1)
+
+
+def _verdict(found: "AuditRecord") -> str:
+    from hf_dp.audit import has_power
+
+    if found.refuted:
+        return "[bold red]REFUTED[/]"
+    if not has_power(found.control_area_under_curve):
+        return "Not refuted, but the audit has no power, so that nothing follows"
+    return "Not refuted"
 
 
 def _control(asked: "Recipe", config: "AuditConfig") -> float:

@@ -260,6 +260,7 @@ def test_the_mean_is_never_above_the_one_accounted(mean):
 # ---- the part of one run, and mistakes -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_run_gets_what_leaves_the_best_within_the_total():
     asked = []
 

@@ -28,7 +28,6 @@ from tests.support import models as M
 from tests.support import reference, runs
 from tests.support.campaign import FAULTS, campaign
 from tests.support.children import KILLED, in_child
-from tests.support.marks import quick
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-3, "expected_batch_size": 8}
@@ -71,7 +70,8 @@ def charged(folder: Path) -> int:
 # ---- the campaign of scripts/faults, in short ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", quick(("torn ledger",), FAULTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_short_campaign_of_faults_is_clean(fault: str, tmp_path: Path) -> None:
     *_, count = campaign(fault, tmp_path, times=3 if "KILL" in fault else 1, seed=1)
     assert count.planted

@@ -46,6 +46,7 @@ def test_micro_batches_are_the_mean_over_draws(processes: int, examples: int, to
     assert run_cost.micro_batches(whole, work) == np.ceil(np.ceil(1000 / processes) / b)
 
 
+@pytest.mark.slow
 def test_passes_of_a_run_are_those_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes, add, steps = [0], PrivateStep.add, 60
 

@@ -174,7 +174,8 @@ def _loss(smoothing: float, model: nn.Module, one: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(logits[kept], labels[kept], label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize("chunk", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 100))])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(100))
 def test_random_settings_are_exact_or_refused(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10 combinations a chunk, 1,000 in all."""
     ends = [one_run(tmp_path / str(n), n, monkeypatch) for n in range(10 * chunk, 10 * chunk + 10)]
