@@ -349,7 +349,7 @@ class _Leaving(TorchFunctionMode):
 
 def _mixed(labels: Labels) -> bool:
     """Whether a number depends on several examples: whether their bits, less the lowest one, leave any."""
-    bits = distinct(labels) & EXAMPLES
+    bits = np.atleast_1d(distinct(labels)) & EXAMPLES  # an array's numbers wrap at 0 without a warning
     return bool((bits & (bits - 1)).any())
 
 
