@@ -19,9 +19,10 @@ from hf_dp.per_example.batches import (
     stacked,
 )
 from hf_dp.per_example.borrowing import Places, places_kept
-from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
+from hf_dp.per_example.capture import Pass, clipped_gradient_sum, clipped_gradients, per_example_factors, views
 from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
+from hf_dp.per_example.gathering import let_go, trains_shards
 from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
 from hf_dp.per_example.inventory import Inventory, Row, inventory_of_one, take_inventory
 from hf_dp.per_example.lengths import ComparedLengths, sizes_of
@@ -64,6 +65,7 @@ __all__ = [
     "as_rows",
     "as_units",
     "clipped_gradient_sum",
+    "clipped_gradients",
     "decoder_inputs",
     "each_alone",
     "factors",
@@ -73,6 +75,7 @@ __all__ = [
     "is_sharded",
     "is_tied",
     "leaves",
+    "let_go",
     "longest_taken",
     "losses",
     "materialise_is_cheaper",
@@ -94,6 +97,7 @@ __all__ = [
     "synthetic_records",
     "take_inventory",
     "tied_members",
+    "trains_shards",
     "undisturbed",
     "untouched",
     "views",

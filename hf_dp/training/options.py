@@ -142,7 +142,7 @@ HANDLED: dict[str, str] = {
     "seed": "initial weights and plain loaders; never draws, noise, dropout or masks",
     "data_seed": "not read: draws come from a secret key",
     "full_determinism": "deterministic kernels; draws, noise and dropout stay secret",
-    "fsdp": "FSDP2: the base of an adapter is sharded as the trainer is made, the adapter stays whole (see `shards`)",
+    "fsdp": "FSDP2: the model is sharded as the trainer is made; of an adapter the base alone (see `shards`)",
     "fsdp_config": "as fsdp; its activation_checkpointing becomes the model's own",
     "accelerator_config": "split_batches, dispatch_batches and num_steps are refused; even_batches is not read",
     "dataloader_num_workers": "records are read under secret randomness in each worker",
@@ -200,7 +200,7 @@ def check_options(args: TrainingArguments, *, public_eval: bool, **others: Any) 
     if why := unfit(trainer):
         raise UnsupportedOptionError(f"cannot be combined with differential privacy: {why}")
     problems = [*_wrong_arguments(args, public_eval), *_wrong_environment(), *_wrong_others(others)]
-    problems += shards.problems(args, others)
+    problems += shards.problems(args)
     problems += [*ignored(trainer), *getattr(trainer, "unfit_settings", lambda args: ())(args)]
     problems += [*_wrong_model(others.get("model")), *(() if public_eval else deciders(others.get("callbacks") or ()))]
     _refuse(problems)

@@ -40,6 +40,7 @@ from hf_dp.step import (
     Spending,
     WeightGuard,
     refuse_foreign_parameters,
+    sharding,
 )
 from hf_dp.training import objective as objectives
 from hf_dp.training import shards
@@ -59,11 +60,12 @@ from hf_dp.training.overrides import refuse_order
 from hf_dp.training.passes import Settled, inventory_and_reason
 from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_privacy
+from hf_dp.training.sharded_states import ShardedStates
 
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
 
 
-class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
+class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRecords):
     """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -291,7 +293,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         released = step(run, lambda: micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
         self._canaries.observe(released, run.level)
         if self._figures is not None:
-            self._figures.add(released, run.level)
+            self._figures.add(released, run.level, step.sum.coordinates)
         self._guard.released()
         if run.exhausted:
             self.control.should_training_stop = True
@@ -358,9 +360,9 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def _opened(self, folder: Path, checkpoint: Path | None) -> PrivateRun:
         """The run of one call of `train`, open; as `PrivateRun.open`."""
         place = Place(folder, self.args.process_index, self.args.world_size, self.privacy.budget_file)
-        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
-        seed, continues = self.privacy.debug_seed, self._run is not None
-        session = Session(self.train_dataset, checkpoint, epoch_length=epoch, seed=seed, continues=continues)
+        epoch, seed = accounting.epoch_length(self.privacy, self._planned().num_examples), self.privacy.debug_seed
+        in_shards, continues = sharding.trains_shards(self.model), self._run is not None
+        session = Session(self.train_dataset, checkpoint, epoch, seed, continues, in_shards)
         return PrivateRun.open(self._planned(), place, session)
 
     def _running(self) -> PrivateRun:
@@ -387,8 +389,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
             save_classes(self, folder)
-            told = described(self)
-            counts = self._canaries.counts()
+            told, counts = described(self), self._canaries.counts()
             write_card(self._run, folder, public_eval=self.privacy.public_eval, audit=counts, described=told)
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from hf_dp.step import sharding
@@ -35,6 +36,7 @@ parallelism_config:
   parallelism_config_dp_shard_size: 2
 """
 BASES = {"llama": M.llama, "gpt2": M.gpt2}
+FULL = {"full": M.llama, "tied": M.gpt2}  # all weights are trained
 PEOPLE = "people"  # a Llama of which persons with 1 to 8 records are the units
 
 
@@ -57,6 +59,12 @@ DIAGONAL = [
     Way("llama", "tokens", "reentrant", ""),
     Way("gpt2", "tokens", "reentrant", "loaded"),
     Way("gpt2", "tokens", "non-reentrant", "launched"),
+    Way("full", "4", "plain", ""),
+    Way("full", "tokens", "non-reentrant", "launched"),
+    Way("full", "4", "plain", "loaded"),
+    Way("full", "1", "plain", "launched"),
+    Way("tied", "4", "plain", ""),
+    Way("tied", "4", "plain", "launched"),
     Way(PEOPLE, "1", "plain", "loaded"),
     Way(PEOPLE, "4", "plain", ""),
 ]
@@ -99,7 +107,7 @@ def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
     main = not together or dist.get_rank() == 0
     if main and not (folder / base).exists():
         torch.manual_seed(0)
-        BASES.get(base, M.llama)().save_pretrained(folder / base)
+        {**BASES, **FULL}.get(base, M.llama)().save_pretrained(folder / base)
     if together:
         dist.barrier()
     extra: dict[str, Any] = {}
@@ -109,7 +117,7 @@ def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
         extra = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
     loaded = AutoModelForCausalLM.from_pretrained(folder / base, **extra)
     torch.manual_seed(1 if main or sharded in ("", "loaded") else 2)
-    model = M.with_lora(lambda: loaded)
+    model = loaded if base in FULL else M.with_lora(lambda: loaded)
     assert sharding.is_sharded(model) == (sharded == "loaded")
     return model
 
@@ -141,4 +149,8 @@ def update(way: Way, folder: Path) -> Tensor:
 
 
 def flat(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([whole(p).detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def whole(p: Tensor) -> Tensor:
+    return p.full_tensor() if isinstance(p, DTensor) else p

@@ -118,11 +118,14 @@ class Tracker:
         """Every operation within is followed; compiled functions run as they are written."""
         with (
             torch.compiler.set_stance("force_eager"),
-            gathered.unseen(self._apart) if self._sharded else nullcontext(),
+            gathered.unseen(self._apart, self._note_trained) if self._sharded else nullcontext(),
             _Leaving(self, backward),
             _Operations(self),
         ):
             yield
+
+    def _note_trained(self, whole: Tensor) -> None:
+        self._trained.add(_key(whole))
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
