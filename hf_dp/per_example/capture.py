@@ -303,7 +303,7 @@ def clipped_gradients(
 
     Returns:
         Norms and losses, both secret; and `add(name, into)`, which adds sum_b min(1, C / |g_b|) g_b of one parameter to
-        a tensor of its shape, and lets go of what it was made of. It can be called once for each.
+        a tensor of its shape.
     """
     factors, losses = factors_of(model, example_losses, batch_size)
     with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
@@ -314,7 +314,7 @@ def clipped_gradients(
 
     @torch.no_grad()
     def add(name: str, into: Tensor) -> None:
-        uses = factors.pop(name, [])
+        uses = factors.get(name, [])
         with torch.autocast(losses.device.type, enabled=False):
             uses = uses if some is None else fx.without_examples(uses, some)
             fx.add_weighted_sum(uses, weights, into, measured.cancelling.get(name, ()) if uses else ())

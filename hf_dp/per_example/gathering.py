@@ -46,7 +46,7 @@ def lent_when_gathered(
         stand_in: (name, whole values) -> what is put in the modules in their place.
 
     Raises:
-        UnsupportedOptionError: this version of PyTorch gathers in another way.
+        UnsupportedOptionError: this version of PyTorch gathers in another way, or two places of a tied weight apart.
     """
     owner: Any = vars(import_module(PARAMETER)).get("FSDPParam")
     if any(not hasattr(owner, name) for name in NEEDED):
@@ -54,14 +54,20 @@ def lent_when_gathered(
             "trained weights in shards: this version of PyTorch gathers them in a way that is not known here; use one "
             "from 2.7 to 2.13, train an adapter on the sharded base (get_peft_model), or use DDP"
         )
-    original = owner.to_unsharded
+    original, gathered_by = owner.to_unsharded, dict[str, Any]()
 
     @wraps(original)
     def to_unsharded(self: Any) -> None:
         original(self)
         name = names.get(self.sharded_param)
-        if name is not None:
+        if name is not None and gathered_by.setdefault(name, self) is self:
             self._setattr_on_modules(stand_in(name, self._unsharded_param))
+        elif self.sharded_param.requires_grad:
+            raise UnsupportedOptionError(
+                f"{name or 'a weight that is not the parameter of its module'} is trained, in shards, and gathered apart "
+                "in the places that are tied, where a step would not reach all of them: let accelerate shard the model "
+                "(fsdp_version: 2) instead of loading it in shards, or train an adapter on it (get_peft_model)"
+            )
 
     try:
         with mock.patch.object(owner, "to_unsharded", to_unsharded):

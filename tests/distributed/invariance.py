@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_dp.step import sharding
 from tests.support import models as M
@@ -37,6 +38,7 @@ parallelism_config:
 """
 BASES = {"llama": M.llama, "gpt2": M.gpt2}
 FULL = {"full": M.llama, "tied": M.gpt2}  # all weights are trained
+FOUR_BITS = "four bits"  # a base of bitsandbytes' 4 bits
 PEOPLE = "people"  # a Llama of which persons with 1 to 8 records are the units
 
 
@@ -61,22 +63,25 @@ DIAGONAL = [
     Way("gpt2", "tokens", "non-reentrant", "launched"),
     Way("full", "4", "plain", ""),
     Way("full", "tokens", "non-reentrant", "launched"),
-    Way("full", "4", "plain", "loaded"),
-    Way("full", "1", "plain", "launched"),
+    Way("full", "1", "plain", "loaded"),
     Way("tied", "4", "plain", ""),
-    Way("tied", "4", "plain", "launched"),
+    Way("tied", "4", "reentrant", "launched"),
     Way(PEOPLE, "1", "plain", "loaded"),
     Way(PEOPLE, "4", "plain", ""),
 ]
+QUANTISED = [Way(FOUR_BITS, "4", "plain", how) for how in ("", "launched")] if find_spec("bitsandbytes") else []
 
 
 def ways(world: int, *, all_of_them: bool) -> list[Way]:
     """The matrix or its diagonal; one process has nothing to shard, and what is sharded is not compiled."""
-    matrix = [Way(*w) for w in itertools.product(BASES, MICRO_BATCHES, PASSES, ("", "loaded", "launched"))]
+    bases = [*BASES, "full"]
+    matrix = [Way(*w) for w in itertools.product(bases, MICRO_BATCHES, PASSES, ("", "loaded", "launched"))]
     return [
         way
-        for way in (matrix if all_of_them else DIAGONAL)
-        if not way.sharded or (world > 1 and way.passes != "compiled")
+        for way in (matrix if all_of_them else [*DIAGONAL, *QUANTISED])
+        if (not way.sharded or (world > 1 and way.passes != "compiled"))
+        and (way.base, way.passes) != ("full", "compiled")
+        and (world == 1 or way.sharded or way.base not in (*FULL, FOUR_BITS))  # which only stand beside those in shards
     ]
 
 
@@ -99,7 +104,8 @@ def launched(*words: str, more: str = "") -> Iterator[None]:
 
 
 def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
-    """The same adapter on the same base in every run; loaded in shards where asked for.
+    """The same adapter on the same base in every run, or the base itself where it is `FULL`; loaded in shards where
+    asked for.
 
     Where accelerate is to shard it, other processes than the first begin with another adapter, and no weights.
     """
@@ -115,6 +121,9 @@ def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
         from transformers.distributed import DistributedConfig
 
         extra = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
+    if base == FOUR_BITS:  # numbers of the dtype of other weights stand for them, so that they are sharded
+        bits = {"bnb_4bit_compute_dtype": torch.float32, "bnb_4bit_quant_storage": torch.float32}
+        extra = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **bits)}
     loaded = AutoModelForCausalLM.from_pretrained(folder / base, **extra)
     torch.manual_seed(1 if main or sharded in ("", "loaded") else 2)
     model = loaded if base in FULL else M.with_lora(lambda: loaded)

@@ -121,13 +121,13 @@ def test_what_the_launcher_says_by_the_environment_is_seen(
         (True, {}, "adapter", None),
         (True, {"version": 1}, "adapter", r"fsdp_config: FSDP of version 1 .*set \{'version': 2\}, or use DDP"),
         (True, {"xla": True}, "adapter", "fsdp_config: XLA"),
-        (True, {}, "whole", "only the frozen base of an adapter .*get_peft_model"),
+        (True, {}, "whole", None),
         (None, {}, "adapter", "ACCELERATE_USE_FSDP=true .*set fsdp_version: 2"),
         (None, {"FSDP_VERSION": "2"}, "adapter", None),
-        (None, {"FSDP_VERSION": "2"}, "whole", "only the frozen base of an adapter"),
+        (None, {"FSDP_VERSION": "2"}, "whole", None),
     ],
 )
-def test_accelerates_fsdp_is_for_adapters_in_its_second_version(
+def test_accelerates_fsdp_is_taken_in_its_second_version(
     fsdp: bool | None, environment: dict[str, Any], model: str, way_out: str | None, tmp_path: Path, monkeypatch: Any
 ) -> None:
     args = runs.arguments(tmp_path)
