@@ -64,8 +64,8 @@ def lent_when_gathered(
             self._setattr_on_modules(stand_in(name, self._unsharded_param))
         elif self.sharded_param.requires_grad:
             raise UnsupportedOptionError(
-                f"{name or 'a weight that is not the parameter of its module'} is trained, in shards, and gathered apart "
-                "in the places that are tied, where a step would not reach all of them: let accelerate shard the model "
+                f"{name or 'a weight that its module does not hold'} is trained, in shards, and gathered apart in the "
+                "places that are tied, where a step would not reach all of them: let accelerate shard the model "
                 "(fsdp_version: 2) instead of loading it in shards, or train an adapter on it (get_peft_model)"
             )
 

@@ -83,9 +83,7 @@ class Shards:
             first += place.shape.numel()
         return Coordinates((*own, range(first, first + extra)), first + extra, extra, self._copies)
 
-    def add_reduced(
-        self, add: Callable[[str, Tensor], None], into: Mapping[str, Tensor], device: torch.device
-    ) -> None:
+    def add_reduced(self, add: Callable[[str, Tensor], None], into: Mapping[str, Tensor], device: torch.device) -> None:
         """into += this process's shards of the sum over all processes. Every process calls it as often as the others.
 
         Args:

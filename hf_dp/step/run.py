@@ -99,8 +99,8 @@ class PrivateRun:
         """
         self._refuse_beyond()
         try:
-            releaser = self._releaser if coordinates is None else partial(self._releaser.of_shards, coordinates=coordinates)
-            noisy = releaser(
+            whole = self._releaser
+            noisy = (whole if coordinates is None else partial(whole.of_shards, coordinates=coordinates))(
                 clipped_sum,
                 sensitivity=self.level.sensitivity,
                 noise_multiplier=self.level.joint_noise_multiplier,

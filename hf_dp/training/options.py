@@ -87,7 +87,11 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: str(getattr(v, "value", v)) in ("reduce_lr_on_plateau", "greedy"),
         "it follows private numbers; use a schedule fixed in advance, such as linear or cosine",
     ),
-    "use_liger_kernel": (bool, "its fused kernels hide the head's gradient from the per-example rules; leave it off"),
+    "use_liger_kernel": (
+        bool,
+        "its fused head hides gradients from the per-example rules, and no proof can follow what its other kernels "
+        "(norms, rotations, SwiGLU) do, so each example would need a pass of its own; leave it off",
+    ),
     "torch_compile_mode": (
         lambda v: v not in (None, "default"),
         "the blocks are compiled with dynamic shapes, which CUDA graphs and tuning for one shape do not go with; "

@@ -1,7 +1,7 @@
 """A trainer whose trained weights lie in shards -> its files whole, as without shards; and files -> shards.
 
-So a training may go on with other processes, sharded or not. What is written is gathered by all processes, a tensor at a
-time, and kept on the one that writes.
+So a training may go on with other processes, sharded or not. What is written is gathered by all processes, a tensor
+after another, and kept on the one that writes.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
@@ -41,7 +40,7 @@ class ShardedStates(_Host):
         if not sharding.trains_shards(self.model):
             return super()._save_optimizer_and_scheduler(output_dir)
         whole = _whole_states(self.optimizer, kept=self.args.should_save)
-        with mock.patch.object(self.optimizer, "state_dict", lambda: whole):
+        with mock.patch.object(self.optimizer, "state_dict", return_value=whole):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -105,7 +104,9 @@ def _parameters(optimizer: Any) -> list[nn.Parameter]:
 
 def _as(p: Tensor | None, value: Any) -> Any:
     """A whole tensor of the shape of a parameter in shards -> this process's shard; anything else as it is."""
-    if not (isinstance(p, DTensor) and isinstance(value, Tensor)) or value.shape != p.shape or isinstance(value, DTensor):
+    if not isinstance(p, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != p.shape:
         return value
     return distribute_tensor(value.to(p.to_local().device), p.device_mesh, p.placements, src_data_rank=None)
 

@@ -78,7 +78,8 @@ def _against_trained_shards(trainer: Any) -> Iterator[str]:
     if privacy.noise == "discrete":
         yield f"noise='discrete' (one example's whole gradient is rounded): choose 'gaussian-chacha20', {remedy}"
     if privacy.unit_column is not None:
-        yield f"unit_column={privacy.unit_column!r} (a unit's whole gradient is kept over passes): leave it out, {remedy}"
+        kept = "a unit's whole gradient is kept over passes"
+        yield f"unit_column={privacy.unit_column!r} ({kept}): leave it out, {remedy}"
     if trainer._canaries.num:
         yield f"an audit (canaries are compared with the whole release): leave audit out, {remedy}"
 
@@ -126,8 +127,8 @@ def _plugin(trainer: Any) -> FullyShardedDataParallelPlugin | None:
 def _shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, accelerator: Any) -> None:
     """`model`'s parameters in shards, a block of the model together, by accelerate's function.
 
-    What it is kept from: sharding an adapter's trained parameters, taking all blocks for one where it does not know the policy
-    (peft's, or none), and its way of loading on process 0 alone, which fails at parameters that are whole.
+    What it is kept from: sharding an adapter's trained parameters, taking all blocks for one where it does not know the
+    policy (peft's, or none), and its way of loading on process 0 alone, which fails at parameters that are whole.
     """
     from accelerate.utils import fsdp_utils  # not in all versions; see `problems`
 

@@ -29,7 +29,7 @@ def found(folders: dict[int, Path]) -> dict[int, Found]:
         1: ("same_update", "noise", "discrete", "trained_shards"),
         2: ("same_update", "noise", "discrete", "noise_again", "sharded_empty_draws", "refused_shards", *SHARDS),
     }
-    sessions = *([world, folders[1], "elastic_full"] for world in (1, 2, 1, 1)),
+    sessions = [[world, folders[1], "elastic_full"] for world in (1, 2, 1, 1)]
     statuses, errors = run_groups(*([world, folders[world], *names[world]] for world in names), *sessions, seconds=480)
     assert statuses == [[0], [0, 0], [0], [0, 0], [0], [0]], errors
     return {world: collected(folders[world], world, *names[world]) for world in names}
@@ -121,7 +121,9 @@ def test_what_does_not_go_with_shards_is_refused_with_a_way_out(found: dict[int,
     for process in found[2]["refused_shards"]:
         tied, beside, discrete, people, split = process["errors"]
         assert "transformer.wte.weight is trained, in shards, and gathered apart in the places that are tied" in tied
-        assert "model.embed_tokens.weight is trained and sharded, score.weight is trained and whole: shard all" in beside
+        assert (
+            "model.embed_tokens.weight is trained and sharded, score.weight is trained and whole: shard all" in beside
+        )
         assert "noise='discrete' (one example's whole gradient is rounded): choose 'gaussian-chacha20', or" in discrete
         assert "unit_column='person' (a unit's whole gradient is kept over passes): leave it out, or train an" in people
         assert "weights sharded over tp: tensor, pipeline, expert and context sharding are not supported; load" in split
@@ -159,7 +161,8 @@ def test_weights_trained_in_shards_are_those_of_one_process(found: dict[int, Fou
         assert all(torch.equal(saved[name], weight) for name, weight in weights.items())
 
 
-def test_a_training_of_all_weights_goes_on_in_shards_and_without(found: dict[int, Found], folders: dict[int, Path]) -> None:
+@pytest.mark.usefixtures("found")
+def test_a_training_of_all_weights_goes_on_in_shards_and_without(folders: dict[int, Path]) -> None:
     """Two steps on one process, two on 2 in shards, two on one again: the weights of six in one session, with Adam."""
     *sessions, at_once = (torch.load(folders[1] / "elastic_full" / f"{n}.0.pt", weights_only=True) for n in range(4))
     assert [s["world"] for s in sessions] == [1, 2, 1]

@@ -1,6 +1,7 @@
 """Whatever lets one example reach another leaves a pass unproved, whatever the lengths; sound models are proved."""
 
 import copy
+import ctypes
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_dp.errors import SelfCheckError, UnsupportedParameterError
-from hf_dp.per_example import head, losses
+from hf_dp.per_example import clipped_gradients, head, losses, per_example_factors
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.inventory import take_inventory
 from hf_dp.per_example.proof import Proof, State, prove, state_put_back
@@ -58,6 +59,41 @@ def test_whatever_couples_examples_is_found_wherever_it_stands(kind: str, place:
     found = proof_of(planted(place, COUPLINGS[kind], tiny()))
     assert not found.independent
     assert not any("could not be followed" in reason for reason in found.reasons)
+
+
+class Kernel(torch.autograd.Function):
+    """Copies its input by the addresses, as a kernel of Triton or of a library of its own would be launched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return by_address(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return by_address(grads[0])
+
+
+def by_address(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    ctypes.memmove(y.data_ptr(), x.data_ptr(), x.numel() * x.element_size())
+    return y
+
+
+def test_a_foreign_kernel_among_frozen_weights_leaves_a_pass_unproved_and_one_example_exact() -> None:
+    """What Liger's norms, rotations and SwiGLU are to the proof, which can't look into them."""
+    model = M.with_lora(tiny)
+    batch = M.token_batch(1)
+    plain = clipped_gradients(model, lambda: token_losses(model, batch), 1, 1.0, per_example_factors)[1]
+    model.get_base_model().model.norm.register_forward_hook(lambda module, args, out: Kernel.apply(out))
+    assert any("data_ptr" in reason for reason in proof_of(model).reasons)
+    found = clipped_gradients(model, lambda: token_losses(model, batch), 1, 1.0, per_example_factors)[1]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            ours, theirs = torch.zeros_like(p), torch.zeros_like(p)
+            found(name, ours)
+            plain(name, theirs)
+            assert torch.equal(ours, theirs)
 
 
 def test_what_does_not_couple_is_proved_at_the_same_places() -> None:
