@@ -44,6 +44,8 @@ class ShardedStates(_Host):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not sharding.trains_shards(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)
         load = self.optimizer.load_state_dict
 
         def load_shards(whole: dict[str, Any]) -> None:
