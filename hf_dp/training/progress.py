@@ -6,7 +6,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dp import accounting
-from hf_dp.tables import print_plan
+from hf_dp.tables import print_plan, say
 from hf_dp.training.fitted import left_alone, rate_in_force
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.trackers import PrivacyInTrackers
@@ -81,7 +81,7 @@ def print_plan_of(trainer: PrivateTrainer, title: str) -> None:
     print_plan(title, [*rows, *louder, _learning_rate(trainer), *_rows_of_passes(trainer)], mechanism)
     warning = accounting.advice.warning(mechanism, trained)
     if warning:
-        print(warning)
+        say(warning)
 
 
 def _learning_rate(trainer: PrivateTrainer) -> tuple[str, str, str]:
