@@ -37,7 +37,7 @@ def test_a_recipe_trains_and_the_adapter_loads_with_peft_alone(hf_dp, tmp_path):
         "b = t('name pub |', return_tensors='pt'); m.generate(input_ids=b.input_ids, max_new_tokens=3);"
         "print('hf_dp' in sys.modules, sum('lora' in n for n, _ in m.named_parameters()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert done.stdout.split() == ["False", "28"], done.stderr
 
 

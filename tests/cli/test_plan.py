@@ -78,7 +78,7 @@ def test_planning_and_its_help_import_nothing_heavy(arguments):
         "try: main()\nexcept SystemExit: pass\n"
         f"print('heavy:', *[m for m in {HEAVY} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert done.stdout.splitlines()[-1] == "heavy:", done.stderr
 
 

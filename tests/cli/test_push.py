@@ -56,7 +56,7 @@ def command(hub, place, *arguments, token=TOKEN, **variables):
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
