@@ -20,6 +20,7 @@ from hf_dp.per_example.trace import Trace
 
 MOST = 1 << 20  # tokens
 DOUBLINGS = 2  # steps that make two doublings
+FIRST = -1  # stands for the step that was compared beforehand
 Side = tuple[Path, int]  # a tensor of the batch, and one of its dimensions
 
 Sizes = dict[Side, int]
@@ -48,13 +49,13 @@ class ComparedLengths:
     ) -> None:
         self._made, self._are_right, self._trace = made, are_right, trace
         self._first = known
-        self._numbers = {1: True, 2: True}  # of examples: whether a pass of the first sizes does the same over so many
         self._known = {_as_key(sizes_of(known)): MOST}  # sizes -> the most examples that may share a pass
         self._steps = steps_up_to(min(longest or MOST, MOST))
         self._far = max(i for i, step in enumerate(self._steps) if step <= MANY)
         self._sizes: dict[int, Sizes] = {}  # of each step that was made, by its number
         self._found: dict[int, bool | None] = {}  # by the number of a step; None where passes failed
         self._traces: dict[tuple[int, int], Trace | None] = {}  # by the number of a step and that of the examples
+        self._numbers = {1, 2, known.size}  # of examples, that do together what two do
 
     def __call__(self, batch: MicroBatch) -> bool:
         """Whether passes over several examples of such sizes are right."""
@@ -116,16 +117,17 @@ class ComparedLengths:
         return self._sizes[step]
 
     def _as_few(self, number: int) -> bool:
-        """Whether a pass over so many examples does what it does over two, for the first sizes."""
-        if number not in self._numbers:
-            few, many = (self._traced(lambda: self._first, count) for count in (2, number))
-            self._numbers[number] = few is not None and many is not None and many.is_grown(few, number / 2)
-        return self._numbers[number]
+        """Whether a pass of the first sizes over so many examples does what it does over two."""
+        if number not in self._numbers and self._trace_at(FIRST, number) is not None:
+            self._numbers.add(number)
+        return number in self._numbers
 
     def _does_as_at(self, steps: Sequence[int], sizes: Sizes, number: int) -> bool:
         """Whether a pass over `number` examples does what it does at these steps, and there what it does over two."""
         if not steps:
             return True  # only sizes that are the same at every length
+        first = _as_key(sizes_of(self._first))
+        steps = [FIRST if _as_key(self._at(step)) == first else step for step in steps]
         at_steps = [trace for step in steps if (trace := self._trace_at(step, number)) is not None]
         here = self._traced(lambda: self._public(sizes), number) if len(at_steps) == len(steps) else None
         return here is not None and here.lies_between(at_steps)
@@ -133,7 +135,7 @@ class ComparedLengths:
     def _trace_at(self, step: int, number: int) -> Trace | None:
         """Of a pass over `number` examples; None where it does another thing than one over two."""
         if (step, number) not in self._traces:
-            found = self._traced(lambda: self._batches(step)[0], number)
+            found = self._traced(lambda: self._first if step == FIRST else self._batches(step)[0], number)
             few = self._trace_at(step, 2) if number > 2 else None
             grown = number <= 2 or (few is not None and found is not None and found.is_grown(few, number / 2))
             self._traces[step, number] = found if grown else None
