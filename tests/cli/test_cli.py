@@ -183,6 +183,7 @@ def test_a_folder_with_a_ledger_is_left_alone(hf_dp, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == left
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_says_that_the_budget_is_spent(hf_dp, tmp_path):
     recipe = R.write(tmp_path, training__save_strategy="steps", training__save_steps=1)
     assert hf_dp("train", recipe)[0] == 0

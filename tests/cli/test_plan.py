@@ -152,6 +152,7 @@ def test_a_curve_goes_through_the_plan_in_the_right_direction(against):
     assert min(between) <= planned <= max(between)
 
 
+@pytest.mark.slow
 def test_against_the_batch_size_epsilon_stays_and_larger_batches_are_the_quieter_ones():
     target = accounting.spent(PLANNED.segments(), PLANNED.delta).epsilon
     found = sizes_of(PLANNED, 2.0)

@@ -99,6 +99,7 @@ def test_a_kill_in_the_middle_of_training_hides_no_step_and_resuming_goes_on(eve
 # ---- F7: a disk that fills up while a checkpoint is saved ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_leaves_the_older_checkpoint_and_the_count(tmp_path: Path) -> None:
     def fill() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -268,6 +269,7 @@ def interrupted(folder: Path, **settings: Any) -> None:
         train(folder, callbacks=[At("begin", 2, _stop)], **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
@@ -301,6 +303,7 @@ def test_a_changed_promise_is_refused(changed: dict[str, Any], named: str, tmp_p
     assert (tmp_path / LEDGER_NAME).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_edited_trainer_state_cannot_hide_steps(tmp_path: Path) -> None:
     interrupted(tmp_path)
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
@@ -319,6 +322,7 @@ def test_an_edited_checkpoint_copy_or_marker_is_refused(tmp_path: Path) -> None:
         train(tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_fresh_noise_and_fresh_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replayed noise would subtract away: no two steps of any session have any in common, at any step number."""
     noises, keys = [], []
