@@ -189,7 +189,13 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
             SelfCheckError: something couples the examples of a batch.
         """
         with objectives.as_in_training(self), taken_by_the_model():
-            what = self.model, self._synthetic_batches(), self.example_losses, self._planned().clip_norm, self._factors_of
+            what = (
+                self.model,
+                self._synthetic_batches(),
+                self.example_losses,
+                self._planned().clip_norm,
+                self._factors_of,
+            )
             self._check_lengths_if_sharded()
             return self_check(*what, one_a_pass=bool(self.alone_because))
 

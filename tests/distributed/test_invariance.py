@@ -30,7 +30,7 @@ def found(folders: dict[int, Path]) -> dict[int, Found]:
         2: ("same_update", "noise", "discrete", "noise_again", "sharded_empty_draws", "refused_shards", *SHARDS),
     }
     sessions = [[world, folders[1], "elastic_full"] for world in (1, 2, 1, 1)]
-    statuses, errors = run_groups(*([world, folders[world], *names[world]] for world in names), *sessions, seconds=480)
+    statuses, errors = run_groups(*([world, folders[world], *names[world]] for world in names), *sessions)
     assert statuses == [[0], [0, 0], [0], [0, 0], [0], [0]], errors
     return {world: collected(folders[world], world, *names[world]) for world in names}
 
