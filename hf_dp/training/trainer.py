@@ -15,7 +15,7 @@ from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import Batch, Record, Report, Row, self_check
+from hf_dp.per_example import Batch, Record, Report, Row, self_check, trains_shards
 from hf_dp.sampling import (
     DRAW_NUMBER,
     Container,
@@ -40,7 +40,6 @@ from hf_dp.step import (
     Spending,
     WeightGuard,
     refuse_foreign_parameters,
-    sharding,
 )
 from hf_dp.training import objective as objectives
 from hf_dp.training import shards
@@ -189,13 +188,8 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
             SelfCheckError: something couples the examples of a batch.
         """
         with objectives.as_in_training(self), taken_by_the_model():
-            what = (
-                self.model,
-                self._synthetic_batches(),
-                self.example_losses,
-                self._planned().clip_norm,
-                self._factors_of,
-            )
+            batches, clip_norm = self._synthetic_batches(), self._planned().clip_norm
+            what = self.model, batches, self.example_losses, clip_norm, self._factors_of
             self._check_lengths_if_sharded()
             return self_check(*what, one_a_pass=bool(self.alone_because))
 
@@ -366,8 +360,7 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
         """The run of one call of `train`, open; as `PrivateRun.open`."""
         place = Place(folder, self.args.process_index, self.args.world_size, self.privacy.budget_file)
         epoch, seed = accounting.epoch_length(self.privacy, self._planned().num_examples), self.privacy.debug_seed
-        in_shards, continues = sharding.trains_shards(self.model), self._run is not None
-        session = Session(self.train_dataset, checkpoint, epoch, seed, continues, in_shards)
+        session = Session(self.train_dataset, checkpoint, epoch, seed, self._run is not None, trains_shards(self.model))
         return PrivateRun.open(self._planned(), place, session)
 
     def _running(self) -> PrivateRun:

@@ -14,7 +14,6 @@ from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
 
 SHARDS = "launched", "mixing_shards", "trained_shards"
 Found = dict[str, list[dict[str, Any]]]
-pytestmark = pytest.mark.timeout(600)  # one start of Python for all of them
 
 
 @pytest.fixture(scope="module")
