@@ -340,7 +340,7 @@ def _add_clipped(factors: dict[str, list[Factor]], losses: Tensor, clip_norm: fl
     return measured.squares
 
 
-def views(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def views(flat: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameter name -> its part of a flat vector, in its shape, one after the other; a rest at the end stays out."""
     sizes = [p.numel() for p in parameters.values()]
     pieces = flat[: sum(sizes)].split(sizes)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 BUCKET = 1 << 25  # numbers that are reduced together (128 MiB), unless one parameter has more
 # its name from torch 2.13 on, and before
-reduce_scatter = vars(dist).get("reduce_scatter_single", vars(dist).get("reduce_scatter_tensor"))
+reduce_scatter: Callable[..., object] = vars(dist).get("reduce_scatter_single") or dist.reduce_scatter_tensor
 
 
 class Coordinates(NamedTuple):
