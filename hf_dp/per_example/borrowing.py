@@ -64,9 +64,8 @@ class Places:
                 layers.append(module)
         self.parameters = {place.name: place.parameter for place in self._places}
         self.whole = {name: p for name, p in self.parameters.items() if not isinstance(p, DTensor)}
-        self._in_shards: dict[nn.Parameter, str] = {
-            p: name for name, p in self.parameters.items() if isinstance(p, DTensor)
-        }
+        sharded = [(p, name) for name, p in self.parameters.items() if isinstance(p, DTensor)]
+        self._in_shards: dict[nn.Parameter, str] = dict(sharded)
         self.shapes = Counter(p.shape for p in self.parameters.values())
         self.pairs: list[Pair] = [pair for layer in layers if (pair := pair_in(layer, names)) is not None]
         self._proxies: dict[str, ParameterProxy] = {}
