@@ -49,7 +49,7 @@ def lent_when_gathered(
         UnsupportedOptionError: this version of PyTorch gathers in another way, or two places of a tied weight apart.
     """
     owner: Any = vars(import_module(PARAMETER)).get("FSDPParam")
-    if any(not hasattr(owner, name) for name in NEEDED):
+    if owner is None or any(name not in vars(owner) for name in NEEDED):
         raise UnsupportedOptionError(
             "trained weights in shards: this version of PyTorch gathers them in a way that is not known here; use one "
             "from 2.7 to 2.13, train an adapter on the sharded base (get_peft_model), or use DDP"

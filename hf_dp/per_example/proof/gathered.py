@@ -57,4 +57,4 @@ def _within(
 
 def _whole(group: Any) -> list[Any]:
     """The tensors that hold a group's weights whole; before they are first gathered there are none."""
-    return [p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    return [p._unsharded_param for p in group.fsdp_params if "_unsharded_param" in vars(p)]
