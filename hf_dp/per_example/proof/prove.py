@@ -105,7 +105,7 @@ def _undisturbed(model: nn.Module) -> Iterator[State]:
 
 def _marked(tracker: Tracker, batch: Batch, number: int) -> bool:
     if any(isinstance(leaf, (list, tuple)) and leaf for leaf in leaves(batch).values()):
-        tracker.found["the batch has lists of something else than tensors, such as texts, which cannot be followed"] = None
+        tracker.found["the batch has texts, or other lists of what is no tensor, which cannot be followed"] = None
         return False
     for tensor in tensors_in(batch):
         if tensor.dim() == 0 or len(tensor) != SIZE:
