@@ -645,3 +645,10 @@ def test_batches_of_another_number_are_an_error() -> None:
 @pytest.mark.parametrize("make", [partial(M.token_batch, 2), partial(M.token_batch, 4)])
 def test_a_tensor_that_does_not_lead_with_the_examples_is_not_followed(make: Callable[[], Batch]) -> None:
     assert "does not lead" in proof_of(tiny(), make).reasons[0]
+
+
+def test_texts_beside_the_tensors_are_not_followed() -> None:
+    batches = [{"x": torch.ones(3, 2), "text": ["alpha", "beta", "gamma"]} for _ in range(2)]
+    found = prove(nn.Linear(2, 1), lambda model, batch: model(batch["x"])[:, 0], batches)
+    assert not found.independent
+    assert "texts" in found.reasons[0]

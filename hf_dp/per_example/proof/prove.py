@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_dp.per_example.batches import Batch
+from hf_dp.per_example.batches import Batch, leaves
 from hf_dp.per_example.losses import spelt_out
 from hf_dp.per_example.proof import experts
 from hf_dp.per_example.proof.calls import Value, tensors_in
@@ -104,6 +104,9 @@ def _undisturbed(model: nn.Module) -> Iterator[State]:
 
 
 def _marked(tracker: Tracker, batch: Batch, number: int) -> bool:
+    if any(isinstance(leaf, (list, tuple)) and leaf for leaf in leaves(batch).values()):
+        tracker.found["the batch has texts, or other lists of what is no tensor, which cannot be followed"] = None
+        return False
     for tensor in tensors_in(batch):
         if tensor.dim() == 0 or len(tensor) != SIZE:
             tracker.found["a tensor of the batch does not lead with the examples"] = None
@@ -126,10 +129,13 @@ def _follow(tracker: Tracker, model: nn.Module, losses_of: Callable[[], Tensor],
     if not tracker.own(tracker.book.read(losses), leading=False):
         tracker.found["a loss depends on more than its own example"] = None
         tracker.crossed = True
-    written_in_python = tracker.gradients_mended
-    for node in _graph(losses):
-        written_in_python |= isinstance(node, torch.autograd.function.BackwardCFunction) and not _only_saves(node)
-    return written_in_python
+    return tracker.gradients_mended or has_backward_in_python(losses)
+
+
+def has_backward_in_python(losses: Tensor) -> bool:
+    """Whether an autograd function written in Python is behind the losses."""
+    written_in_python = torch.autograd.function.BackwardCFunction
+    return any(isinstance(node, written_in_python) and not _only_saves(node) for node in _graph(losses))
 
 
 def _graph(losses: Tensor) -> Iterator[Value]:
