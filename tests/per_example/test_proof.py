@@ -53,6 +53,26 @@ def planted(place: str, coupling: Callable[[Tensor], Tensor], model: nn.Module) 
     return model
 
 
+def hooked_node(out: Tensor) -> Tensor:
+    """Gradients are mixed where they are large, which those of made-up records are not."""
+    changed = out * 1.0
+    changed.grad_fn.register_prehook(lambda g: (g[0] + g[0].mean(0) if g[0].abs().max() > 1e6 else g[0],))
+    return changed
+
+
+def hooked_saving(out: Tensor) -> Tensor:
+    mixed = lambda saved: saved.roll(1, 0) if saved.abs().max() > 1e6 else saved  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, mixed):
+        return out.tanh()
+
+
+@pytest.mark.parametrize("hooked", [hooked_node, hooked_saving])
+def test_hooks_on_the_graph_leave_a_pass_unproved(hooked: Callable[[Tensor], Tensor]) -> None:
+    found = proof_of(planted("model.norm", hooked, tiny()))
+    assert not found.independent
+    assert "Python has a say in backward" in found.reasons[0]
+
+
 @pytest.mark.parametrize("place", quick({*[*PLACES][::3]}, PLACES))
 @pytest.mark.parametrize("kind", COUPLINGS)
 def test_whatever_couples_examples_is_found_wherever_it_stands(kind: str, place: str) -> None:
