@@ -135,11 +135,11 @@ class FloatSum(_OfUnits):
         if factors_of is None:
             return
         seen = clipped_gradient_sum(model, losses, size, level.clip_norm, self._parts, factors_of)
-        self._add_metrics(seen.losses, level)
+        self._add_metrics(lambda: seen.losses, level)
 
-    def _add_metrics(self, losses: Tensor, level: StepSettings) -> None:
+    def _add_metrics(self, losses: Callable[[], Tensor], level: StepSettings) -> None:
         if level.loss_bound is not None:
-            metrics = contribution(losses, clip_norm=level.clip_norm, loss_bound=level.loss_bound)
+            metrics = contribution(losses(), clip_norm=level.clip_norm, loss_bound=level.loss_bound)
             self.flat[-len(METRICS) :] += metrics
 
 
@@ -170,7 +170,7 @@ class ShardedSum(FloatSum):
         factors_of = self._factors_of if owned is None else of_units(self._factors_of, owned.counts)
         seen, add = clipped_gradients(model, losses, size, level.clip_norm, factors_of)
         self._shards.add_reduced(add, self._parts, self._device)
-        self._add_metrics(seen.losses, level)
+        self._add_metrics(lambda: seen.losses, level)
 
     def add_nothing(self) -> None:
         """See `ClippedSum.add_nothing`."""
