@@ -19,7 +19,14 @@ from hf_dp.per_example.batches import (
     stacked,
 )
 from hf_dp.per_example.borrowing import Places, places_kept
-from hf_dp.per_example.capture import Pass, clipped_gradient_sum, clipped_gradients, per_example_factors, views
+from hf_dp.per_example.capture import (
+    Pass,
+    PerExample,
+    clipped_gradient_sum,
+    clipped_gradients,
+    per_example_factors,
+    views,
+)
 from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
 from hf_dp.per_example.gathering import let_go, trains_shards
@@ -55,6 +62,7 @@ __all__ = [
     "Padding",
     "Pass",
     "Path",
+    "PerExample",
     "Places",
     "Proof",
     "Record",

@@ -48,7 +48,7 @@ class ComparedLengths:
         trace: Callable[[MicroBatch], Trace] | None = None,
     ) -> None:
         self._made, self._are_right, self._trace = made, are_right, trace
-        self._first = known
+        self._first, self._kinds = known, _kinds(known)
         self._known = {_as_key(sizes_of(known)): MOST}  # sizes -> the most examples that may share a pass
         self._steps = steps_up_to(min(longest or MOST, MOST))
         self._far = max(i for i, step in enumerate(self._steps) if step <= MANY)
@@ -61,7 +61,7 @@ class ComparedLengths:
         """Whether passes over several examples of such sizes are right."""
         sizes, number = sizes_of(batch), batch.size
         key = _as_key(sizes)
-        if _kinds(batch) != _kinds(self._first) or (self._trace is not None and not self._as_few(number)):
+        if _kinds(batch) != self._kinds or (self._trace is not None and not self._as_few(number)):
             return False
         if number <= self._known.get(key, 0):
             return True
@@ -171,10 +171,7 @@ class ComparedLengths:
     def _is_right_itself(self, sizes: Sizes, steps: Sequence[int], number: int) -> bool:
         """Whether passes over as many made-up examples of exactly these sizes are right; not if none can be made up."""
         try:
-            length = self._length_of(sizes, steps)
-            whole, *alone = self._made((length, max(length // 2, 1)))
-            if whole.size == 1:
-                whole, *alone = self._made((length, length))
+            whole, *alone = self._made_of(self._length_of(sizes, steps))
             right = whole.size > 1 and sizes_of(whole) == sizes
             return right and self._are_right([whole.first(max(number, whole.size)), *alone])
         except Exception:
@@ -210,7 +207,9 @@ class ComparedLengths:
         return MicroBatch(with_leaves(template, leaf), template.size)
 
     def _batches(self, step: int) -> Sequence[MicroBatch]:
-        length = self._steps[step]
+        return self._made_of(self._steps[step])
+
+    def _made_of(self, length: int) -> Sequence[MicroBatch]:
         made = self._made((length, max(length // 2, 1)))
         return made if made[0].size > 1 else self._made((length, length))
 

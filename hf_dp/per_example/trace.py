@@ -19,12 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.per_example.batches import Batch, leaves
 from hf_dp.per_example.losses import spelt_out
-from hf_dp.per_example.proof import has_backward_in_python
+from hf_dp.per_example.proof import HOOKS, has_backward_in_python
 
 Value: TypeAlias = Any  # an argument of an operation
 Operation: TypeAlias = tuple[Value, ...]  # what is called, and with what besides sizes
 Sizes: TypeAlias = tuple[int, ...]  # of one use
-HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
 
 class Trace(dict[Operation, list[Sizes]]):

@@ -16,6 +16,7 @@ from hf_dp.mechanism import METRICS, StepSettings
 from hf_dp.per_example import (
     Owned,
     Pass,
+    PerExample,
     UnitUnderWay,
     clipped_gradient_sum,
     clipped_gradients,
@@ -135,11 +136,11 @@ class FloatSum(_OfUnits):
         if factors_of is None:
             return
         seen = clipped_gradient_sum(model, losses, size, level.clip_norm, self._parts, factors_of)
-        self._add_metrics(lambda: seen.losses, level)
+        self._add_metrics(seen, level)
 
-    def _add_metrics(self, losses: Callable[[], Tensor], level: StepSettings) -> None:
+    def _add_metrics(self, seen: PerExample, level: StepSettings) -> None:
         if level.loss_bound is not None:
-            metrics = contribution(losses(), clip_norm=level.clip_norm, loss_bound=level.loss_bound)
+            metrics = contribution(seen.losses, clip_norm=level.clip_norm, loss_bound=level.loss_bound)
             self.flat[-len(METRICS) :] += metrics
 
 
@@ -170,7 +171,7 @@ class ShardedSum(FloatSum):
         factors_of = self._factors_of if owned is None else of_units(self._factors_of, owned.counts)
         seen, add = clipped_gradients(model, losses, size, level.clip_norm, factors_of)
         self._shards.add_reduced(add, self._parts, self._device)
-        self._add_metrics(lambda: seen.losses, level)
+        self._add_metrics(seen, level)
 
     def add_nothing(self) -> None:
         """See `ClippedSum.add_nothing`."""

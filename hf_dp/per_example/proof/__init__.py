@@ -3,8 +3,10 @@
 from hf_dp.per_example.proof.labels import SIZE
 from hf_dp.per_example.proof.prove import Proof, has_backward_in_python, prove
 from hf_dp.per_example.proof.state import State, is_sharded, state_put_back, untouched
+from hf_dp.per_example.proof.tracker import HOOKS
 
 __all__ = [
+    "HOOKS",
     "SIZE",
     "Proof",
     "State",
