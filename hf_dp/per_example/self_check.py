@@ -182,9 +182,8 @@ def _squared_differences(
     """
     together, losses = factors_of(model, lambda: example_losses(model, batch), batch.size)
     alone = alone[: batch.size]
-    like = dict(dtype=exact(losses).dtype, device=losses.device)
-    differences, sizes = torch.zeros(2, len(alone), **like), torch.zeros(len(alone), **like)
-    own = torch.eye(batch.size, **like)
+    own = torch.eye(batch.size, dtype=exact(losses).dtype, device=losses.device)
+    differences, sizes = own.new_zeros(2, len(alone)), own.new_zeros(len(alone))
     weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(own) + 0.5
     example_of = torch.tensor(repeated(len(alone), batch.size), device=losses.device)
     for number, one in enumerate(alone):
