@@ -189,7 +189,7 @@ def _squared_differences(
     for number, one in enumerate(alone):
         singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
         again = weights * (example_of == number) * (1 - own[number])
-        for kind, rows in enumerate([own[number], again / again.norm().clamp_min(1)]):
+        for kind, rows in enumerate([own[number], again / again.norm().clamp_min(1)][: 1 + bool(again.any())]):
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     if p.requires_grad:

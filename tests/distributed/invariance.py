@@ -59,11 +59,9 @@ class Way(NamedTuple):
 DIAGONAL = [
     Way("llama", "4", "plain", "loaded"),
     Way("llama", "tokens", "reentrant", ""),
-    Way("gpt2", "tokens", "reentrant", "loaded"),
     Way("gpt2", "tokens", "non-reentrant", "launched"),
     Way("full", "4", "plain", ""),
     Way("full", "tokens", "non-reentrant", "launched"),
-    Way("full", "1", "plain", "loaded"),
     Way("tied", "4", "plain", ""),
     Way("tied", "4", "reentrant", "launched"),
     Way(PEOPLE, "1", "plain", "loaded"),

@@ -394,7 +394,9 @@ def test_a_killed_run_keeps_its_part_and_goes_on_within_the_total(tmp_path: Path
     assert [(r.ended, r.segments) for r in budget.read(path).runs] == [(True, (STEP._replace(num_steps=4),))]
 
 
-@pytest.mark.parametrize(("step", "claimed"), [(0, ()), (1, (STEP._replace(num_steps=4),))])
+@pytest.mark.parametrize(
+    ("step", "claimed"), [pytest.param(0, (), marks=pytest.mark.slow), (1, (STEP._replace(num_steps=4),))]
+)
 def test_a_run_that_failed_keeps_its_part_until_it_is_settled_and_claims_its_plan_from_the_first_step_on(
     step: int, claimed: tuple[Segment, ...], tmp_path: Path
 ) -> None:

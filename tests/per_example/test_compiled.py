@@ -69,7 +69,7 @@ def test_factors_are_those_of_the_pass_without_compiling(case: str) -> None:
     assert all(torch.equal(p, values[n]) and p.grad is None for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", quick((True,), [False, True]))
 def test_checkpointed_blocks_run_their_graphs_twice(reentrant: bool) -> None:
     """Forward, and again in backward: nothing between them was kept. The eager pass is the slow twin."""
     torch.manual_seed(0)

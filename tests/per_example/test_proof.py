@@ -1,10 +1,12 @@
 """Whatever lets one example reach another leaves a pass unproved, whatever the lengths; sound models are proved."""
 
 import copy
+import cProfile
 import ctypes
 import gc
 import pickle
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +90,23 @@ def test_who_is_told_of_collected_garbage_has_no_say_in_backward() -> None:
         gc.set_threshold(*often)
         gc.callbacks.remove(told)
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("profiling", [cProfile.Profile, None])
+def test_who_measures_a_training_goes_on_measuring(profiling: Any) -> None:
+    called: list[str] = []
+    own = lambda frame, event, _: called.append(frame.f_code.co_name)  # noqa: E731
+    profile = profiling() if profiling else None
+    profile.enable() if profile else sys.setprofile(own)
+    try:
+        assert proof_of(tiny()).reasons == ()
+        M.token_batch()
+    finally:
+        profile.disable() if profile else sys.setprofile(None)
+    names = (
+        [entry.code.co_name for entry in profile.getstats() if hasattr(entry.code, "co_name")] if profile else called
+    )
+    assert "token_batch" in names
 
 
 def in_a_new_thread(out: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import recipes as R
 from tests.support import runs
+from tests.support.marks import quick
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = json.loads((ROOT / "recipes" / "notebook.ipynb").read_text(encoding="utf-8"))
@@ -35,7 +36,7 @@ def shown(monkeypatch) -> Iterator[list[str]]:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("evaluated", quick((True,), [False, True]))
 def test_the_table_shows_epsilon_and_no_empty_column(evaluated, shown, tmp_path):
     from transformers.utils.notebook import NotebookProgressCallback
 

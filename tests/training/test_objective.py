@@ -361,7 +361,7 @@ def plbart() -> nn.Module:
     return tf.BlenderbotSmallForConditionalGeneration(tf.BlenderbotSmallConfig(**config))
 
 
-@pytest.mark.parametrize("build", quick((m2m100, M.t5), [m2m100, blenderbot, plbart, M.t5, M.bart]))
+@pytest.mark.parametrize("build", quick((m2m100,), [m2m100, blenderbot, plbart, M.t5, M.bart]))
 def test_an_encoder_decoder_reads_its_labels_shifted(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = M.with_lora(build, target_modules=["q", "v"] if build is M.t5 else ["q_proj", "v_proj"], task_type=None)

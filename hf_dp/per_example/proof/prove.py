@@ -31,6 +31,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from cProfile import Profile
 from functools import partial, wraps
 from pathlib import Path
 from threading import Thread
@@ -182,7 +183,11 @@ def _python_called_by(losses: Tensor) -> str:
         except Exception as error:
             called.append(f"a backward pass that fails ({type(error).__name__})")
         finally:
-            sys.setprofile(before)
+            if isinstance(before, Profile):  # it watches from within the interpreter
+                sys.setprofile(None)
+                before.enable()
+            else:
+                sys.setprofile(before)
     return called[0] if called else ""
 
 
