@@ -85,7 +85,7 @@ class PrivacyConfig:
     contribution_bound: int | None = field(
         default=None,
         metadata={
-            "help": "With unit_column, G: draw records, not groups; of each group its first G are kept, each is clipped by "
+            "help": "With unit_column, G: draw records, not groups; the first G of each are kept, each is clipped by "
             "itself, and epsilon is that of the group."
         },
     )

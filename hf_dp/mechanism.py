@@ -1,6 +1,7 @@
 """What will be run: the settings of the subsampled Gaussian mechanism, all of them public, in frozen objects."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -12,6 +13,7 @@ UNIT = "record"  # one row of the training set
 PAIR = "pair of answers"  # one row of the training set, where it has two answers of which one is preferred
 GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
 BOUNDED = 'group of at most {bound:,} records with the same "{column}"'  # those of them that are kept
+_BOUND = re.compile(r'group of at most ([\d,]+) records with the same "')
 METRIC_NOISE = 10.0  # k: a released metric has k times the noise, over its own sensitivity, that the gradient has
 METRICS = ("loss", "batch_size")  # may be released with the gradient, as further coordinates of one vector
 DISCRETE = "discrete"  # the kind of noise that consists of whole numbers (see `randomness/grid.py`)
@@ -243,6 +245,12 @@ def unit_of(column: str | None, row: str = UNIT, contribution_bound: int | None 
     if column is None:
         return row
     return (GROUP if contribution_bound is None else BOUNDED).format(column=column, bound=contribution_bound)
+
+
+def bound_in(unit: str) -> int | None:
+    """The contribution bound that a unit's name states; None where units are drawn."""
+    found = _BOUND.match(unit)
+    return None if found is None else int(found[1].replace(",", ""))
 
 
 def taken_of_a_group(records_per_unit: int) -> str:

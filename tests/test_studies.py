@@ -26,13 +26,13 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_pairs_are_of_two_records_each_and_share_none(study: Any, tmp_path: Path) -> None:
-    records = [{"mr": f"name[{i % 7}]", "ref": f"text {i}"} for i in range(41)]
+    records = [{"mr": f"name[{i // 3}]", "ref": f"text {i}"} for i in range(41)]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     write_pairs = study("study_preferences")["write_pairs"]
-    path = write_pairs(tmp_path / "records.jsonl", ("mr", "ref"), 15, tmp_path / "pairs.jsonl")
+    path = write_pairs(tmp_path / "records.jsonl", ("mr", "ref"), tmp_path / "pairs.jsonl")
     pairs = [json.loads(line) for line in path.read_text().splitlines()]
     facts = {record["ref"]: record["mr"] for record in records}
-    assert 8 <= len(pairs) <= 15
+    assert len(pairs) == sum(first // 3 != (first + 1) // 3 for first in range(0, 40, 2)) < 20
     assert all(facts[pair["chosen"]] == pair["prompt"] != facts[pair["rejected"]] for pair in pairs)
     used = [pair[answer] for pair in pairs for answer in ("chosen", "rejected")]
     assert len(used) == len(set(used))

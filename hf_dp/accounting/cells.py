@@ -1,7 +1,7 @@
 """Segments of steps -> how wide a cell of the grid is on which their privacy losses are composed.
 
-Symbols: q sample rate, T number of steps, sigma joint noise multiplier, h width of the grid, mu = q sqrt(exp(1/sigma²) -
-1), the standard deviation of one step's likelihood ratio.
+Symbols: q sample rate, T number of steps, sigma joint noise multiplier, h width of the grid, mu = q
+sqrt(exp(1/sigma²) - 1), the standard deviation of one step's likelihood ratio.
 """
 
 import math

@@ -52,8 +52,8 @@ class _PrivacyLoss(Protocol):
 class Epsilon(NamedTuple):
     """Upper bounds on epsilon at one delta. `epsilon` is the smaller of the other two, and is what is claimed.
 
-    With discrete noise among the steps `pld` is infinite, and with a contribution bound `rdp` is. All three are infinite where epsilon would exceed
-    DISCRETE_MOST.
+    With discrete noise among the steps `pld` is infinite, and with a contribution bound `rdp` is. All three are
+    infinite where epsilon would exceed DISCRETE_MOST.
     """
 
     epsilon: float

@@ -1,4 +1,4 @@
-r"""One step in which each of a unit's records is drawn by itself -> its privacy loss distribution, and sizes of its grid.
+r"""One step in which each of a unit's records is drawn by itself -> its privacy loss distribution; sizes of its grid.
 
 At most G records of each unit are kept, whichever they are as long as the choice looks at that unit alone. Each joins a
 step by itself with probability q and is clipped to C (example-level sampling: Charles et al. 2024, "Fine-Tuning Large

@@ -57,8 +57,8 @@ def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups |
             f"{name} made {found:,} training records out of the {planned:,} that it was given (by packing or "
             "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
         )
-    column = trainer.privacy.unit_column
-    again = groups_by(trainer.train_dataset, column, trainer.privacy.records_per_unit)
+    column, p = trainer.privacy.unit_column, trainer.privacy
+    again = groups_by(trainer.train_dataset, column, p.records_per_unit, p.contribution_bound)
     if groups is not None and again is not None and groups.differ(again):
         raise ConfigError(
             f"{name} put the training records into another order, so that unit_column={column!r} would group others: "

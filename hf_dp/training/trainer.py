@@ -136,7 +136,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         self._guard = WeightGuard()
         self._figures: ReleasedFigures | None = None
         given_data = options.get("train_dataset")
-        self._groups = groups_by(given_data, privacy.unit_column, privacy.records_per_unit)
+        units = privacy.unit_column, privacy.records_per_unit, privacy.contribution_bound
+        self._groups = groups_by(given_data, *units)
         self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num, self.row)
         with shards.around_the_host(options):
             super().__init__(**options)
