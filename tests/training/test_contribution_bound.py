@@ -1,6 +1,8 @@
 """Records of people drawn one by one, at most G of each: who is drawn, and what a run says and claims."""
 
+import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from scipy import stats
 
 from hf_dp import ConfigError, LedgerError, RecipeError
 from hf_dp.accounting.epsilon import spent
+from hf_dp.card.record import Record
+from hf_dp.card.report.page import page
 from hf_dp.card.verification import verify
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment, bound_in, unit_of
@@ -94,13 +98,12 @@ def test_plan_ledger_card_and_record_are_of_the_mixture(folder: Path) -> None:
 
 
 def test_the_report_computes_it_again_without_the_library(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import html
-    import re
-
-    (code,) = re.findall(r"<pre>(from dp_accounting.*?)</pre>", page(folder, verify(folder)), re.DOTALL)
+    record = Record.of(json.loads((folder / "privacy.json").read_text()))
+    (code,) = re.findall(
+        r"<pre>(from dp_accounting.*?)</pre>", page(folder, "model", record, verify(folder)), re.DOTALL
+    )
     exec(html.unescape(code), {})
-    record = json.loads((folder / "privacy.json").read_text())
-    assert float(capsys.readouterr().out) == pytest.approx(record["epsilon"], rel=5e-3)
+    assert float(capsys.readouterr().out) == pytest.approx(record.epsilon, rel=5e-3)
 
 
 @pytest.mark.parametrize("where", ["mechanism", "segments", "plans", "unit"])
