@@ -42,10 +42,13 @@ def test_preferences_are_learnt_privately(study: Any, tmp_path: Path, capsys: py
     pytest.importorskip("trl", reason="trl is not installed")
     study("study_preferences", "--quick", "--no-plain")["main"]()
     printed = capsys.readouterr().out.splitlines()
-    base, private = (line.split(" | ") for line in printed if " | " in line)
-    assert (base[0], base[2], private[0]) == ("base", "0.00", "private")
+    start, private = (line.split(" | ") for line in printed if " | " in line)
+    assert (start[0], start[2], private[0]) == ("start", "0.00", "private")
+    assert 0 < float(start[1]) <= 8
     assert 0 < float(private[1]) <= 8
-    assert float(private[4]) - float(base[4]) == pytest.approx(float(private[2]), abs=0.02)
+    assert float(private[4]) - float(start[4]) == pytest.approx(float(private[2]), abs=0.02)
+    in_pairs, others = ((tmp_path / f"{name}.jsonl").read_text() for name in ("pairs", "rest"))
+    assert not [record for record in map(json.loads, others.splitlines()) if f'"{record["note"]}"' in in_pairs]
     assert printed[-1] == f"{tmp_path / 'private'} verifies; its unit of privacy is the pair of answers."
 
 
