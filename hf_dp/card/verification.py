@@ -76,7 +76,7 @@ def _settings(record: Record) -> Iterator[Check]:
         yield Check("steps taken have a plan", begun, f"{len(record.plans)} plans, {record.num_steps} steps")
     yield Check("q = B / N in the plan", _is_rate(mechanism, n), f"q = {mechanism.sample_rate:g}")
     yield from _plan(mechanism, segments)
-    yield _bound(record)
+    yield from _bound(record)
     if record.schema_version > 1:
         yield _release(record, segments)
         noises = [s.noise for s in segments] or [planned_noise(mechanism)]
@@ -107,15 +107,15 @@ def _plan(mechanism: RecordedMechanism, segments: Sequence[ExecutedSegment]) -> 
         yield Check("the schedule's levels are one plan", same and right and steps, f"{len(levels)} levels")
 
 
-def _bound(record: Record) -> Check:
-    """How many records of a unit may each be drawn must be the same wherever it is said."""
+def _bound(record: Record) -> Iterator[Check]:
+    """How many records of a unit may each be drawn must be the same wherever it is said, or said nowhere."""
     stated = bound_in(record.unit)
     of_plans = {s.contribution_bound for plan in record.plans for s in plan}
     found = {record.mechanism.contribution_bound, *(s.contribution_bound for s in record.segments)}
-    holds = found == {stated} and of_plans <= {stated or 1}
-    return Check(
-        "the records of a unit that are drawn", holds, "its name and every segment agree" if holds else str(found)
-    )
+    if found != {None} or of_plans - {1} or stated is not None:
+        holds = found == {stated} and of_plans <= {stated or 1}
+        words = f"at most {stated}" if holds else f"{found} and {of_plans}, the unit's name says {stated}"
+        yield Check("the records of a unit that are drawn", holds, words)
 
 
 def _of_a_step(settings: Settings) -> dict[str, float | None]:
