@@ -24,6 +24,11 @@ def console() -> Console:
     return Console()
 
 
+def say(words: str) -> None:
+    """Prints sentences as they are, in lines as long as the console is wide."""
+    console().print(words, markup=False, highlight=False)
+
+
 def print_plan(title: str, rows: Sequence[tuple[str, str, str]], mechanism: Mechanism) -> None:
     """Every number of a plan with the rule that it came from, what matters first; and a warning where no guarantee can
     be stated.

@@ -249,6 +249,7 @@ def test_every_step_has_its_own_noise_and_divisor(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_is_executed_is_what_was_planned_and_the_card_says_so(tmp_path: Path) -> None:
     privacy = {"target_epsilon": 5.0, **SETTINGS, "noise_schedule": "linear:0.5", "log_loss_up_to": 4.0}
     privacy |= {"clip_schedule": "step:0.5", "batch_schedule": "step:2"}

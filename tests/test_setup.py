@@ -39,13 +39,16 @@ def _executable(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-def setup(clone: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def setup(clone: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """What scripts/setup says, and what it asked of Python."""
     calls = clone / "calls"
     calls.write_text("")
     path = {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "PYTHON": "python3"}
     done = subprocess.run(
-        ["bash", clone / "scripts" / "setup"], env={**os.environ, **path, **environment}, capture_output=True, text=True
+        ["bash", clone / "scripts" / "setup", *arguments],
+        env={**os.environ, **path, **environment},
+        capture_output=True,
+        text=True,
     )
     return done, calls.read_text().splitlines()
 
@@ -68,6 +71,27 @@ def test_setting_up_again_does_nothing(clone: Path) -> None:
     again, calls = setup(clone)
     assert again.stdout == "scripts/setup: .venv is ready.\n"
     assert not any("install" in call for call in calls)
+
+
+def test_what_the_tests_need_is_installed_for_them_alone(clone: Path) -> None:
+    """And then serves everything: the demo finds a .venv that is ready."""
+
+    def extras(calls: list[str]) -> list[str]:
+        return [call.split()[-1] for call in calls if "install" in call and "-e" in call.split()]
+
+    assert extras(setup(clone)[1]) == ["."]
+    assert extras(setup(clone, "test")[1]) == [".[test]"]
+    for arguments in ([], ["test"]):
+        again, calls = setup(clone, *arguments)
+        assert again.stdout == "scripts/setup: .venv is ready.\n"
+        assert not any("install" in call for call in calls)
+
+
+def test_another_argument_is_refused_before_anything_is_installed(clone: Path) -> None:
+    done, calls = setup(clone, "tests")
+    assert done.returncode == 2
+    assert done.stderr == "scripts/setup: expected no argument or test, got tests.\n"
+    assert calls == []
 
 
 def test_other_dependencies_are_installed_into_the_same_venv(clone: Path) -> None:

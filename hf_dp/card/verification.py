@@ -73,7 +73,8 @@ def _settings(record: Record) -> Iterator[Check]:
     yield _equal("the neighbouring relation is the one accounted for", record.relation, RELATION)
     if record.schema_version > 2:
         begun = bool(record.plans) == bool(segments) and all(record.plans)
-        yield Check("steps taken have a plan", begun, f"{len(record.plans)} plans, {record.num_steps} steps")
+        number = len(record.plans)
+        yield Check("steps taken have a plan", begun, f"{number} plan{'s' * (number != 1)}, {record.num_steps} steps")
     yield Check("q = B / N in the plan", _is_rate(mechanism, n), f"q = {mechanism.sample_rate:g}")
     yield from _plan(mechanism, segments)
     yield from _bound(record)

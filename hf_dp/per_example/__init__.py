@@ -32,6 +32,7 @@ from hf_dp.per_example.owned import UnitUnderWay, of_units
 from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, prove, state_put_back, untouched
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
+from hf_dp.per_example.trace import Trace, trace_of
 from hf_dp.per_example.units import as_rows, as_units
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "Report",
     "Row",
     "State",
+    "Trace",
     "UnitUnderWay",
     "Untied",
     "as_rows",
@@ -94,6 +96,7 @@ __all__ = [
     "synthetic_records",
     "take_inventory",
     "tied_members",
+    "trace_of",
     "undisturbed",
     "untouched",
     "views",

@@ -129,6 +129,15 @@ def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:
     return {deeper: leaf for key, member in members for deeper, leaf in leaves(member, (*path, key)).items()}
 
 
+def with_leaves(value: Leaf, change: Callable[[Path, Leaf], Leaf], path: Path = ()) -> Leaf:
+    """The same with `change(path, leaf)` in each leaf's place."""
+    if isinstance(value, Mapping):
+        return {key: with_leaves(member, change, (*path, key)) for key, member in value.items()}
+    if _is_sequence_of_fields(value):
+        return [with_leaves(member, change, (*path, i)) for i, member in enumerate(value)]
+    return change(path, value)
+
+
 def is_tied(batch: Mapping[str, Leaf], size: int) -> bool:
     """Whether every tensor, and every list of things that are not tensors, has `size` rows."""
     return all(_rows(leaf) in (size, None) for leaf in leaves(batch).values())

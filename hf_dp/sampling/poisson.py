@@ -14,6 +14,7 @@ from hf_dp.sampling.privacy_unit import Groups
 
 BLOCK = 1 << 20  # uniforms held at once
 UNIT = 1 << 53  # uniforms are multiples of its inverse
+NONE = np.zeros(0, dtype=np.int64)
 T = TypeVar("T")
 
 
@@ -113,7 +114,7 @@ class PoissonSampler(Sampler[list[int]]):
         ]
         kept, groups = np.concatenate(parts), self._groups
         if groups is None:
-            return kept[of], np.zeros(0, dtype=np.int64)
+            return kept[of], NONE
         own = uniforms.random(len(kept) * groups.most).reshape(len(kept), groups.most)
         records, counts = groups.some_of_each(kept[of], own[of])
         return records, counts if groups.most > 1 else counts[:0]
@@ -124,7 +125,8 @@ class PoissonSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self.num_batches):
             number, self._next = self._next, self._next + 1
-            mine, counts = self._records(number, slice(self.process_index, None, self.num_processes))
+            of = slice(self.process_index, None, self.num_processes)
+            mine, counts = (self.draw(number)[of], NONE) if self._groups is None else self._records(number, of)
             yield Draw(mine.tolist(), number, counts.tolist())
 
     def __reduce__(self) -> str:

@@ -24,11 +24,13 @@ from hf_dp.per_example import (
     Proof,
     Record,
     State,
+    Trace,
     inventory_of_one,
     is_coupled,
     per_example_factors,
     prove,
     take_inventory,
+    trace_of,
     undisturbed,
     untouched,
 )
@@ -221,11 +223,17 @@ def compared_lengths(
     """
     made = make or partial(of_lengths, subject.records[0])
     factors_of = partial(per_example_factors, forms=inventory.forms)
+
+    def trace(batch: MicroBatch) -> Trace:
+        with fork_forward_rng({p.device for p in subject.model.parameters()}):
+            return trace_of(subject.model, subject.example_losses, batch)
+
     return ComparedLengths(
         lambda lengths: subject.batches(made(lengths)),
         lambda batches: not is_coupled(subject.model, batches, subject.example_losses, factors_of),
         subject.batches()[0],
         longest,
+        trace,
     )
 
 

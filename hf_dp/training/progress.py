@@ -6,7 +6,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dp import accounting
-from hf_dp.tables import print_plan
+from hf_dp.tables import print_plan, say
 from hf_dp.training.fitted import left_alone, rate_in_force
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.trackers import PrivacyInTrackers
@@ -27,10 +27,18 @@ class EpsilonProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Puts epsilon on the bar, then prints the logs as usual."""
-        if self.training_bar is not None and logs and "epsilon" in logs:
+        """Puts epsilon on the bar, and writes what was logged in a line above it."""
+        if self.training_bar is None or not logs:
+            return
+        if "epsilon" in logs:
             self.training_bar.set_postfix_str(f"epsilon {logs['epsilon']:.3f}")
-        super().on_log(args, state, control, logs=logs, **kwargs)
+        shown = [f"{name} {_short(value)}" for name, value in logs.items() if name != "total_flos"]
+        self.training_bar.write(f"step {state.global_step}: {', '.join(shown)}")
+
+
+def _short(value: Any) -> str:
+    """Four digits of a number; the beginning of a long text."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:100]
 
 
 def show_privacy(trainer: PrivateTrainer) -> None:
@@ -73,7 +81,7 @@ def print_plan_of(trainer: PrivateTrainer, title: str) -> None:
     print_plan(title, [*rows, *louder, _learning_rate(trainer), *_rows_of_passes(trainer)], mechanism)
     warning = accounting.advice.warning(mechanism, trained)
     if warning:
-        print(warning)
+        say(warning)
 
 
 def _learning_rate(trainer: PrivateTrainer) -> tuple[str, str, str]:
@@ -90,7 +98,8 @@ def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:
     """What is trained, and in which passes: (name, value, rule)."""
     args, mechanism = trainer.args, trainer._planned()
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
-    share = mechanism.largest.expected_batch_size / args.world_size
+    ranks = args.world_size
+    share = mechanism.largest.expected_batch_size / ranks
     most = trainer._most_examples()
     micro = math.ceil(share / most)
     budget = f", at most {trainer.micro_batch_tokens} padded tokens each" if trainer.micro_batch_tokens else ""
@@ -102,7 +111,7 @@ def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:
         (
             "micro-batches a step",
             f"about {micro}",
-            f"ceil({'greatest ' if mechanism.levels else ''}B / {args.world_size} processes / {most} "
+            f"ceil({'greatest ' if mechanism.levels else ''}B / {ranks} process{'es' * (ranks > 1)} / {most} "
             f"examples){budget}; speed only",
         ),
         ("max_grad_norm", "0", "clipping is per example (clip_norm); Trainer's batch clipping is off"),

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dp.mechanism import Mechanism
+from hf_dp.tables import say
 from hf_dp.training.host import PrivateTrainer
 
 Settings = dict[str, object]
@@ -52,7 +53,7 @@ class PrivacyInTrackers(TrainerCallback):
             words = drowned(self.trainer._planned(), *self.trainer._figures.at_most())
             self.warned = bool(words)
             if words:
-                print(words)
+                say(words)
 
 
 class MetricsFile(TrainerCallback):

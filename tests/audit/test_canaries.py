@@ -135,6 +135,7 @@ def test_what_cannot_be_audited_is_refused_by_name(settings: dict[str, Any], wor
         audited(tmp_path, **settings)
 
 
+@pytest.mark.slow
 def test_resuming_and_asking_too_early_are_errors(tmp_path: Path) -> None:
     trainer = audited(tmp_path, save_strategy="steps", save_steps=2)
     with pytest.raises((ConfigError, AuditError)):

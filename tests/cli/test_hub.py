@@ -48,7 +48,7 @@ def run(hub, home, *arguments, token=TOKEN):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         check=False,
     )
 

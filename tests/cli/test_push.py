@@ -56,7 +56,7 @@ def command(hub, place, *arguments, token=TOKEN, **variables):
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
@@ -148,6 +148,7 @@ def test_a_folder_that_does_not_verify_is_not_uploaded(hub, folder):
     assert "me/liar" not in hub.repos
 
 
+@pytest.mark.slow
 def test_a_model_that_a_sweep_selected_arrives_with_the_epsilon_of_the_choice(hub, tmp_path):
     selection = Selection("geometric", 4.0, ((Segment(0.05, 1.0, 12),),), 30.0)
     whole = model_folder(tmp_path / "selected", selection=selection)
@@ -188,6 +189,7 @@ def test_a_failure_is_told_in_a_few_lines_and_the_folder_stays_as_it_was(name, h
     assert repository not in hub.repos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", [pytest.param("cut", marks=pytest.mark.slow), "refuse"]
 )  # cut: the client tries on for half a minute

@@ -378,6 +378,7 @@ def test_runs_share_a_budget_and_the_one_that_does_not_fit_leaves_nothing(tmp_pa
     assert len(budget.read(path).runs) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_part_and_goes_on_within_the_total(tmp_path: Path) -> None:
     path, out = for_steps(tmp_path / "budget.json", 4), tmp_path / "out"
     saving = {"save_strategy": "steps"}
@@ -417,6 +418,7 @@ def test_a_run_that_began_with_a_budget_does_not_go_on_without_it(tmp_path: Path
     assert (out / LEDGER_NAME).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_data_and_runs_without_noise_are_refused(tmp_path: Path) -> None:
     path = for_steps(tmp_path / "budget.json", 9)
     with pytest.raises(BudgetError, match="infinite epsilon"):

@@ -136,6 +136,7 @@ def test_the_self_check_goes_through_what_was_compiled(tmp_path: Path, monkeypat
         runs.trainer(tmp_path, torch_compile=True).train()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untraced")
 def test_what_cannot_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
     for model, words in (

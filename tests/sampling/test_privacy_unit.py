@@ -204,6 +204,7 @@ def test_card_ledger_and_plan_count_groups_and_nothing_tells_the_number_of_recor
     assert rate * runtime < 4 * 12  # of groups, not of the 1,237 records
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_with_another_unit_is_refused(tmp_path: Path) -> None:
     rows = by_author([f"author {i % 12}" for i in range(24)])
     settings = {"train_dataset": rows, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}

@@ -60,6 +60,7 @@ def test_what_does_not_fit_is_halved_before_the_first_sum(tmp_path: Path, monkey
     assert read_ledger(tmp_path / LEDGER_NAME).num_steps == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", quick((31,), [10**9, 31]))
 def test_results_and_files_are_those_of_a_run_without_it(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -165,6 +165,7 @@ def test_a_limit_learnt_on_long_records_leaves_short_ones_together() -> None:
     assert len([*room.parts([short])]) == 1
 
 
+@pytest.mark.slow
 def test_nothing_about_memory_is_left_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs that differ in what fits leave files of the same names, logs of the same keys and the same numbers."""
     settings = {"save_strategy": "steps", "save_steps": 1}

@@ -73,7 +73,7 @@ def look(page: str, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
         [program, *flags.split(), f"--user-data-dir={folder / 'profile'}", "--dump-dom", harness.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)

@@ -18,7 +18,7 @@ def start(act: Callable[[], Any]) -> int:
     return os.fork() or _act_and_exit(act)
 
 
-def status_of(child: int, seconds: float = 60.0, *, kill_after: float = math.inf) -> int:
+def status_of(child: int, seconds: float = 300.0, *, kill_after: float = math.inf) -> int:
     """How a child ended: 0, 1 after an exception, -9 when it killed itself, or was killed here because its time was up.
 
     Raises:
@@ -37,7 +37,7 @@ def status_of(child: int, seconds: float = 60.0, *, kill_after: float = math.inf
     raise TimeoutError(f"the child was still running after {seconds} s")
 
 
-def in_child(act: Callable[[], Any], seconds: float = 60.0) -> int:
+def in_child(act: Callable[[], Any], seconds: float = 300.0) -> int:
     """`status_of` a child that runs `act`."""
     return status_of(start(act), seconds)
 

@@ -193,11 +193,76 @@ def test_what_a_model_does_to_long_records_alone_is_exact(use: Any, tmp_path: Pa
     k = {"compute_loss_func": of_logits, "per_device_train_batch_size": 18}
     trainer = exact.exact(tmp_path, BySwitch(use), records, asked, **k)
     assert trainer.alone_because == ""
+    assert [may_share(trainer, n, 2) for n in (12, 31)] == [True, False]
+
+
+def may_share(trainer: hf_dp.DPTrainer, length: int, size: int) -> bool:
+    texts = torch.zeros(size, length, dtype=torch.long)
+    batch = MicroBatch({"input_ids": texts, "attention_mask": texts, "labels": texts[:, 0]}, size)
     compared = trainer.private_step.passes.compared
-    assert [compared(MicroBatch({"input_ids": torch.zeros(2, n), "labels": torch.zeros(2)}, 2)) for n in (12, 31)] == [
-        True,
-        False,
-    ]
+    assert compared is not None
+    return compared(batch)
+
+
+def mixed_between(x: Tensor, layer: nn.Module) -> Tensor:
+    """Batches of some lengths are normalised over their examples; shorter and longer ones are not."""
+    return layer(x - x.mean(0, keepdim=True)) if 20 <= x.shape[1] <= 25 else layer(x)
+
+
+def otherwise_between(x: Tensor, layer: nn.Module) -> Tensor:
+    """An example is treated otherwise where it is padded to one of some lengths."""
+    return layer((2 if 20 <= x.shape[1] <= 25 else 1) * x)
+
+
+def another_bias_between(x: Tensor, layer: nn.Module) -> Tensor:
+    """At some lengths the layer takes the other of two buffers."""
+    return layer(x + (layer.here if 20 <= x.shape[1] <= 25 else layer.there))
+
+
+def shifted_between(x: Tensor, layer: nn.Module) -> Tensor:
+    """At some lengths each example is given what belongs to its neighbour."""
+    return layer(x.roll(1 if 20 <= x.shape[1] <= 25 else 0, 0))
+
+
+def mixed_for_some_number(x: Tensor, layer: nn.Module) -> Tensor:
+    """Three examples are apart, and many are; five are not."""
+    return layer(x - x.mean(0, keepdim=True)) if len(x) == 5 else layer(x)
+
+
+def mixed_if_large(x: Tensor, layer: nn.Module) -> Tensor:
+    """What counts is how many numbers all examples have together."""
+    return layer(x - x.mean(0, keepdim=True)) if x.numel() > 8 * 100 else layer(x)
+
+
+BETWEEN = [
+    mixed_between,
+    otherwise_between,
+    another_bias_between,
+    shifted_between,
+    mixed_for_some_number,
+    mixed_if_large,
+]
+
+
+@pytest.mark.parametrize("use", BETWEEN, ids=lambda use: use.__name__)
+def test_what_a_model_does_at_some_sizes_alone_is_exact(use: Any, tmp_path: Path) -> None:
+    """Neither made-up records of 16 and 32 tokens show it, nor three or eight examples of up to 9."""
+    torch.manual_seed(0)
+    texts = [torch.randint(3, M.VOCAB, (n,)).tolist() for n in (22, 5, 23, 9, 7)]
+    records = [{"input_ids": t, "attention_mask": [1] * len(t), "labels": i % 8} for i, t in enumerate(texts)]
+    model = BySwitch(use)
+    model.linear.register_buffer("here", torch.ones(8))
+    model.linear.register_buffer("there", torch.zeros(8))
+
+    def asked(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(one["input_ids"], one["attention_mask"]).logits, one["labels"])
+
+    of_logits = lambda outputs, labels: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+    k = {"compute_loss_func": of_logits, "per_device_train_batch_size": 8}
+    trainer = exact.exact(tmp_path, model, records, asked, **k)
+    assert trainer.alone_because == ""
+    assert not may_share(trainer, 22, 5)
+    assert may_share(trainer, 12, 4)
 
 
 def test_what_a_model_does_to_many_examples_alone_is_exact(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from hf_dp.training.described import described, license_of, save_classes
-from hf_dp.training.progress import print_summary
+from hf_dp.training.progress import EpsilonProgress, print_summary
 from tests.support import models as M
 from tests.support import runs
 
@@ -79,6 +79,16 @@ def test_the_plan_can_be_silenced_and_says_what_it_is_without_noise(trained, cap
     monkeypatch.setattr(trained.args, "log_level", "error")
     print_summary(trained)
     assert capsys.readouterr().out == ""
+
+
+def test_a_line_of_the_log_is_for_people():
+    bar = EpsilonProgress()
+    lines, ends = [], []
+    bar.training_bar = SimpleNamespace(write=lines.append, set_postfix_str=ends.append)
+    logs = {"learning_rate": 1.23456e-3, "epsilon": 3.14159, "note": "x" * 1000, "total_flos": 12.0}
+    bar.on_log(None, SimpleNamespace(global_step=20, is_world_process_zero=True), None, logs)
+    assert lines == [f"step 20: learning_rate 0.001235, epsilon 3.142, note {'x' * 100}"]
+    assert ends == ["epsilon 3.142"]
 
 
 def test_the_licence_is_the_bases_where_its_card_is_here(tmp_path):

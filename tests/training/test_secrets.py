@@ -382,6 +382,7 @@ def test_noise_of_different_steps_has_nothing_in_common(witness: Witness) -> Non
     assert np.abs(correlation).max() < 5 / math.sqrt(len(witness.noise[0]))  # five standard errors
 
 
+@pytest.mark.slow
 def test_two_runs_on_different_data_with_the_same_seeds_have_independent_noise(tmp_path: Path) -> None:
     noises: list[Tensor] = []
     release = PrivateRun.release

@@ -141,6 +141,7 @@ def test_a_target_is_claimed_from_the_first_step_on_and_not_before(target: float
     assert 0.99 * target < run.privacy_spent().epsilon <= target
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_claims_the_costliest_of_its_plans(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, At(2, stop), **saving).train()

@@ -351,6 +351,7 @@ def test_another_training_in_the_same_folder_is_refused_and_the_ledger_stays(tmp
     assert (tmp_path / LEDGER_NAME).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_second_train_of_the_same_trainer_needs_budget(tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, None, PRIVATE, max_steps=3)
     trainer.train()
@@ -364,6 +365,7 @@ def test_a_second_train_of_the_same_trainer_needs_budget(tmp_path: Path) -> None
     assert free.privacy_spent().num_steps == 6
 
 
+@pytest.mark.slow
 def test_resuming_on_other_data_or_without_the_ledger_is_refused(tmp_path: Path) -> None:
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     runs.trainer(tmp_path, None, PRIVATE, **settings).train()
@@ -375,6 +377,7 @@ def test_resuming_on_other_data_or_without_the_ledger_is_refused(tmp_path: Path)
         runs.trainer(tmp_path, None, PRIVATE, **settings).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
     privacy = {**PRIVATE, "target_epsilon": None, "noise_multiplier": 1.0}

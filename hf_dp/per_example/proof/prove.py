@@ -18,9 +18,9 @@ The library's own fast losses over tokens pick the rows that have targets, which
 their place stand the losses spelt out (`losses.spelt_out`), the same numbers by PyTorch's own operations, which tests
 hold them to. So it is with Transformers' experts, which sort a batch's tokens (`experts.spelt_out`).
 
-What is not shown, and stays with the numeric check (`self_check`): the influence of sizes themselves, of the number of
-examples in a pass and of the padded length, where Python takes them from `shape`; padding that is not masked; the
-gradient rules' exactness.
+What is not shown, and stays with the numeric check (`self_check`) and with traces (`lengths`): the influence of sizes
+themselves, of the number of examples in a pass and of the padded length, where Python takes them from `shape`; padding
+that is not masked; the gradient rules' exactness.
 """
 
 from collections.abc import Callable, Iterator, Sequence
