@@ -5,7 +5,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,14 +74,6 @@ def test_shares_are_of_the_gain_of_plains_best_rate(utility: dict[str, Any]) -> 
     assert set(found) == {("no fine-tuning", None), ("plain, rate 0.01", None), ("ours", 8.0)}
     assert found["ours", 8.0][1] == pytest.approx([0.5])
     assert found["plain, rate 0.01", None][1] == pytest.approx([0.75, 1, 1])
-
-
-def test_a_way_that_protects_people_has_their_column(utility: dict[str, Any], tmp_path: Path) -> None:
-    args = SimpleNamespace(steps=2, batch=8)
-    sections, run = utility["sections_of"]("made-up", args, tmp_path), {"way": "", "seed": 0, "epsilon": 8.0}
-    for settings, names in (("", set()), ("privacy.unit_column=topic privacy.contribution_bound=4", {"topic"})):
-        rows = utility["prepared"](utility["recipe_of"](sections, settings, run, args)).train
-        assert set(rows.column_names) == {"input_ids", "labels"} | names
 
 
 @pytest.mark.slow
