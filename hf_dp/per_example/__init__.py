@@ -19,9 +19,17 @@ from hf_dp.per_example.batches import (
     stacked,
 )
 from hf_dp.per_example.borrowing import Places, places_kept
-from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors, views
+from hf_dp.per_example.capture import (
+    Pass,
+    PerExample,
+    clipped_gradient_sum,
+    clipped_gradients,
+    per_example_factors,
+    views,
+)
 from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
+from hf_dp.per_example.gathering import let_go, trains_shards
 from hf_dp.per_example.head import OVER_VOCABULARY, decoder_inputs
 from hf_dp.per_example.inventory import Inventory, Row, inventory_of_one, take_inventory
 from hf_dp.per_example.lengths import ComparedLengths, sizes_of
@@ -54,6 +62,7 @@ __all__ = [
     "Padding",
     "Pass",
     "Path",
+    "PerExample",
     "Places",
     "Proof",
     "Record",
@@ -66,6 +75,7 @@ __all__ = [
     "as_rows",
     "as_units",
     "clipped_gradient_sum",
+    "clipped_gradients",
     "decoder_inputs",
     "each_alone",
     "factors",
@@ -75,6 +85,7 @@ __all__ = [
     "is_sharded",
     "is_tied",
     "leaves",
+    "let_go",
     "longest_taken",
     "losses",
     "materialise_is_cheaper",
@@ -97,6 +108,7 @@ __all__ = [
     "take_inventory",
     "tied_members",
     "trace_of",
+    "trains_shards",
     "undisturbed",
     "untouched",
     "views",

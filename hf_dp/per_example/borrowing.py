@@ -5,13 +5,16 @@ taken as long as they hold.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from hf_dp.per_example.gathering import lent_when_gathered
 from hf_dp.per_example.pairs import Pair, pair_in
 from hf_dp.per_example.proxy import ParameterProxy, Value
 
@@ -38,6 +41,7 @@ class Places:
 
     Attributes:
         parameters: by name, in the order of `named_parameters`.
+        whole: those of them that do not lie in shards.
         shapes: of the parameters, and how many there are of each.
         pairs: LoRA's pairs among them that one tap takes (see `pairs`).
     """
@@ -49,6 +53,8 @@ class Places:
         names: dict[int, str] = {}
         layers: list[LoraLinear] = []
         for prefix, module in model.named_modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what an evaluation gathered; before those within are looked at
             self._seen.append(Seen(module, dict(module._modules), _parameters(module)))
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad:
@@ -57,6 +63,9 @@ class Places:
             if type(module) is LoraLinear:
                 layers.append(module)
         self.parameters = {place.name: place.parameter for place in self._places}
+        self.whole = {name: p for name, p in self.parameters.items() if not isinstance(p, DTensor)}
+        sharded = [(p, name) for name, p in self.parameters.items() if isinstance(p, DTensor)]
+        self._in_shards: dict[nn.Parameter, str] = dict(sharded)
         self.shapes = Counter(p.shape for p in self.parameters.values())
         self.pairs: list[Pair] = [pair for layer in layers if (pair := pair_in(layer, names)) is not None]
         self._proxies: dict[str, ParameterProxy] = {}
@@ -71,9 +80,9 @@ class Places:
         )
 
     def proxies(self, capture: Value) -> Mapping[str, ParameterProxy]:
-        """A proxy for each parameter, watched by `capture`: the same ones in every pass."""
+        """A proxy for each whole parameter, watched by `capture`: the same ones in every pass."""
         if not self._proxies:
-            self._proxies = {name: ParameterProxy.of(p, name, capture) for name, p in self.parameters.items()}
+            self._proxies = {name: ParameterProxy.of(p, name, capture) for name, p in self.whole.items()}
         else:
             for proxy in self._proxies.values():
                 proxy.capture = capture
@@ -81,25 +90,31 @@ class Places:
         return self._proxies
 
     @contextmanager
-    def lent(self, stand_ins: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    def lent(
+        self, stand_ins: Mapping[str, Tensor], of_gathered: Callable[[str, Tensor], Tensor]
+    ) -> Iterator[list[str]]:
         """Puts stand-ins wherever the model keeps the parameters, and always takes them out.
 
         Gradients that the parameters held are set aside during the pass. So a parameter that has one after it was used
         from elsewhere: it is a stray.
 
         Args:
-            stand_ins: for every parameter, by name.
+            stand_ins: for every whole parameter, by name.
+            of_gathered: (name, whole values) -> the stand-in of one that lies in shards, each time it is gathered.
 
         Yields:
             The names of strays; filled when the pass is over.
         """
         strays: list[str] = []
         held = {name: p.grad for name, p in self.parameters.items()}
+        gathered = lent_when_gathered(self._model, self._in_shards, of_gathered) if self._in_shards else nullcontext()
         try:
             for module, key, name, parameter in self._places:
-                module._parameters[key] = stand_ins[name]  # type: ignore[assignment]
+                if name in stand_ins:
+                    module._parameters[key] = stand_ins[name]  # type: ignore[assignment]
                 parameter.grad = None
-            yield strays
+            with gathered:
+                yield strays
         finally:
             for module, key, _, parameter in self._places:
                 module._parameters[key] = parameter

@@ -7,6 +7,7 @@ after an exception too, and `p.grad` is never written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -199,7 +200,8 @@ def per_example_factors(
             "forms=take_inventory(model, batch, example_losses).forms"
         )
     try:
-        with places.lent(places.proxies(capture)) as strays, one_tap_each(fast, capture), torch.enable_grad():
+        gathered = partial(_proxy_of, capture)
+        with places.lent(places.proxies(capture), gathered) as strays, one_tap_each(fast, capture), torch.enable_grad():
             losses = _checked(example_losses(), batch_size)
             _backward(losses)
         capture.refuse_hidden(strays)
@@ -208,13 +210,18 @@ def per_example_factors(
         capture.forget()
 
 
+def _proxy_of(capture: Capture, name: str, gathered: Tensor) -> ParameterProxy:
+    return ParameterProxy.of(gathered, name, capture)
+
+
 def _single_example(model: nn.Module, example_losses: Callable[[], Tensor]) -> tuple[dict[str, list[Factor]], Tensor]:
     """With one example in the pass, autograd's gradient is the example's, for any layer and any operation; memory that
     nothing has written holds zeros, not what another pass left there.
     """
     places = places_of(model)
-    leaves = {name: p.detach().requires_grad_() for name, p in places.parameters.items()}
-    with places.lent(leaves) as strays, torch.enable_grad(), zeros_in_new_memory():
+    leaves = {name: p.detach().requires_grad_() for name, p in places.whole.items()}
+    gathered = lambda name, values: leaves.setdefault(name, values.detach().requires_grad_())  # noqa: E731
+    with places.lent(dict(leaves), gathered) as strays, torch.enable_grad(), zeros_in_new_memory():
         losses = _checked(example_losses(), 1)
         _backward(losses)
     if strays:
@@ -289,6 +296,32 @@ def clipped_gradient_sum(
     return PerExample(squares.sqrt(), losses)
 
 
+def clipped_gradients(
+    model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int, clip_norm: float, factors_of: Pass
+) -> tuple[PerExample, Callable[[str, Tensor], None]]:
+    """As `clipped_gradient_sum`, one parameter after another, for sums that don't fit in memory together.
+
+    Returns:
+        Norms and losses, both secret; and `add(name, into)`, which adds sum_b min(1, C / |g_b|) g_b of one parameter to
+        a tensor of its shape.
+    """
+    factors, losses = factors_of(model, example_losses, batch_size)
+    with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+        measured = squared_norms(factors, (), losses)
+        weights = clip_factors(measured.squares.sqrt(), clip_norm)
+        bounded = weights > 0
+        some = None if bool(bounded.all()) else bounded
+
+    @torch.no_grad()
+    def add(name: str, into: Tensor) -> None:
+        uses = factors.get(name, [])
+        with torch.autocast(losses.device.type, enabled=False):
+            uses = uses if some is None else fx.without_examples(uses, some)
+            fx.add_weighted_sum(uses, weights, into, measured.cancelling.get(name, ()) if uses else ())
+
+    return PerExample(measured.squares.sqrt(), losses), add
+
+
 def _add_clipped(factors: dict[str, list[Factor]], losses: Tensor, clip_norm: float, into: dict[str, Tensor]) -> Tensor:
     """Adds the clipped gradients to `into`; upper bounds of their squared norms before clipping, [B]."""
     blocks = joined(factors)
@@ -307,7 +340,7 @@ def _add_clipped(factors: dict[str, list[Factor]], losses: Tensor, clip_norm: fl
     return measured.squares
 
 
-def views(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def views(flat: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameter name -> its part of a flat vector, in its shape, one after the other; a rest at the end stays out."""
     sizes = [p.numel() for p in parameters.values()]
     pieces = flat[: sum(sizes)].split(sizes)

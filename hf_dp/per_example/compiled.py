@@ -6,18 +6,22 @@ replaced, for the pass, by a *module*: y = x W^T with W constant, and a second a
 g_b^T x_b. The graph is an ordinary one, and autograd adds up several uses. Trained parameters outside of the blocks go
 through `capture`. A pass over one example runs uncompiled.
 
+A block under gradient checkpointing stays in its place, and what it checkpoints is compiled: forward and its repetition
+in backward run the same graphs, and what lies between them is freed as without compiling.
+
 Legend: B examples, T positions, d inputs, r outputs.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple, cast
+from functools import cache, partial
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_dp.errors import UnsupportedOptionError
 from hf_dp.per_example.capture import per_example_factors
@@ -30,6 +34,7 @@ from hf_dp.per_example.units import folded
 # How many graphs one class of blocks may have (first block or later, padded or not, checked or trained, ...). Beyond
 # that number, torch.compile runs blocks uncompiled.
 GRAPHS = 32
+CHECKPOINT = "_gradient_checkpointing_func"  # of transformers' GradientCheckpointingLayer, set where it is switched on
 
 
 class AnchoredLinear(torch.autograd.Function):
@@ -86,6 +91,22 @@ class _Leaf(NamedTuple):
     stand_in: TappedLinear
 
 
+class CheckpointedCall:
+    """Stands in for a block's checkpointing function: checkpoints the block's computation, compiled.
+
+    Args:
+        checkpoint: the block's own function, (call, *args) -> result, where the block gives a `functools.partial`.
+        compile_: of a function.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], compile_: Callable[..., Any]) -> None:
+        self._checkpoint, self._compile = checkpoint, compile_
+
+    def __call__(self, call: partial[Any], *args: Any) -> Any:
+        """As the block's own function."""
+        return self._checkpoint(partial(self._compile(call.func), *call.args, **call.keywords), *args)
+
+
 class CompiledBlocks:
     """Forms per-example factors as `capture.per_example_factors` does, with the model's repeated blocks compiled.
 
@@ -93,12 +114,16 @@ class CompiledBlocks:
         model: unwrapped; between passes it is left as it was.
         inventory: of the model.
         backend: of torch.compile.
+        checkpointing: the model will be under gradient checkpointing.
 
     Raises:
-        UnsupportedOptionError: there is nothing to compile, or other parameters are trained in the blocks; names all.
+        UnsupportedOptionError: there is nothing to compile, or other parameters are trained in the blocks, which names
+            all; or `checkpointing` is asked for and not done by the blocks themselves.
     """
 
-    def __init__(self, model: nn.Module, inventory: Inventory, backend: str = "inductor") -> None:
+    def __init__(
+        self, model: nn.Module, inventory: Inventory, backend: str = "inductor", checkpointing: bool = False
+    ) -> None:
         self._forms = inventory.forms
         self._blocks = list(_repeated_blocks(model))
         inside = {id(m) for blocks in self._blocks for m in blocks.modules()}
@@ -116,10 +141,17 @@ class CompiledBlocks:
                 f"are trained in them, as LoRA's are; found {found}. Leave it off, or train LoRA on linear layers"
             )
         self._own = [list(blocks) for blocks in self._blocks]
+        others = {type(b).__name__ for own in self._own for b in own if not isinstance(b, GradientCheckpointingLayer)}
+        if checkpointing and others:
+            raise UnsupportedOptionError(
+                f"torch_compile and gradient_checkpointing: {', '.join(sorted(others))} is not checkpointed by itself "
+                "(as transformers' GradientCheckpointingLayer is); leave one of both off"
+            )
         compiled = partial(torch.compile, dynamic=True, backend=backend)
         self._compiled: list[list[nn.Module]] = [
             [cast(nn.Module, compiled(block)) for block in own] for own in self._own
         ]
+        self._compile = cache(compiled)
 
     def __call__(
         self, model: nn.Module, example_losses: Callable[[], Tensor], batch_size: int
@@ -139,6 +171,7 @@ class CompiledBlocks:
     def _lent(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Puts compiled blocks and stand-ins into the model, and always takes them out; parameter -> its anchor."""
         anchors = {}
+        checkpointed = {block: vars(block)[CHECKPOINT] for own in self._own for block in own if checkpoints(block)}
         try:
             for name, parent, key, module, stand_in in self._leaves:
                 zero = torch.zeros((), dtype=wide(module.weight), device=module.weight.device)
@@ -146,9 +179,13 @@ class CompiledBlocks:
                 stand_in.anchor = anchors[name] = zero.expand(batch_size, *module.weight.shape).requires_grad_()
                 parent._modules[key] = stand_in
             _put(self._blocks, self._compiled)
+            for block in checkpointed:
+                vars(block)[CHECKPOINT] = CheckpointedCall(checkpointed[block], self._compile)
             yield anchors
         finally:
             _put(self._blocks, self._own)
+            for block, own in checkpointed.items():
+                vars(block)[CHECKPOINT] = own
             for leaf in self._leaves:
                 leaf.parent._modules[leaf.key] = leaf.module
                 leaf.stand_in.weight = leaf.stand_in.anchor = torch.empty(0)
@@ -157,7 +194,13 @@ class CompiledBlocks:
 def _put(lists: Sequence[nn.ModuleList], modules: Sequence[Sequence[nn.Module]]) -> None:
     for blocks, those in zip(lists, modules, strict=True):
         for place, module in enumerate(those):
-            blocks[place] = module
+            if not checkpoints(blocks[place]):
+                blocks[place] = module
+
+
+def checkpoints(block: nn.Module) -> bool:
+    """Whether the block itself checkpoints what it computes in training."""
+    return CHECKPOINT in vars(block) and bool(block.gradient_checkpointing)
 
 
 def _repeated_blocks(model: nn.Module) -> Iterator[nn.ModuleList]:

@@ -48,7 +48,7 @@ class ComparedLengths:
         trace: Callable[[MicroBatch], Trace] | None = None,
     ) -> None:
         self._made, self._are_right, self._trace = made, are_right, trace
-        self._first = known
+        self._first, self._kinds = known, _kinds(known)
         self._known = {_as_key(sizes_of(known)): MOST}  # sizes -> the most examples that may share a pass
         self._steps = steps_up_to(min(longest or MOST, MOST))
         self._far = max(i for i, step in enumerate(self._steps) if step <= MANY)
@@ -61,15 +61,14 @@ class ComparedLengths:
         """Whether passes over several examples of such sizes are right."""
         sizes, number = sizes_of(batch), batch.size
         key = _as_key(sizes)
-        if self._trace is not None and not self._as_few(number):
+        if _kinds(batch) != self._kinds or (self._trace is not None and not self._as_few(number)):
             return False
         if number <= self._known.get(key, 0):
             return True
         steps, number = sorted(self._relied_on(sizes)), 1 << (number - 1).bit_length()
         if not all(self._is_right(step) for step in steps):
             return False
-        alike = self._trace is None or self._does_as_at(steps, sizes, number)
-        if not alike and not self._is_right_itself(sizes, steps, number):
+        if self._trace is not None and not self._is_right_between(sizes, steps, number):
             return False
         self._known[key] = number if self._trace else MOST
         return True
@@ -86,10 +85,13 @@ class ComparedLengths:
 
     def _relied_on(self, sizes: Sizes) -> set[int]:
         """The steps on both sides of each size that depends on the length."""
+        return {step for side in sizes if self._varies(side) for step in self._around(side, sizes[side])}
+
+    def _varies(self, side: Side) -> bool:
+        """Whether it depends on the length."""
         near = range(self._far + 1)
         first, far = (next(filter(None, map(self._at, order)), {}) for order in (near, near[::-1]))
-        varying = [side for side in sizes if first.get(side) != far.get(side)]
-        return {step for side in varying for step in self._around(side, sizes[side])}
+        return first.get(side) != far.get(side)
 
     def _around(self, side: Side, size: int) -> Iterator[int]:
         """The last step of that size; or else the steps just below and above it."""
@@ -122,6 +124,22 @@ class ComparedLengths:
             self._numbers.add(number)
         return number in self._numbers
 
+    def _is_right_between(self, sizes: Sizes, steps: Sequence[int], number: int) -> bool:
+        """Whether passes of these sizes over `number` examples are right, given that those at the steps are."""
+        first = sizes_of(self._first)
+        if any(size != first[side] for side, size in sizes.items() if not self._varies(side)):
+            return self._is_right_in_other_sizes(sizes, number)  # such as pictures of another size
+        return self._does_as_at(steps, sizes, number) or self._is_right_itself(sizes, steps, number)
+
+    def _is_right_in_other_sizes(self, sizes: Sizes, number: int) -> bool:
+        """As `_is_right_itself`, of sizes that don't follow from a length."""
+        try:
+            whole = self._public(sizes)
+            alone = whole.pieces(1)
+            return whole.size > 1 and self._are_right([whole.first(max(number, whole.size)), *alone])
+        except Exception:
+            return False
+
     def _does_as_at(self, steps: Sequence[int], sizes: Sizes, number: int) -> bool:
         """Whether a pass over `number` examples does what it does at these steps, and there what it does over two."""
         if not steps:
@@ -153,10 +171,7 @@ class ComparedLengths:
     def _is_right_itself(self, sizes: Sizes, steps: Sequence[int], number: int) -> bool:
         """Whether passes over as many made-up examples of exactly these sizes are right; not if none can be made up."""
         try:
-            length = self._length_of(sizes, steps)
-            whole, *alone = self._made((length, max(length // 2, 1)))
-            if whole.size == 1:
-                whole, *alone = self._made((length, length))
+            whole, *alone = self._made_of(self._length_of(sizes, steps))
             right = whole.size > 1 and sizes_of(whole) == sizes
             return right and self._are_right([whole.first(max(number, whole.size)), *alone])
         except Exception:
@@ -174,13 +189,14 @@ class ComparedLengths:
 
     def _public(self, sizes: Sizes) -> MicroBatch:
         """Made-up examples of these sizes: those of the steps above, cut; beyond the last step they are repeated."""
-        template, *_ = self._batches(max(self._relied_on(sizes)))
+        steps = self._relied_on(sizes)
+        template = self._batches(max(steps))[0] if steps else self._first
 
         def leaf(path: Path, value: Leaf) -> Leaf:
             if not isinstance(value, Tensor):
                 return value
             sides = [(path, i) for i in range(1, value.dim())]
-            steps = [step for side in sides for step in self._around(side, sizes[side])]
+            steps = [step for side in sides if self._varies(side) for step in self._around(side, sizes[side])]
             found = leaves(self._batches(max(steps))[0])[path] if steps else value
             for side in sides:
                 have, wanted = found.shape[side[1]], sizes[side]
@@ -191,7 +207,9 @@ class ComparedLengths:
         return MicroBatch(with_leaves(template, leaf), template.size)
 
     def _batches(self, step: int) -> Sequence[MicroBatch]:
-        length = self._steps[step]
+        return self._made_of(self._steps[step])
+
+    def _made_of(self, length: int) -> Sequence[MicroBatch]:
         made = self._made((length, max(length // 2, 1)))
         return made if made[0].size > 1 else self._made((length, length))
 
@@ -216,6 +234,20 @@ def steps_up_to(longest: int) -> list[int]:
 
 def _as_key(sizes: Sizes) -> frozenset[tuple[Side, int]]:
     return frozenset(sizes.items())
+
+
+def _kinds(batch: Batch) -> dict[Path, Leaf]:
+    """What must be alike in all passes: which members there are, the types of tensors, and what is no row an example's.
+
+    Code may read these, and do something else.
+    """
+
+    def kind(leaf: Leaf) -> Leaf:
+        if isinstance(leaf, Tensor):
+            return leaf.dtype, leaf.dim()
+        return (type(leaf), leaf) if isinstance(leaf, (bool, int, float, str)) else type(leaf)
+
+    return {path: kind(leaf) for path, leaf in leaves(batch).items()}
 
 
 def sizes_of(batch: Batch) -> Sizes:

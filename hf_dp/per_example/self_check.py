@@ -6,7 +6,8 @@ router's auxiliary loss, BatchNorm, layers that mix examples, gradients that rea
 layers that write what they saw into the model's state.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from hf_dp.errors import SelfCheckError
 from hf_dp.per_example.batches import Batch, MicroBatch
-from hf_dp.per_example.capture import Pass, clipped_gradient_sum, per_example_factors
+from hf_dp.per_example.capture import Pass, clipped_gradient_sum, clipped_gradients, per_example_factors
 from hf_dp.per_example.factors import add_weighted_sum, exact
+from hf_dp.per_example.gathering import trains_shards
 from hf_dp.per_example.inventory import ExampleLosses
 from hf_dp.per_example.proof import state_put_back, untouched
 
@@ -187,7 +189,7 @@ def _squared_differences(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.requires_grad:
-                    difference = torch.zeros(p.shape, dtype=exact(p).dtype, device=p.device)
+                    difference = _zeros(p)
                     add_weighted_sum(singly.get(name, []), chosen[0, :1], difference)
                     totals[1, first] += difference.square().sum()
                     add_weighted_sum(together.get(name, []), -chosen[first], difference)
@@ -211,26 +213,48 @@ def _largest_move(
     model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses, clip_norm: float, factors_of: Pass
 ) -> float:
     """max over examples of |clipped sum with it - clipped sum without it|: at most C."""
-    whole = _clipped_sum(model, batch, example_losses, clip_norm, factors_of)
+    whole = _clipped(model, batch, example_losses, clip_norm, factors_of)
     moves = []
     for row in range(batch.size):
         parts = [batch.rows(slice(0, row)), batch.rows(slice(row + 1, batch.size))]
-        clipped = [_clipped_sum(model, p, example_losses, clip_norm, factors_of) for p in parts if p.size]
-        without = sum(clipped)
-        moves.append(float((whole - without).norm()))
+        without = [_clipped(model, p, example_losses, clip_norm, factors_of) for p in parts if p.size]
+        moves.append(_distance(model, whole, without))
     return max(moves)
 
 
-def _clipped_sum(
+def _clipped(
     model: nn.Module, batch: MicroBatch, example_losses: ExampleLosses, clip_norm: float, factors_of: Pass
-) -> Tensor:
-    into = {
-        name: torch.zeros(p.shape, dtype=exact(p).dtype, device=p.device)
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-    clipped_gradient_sum(model, lambda: example_losses(model, batch), batch.size, clip_norm, into, factors_of)
-    return torch.cat([g.reshape(-1) for g in into.values()])
+) -> Callable[[str, Tensor], None]:
+    """Adds the clipped sum of one parameter, by name; what lies in shards is never whole for all of them together."""
+    losses = lambda: example_losses(model, batch)  # noqa: E731
+    if trains_shards(model):
+        return clipped_gradients(model, losses, batch.size, clip_norm, factors_of)[1]
+    into = {name: _zeros(p) for name, p in model.named_parameters() if p.requires_grad}
+    clipped_gradient_sum(model, losses, batch.size, clip_norm, into, factors_of)
+
+    def add(name: str, total: Tensor) -> None:
+        total += into[name]
+
+    return add
+
+
+@torch.no_grad()
+def _distance(
+    model: nn.Module, whole: Callable[[str, Tensor], None], without: Sequence[Callable[[str, Tensor], None]]
+) -> float:
+    squared = 0.0
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            moved = _zeros(p)
+            for add in without:
+                add(name, moved)
+            whole(name, moved.neg_())
+            squared += float(moved.square().sum())
+    return math.sqrt(squared)
+
+
+def _zeros(p: Tensor) -> Tensor:
+    return torch.zeros(p.shape, dtype=exact(p).dtype, device=p.device)
 
 
 def _explanation(difference: float, tolerance: float) -> str:

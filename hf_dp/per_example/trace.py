@@ -1,19 +1,25 @@
-"""A forward pass -> which operations it takes and with which settings: what a model does only at some sizes shows here.
+"""A pass -> which operations it takes and with which settings: what a model does only at some sizes shows here.
 
 Python may read sizes from `shape` and do something else with them, which neither values nor their dependence tell. But
-it has to do so by other operations, other settings, or other numbers than at the sizes before and after.
+it has to do so by other operations, other settings, or other numbers than at the sizes before and after. The same is
+true of backward where Python has a say in it; elsewhere it is the derivative of what forward did.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dp.per_example.batches import Batch
+from hf_dp.per_example.batches import Batch, leaves
 from hf_dp.per_example.losses import spelt_out
+from hf_dp.per_example.proof import HOOKS, has_backward_in_python
 
 Value: TypeAlias = Any  # an argument of an operation
 Operation: TypeAlias = tuple[Value, ...]  # what is called, and with what besides sizes
@@ -56,32 +62,71 @@ def _numbers(of: list[list[Sizes]]) -> list[Sizes]:
 
 
 def trace_of(model: nn.Module, example_losses: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Trace:
-    """What a forward pass over a batch of public records does. Compiled functions run as they are written.
+    """What a pass over a batch of public records does: forward, and backward if Python has a say in it, by an autograd
+    function or a hook. Compiled functions run as they are written.
 
-    The model is in training mode, and a pass is known to write to nothing that outlives it.
+    The model is in training mode, and a pass is known to write to nothing that outlives it. Forward keeps nothing for
+    a backward pass that will not be followed.
     """
-    noted = _Noted(model)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), spelt_out(), noted:
-        example_losses(model, batch)
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), spelt_out():
+        noted, hooks = _Noted(model, batch), _Hooks()
+        with noted, hooks, saved_tensors_hooks(lambda _: None, _not_kept):
+            losses = example_losses(model, batch)
+            followed = hooks.registered or has_backward_in_python(losses)
+        if followed and losses.requires_grad:
+            noted = _Noted(model, batch)
+            gradients = [(p, p.grad) for p in model.parameters()]
+            try:
+                with noted:
+                    example_losses(model, batch).sum().backward()
+            finally:
+                for p, gradient in gradients:
+                    p.grad = gradient
     return noted.trace
+
+
+def _not_kept(_: None) -> Tensor:
+    raise RuntimeError("a pass that is traced calls for its gradients")
+
+
+class _Hooks(TorchFunctionMode):
+    """Notes whether a hook on gradients is registered within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registered = False
+
+    def __torch_function__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
+        self.registered |= getattr(func, "__name__", "") in HOOKS
+        return func(*args, **(kwargs or {}))
 
 
 class _Noted(TorchDispatchMode):
     """Notes each operation within."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
         super().__init__()
         self.trace = Trace()
         self._flags: dict[int, tuple[bool, ...]] = {}
         kept = [*model.named_parameters(), *model.named_buffers()]
         self._names = {t.data_ptr(): name for name, t in kept if t.layout is torch.strided and t.numel()}
+        self._born: dict[int, StorageWeakRef] = {}  # memory whose numbers follow from what is noted, by its address
+        for tensor in [*(t for _, t in kept), *leaves(batch).values()]:
+            self._is_born(tensor)
 
     def __torch_dispatch__(
         self, func: Value, types: Value, args: tuple[Value, ...] = (), kwargs: dict[str, Value] | None = None
     ) -> Value:
         out = func(*args, **(kwargs or {}))
         self._note(func, args, kwargs or {})
+        for result in out if isinstance(out, (list, tuple)) else [out]:
+            self._is_born(result)
         return out
+
+    def _is_born(self, value: Value) -> None:
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            storage = value.untyped_storage()
+            self._born.setdefault(storage._cdata, StorageWeakRef(storage))  # which keeps the address from other memory
 
     def _note(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
         key = id(func)  # an operation's own hash is slow
@@ -99,6 +144,8 @@ class _Noted(TorchDispatchMode):
         if isinstance(value, Tensor):
             known = self._names.get(value.data_ptr()) if value.layout is torch.strided else None
             settings.append((value.dim(), value.dtype, known))
+            if value.layout is torch.strided and value.untyped_storage()._cdata not in self._born:
+                self._take_numbers(value, settings, sizes)
         elif isinstance(value, (list, tuple)):
             listed: list[Value] = []
             for part in value:
@@ -110,6 +157,16 @@ class _Noted(TorchDispatchMode):
             settings.append("size")
         else:
             settings.append(value)
+
+    def _take_numbers(self, made_elsewhere: Tensor, settings: list[Value], sizes: list[int]) -> None:
+        """Of a tensor that Python made, such as a list of indices: its numbers; of a range, its ends and its step."""
+        numbers = made_elsewhere.detach().flatten().tolist()
+        steps = [after - before for before, after in pairwise(numbers)]
+        if all(type(number) is int for number in numbers) and len(set(steps)) <= 1:
+            settings.append(("range", *steps[:1]))
+            sizes += [len(numbers), *numbers[:1], *numbers[-1:]]
+        else:
+            settings.append(tuple(numbers))
 
 
 @cache

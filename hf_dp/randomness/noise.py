@@ -11,7 +11,7 @@ and has such a proof (see `grid` and `discrete`).
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -61,11 +61,7 @@ class NoiseSource:
             ConfigError: std negative, not finite, or beyond float32; numel negative.
             HfDpError: in a forked copy of the process that made the source; or as `on_device.gaussian`.
         """
-        if numel < 0 or not (std == 0 or (math.isfinite(std) and SMALLEST_STD <= std <= LARGEST_STD)):
-            raise ConfigError(
-                f"noise needs numel >= 0 and std 0 or from {SMALLEST_STD} to {LARGEST_STD} (got numel={numel}, "
-                f"std={std})"
-            )
+        _check(numel, std)
         import torch
 
         from hf_dp.randomness import on_device
@@ -84,8 +80,45 @@ class NoiseSource:
             keyed_stream(self._key, Role.NOISE, number, block).standard_normal(dtype=np.float32, out=part)
             part *= np.float32(std)
 
-        _for_each_block(numel, fill)
+        _for_each(range(-(-numel // BLOCK)), fill)
         return torch.from_numpy(values).to(device)
+
+    def gaussian_at(
+        self, coordinates: Sequence[range], numel: int, *, std: float, device: "torch.device | str | None" = None
+    ) -> "Tensor":
+        """What `gaussian(numel, ...)` would give at these coordinates, one range after the other, float32.
+
+        It is the call of a number as well. So sources with one key, each with coordinates of its own, together give one
+        N(0, std² I), however many they are; and two of them give the same at the same coordinate.
+
+        Raises:
+            ConfigError, HfDpError: as `gaussian`; or a coordinate is not below numel, or a range has another step.
+        """
+        _check(numel, std)
+        if any(r.step != 1 or (r and not 0 <= r.start < r.stop <= numel) for r in coordinates):
+            raise ConfigError(f"noise at coordinates needs ranges within range({numel}), got {coordinates}")
+        import torch
+
+        from hf_dp.randomness import on_device
+
+        number, there = self._next_number(), torch.device("cpu" if device is None else device)
+        values = torch.zeros(sum(map(len, coordinates)), dtype=torch.float32, device=there)
+
+        def fill(block: int) -> None:
+            length = min(BLOCK, numel - block * BLOCK)
+            if isinstance(self._key, ChaChaKey) and there.type in on_device.DEVICES:
+                made = on_device.gaussian_block(self._key.secret, Role.NOISE, number, block, length, there)
+            else:
+                drawn = np.empty(length, dtype=np.float32)
+                keyed_stream(self._key, Role.NOISE, number, block).standard_normal(dtype=np.float32, out=drawn)
+                made = torch.from_numpy(drawn)
+            for place, inside in pieces[block]:
+                values[place.start : place.stop] = (made[inside.start : inside.stop] * float(np.float32(std))).to(there)
+
+        pieces = _by_block(coordinates)
+        if std > 0:
+            _for_each(pieces, fill)
+        return values
 
     def discrete(self, numel: int, *, device: "torch.device | str | None" = None) -> "Tensor":
         """N_Z(0, S²) in each of `numel` coordinates, S = `grid.STD`, int64, on `device`. Drawn on the CPU, in threads.
@@ -106,7 +139,7 @@ class NoiseSource:
             part = values[block * BLOCK : (block + 1) * BLOCK]
             part[:] = discrete_gaussian(stream.words, len(part))
 
-        _for_each_block(numel, fill)
+        _for_each(range(-(-numel // BLOCK)), fill)
         return torch.from_numpy(values).to(device)
 
     def _next_number(self) -> int:
@@ -123,9 +156,29 @@ class NoiseSource:
         raise HfDpError("a NoiseSource holds a secret key and is not pickled or copied: make one where it is used")
 
 
-def _for_each_block(numel: int, fill: Callable[[int], None]) -> None:
+def _check(numel: int, std: float) -> None:
+    if numel < 0 or not (std == 0 or (math.isfinite(std) and SMALLEST_STD <= std <= LARGEST_STD)):
+        raise ConfigError(
+            f"noise needs numel >= 0 and std 0 or from {SMALLEST_STD} to {LARGEST_STD} (got numel={numel}, std={std})"
+        )
+
+
+def _by_block(coordinates: Iterable[range]) -> dict[int, list[tuple[range, range]]]:
+    """Block -> its pieces that are wanted: (places in the result, places in the block)."""
+    pieces: dict[int, list[tuple[range, range]]] = {}
+    done = 0
+    for wanted in coordinates:
+        for block in range(wanted.start // BLOCK, -(-wanted.stop // BLOCK) if wanted else 0):
+            start, stop = max(wanted.start, block * BLOCK), min(wanted.stop, (block + 1) * BLOCK)
+            place = range(done + start - wanted.start, done + stop - wanted.start)
+            pieces.setdefault(block, []).append((place, range(start - block * BLOCK, stop - block * BLOCK)))
+        done += len(wanted)
+    return pieces
+
+
+def _for_each(blocks: Iterable[int], fill: Callable[[int], None]) -> None:
     import torch
 
-    blocks = range(-(-numel // BLOCK))
+    blocks = list(blocks)
     with ThreadPoolExecutor(max(1, min(len(blocks), torch.get_num_threads()))) as pool:
         list(pool.map(fill, blocks))

@@ -78,6 +78,12 @@ def gaussian(key: int, role: int, number: int, numel: int, block: int, device: t
     return made
 
 
+def gaussian_block(key: int, role: int, number: int, block: int, length: int, device: torch.device) -> Tensor:
+    """The first `length` normals of one stream, float32 [length]; raises as `gaussian`."""
+    _check(device)
+    return standard_normal(key, role, number, range(block, block + 1), length, device)[0]
+
+
 _checked: set[torch.device] = set()
 
 

@@ -81,6 +81,7 @@ class Session:
         seed: fixes keys and noise, for tests alone; the ledger is marked as not private.
         continues: an earlier session of this process left its ledger in the folder, so it may be continued without a
             checkpoint.
+        in_shards: each process releases shards, and so needs the noise of their coordinates.
     """
 
     dataset: Records
@@ -88,6 +89,7 @@ class Session:
     epoch_length: int = 1
     seed: int | None = None
     continues: bool = False
+    in_shards: bool = False
 
 
 class Opened(NamedTuple):
@@ -95,7 +97,7 @@ class Opened(NamedTuple):
 
     Attributes:
         ledger: open on process 0; None elsewhere.
-        noise: on process 0; None elsewhere.
+        noise: on process 0, and on all for shards; None elsewhere.
         sampling_key: 128 secret bits, the same on all processes, new in every session.
         spending: everything charged before this session.
         plan: all steps charged before, and then those that this session plans to take.
@@ -244,12 +246,13 @@ class _Opening:
         return record.segments, record.plans
 
     def _keys(self) -> tuple[Key, NoiseSource | None]:
-        """The key of the draws, on all processes; the source of the noise, on process 0."""
+        """The key of the draws, on all processes; the source of the noise, on process 0, or of one key on all."""
         seed = self.session.seed
         sampling_key = self.place.shared(lambda: self._key(fresh_key() if seed is None else seed))
-        if self.place.process_index != 0:
-            return sampling_key, None
-        return sampling_key, NoiseSource(key=self._key(fresh_key() if seed is None else seed + 1))
+        own = lambda: self._key(fresh_key() if seed is None else seed + 1)  # noqa: E731
+        if self.session.in_shards:
+            return sampling_key, NoiseSource(key=self.place.shared(own))
+        return sampling_key, NoiseSource(key=own()) if self.place.process_index == 0 else None
 
     def _key(self, secret: int) -> Key:
         """The secret as a key for the generator that the mechanism names."""

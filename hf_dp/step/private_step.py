@@ -28,6 +28,7 @@ from hf_dp.per_example import (
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Failure
 from hf_dp.step import sharding
+from hf_dp.step.coordinates import as_gradient, local
 from hf_dp.step.memory import MemoryLimit
 from hf_dp.step.run import PrivateRun
 from hf_dp.step.sums import ClippedSum, new_sum, refuse_impossible_sum, trainable
@@ -110,7 +111,8 @@ class PrivateStep:
             beside: adds to the sum what belongs to the draw besides its records, such as canaries.
 
         Returns:
-            What was released, float32 [P], or [P + 2] with metrics.
+            What was released, float32 [P], or [P + 2] with metrics; of this process's shards where trained parameters
+            lie in shards.
 
         Raises:
             ReleaseError: as `PrivateRun.release`.
@@ -127,7 +129,8 @@ class PrivateStep:
             self._sum_up_untold(batches, run)
             if beside is not None:
                 beside(self.sum.flat)
-        released = run.release(self.sum.flat, draw_number)
+        shards = self.sum.coordinates
+        released = run.release(self.sum.flat, draw_number, *(() if shards is None else (shards,)))
         self.write_gradients(released)
         return released
 
@@ -215,8 +218,8 @@ class PrivateStep:
     def write_gradients(self, released: Tensor) -> None:
         """p.grad = released / B, with the public B. Whatever was in `p.grad` before is replaced."""
         parameters, mean = trainable(self.model), released / self.level.expected_batch_size
-        for name, gradient in views(mean, parameters).items():
-            parameters[name].grad = gradient.to(parameters[name].dtype)
+        for name, gradient in views(mean, {name: local(p) for name, p in parameters.items()}).items():
+            parameters[name].grad = as_gradient(gradient, parameters[name])
 
     def forget(self) -> None:
         """Frees the sum's memory; the next step allocates it again."""
@@ -233,3 +236,4 @@ class PrivateStep:
         model, made_up = self.model, self.passes.made_up()
         with self.passes.precision():
             per_example_factors(model, lambda: self.passes.example_losses(model, made_up), 1)
+        self.sum.add_nothing()

@@ -20,6 +20,7 @@ from hf_dp.errors import HfDpError, ReleaseError
 from hf_dp.ledger import Ledger
 from hf_dp.mechanism import DISCRETE
 from hf_dp.randomness import NoiseSource
+from hf_dp.step.coordinates import Coordinates
 
 EXACT = 1 << 24  # float32 holds whole numbers up to here exactly
 
@@ -39,7 +40,7 @@ class Releaser:
 
     Args:
         ledger: open, with the settings of the steps begun. On process 0; None elsewhere.
-        noise: on process 0; None elsewhere.
+        noise: on process 0; None elsewhere, but of shards, where every process has one of the same key.
         process_index: this process, from 0.
         num_processes: how many take part.
 
@@ -94,13 +95,49 @@ class Releaser:
         except Exception as error:  # of any kind: the other processes are told before it is raised
             failure = error
             buffer.zero_()
-        tag = number % _modulus(self._num_processes)
-        buffer[size:] = torch.tensor([tag, tag * tag, failure is not None])
-        self._reduce(buffer)
-        if failure is not None:
-            raise failure
-        self._check_together(tag, *buffer[size:].tolist())
+        self._reduce_marked(buffer, number, failure)
         return buffer[:size]
+
+    @torch.no_grad()
+    def of_shards(
+        self,
+        own_sum: Tensor,
+        coordinates: Coordinates,
+        *,
+        sensitivity: float,
+        noise_multiplier: float,
+        draw_number: int | None = None,
+    ) -> Tensor:
+        """As a call, where each process holds shards of the sum over all processes: its shards of the noisy sum.
+
+        Each process adds the noise of its coordinates, from a source with the key of all others. Process 0 has charged
+        before: the `all_reduce`, which carries the coordinates that all processes hold too, comes first.
+
+        Args:
+            own_sum: this process's shards, float32, and its part of the shared coordinates. It is left as it was.
+            coordinates: of `own_sum` in the whole.
+            sensitivity, noise_multiplier, draw_number: as in a call.
+
+        Raises:
+            ReleaseError, LedgerError: as in a call.
+        """
+        number = self._last_draw + 1 if draw_number is None else draw_number
+        shared = coordinates.shared
+        buffer, failure = own_sum.new_zeros(shared + 3), None
+        try:
+            if self._noise is None or own_sum.dtype != torch.float32:
+                raise ReleaseError("a release of shards needs a noise source on every process, and a float32 sum")
+            self._check(own_sum, sensitivity, noise_multiplier, number)
+            self._charge_and_look(own_sum)
+            buffer[:shared] = own_sum[len(own_sum) - shared :]
+        except Exception as error:  # of any kind: the other processes are told before it is raised
+            failure = error
+            buffer.zero_()
+        self._reduce_marked(buffer, number, failure)
+        assert self._noise is not None
+        std, own = sensitivity * noise_multiplier, coordinates.own
+        noise = self._noise.gaussian_at(own, coordinates.total, std=std, device=own_sum.device)
+        return torch.cat((own_sum[: len(own_sum) - shared], buffer[:shared])) + noise
 
     def abandon(self, clipped_sum: Tensor, *, tell: bool = True) -> None:
         """Gives up this step, and charges it on process 0: that any process fails tells something about the draw.
@@ -118,6 +155,15 @@ class Releaser:
                 buffer = clipped_sum.new_zeros(len(clipped_sum) + 3)
                 buffer[-1] = 1.0
                 self._reduce(buffer)
+
+    def _reduce_marked(self, buffer: Tensor, number: int, failure: Exception | None) -> None:
+        """Adds `buffer` up over all processes, with the three marks in its last places; raises what they tell."""
+        tag = number % _modulus(self._num_processes)
+        buffer[-3:] = torch.tensor([tag, tag * tag, failure is not None])
+        self._reduce(buffer)
+        if failure is not None:
+            raise failure
+        self._check_together(tag, *buffer[-3:].tolist())
 
     def _reduce(self, buffer: Tensor) -> None:
         """The one collective operation of a step.
@@ -140,6 +186,17 @@ class Releaser:
     def _fill(self, buffer: Tensor, clipped_sum: Tensor, sensitivity: float, noise_multiplier: float) -> None:
         """Charges on process 0; then adds this process's part, and on process 0 the noise, to `buffer`."""
         std = sensitivity * noise_multiplier
+        self._charge_and_look(clipped_sum)
+        buffer += clipped_sum
+        if self._process_index == 0 and std > 0:
+            assert self._noise is not None
+            if buffer.dtype == torch.int64:
+                buffer += self._noise.discrete(len(buffer), device=buffer.device)
+            else:
+                buffer += self._noise.gaussian(len(buffer), std=std, device=buffer.device)
+
+    def _charge_and_look(self, clipped_sum: Tensor) -> None:
+        """Charges on process 0; then an error if the sum is not finite."""
         if self._process_index == 0:
             assert self._ledger is not None
             self._ledger.charge()
@@ -148,13 +205,6 @@ class Releaser:
                 "the clipped sum is not finite, although examples that are not count as zero: a fault of the "
                 "per-example stage. The step is charged, nothing was released; report it"
             )
-        buffer += clipped_sum
-        if self._process_index == 0 and std > 0:
-            assert self._noise is not None
-            if buffer.dtype == torch.int64:
-                buffer += self._noise.discrete(len(buffer), device=buffer.device)
-            else:
-                buffer += self._noise.gaussian(len(buffer), std=std, device=buffer.device)
 
     def _check(self, clipped_sum: Tensor, sensitivity: float, noise_multiplier: float, number: int) -> None:
         wrong = [*_wrong_arguments(clipped_sum, sensitivity, noise_multiplier), *self._wrong_state(number)]

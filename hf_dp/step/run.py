@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from hf_dp.ledger import COMPLETE, LedgerRecord
 from hf_dp.ledger import budget as budgets
 from hf_dp.mechanism import Mechanism, Segment, StepSettings
 from hf_dp.randomness import STD
+from hf_dp.step.coordinates import Coordinates
 from hf_dp.step.opening import Opened, Place, Session, begin_segment, open_session
 from hf_dp.step.release import Releaser
 from hf_dp.step.spending import PrivacySpent, Spending
@@ -84,19 +86,21 @@ class PrivateRun:
         """The settings of the step that takes this draw of the session."""
         return self.mechanism.at(self._opened.first_step + draw_number - self._opened.first_draw)
 
-    def release(self, clipped_sum: Tensor, draw_number: int) -> Tensor:
+    def release(self, clipped_sum: Tensor, draw_number: int, coordinates: Coordinates | None = None) -> Tensor:
         """The one exit of a step: charged, noised, reduced; float32 [P].
 
         Args:
             clipped_sum: this process's part, flat, [P], float32 or int64.
             draw_number: the draw that `told_to_all` was given.
+            coordinates: of the process's shards, if the sum lies in shards. What is released then are its shards.
 
         Raises:
             ReleaseError: a step beyond the last; or as `Releaser`.
         """
         self._refuse_beyond()
         try:
-            noisy = self._releaser(
+            whole = self._releaser
+            noisy = (whole if coordinates is None else partial(whole.of_shards, coordinates=coordinates))(
                 clipped_sum,
                 sensitivity=self.level.sensitivity,
                 noise_multiplier=self.level.joint_noise_multiplier,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_dp.mechanism import METRICS, Mechanism, StepSettings
+from hf_dp.step.coordinates import Coordinates
 from hf_dp.step.metrics import ReleasedMetrics
 
 SIGNAL_TO_NOISE = "signal_to_noise"
@@ -42,16 +43,18 @@ class ReleasedFigures:
         self._metrics = ReleasedMetrics.of(mechanism)
         self._lately, self._in_all = _Ratio(), _Ratio()
 
-    def add(self, released: Tensor, m: StepSettings) -> None:
-        """Adds what a step of `m` released, [P], or [P + 2] with metrics."""
+    def add(self, released: Tensor, m: StepSettings, coordinates: Coordinates | None = None) -> None:
+        """Adds what a step of `m` released, [P], or [P + 2] with metrics; or the shards of these coordinates."""
         gradient = released
         if self._metrics is not None:
             gradient = released[: -len(METRICS)]
             self._metrics.add(released[-len(METRICS) :], m)
-        if m.noise_std > 0 and len(gradient):
-            squared = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        if m.noise_std > 0 and (len(gradient) or coordinates is not None):
+            squared, size = torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2, len(gradient)
+            if coordinates is not None:
+                squared, size = coordinates.added_up(squared), coordinates.total - coordinates.shared
             for ratio in (self._lately, self._in_all):
-                ratio.add(squared / (m.noise_std**2 * len(gradient)) - 1, len(gradient))
+                ratio.add(float(squared) / (m.noise_std**2 * size) - 1, size)
 
     def take(self) -> dict[str, float]:
         """Name -> mean over the steps since the last call; empty if there was no step."""

@@ -1,8 +1,8 @@
 """Passes over examples -> what a step releases, before noise is added: a sum in float32, or a sum of whole numbers.
 
-Both kinds are one flat vector, set to zero at the start of a step, with a view for each trainable parameter. The two
-coordinates of noised metrics (see `metrics`) come last. The run's mechanism decides which kind is needed, and `new_sum`
-is the only place that asks for it.
+Both kinds are one flat vector, set to zero at the start of a step, with a view for each trainable parameter, or for
+this process's shard of it. The two coordinates of noised metrics (see `metrics`) come last. The run's mechanism decides
+which kind is needed, and `new_sum` is the only place that asks for it.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,16 @@ from hf_dp.mechanism import METRICS, StepSettings
 from hf_dp.per_example import (
     Owned,
     Pass,
+    PerExample,
     UnitUnderWay,
     clipped_gradient_sum,
+    clipped_gradients,
     of_units,
     per_example_factors,
+    trains_shards,
     views,
 )
+from hf_dp.step.coordinates import Coordinates, Shards, local
 from hf_dp.step.integers import add_integer_gradient, grid_of, refuse_several
 from hf_dp.step.metrics import contribution
 
@@ -30,10 +34,13 @@ class ClippedSum(Protocol):
     """The vector of one step.
 
     Attributes:
-        flat: [P], or [P + 2] with metrics: P trainable numbers, in the order of the model's parameters.
+        flat: [P], or [P + 2] with metrics: P trainable numbers, in the order of the model's parameters; or of all
+            shards of this process.
+        coordinates: of `flat` in the whole; None where it is the whole.
     """
 
     flat: Tensor
+    coordinates: Coordinates | None
 
     def add(
         self,
@@ -60,6 +67,9 @@ class ClippedSum(Protocol):
     def begin(self) -> None:
         """Sets everything to zero."""
 
+    def add_nothing(self) -> None:
+        """Where all processes add together, takes part with nothing of its own."""
+
     def refuse_rest(self) -> None:
         """Raises CaptureError if a unit has not come to its last example."""
 
@@ -73,6 +83,10 @@ class _OfUnits:
         self._parts = views(flat, self._shapes)
 
     _unit: UnitUnderWay | None
+    coordinates: Coordinates | None = None
+
+    def add_nothing(self) -> None:
+        """See `ClippedSum.add_nothing`."""
 
     def begin(self) -> None:
         """See `ClippedSum.begin`."""
@@ -122,9 +136,46 @@ class FloatSum(_OfUnits):
         if factors_of is None:
             return
         seen = clipped_gradient_sum(model, losses, size, level.clip_norm, self._parts, factors_of)
+        self._add_metrics(seen, level)
+
+    def _add_metrics(self, seen: PerExample, level: StepSettings) -> None:
         if level.loss_bound is not None:
             metrics = contribution(seen.losses, clip_norm=level.clip_norm, loss_bound=level.loss_bound)
             self.flat[-len(METRICS) :] += metrics
+
+
+class ShardedSum(FloatSum):
+    """As `FloatSum`, of this process's shards alone: each pass adds all processes' clipped gradients, scattered."""
+
+    def __init__(
+        self, model: nn.Module, level: StepSettings, device: torch.device, factors_of: Pass = per_example_factors
+    ) -> None:
+        extra = 0 if level.loss_bound is None else len(METRICS)
+        self._shards, self._factors_of, self._device = Shards(trainable(model)), factors_of, device
+        own = {name: local(p) for name, p in trainable(model).items()}
+        self.flat = torch.zeros(sum(p.numel() for p in own.values()) + extra, device=device)
+        self._parts, self._unit = views(self.flat, own), None
+        self.coordinates = self._shards.coordinates(extra)
+
+    def add(
+        self,
+        model: nn.Module,
+        losses: Callable[[], Tensor],
+        size: int,
+        level: StepSettings,
+        owned: Owned | None = None,
+    ) -> None:
+        """See `ClippedSum.add`; a unit in parts is an error."""
+        if owned is not None and owned.of:
+            raise CaptureError("units of several records are not summed in shards: leave unit_column out, or use DDP")
+        factors_of = self._factors_of if owned is None else of_units(self._factors_of, owned.counts)
+        seen, add = clipped_gradients(model, losses, size, level.clip_norm, factors_of)
+        self._shards.add_reduced(add, self._parts, self._device)
+        self._add_metrics(seen, level)
+
+    def add_nothing(self) -> None:
+        """See `ClippedSum.add_nothing`."""
+        self._shards.add_reduced(lambda name, whole: None, self._parts, self._device)
 
 
 class IntegerSum(_OfUnits):
@@ -171,6 +222,8 @@ def new_sum(
     """A sum of the kind that the mechanism's noise needs, at zero."""
     if level.is_discrete:
         return IntegerSum(model, level, device)
+    if trains_shards(model):
+        return ShardedSum(model, level, device, factors_of)
     return FloatSum(model, level, device, factors_of)
 
 

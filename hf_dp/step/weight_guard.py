@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_dp.errors import ConfigError, ReleaseError, UnsupportedOptionError
-from hf_dp.per_example import refuse_hooks
+from hf_dp.per_example import let_go, refuse_hooks
 from hf_dp.step.arithmetic import coarse_products
 from hf_dp.step.checksums import checksums
 
@@ -188,6 +188,7 @@ def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of the model: parameters, tied ones once, and the buffers that are saved."""
+    let_go(model)
     saved = {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in model.named_modules()

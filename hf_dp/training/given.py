@@ -60,8 +60,14 @@ def unusable_data(dataset: Any, collator: Any) -> Iterator[str]:
     """One line for each reason why a data set can't be sampled from, or a collator not be private."""
     if dataset is not None:
         yield from _unusable_dataset(dataset)
-    if type(collator).__name__ == "DataCollatorWithFlattening":
-        yield "DataCollatorWithFlattening: packing joins records in one row; use a padding collator"
+    flattens = any(kind.__name__ == "DataCollatorWithFlattening" for kind in type(collator).__mro__)
+    if flattens or getattr(collator, "padding_free", False):
+        yield (
+            f"{type(collator).__name__}{'' if flattens else '(padding_free=True)'} joins the records of a batch in one "
+            "row, where nothing bounds what one of them adds: give a collator that pads, such as transformers' "
+            "DataCollatorForSeq2Seq(tokenizer), or padding_free=False (micro-batches hold records of like lengths, so "
+            "that little is padded)"
+        )
     if getattr(collator, "seed", None) is not None:
         yield (
             f"{type(collator).__name__}(seed=...): masks from a public seed are dealt out in the order of the batch, "

@@ -87,7 +87,11 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: str(getattr(v, "value", v)) in ("reduce_lr_on_plateau", "greedy"),
         "it follows private numbers; use a schedule fixed in advance, such as linear or cosine",
     ),
-    "use_liger_kernel": (bool, "its fused kernels hide the head's gradient from the per-example rules; leave it off"),
+    "use_liger_kernel": (
+        bool,
+        "its fused head hides gradients from the per-example rules, and no proof can follow what its other kernels "
+        "(norms, rotations, SwiGLU) do, so each example would need a pass of its own; leave it off",
+    ),
     "torch_compile_mode": (
         lambda v: v not in (None, "default"),
         "the blocks are compiled with dynamic shapes, which CUDA graphs and tuning for one shape do not go with; "
@@ -142,7 +146,7 @@ HANDLED: dict[str, str] = {
     "seed": "initial weights and plain loaders; never draws, noise, dropout or masks",
     "data_seed": "not read: draws come from a secret key",
     "full_determinism": "deterministic kernels; draws, noise and dropout stay secret",
-    "fsdp": "FSDP2: the base of an adapter is sharded as the trainer is made, the adapter stays whole (see `shards`)",
+    "fsdp": "FSDP2: the model is sharded as the trainer is made; of an adapter the base alone (see `shards`)",
     "fsdp_config": "as fsdp; its activation_checkpointing becomes the model's own",
     "accelerator_config": "split_batches, dispatch_batches and num_steps are refused; even_batches is not read",
     "dataloader_num_workers": "records are read under secret randomness in each worker",
@@ -200,7 +204,7 @@ def check_options(args: TrainingArguments, *, public_eval: bool, **others: Any) 
     if why := unfit(trainer):
         raise UnsupportedOptionError(f"cannot be combined with differential privacy: {why}")
     problems = [*_wrong_arguments(args, public_eval), *_wrong_environment(), *_wrong_others(others)]
-    problems += shards.problems(args, others)
+    problems += shards.problems(args)
     problems += [*ignored(trainer), *getattr(trainer, "unfit_settings", lambda args: ())(args)]
     problems += [*_wrong_model(others.get("model")), *(() if public_eval else deciders(others.get("callbacks") or ()))]
     _refuse(problems)

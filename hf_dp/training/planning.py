@@ -84,11 +84,12 @@ def passes_for(model: nn.Module, inventory: Inventory, args: TrainingArguments, 
         return partial(per_example_factors, forms=inventory.forms)
     against = {
         f"one example a pass ({alone_because})": bool(alone_because),
-        "gradient_checkpointing": args.gradient_checkpointing
-        or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "a sharded base": is_sharded(model),
     }
     if any(against.values()):
         names = ", ".join(name for name, there in against.items() if there)
         raise UnsupportedOptionError(f"torch_compile cannot be combined with {names}: leave one of them off")
-    return CompiledBlocks(model, inventory, args.torch_compile_backend or "inductor")
+    checkpointing = args.gradient_checkpointing or any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+    return CompiledBlocks(model, inventory, args.torch_compile_backend or "inductor", checkpointing)

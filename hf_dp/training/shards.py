@@ -1,9 +1,9 @@
-"""accelerate's FSDP2 plugin and a trainer with an adapter -> the base in shards, the adapter whole and the same on all.
+"""accelerate's FSDP2 plugin and a trainer -> the model in shards; of an adapter the base alone, the adapter whole.
 
 The plugin comes from accelerate's config file (`fsdp_version: 2`) or from `TrainingArguments(fsdp=True)`. accelerate
-would shard the model as training begins, with its trainable parameters. Here its own function does so when the trainer
-is made, because a pass is examined then, and leaves trainable parameters out. From then on the trainer treats the model
-as one that `from_pretrained` loaded in shards: saved whole, resumed on any number of processes.
+would shard the model as training begins, with all that is trained. Here its own function does so when the trainer is
+made, because a pass is examined then, and leaves out what is trained beside an adapter's base. From then on the trainer
+treats the model as one that `from_pretrained` loaded in shards: saved whole, resumed on any number of processes.
 """
 
 import os
@@ -22,16 +22,13 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
+from hf_dp.errors import UnsupportedOptionError
 from hf_dp.step import sharding
 
 VERSION = "FSDP of version 1 hides the parameters in flat ones of its own: set"
-ADAPTERS = (
-    "FSDP: only the frozen base of an adapter is sharded, because per-example gradients need trained parameters whole; "
-    "put an adapter on the model (get_peft_model), or use DDP (accelerate launch --multi_gpu)"
-)
 
 
-def problems(args: TrainingArguments, others: dict[str, Any]) -> Iterator[str]:
+def problems(args: TrainingArguments) -> Iterator[str]:
     """What keeps accelerate's plugin from sharding the model, each with a remedy."""
     if args.fsdp:
         config: dict[str, Any] = vars(args)["fsdp_config"] or {}
@@ -46,10 +43,6 @@ def problems(args: TrainingArguments, others: dict[str, Any]) -> Iterator[str]:
         )
     if _asked(args) and (compare_versions("torch", "<", "2.7") or compare_versions("accelerate", "<", "1.10")):
         yield "FSDP: it leaves parameters whole from torch 2.7 and accelerate 1.10 on: pip install -U torch accelerate"
-    model = others.get("model")
-    whole = isinstance(model, nn.Module) and not isinstance(model, PeftModel) and not others.get("peft_config")
-    if _asked(args) and whole and not sharding.is_sharded(model):
-        yield ADAPTERS
 
 
 @contextmanager
@@ -63,20 +56,40 @@ def around_the_host(options: dict[str, Any]) -> Iterator[None]:
 
 
 def shard(trainer: Any) -> None:
-    """Shards the base of the trainer's adapter, where accelerate was asked to; the trainer is past its host's
-    constructor.
+    """Shards the trainer's model, where accelerate was asked to; the trainer is past its host's constructor.
 
-    Every process calls this. Trainable parameters become those of process 0 on all of them. So do all weights where
-    only process 0 has read them (`cpu_ram_efficient_loading`).
+    Every process calls this. Trained parameters become those of process 0 on all of them. So do all weights where only
+    process 0 has read them (`cpu_ram_efficient_loading`).
+
+    Raises:
+        UnsupportedOptionError: of trained parameters in shards something is asked that needs them whole; names all.
     """
     plugin = _plugin(trainer)
-    if plugin is None:
-        return
+    if plugin is not None:
+        _shard_as(plugin, trainer)
+    if sharding.trains_shards(trainer.model) and (wrong := [*_against_trained_shards(trainer)]):
+        raise UnsupportedOptionError("trained weights in shards cannot be combined with: " + "; ".join(wrong))
+
+
+def _against_trained_shards(trainer: Any) -> Iterator[str]:
+    """What needs trained weights whole, each with a remedy."""
+    remedy = "or train an adapter on the sharded base (get_peft_model), or use DDP (accelerate launch --multi_gpu)"
+    privacy = trainer.privacy
+    if privacy.noise == "discrete":
+        yield f"noise='discrete' (one example's whole gradient is rounded): choose 'gaussian-chacha20', {remedy}"
+    if privacy.unit_column is not None:
+        kept = "a unit's whole gradient is kept over passes"
+        yield f"unit_column={privacy.unit_column!r} ({kept}): leave it out, {remedy}"
+    if trainer._canaries.num:
+        yield f"an audit (canaries are compared with the whole release): leave audit out, {remedy}"
+
+
+def _shard_as(plugin: FullyShardedDataParallelPlugin, trainer: Any) -> None:
     model, device = trainer.model, trainer.accelerator.device
     if not sharding.is_sharded(model):
         _shard(model, plugin, trainer.accelerator)
     for p in model.parameters():
-        if p.requires_grad:
+        if p.requires_grad and not isinstance(p, DTensor):
             p.data = p.data.to(device)
             dist.broadcast(p.data, src=0)
     if plugin.activation_checkpointing:  # the model's own, which keeps the masks of dropout
@@ -112,16 +125,20 @@ def _plugin(trainer: Any) -> FullyShardedDataParallelPlugin | None:
 
 
 def _shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, accelerator: Any) -> None:
-    """`model`'s frozen parameters in shards, a block of the model together, by accelerate's function.
+    """`model`'s parameters in shards, a block of the model together, by accelerate's function.
 
-    What it is kept from: sharding trainable parameters, taking all blocks for one where it does not know the policy
-    (peft's, or none), and its way of loading on process 0 alone, which fails at parameters that are whole.
+    What it is kept from: sharding an adapter's trained parameters, taking all blocks for one where it does not know the
+    policy (peft's, or none), and its way of loading on process 0 alone, which fails at parameters that are whole.
     """
     from accelerate.utils import fsdp_utils  # not in all versions; see `problems`
 
+    adapted = isinstance(model, PeftModel)
     trained = [p for p in model.parameters() if p.requires_grad]
+    tied = _places(model)
     left_whole = fsdp_utils.get_parameters_from_modules(plugin.ignored_modules, model, accelerator.device)
-    first_alone = bool(plugin.cpu_ram_efficient_loading) and not any(map(_in_four_bits, model.parameters()))
+    first_alone = bool(plugin.cpu_ram_efficient_loading or not adapted) and not any(
+        map(_in_four_bits, model.parameters())
+    )
     read = {name: p.data for name, p in model.named_parameters()} if first_alone and dist.get_rank() == 0 else {}
     seen = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
@@ -132,7 +149,7 @@ def _shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, accelerator
         is_main_process=accelerator.is_main_process,
     )
     before = plugin.ignored_modules, plugin.cpu_ram_efficient_loading
-    plugin.ignored_modules = [nn.ParameterList([*trained, *left_whole])]
+    plugin.ignored_modules = [nn.ParameterList([*(trained if adapted else ()), *left_whole])]
     plugin.cpu_ram_efficient_loading = False
     if fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model) is None:
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
@@ -140,8 +157,21 @@ def _shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, accelerator
         fsdp_utils.fsdp2_prepare_model(seen, model)
     finally:
         plugin.ignored_modules, plugin.cpu_ram_efficient_loading = before
+    if tied != _places(model):
+        raise UnsupportedOptionError(
+            "FSDP would shard two places of one tied weight apart, which training would untie: leave "
+            "fsdp_transformer_layer_cls_to_wrap to the blocks of the model, so that both are in the root"
+        )
     if first_alone:
         _take_from_first(model, read, accelerator.device)
+
+
+def _places(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return [places for places in names.values() if len(places) > 1]
 
 
 def _in_four_bits(p: nn.Parameter) -> bool:

@@ -15,7 +15,7 @@ from hf_dp.config import AuditConfig, PrivacyConfig
 from hf_dp.errors import ConfigError
 from hf_dp.ledger import checkpoint_to_resume
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import Batch, Record, Report, Row, self_check
+from hf_dp.per_example import Batch, Record, Report, Row, self_check, trains_shards
 from hf_dp.sampling import (
     DRAW_NUMBER,
     Container,
@@ -58,11 +58,12 @@ from hf_dp.training.overrides import refuse_order
 from hf_dp.training.passes import Settled, inventory_and_reason
 from hf_dp.training.planning import groups_of, passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_privacy
+from hf_dp.training.sharded_states import ShardedStates
 
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
 
 
-class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
+class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRecords):
     """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -290,7 +291,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
         released = step(run, lambda: micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
         self._canaries.observe(released, run.level)
         if self._figures is not None:
-            self._figures.add(released, run.level)
+            self._figures.add(released, run.level, step.sum.coordinates)
         self._guard.released()
         if run.exhausted:
             self.control.should_training_stop = True
@@ -357,9 +358,8 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def _opened(self, folder: Path, checkpoint: Path | None) -> PrivateRun:
         """The run of one call of `train`, open; as `PrivateRun.open`."""
         place = Place(folder, self.args.process_index, self.args.world_size, self.privacy.budget_file)
-        epoch = accounting.epoch_length(self.privacy, self._planned().num_examples)
-        seed, continues = self.privacy.debug_seed, self._run is not None
-        session = Session(self.train_dataset, checkpoint, epoch_length=epoch, seed=seed, continues=continues)
+        epoch, seed = accounting.epoch_length(self.privacy, self._planned().num_examples), self.privacy.debug_seed
+        session = Session(self.train_dataset, checkpoint, epoch, seed, self._run is not None, trains_shards(self.model))
         return PrivateRun.open(self._planned(), place, session)
 
     def _running(self) -> PrivateRun:
@@ -386,8 +386,7 @@ class DPTrainerMixin(GuardedWeights, MarkedEvaluation, CollatedRecords):
     def _write_card(self, folder: Path) -> None:
         if self.mechanism is not None and self._run is not None and self.is_world_process_zero() and folder.is_dir():
             save_classes(self, folder)
-            told = described(self)
-            counts = self._canaries.counts()
+            told, counts = described(self), self._canaries.counts()
             write_card(self._run, folder, public_eval=self.privacy.public_eval, audit=counts, described=told)
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_dp.step import sharding
 from tests.support import models as M
@@ -35,6 +37,8 @@ parallelism_config:
   parallelism_config_dp_shard_size: 2
 """
 BASES = {"llama": M.llama, "gpt2": M.gpt2}
+FULL = {"full": M.llama, "tied": M.gpt2}  # all weights are trained
+FOUR_BITS = "four bits"  # a base of bitsandbytes' 4 bits
 PEOPLE = "people"  # a Llama of which persons with 1 to 8 records are the units
 
 
@@ -57,18 +61,27 @@ DIAGONAL = [
     Way("llama", "tokens", "reentrant", ""),
     Way("gpt2", "tokens", "reentrant", "loaded"),
     Way("gpt2", "tokens", "non-reentrant", "launched"),
+    Way("full", "4", "plain", ""),
+    Way("full", "tokens", "non-reentrant", "launched"),
+    Way("full", "1", "plain", "loaded"),
+    Way("tied", "4", "plain", ""),
+    Way("tied", "4", "reentrant", "launched"),
     Way(PEOPLE, "1", "plain", "loaded"),
     Way(PEOPLE, "4", "plain", ""),
 ]
+QUANTISED = [Way(FOUR_BITS, "4", "plain", how) for how in ("", "launched")] if find_spec("bitsandbytes") else []
 
 
 def ways(world: int, *, all_of_them: bool) -> list[Way]:
     """The matrix or its diagonal; one process has nothing to shard, and what is sharded is not compiled."""
-    matrix = [Way(*w) for w in itertools.product(BASES, MICRO_BATCHES, PASSES, ("", "loaded", "launched"))]
+    bases = [*BASES, "full"]
+    matrix = [Way(*w) for w in itertools.product(bases, MICRO_BATCHES, PASSES, ("", "loaded", "launched"))]
     return [
         way
-        for way in (matrix if all_of_them else DIAGONAL)
-        if not way.sharded or (world > 1 and way.passes != "compiled")
+        for way in (matrix if all_of_them else [*DIAGONAL, *QUANTISED])
+        if (not way.sharded or (world > 1 and way.passes != "compiled"))
+        and (way.base, way.passes) != ("full", "compiled")
+        and (world == 1 or way.sharded or way.base not in (*FULL, FOUR_BITS))  # which only stand beside those in shards
     ]
 
 
@@ -91,7 +104,8 @@ def launched(*words: str, more: str = "") -> Iterator[None]:
 
 
 def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
-    """The same adapter on the same base in every run; loaded in shards where asked for.
+    """The same adapter on the same base in every run, or the base itself where it is `FULL`; loaded in shards where
+    asked for.
 
     Where accelerate is to shard it, other processes than the first begin with another adapter, and no weights.
     """
@@ -99,7 +113,7 @@ def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
     main = not together or dist.get_rank() == 0
     if main and not (folder / base).exists():
         torch.manual_seed(0)
-        BASES.get(base, M.llama)().save_pretrained(folder / base)
+        {**BASES, **FULL}.get(base, M.llama)().save_pretrained(folder / base)
     if together:
         dist.barrier()
     extra: dict[str, Any] = {}
@@ -107,9 +121,12 @@ def adapter_on(base: str, folder: Path, *, sharded: str) -> torch.nn.Module:
         from transformers.distributed import DistributedConfig
 
         extra = {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
+    if base == FOUR_BITS:  # numbers of the dtype of other weights stand for them, so that they are sharded
+        bits = {"bnb_4bit_compute_dtype": torch.float32, "bnb_4bit_quant_storage": torch.float32}
+        extra = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **bits)}
     loaded = AutoModelForCausalLM.from_pretrained(folder / base, **extra)
     torch.manual_seed(1 if main or sharded in ("", "loaded") else 2)
-    model = M.with_lora(lambda: loaded)
+    model = loaded if base in FULL else M.with_lora(lambda: loaded)
     assert sharding.is_sharded(model) == (sharded == "loaded")
     return model
 
@@ -134,11 +151,16 @@ def update(way: Way, folder: Path) -> Tensor:
             **PASSES[way.passes],
         )
         assert sharding.is_sharded(model) == bool(way.sharded)
-        assert trainer.alone_because == ("" if way.micro_batches != "1" else "per_device_train_batch_size=1")
+        alone = way.micro_batches == "1" and way.passes != "compiled"
+        assert trainer.alone_because == ("per_device_train_batch_size=1" if alone else "")
         before = flat(model)
         trainer.train()
     return flat(trainer.model) - before
 
 
 def flat(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([whole(p).detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def whole(p: Tensor) -> Tensor:
+    return p.full_tensor() if isinstance(p, DTensor) else p

@@ -12,7 +12,7 @@ from tests.distributed import invariance
 from tests.distributed.launch import collected, results, run_groups
 from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
 
-SHARDS = "launched", "mixing_shards"
+SHARDS = "launched", "mixing_shards", "trained_shards"
 Found = dict[str, list[dict[str, Any]]]
 
 
@@ -25,11 +25,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def found(folders: dict[int, Path]) -> dict[int, Found]:
     """By number of processes: what the quick tests look at, out of one start of Python."""
     names = {
-        1: ("same_update", "noise", "discrete"),
+        1: ("same_update", "noise", "discrete", "trained_shards"),
         2: ("same_update", "noise", "discrete", "noise_again", "sharded_empty_draws", "refused_shards", *SHARDS),
     }
-    statuses, errors = run_groups(*([world, folders[world], *names[world]] for world in names))
-    assert statuses == [[0], [0, 0]], errors
+    sessions = [[world, folders[1], "elastic_full"] for world in (1, 2, 1, 1)]
+    statuses, errors = run_groups(*([world, folders[world], *names[world]] for world in names), *sessions)
+    assert statuses == [[0], [0, 0], [0], [0, 0], [0], [0]], errors
     return {world: collected(folders[world], world, *names[world]) for world in names}
 
 
@@ -115,14 +116,59 @@ def test_a_sharded_training_is_saved_whole(found: dict[int, Found], folders: dic
     assert (folders[2] / "launched" / "checkpoint-2" / "optimizer.pt").exists()
 
 
-def test_shards_of_another_kind_are_refused_with_a_way_out(found: dict[int, Found]) -> None:
+def test_what_does_not_go_with_shards_is_refused_with_a_way_out(found: dict[int, Found]) -> None:
     for process in found[2]["refused_shards"]:
-        trained, split = process["errors"]
+        tied, beside, discrete, people, split = process["errors"]
+        assert "transformer.wte.weight is trained, in shards, and gathered apart in the places that are tied" in tied
         assert (
-            "more parameters are sharded and trainable: per-example gradients need them whole; train an adapter"
-            in trained
+            "model.embed_tokens.weight is trained and sharded, score.weight is trained and whole: shard all" in beside
         )
+        assert "noise='discrete' (one example's whole gradient is rounded): choose 'gaussian-chacha20', or" in discrete
+        assert "unit_column='person' (a unit's whole gradient is kept over passes): leave it out, or train an" in people
         assert "weights sharded over tp: tensor, pipeline, expert and context sharding are not supported; load" in split
+
+
+def test_each_process_adds_the_noise_of_its_shards(found: dict[int, Found]) -> None:
+    """Two-sided on every shard; together it is the noise of one process, so that no coordinate has it twice or not."""
+    whole = found[1]["trained_shards"][0]["noise"]
+    parts = found[2]["trained_shards"]
+    size, metrics = whole.shape[1], 2
+    seen = torch.cat([part["at"][:-metrics] for part in parts])
+    assert torch.equal(seen.sort().values, torch.arange(size - metrics))
+    for part in parts:
+        assert part["held"] == len(part["at"]) - metrics < 0.6 * size
+        ours, its = part["noise"][:, :-metrics], whole[:, part["at"][:-metrics]]
+        assert_gaussian(ours.flatten().numpy(), 1.5 * 0.4)
+        assert torch.allclose(ours, its, atol=1e-5)  # a sum was taken off again, in float32
+    first, last = (part["noise"][:, :3000].flatten().numpy() for part in parts)
+    assert_uncorrelated(first, last)
+
+
+def test_weights_trained_in_shards_are_those_of_one_process(found: dict[int, Found], folders: dict[int, Path]) -> None:
+    """With noise, evaluations and noised figures in the log; saved whole."""
+    alone = found[1]["trained_shards"][0]
+    for process in found[2]["trained_shards"]:
+        for name, weight in process["weights"].items():
+            assert torch.allclose(weight, alone["weights"][name], atol=1e-6)
+        assert len(process["logged"]) == len(alone["logged"])
+        for ours, theirs in zip(process["logged"], alone["logged"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    for world in (1, 2):
+        saved = load_file(folders[world] / "trained_shards" / "checkpoint-3" / "model.safetensors")
+        weights = found[world]["trained_shards"][0]["weights"]
+        assert set(saved) == set(weights)
+        assert all(torch.equal(saved[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.usefixtures("found")
+def test_a_training_of_all_weights_goes_on_in_shards_and_without(folders: dict[int, Path]) -> None:
+    """Two steps on one process, two on 2 in shards, two on one again: the weights of six in one session, with Adam."""
+    *sessions, at_once = (torch.load(folders[1] / "elastic_full" / f"{n}.0.pt", weights_only=True) for n in range(4))
+    assert [s["world"] for s in sessions] == [1, 2, 1]
+    assert [s["charged"] for s in sessions] == [2, 4, 6]
+    for number, session in enumerate(sessions):
+        for ours, theirs in zip(session["updates"], at_once["updates"][2 * number :], strict=False):
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-5  # float32 sums in another order
 
 
 def test_noise_has_nothing_to_do_with_the_seed_or_the_step_before(found: dict[int, Found]) -> None:

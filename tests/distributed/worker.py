@@ -33,6 +33,7 @@ from hf_dp.ledger.ledger import LEDGER_NAME
 from hf_dp.recipe import model_shapes, run_cost, task
 from hf_dp.recipe.recipe import read
 from hf_dp.step import PrivateStep
+from hf_dp.step.coordinates import local
 from hf_dp.step.opening import Place, Session
 from hf_dp.step.run import PrivateRun
 from hf_dp.training import shards
@@ -46,7 +47,7 @@ NOISY = {"noise_multiplier": 1.0, "debug_seed": 3, "target_delta": 1e-3, "expect
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in reference.trainable(model).values()])
+    return torch.cat([invariance.whole(p).detach().flatten() for p in reference.trainable(model).values()])
 
 
 class Watch(TrainerCallback):
@@ -303,6 +304,36 @@ def launched(folder: Path) -> dict[str, Any]:
     }
 
 
+def trained_shards(folder: Path) -> dict[str, Any]:
+    """Three noisy steps of all weights, evaluated in between and saved: in shards, or on one process whole."""
+    runs.arguments(folder)  # joins the processes
+    noise, at, release = [], [], PrivateRun.release
+
+    def watching(self: PrivateRun, own: torch.Tensor, draw_number: int, *shards: Any) -> torch.Tensor:
+        noisy = release(self, own, draw_number, *shards)
+        noise.append(noisy - own)
+        at[:] = [i for r in (shards[0].own if shards else [range(len(own))]) for i in r]
+        return noisy
+
+    privacy = {**NOISY, "noise_multiplier": 1.5, "clip_norm": 0.4, "log_loss_up_to": 3.0, "public_eval": True}
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 3}
+    with invariance.launched() if world() > 1 else contextlib.nullcontext():
+        model = invariance.adapter_on("full", folder, sharded="launched" if world() > 1 else "")
+        with mock.patch.object(PrivateRun, "release", watching):
+            trainer = runs.trainer(
+                folder, model, privacy, max_steps=3, learning_rate=0.1, eval_dataset=runs.text_rows(6), **steps
+            )
+            trainer.train()
+    figures = "loss", "batch_size", "signal_to_noise"  # Trainer weighs evaluation losses by process
+    return {
+        "at": torch.tensor(at),
+        "noise": torch.stack(noise),
+        "weights": {name: invariance.whole(p.detach()) for name, p in model.named_parameters()},
+        "held": sum(local(p).numel() for p in model.parameters()),
+        "logged": [[entry[f] for f in figures if f in entry] for entry in trainer.state.log_history],
+    }
+
+
 def mixing_shards(folder: Path) -> dict[str, Any]:
     """Why a base in shards, one of whose blocks compares the examples of a pass, has one a pass."""
     runs.arguments(folder)  # joins the processes
@@ -320,26 +351,39 @@ def sharded_empty_draws(folder: Path) -> dict[str, Any]:
     return train(folder, privacy, model=model, train_dataset=runs.text_rows(200), max_steps=15, learning_rate=0.01)
 
 
-SESSIONS: list[tuple[str, dict[str, Any]]] = [
+Sessions = list[tuple[str, dict[str, Any]]]
+SESSIONS: Sessions = [
     ("loaded", {"per_device_train_batch_size": 4}),
     ("", {"per_device_train_batch_size": 1}),
     ("", {"per_device_train_batch_size": 24, "micro_batch_tokens": 40, "bf16": True}),
 ]
+OF_ALL_WEIGHTS: Sessions = [
+    ("", {"per_device_train_batch_size": 4}),
+    ("launched", {"per_device_train_batch_size": 4}),
+    ("", {"per_device_train_batch_size": 24, "micro_batch_tokens": 40}),
+]
 
 
-def elastic(folder: Path) -> dict[str, Any]:
+def elastic_full(folder: Path) -> dict[str, Any]:
+    """As `elastic`, of all weights, in shards in the second session."""
+    return elastic(folder, "full", OF_ALL_WEIGHTS)
+
+
+def elastic(folder: Path, base: str = "llama", sessions: Sessions = SESSIONS) -> dict[str, Any]:
     """Two more steps of one run, in other shards, micro-batches and precision; the fourth call takes all six."""
     here = folder.parent / "one run"
     done = len(list(here.glob("checkpoint-*")))
-    sharded, settings = SESSIONS[done] if done < len(SESSIONS) else ("", {})
+    sharded, settings = sessions[done] if done < len(sessions) else ("", {})
     steps = {"max_steps": 2 * done + 2, "save_strategy": "steps", "save_steps": 2, "resume": done > 0}
-    if done == len(SESSIONS):
+    if done == len(sessions):
         here, steps = folder, {"max_steps": 6}
     runs.arguments(here)  # joins the processes
-    model = invariance.adapter_on("llama", folder.parent, sharded=sharded)
     # the epsilon keeps Adam from dividing one rounding error by another, where a gradient is as good as 0
-    before, options = flat(model), {"optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 1e-6}
-    result = train(here, runs.NOISELESS, model=model, **steps, **settings, **options)
+    options = {"optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 1e-6}
+    with invariance.launched() if sharded == "launched" else contextlib.nullcontext():
+        model = invariance.adapter_on(base, folder.parent, sharded=sharded)
+        before = flat(model)
+        result = train(here, runs.NOISELESS, model=model, **steps, **settings, **options)
     result["updates"] = result["path"] - before
     torch.save(result, folder / f"{done}.{os.environ.get('RANK', '0')}.pt")
     return result
@@ -398,19 +442,27 @@ def text_rows_with_another_record() -> Any:
 
 
 def refused_shards(folder: Path) -> dict[str, Any]:
-    """Sharded weights that are trained; weights in parts by tensor parallelism."""
+    """A tied weight loaded in shards; shards beside whole weights; whole numbers of noise; tensor parallelism."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     runs.arguments(folder)  # joins the processes
-    whole = invariance.adapter_on("llama", folder, sharded="loaded").get_base_model()
+    tied, full, beside = (invariance.adapter_on(b, folder, sharded="loaded") for b in ("tied", "full", "full"))
+    beside.score = torch.nn.Linear(16, 2)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     split = torch.nn.Linear(4, 4, bias=False).requires_grad_(False)
     split.weight = torch.nn.Parameter(distribute_tensor(split.weight.data, mesh, [Shard(0)]), requires_grad=False)
+    people = runs.text_rows().add_column("person", [n // 2 for n in range(24)])
     errors = []
-    for model in (whole.requires_grad_(True), split):
+    for model, privacy, more in (
+        (tied, {}, {}),
+        (beside, {}, {}),
+        (full, {"noise": "discrete"}, {}),
+        (full, {"unit_column": "person"}, {"train_dataset": people}),
+        (split, {}, {}),
+    ):
         try:
-            runs.trainer(folder, model, NOISY)
+            runs.trainer(folder, model, {**NOISY, **privacy}, **more)
         except HfDpError as error:
             errors.append(f"{type(error).__name__}: {error}")
     return {"errors": errors}
@@ -461,6 +513,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         *(one_step, trajectory, empty_draws, noise, noise_again, discrete, slices, refused, resumed),
         *(dies, exhausted, stopped, scarce),
         *(same_update, same_update_in_all_ways, launched, mixing_shards, replicas, sharded_empty_draws, elastic),
+        *(trained_shards, elastic_full),
         *(counted, different, refused_shards, real_rows, on_trls_trainers),
     )
 }

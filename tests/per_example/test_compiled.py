@@ -14,8 +14,9 @@ from hf_dp.per_example import factors as fx
 from hf_dp.per_example import losses
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.capture import per_example_factors
-from hf_dp.per_example.compiled import AnchoredLinear, CompiledBlocks
-from hf_dp.per_example.inventory import take_inventory
+from hf_dp.per_example.compiled import CHECKPOINT, AnchoredLinear, CompiledBlocks
+from hf_dp.per_example.forms import ONE, Forms
+from hf_dp.per_example.inventory import Inventory, Row, take_inventory
 from tests.support import models as M
 from tests.support import runs
 from tests.support.marks import quick
@@ -68,6 +69,36 @@ def test_factors_are_those_of_the_pass_without_compiling(case: str) -> None:
     assert all(torch.equal(p, values[n]) and p.grad is None for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_run_their_graphs_twice(reentrant: bool) -> None:
+    """Forward, and again in backward: nothing between them was kept. The eager pass is the slow twin."""
+    torch.manual_seed(0)
+    model, calls = M.with_lora(M.llama).train(), [0]
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    own = [vars(m)[CHECKPOINT] for m in model.modules() if CHECKPOINT in vars(m)]
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def forward(*args: Any) -> Any:
+            calls[0] += 1
+            return graph.forward(*args)
+
+        return forward
+
+    work = partial(example_losses, "ForCausalLM")
+    inventory = take_inventory(model, MicroBatch(M.token_batch(), 3), work)
+    compiled = CompiledBlocks(model, inventory, counting, checkpointing=True)
+    for examples, length in ((3, 9), (4, 11)):
+        batch, calls[0] = M.token_batch(examples, length), 0
+        ours = gradients(compiled(model, partial(work, model, batch), examples)[0])
+        assert calls[0] == 2 * len(model.get_base_model().model.layers)
+        theirs = gradients(per_example_factors(model, partial(work, model, batch), examples, forms=inventory.forms)[0])
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            assert float((ours[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)) < 1e-5, name
+    assert [vars(m)[CHECKPOINT] for m in model.modules() if CHECKPOINT in vars(m)] == own
+
+
 @pytest.fixture
 def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-ins without the compiler, which takes seconds."""
@@ -115,10 +146,14 @@ def sums_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> l
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])  # inductor needs a C++ compiler, and a minute
-def test_a_training_has_the_same_sums(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_has_the_same_sums(
+    backend: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = sums_of(tmp_path / "plain", monkeypatch)
-    compiled = sums_of(tmp_path / "compiled", monkeypatch, torch_compile=True, torch_compile_backend=backend)
+    settings = {"torch_compile": True, "torch_compile_backend": backend, "gradient_checkpointing": checkpointing}
+    compiled = sums_of(tmp_path / "compiled", monkeypatch, **settings)
     for a, b in zip(compiled, plain, strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-5
 
@@ -147,11 +182,10 @@ def test_what_cannot_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(UnsupportedOptionError, match=words):
             runs.trainer(tmp_path, model, torch_compile=True)
-    with pytest.raises(UnsupportedOptionError, match="combined with gradient_checkpointing"):
-        runs.trainer(tmp_path, gradient_checkpointing=True, torch_compile=True)
-    checkpointed = M.with_lora(M.llama)
-    checkpointed.gradient_checkpointing_enable()
-    with pytest.raises(UnsupportedOptionError, match="combined with gradient_checkpointing"):
-        runs.trainer(tmp_path, checkpointed, torch_compile=True)
+    plain = nn.Sequential(nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(2)))
+    forms = Forms({(f"0.{n}.weight", "linear", 3): ONE for n in range(2)})
+    rows = [Row(f"0.{n}.weight", (3, 3), "linear", "") for n in range(2)]
+    with pytest.raises(UnsupportedOptionError, match="Linear is not checkpointed by itself"):
+        CompiledBlocks(plain, Inventory(rows, forms), checkpointing=True)
     with pytest.raises(UnsupportedOptionError, match="torch_compile_mode=reduce-overhead"):
         runs.trainer(tmp_path, torch_compile_mode="reduce-overhead")

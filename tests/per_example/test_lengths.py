@@ -8,6 +8,7 @@ import torch
 
 from hf_dp.per_example import ComparedLengths, MicroBatch
 from hf_dp.per_example.lengths import steps_up_to
+from hf_dp.per_example.trace import Trace
 
 
 def batch(*lengths: int, other: int = 3) -> MicroBatch:
@@ -61,6 +62,26 @@ def test_sizes_that_were_compared_need_nothing_and_others_of_a_fixed_size_neithe
     assert asked.widths == []
     assert compared(batch(12, 3, other=7))
     assert sorted(asked.widths) == [9, 16]
+
+
+def nothing_done(batch: MicroBatch) -> Trace:
+    return Trace()
+
+
+def test_other_sizes_than_a_length_explains_are_compared_themselves_once() -> None:
+    asked = Asked()
+    compared = ComparedLengths(made, asked, batch(9, 5), trace=nothing_done)
+    for _ in range(2):
+        assert compared(batch(12, 5, other=7))
+    assert sorted(asked.widths) == [12, 16]
+    assert not ComparedLengths(made, Asked(range(12, 13)), batch(9, 5), trace=nothing_done)(batch(12, 5, other=7))
+
+
+@pytest.mark.parametrize("more", [{"mode": "x"}, {"weight": torch.ones(2)}, {"picture": torch.zeros(2, 3).double()}])
+def test_other_members_types_or_settings_than_made_up_records_have_share_nothing(more: dict[str, object]) -> None:
+    compared = ComparedLengths(made, Asked(), batch(9, 5))
+    assert compared(batch(9, 5))
+    assert not compared(MicroBatch({**batch(9, 5), **more}, 2))
 
 
 def test_longer_ones_than_a_model_takes_rely_on_the_longest_that_it_takes() -> None:

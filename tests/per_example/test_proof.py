@@ -1,6 +1,7 @@
 """Whatever lets one example reach another leaves a pass unproved, whatever the lengths; sound models are proved."""
 
 import copy
+import ctypes
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_dp.errors import SelfCheckError, UnsupportedParameterError
-from hf_dp.per_example import head, losses
+from hf_dp.per_example import clipped_gradients, head, losses, per_example_factors
 from hf_dp.per_example.batches import MicroBatch
 from hf_dp.per_example.inventory import take_inventory
 from hf_dp.per_example.proof import Proof, State, prove, state_put_back
@@ -52,12 +53,67 @@ def planted(place: str, coupling: Callable[[Tensor], Tensor], model: nn.Module) 
     return model
 
 
+def hooked_node(out: Tensor) -> Tensor:
+    """Gradients are mixed where they are large, which those of made-up records are not."""
+    changed = out * 1.0
+    changed.grad_fn.register_prehook(lambda g: (g[0] + g[0].mean(0) if g[0].abs().max() > 1e6 else g[0],))
+    return changed
+
+
+def hooked_saving(out: Tensor) -> Tensor:
+    mixed = lambda saved: saved.roll(1, 0) if saved.abs().max() > 1e6 else saved  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, mixed):
+        return out.tanh()
+
+
+@pytest.mark.parametrize("hooked", [hooked_node, hooked_saving])
+def test_hooks_on_the_graph_leave_a_pass_unproved(hooked: Callable[[Tensor], Tensor]) -> None:
+    found = proof_of(planted("model.norm", hooked, tiny()))
+    assert not found.independent
+    assert "Python has a say in backward" in found.reasons[0]
+
+
 @pytest.mark.parametrize("place", quick({*[*PLACES][::3]}, PLACES))
 @pytest.mark.parametrize("kind", COUPLINGS)
 def test_whatever_couples_examples_is_found_wherever_it_stands(kind: str, place: str) -> None:
     found = proof_of(planted(place, COUPLINGS[kind], tiny()))
     assert not found.independent
     assert not any("could not be followed" in reason for reason in found.reasons)
+
+
+class Kernel(torch.autograd.Function):
+    """Copies its input by the addresses, as a kernel of Triton or of a library of its own would be launched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return by_address(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return by_address(grads[0])
+
+
+def by_address(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    ctypes.memmove(y.data_ptr(), x.data_ptr(), x.numel() * x.element_size())
+    return y
+
+
+def test_a_foreign_kernel_among_frozen_weights_leaves_a_pass_unproved_and_one_example_exact() -> None:
+    """What Liger's norms, rotations and SwiGLU are to the proof, which can't look into them."""
+    model = M.with_lora(tiny)
+    batch = M.token_batch(1)
+    plain = clipped_gradients(model, lambda: token_losses(model, batch), 1, 1.0, per_example_factors)[1]
+    model.get_base_model().model.norm.register_forward_hook(lambda module, args, out: Kernel.apply(out))
+    assert any("data_ptr" in reason for reason in proof_of(model).reasons)
+    found = clipped_gradients(model, lambda: token_losses(model, batch), 1, 1.0, per_example_factors)[1]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            ours, theirs = torch.zeros_like(p), torch.zeros_like(p)
+            found(name, ours)
+            plain(name, theirs)
+            assert torch.equal(ours, theirs)
 
 
 def test_what_does_not_couple_is_proved_at_the_same_places() -> None:
@@ -609,3 +665,10 @@ def test_batches_of_another_number_are_an_error() -> None:
 @pytest.mark.parametrize("make", [partial(M.token_batch, 2), partial(M.token_batch, 4)])
 def test_a_tensor_that_does_not_lead_with_the_examples_is_not_followed(make: Callable[[], Batch]) -> None:
     assert "does not lead" in proof_of(tiny(), make).reasons[0]
+
+
+def test_texts_beside_the_tensors_are_not_followed() -> None:
+    batches = [{"x": torch.ones(3, 2), "text": ["alpha", "beta", "gamma"]} for _ in range(2)]
+    found = prove(nn.Linear(2, 1), lambda model, batch: model(batch["x"])[:, 0], batches)
+    assert not found.independent
+    assert "texts" in found.reasons[0]

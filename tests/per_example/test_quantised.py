@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
 from hf_dp.errors import UnsupportedOptionError
-from hf_dp.per_example import losses
+from hf_dp.per_example import Proof, losses, prove
 from hf_dp.training.options import check_options
 from tests.support import engine, reference
 from tests.support import models as M
@@ -39,6 +39,16 @@ def test_lora_on_a_quantised_base_is_exact(settings: dict, checkpointing: bool, 
     model.get_base_model().gradient_checkpointing_disable()
     slow = reference.clipped_sum(model, batch, reference.causal_lm_loss, 0.05)
     assert reference.relative_difference(into, slow) < 2e-5  # float32 matrix products of another shape
+
+
+def test_a_pass_over_a_base_of_4_bits_may_hold_several_examples(tmp_path: Path) -> None:
+    """bitsandbytes' own product (from 0.50 on) is known to take rows one by one; what mixes them before it is seen."""
+    model, batches = quantised(tmp_path, **FOUR), [M.token_batch() for _ in range(2)]
+    inputs = lambda b: {k: v for k, v in b.items() if k != "labels"}  # noqa: E731
+    example_losses = lambda m, b: losses.causal_lm(m(**inputs(b)), b["labels"])  # noqa: E731
+    assert prove(model, example_losses, batches) == Proof(True, (), ())
+    model.get_base_model().model.norm.register_forward_hook(lambda module, args, out: out - out.mean(0, keepdim=True))
+    assert "examples are mixed by mean" in prove(model, example_losses, batches).reasons[0]
 
 
 def test_8_bit_with_outlier_columns_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from hf_dp.per_example.taps import Context
 from hf_dp.per_example.trace import Trace, trace_of
 
 
@@ -37,6 +39,7 @@ SAME = {
     "heads": lambda model, x: x.view(*x.shape[:2], 2, 2).transpose(1, 2).reshape(x.shape),
     "a mask of the length": lambda model, x: x * torch.ones(x.shape[1], x.shape[1]).tril().sum(0)[:, None],
     "the last position": lambda model, x: x + x[:, x.shape[1] - 1 :],
+    "positions that Python counted": lambda model, x: x + x[:, torch.tensor(list(range(x.shape[1])))],
     "examples and positions together": lambda model, x: x.reshape(-1, 4).view_as(x),
     "a loop over positions": scan,
     "a loop over examples": lambda model, x: torch.stack([one + 1 for one in x]),
@@ -51,6 +54,27 @@ def test_other_sizes_are_the_same_pass(name: str) -> None:
     assert trace(SAME[name], 8, 6).is_grown(trace(SAME[name], 2, 6), 4)
 
 
+def mixed(gradient: Tensor, here: bool) -> Tensor:
+    return gradient - gradient.mean(0) if here else gradient * 1
+
+
+class Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, here: bool) -> Tensor:
+        ctx.here = here
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None]:
+        return mixed(gradient, ctx.here), None
+
+
+def hooked(x: Tensor, here: bool) -> Tensor:
+    y = x.clone()
+    y.register_hook(lambda gradient: mixed(gradient, here))
+    return y
+
+
 OTHER = {
     "an operation": lambda model, x, here: x - x.mean(0, keepdim=True) if here else x,
     "one more of a kind": lambda model, x, here: x + x + x if here else x + x,
@@ -58,6 +82,14 @@ OTHER = {
     "a factor": lambda model, x, here: x * (0.5 if here else 1.0),
     "a shift": lambda model, x, here: x.roll(1 if here else 0, 0),
     "a buffer": lambda model, x, here: x + (model.here if here else model.there),
+    "indices": lambda model, x, here: x[[0] * len(x) if here else list(range(len(x)))],
+    "a tensor of indices": lambda model, x, here: x[torch.tensor([0] * len(x) if here else list(range(len(x))))],
+    "a pass with gradients": lambda model, x, here: x + (x.mean(0) if here and torch.is_grad_enabled() else 1.0),
+    "what a function gives back": lambda model, x, here: Back.apply(x, here),
+    "what a hook gives back": lambda model, x, here: hooked(x, here),
+    "what is computed again": lambda model, x, here: checkpoint(
+        lambda y: y + (y.mean(0) if here and torch.is_grad_enabled() else 1.0), x, use_reentrant=True
+    ),
     "a type": lambda model, x, here: x.double() if here else x.float(),
 }
 

@@ -14,7 +14,7 @@ import torch
 from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.randomness.forked_rng import fork_forward_rng
 from hf_dp.randomness.noise import BLOCK, NoiseSource
-from hf_dp.randomness.streams import fresh_key
+from hf_dp.randomness.streams import ChaChaKey, fresh_key
 from tests.support.noise_checks import assert_gaussian, assert_uncorrelated
 
 D = 100_000
@@ -42,6 +42,22 @@ def test_blocks_and_threads_do_not_share_or_shift_anything():
     for lag in (1, 2, 4, 8):
         assert_uncorrelated(noise[:-lag], noise[lag:])
     assert len(noise) == 2 * BLOCK + 3
+
+
+@pytest.mark.parametrize("key", [5, ChaChaKey(5)], ids=["philox", "chacha20"])
+def test_noise_at_coordinates_is_that_of_the_whole(key):
+    size = 2 * BLOCK + 1001
+    ranges = [range(3, 10), range(BLOCK - 4, 2 * BLOCK + 5), range(17, 17), range(2 * BLOCK + 5, size), range(3)]
+    whole, parts = NoiseSource(key=key), NoiseSource(key=key)
+    for std in (0.7, 0.0, 1.3):
+        expected = whole.gaussian(size, std=std)
+        assert torch.equal(parts.gaussian_at(ranges, size, std=std), torch.cat([expected[list(r)] for r in ranges]))
+
+
+@pytest.mark.parametrize("wrong", [range(0, 8, 2), range(5, 101), range(-2, 3)])
+def test_coordinates_outside_of_the_whole_are_refused(wrong):
+    with pytest.raises(ConfigError, match=r"within range\(100\)"):
+        NoiseSource(key=5).gaussian_at([wrong], 100, std=1.0)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():

@@ -97,7 +97,10 @@ def test_memory_is_that_of_the_factors_of_a_run(name: str, tmp_path: Path, monke
         trainer.train()
         shapes = model_shapes.of_model(trainer.model)
         assert shapes.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        assert held[-1] == run_cost.per_example_gradients(shapes, Work(1, size, None, 12))
+        bound = run_cost.per_example_gradients(shapes, Work(1, size, None, 12))
+        assert 0.95 * bound < held[-1] <= bound
+        if size == 1 or "LoRA" in name:
+            assert held[-1] == bound
 
 
 def parts(factor: Any) -> list[Any]:

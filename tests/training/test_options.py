@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from transformers import Seq2SeqTrainingArguments, Trainer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
 
 from hf_dp import DPTrainerMixin, PrivacyConfig
 from hf_dp.errors import UnsupportedOptionError
@@ -115,19 +123,40 @@ def test_what_the_launcher_says_by_the_environment_is_seen(
         check_options(args, public_eval=False)
 
 
+def test_collators_that_join_records_in_one_row_are_refused_and_the_remedy_pads(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl.trainer.sft_trainer")
+
+    class Own(DataCollatorWithFlattening):
+        """A subclass."""
+
+    args, joining = runs.arguments(tmp_path), trl.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    for collator, name in (
+        (DataCollatorWithFlattening(), "DataCollatorWithFlattening"),
+        (Own(), "Own"),
+        (joining, r"DataCollatorForLanguageModeling\(padding_free=True\)"),
+    ):
+        with pytest.raises(UnsupportedOptionError, match=f"{name} joins the records of a batch in one row"):
+            check_options(args, public_eval=False, data_collator=collator)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "pad": 1})), pad_token="pad")
+    padding = DataCollatorForSeq2Seq(tokenizer)
+    check_options(args, public_eval=False, data_collator=padding)
+    rows = [{"input_ids": [0] * n, "attention_mask": [1] * n, "labels": [0] * n} for n in (2, 3)]
+    assert padding(rows)["labels"].tolist() == [[0, 0, -100], [0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("fsdp", "environment", "model", "way_out"),
     [
         (True, {}, "adapter", None),
         (True, {"version": 1}, "adapter", r"fsdp_config: FSDP of version 1 .*set \{'version': 2\}, or use DDP"),
         (True, {"xla": True}, "adapter", "fsdp_config: XLA"),
-        (True, {}, "whole", "only the frozen base of an adapter .*get_peft_model"),
+        (True, {}, "whole", None),
         (None, {}, "adapter", "ACCELERATE_USE_FSDP=true .*set fsdp_version: 2"),
         (None, {"FSDP_VERSION": "2"}, "adapter", None),
-        (None, {"FSDP_VERSION": "2"}, "whole", "only the frozen base of an adapter"),
+        (None, {"FSDP_VERSION": "2"}, "whole", None),
     ],
 )
-def test_accelerates_fsdp_is_for_adapters_in_its_second_version(
+def test_accelerates_fsdp_is_taken_in_its_second_version(
     fsdp: bool | None, environment: dict[str, Any], model: str, way_out: str | None, tmp_path: Path, monkeypatch: Any
 ) -> None:
     args = runs.arguments(tmp_path)

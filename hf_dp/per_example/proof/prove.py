@@ -23,21 +23,35 @@ themselves, of the number of examples in a pass and of the padded length, where 
 that is not masked; the gradient rules' exactness.
 """
 
+import os
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hf_dp.per_example.batches import Batch
+from hf_dp.per_example.batches import Batch, leaves
 from hf_dp.per_example.losses import spelt_out
 from hf_dp.per_example.proof import experts
 from hf_dp.per_example.proof.calls import Value, tensors_in
 from hf_dp.per_example.proof.labels import PASSES, SIZE
-from hf_dp.per_example.proof.state import State, untouched
+from hf_dp.per_example.proof.state import State, is_sharded, untouched
 from hf_dp.per_example.proof.tracker import Tracker
+
+_PACKAGES = Path(torch.__file__).parents[1]
+_TRUSTED = (
+    *(_PACKAGES / name for name in ("torch", "transformers", "accelerate", "peft", "trl")),
+    Path(__file__).parents[2],
+)
+TRUSTED = tuple(f"{path}{os.sep}" for path in _TRUSTED)  # not to change gradients
+STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+RECOMPUTING = os.path.join("torch", "utils", "checkpoint.py")
 
 
 class Proof(NamedTuple):
@@ -104,6 +118,9 @@ def _undisturbed(model: nn.Module) -> Iterator[State]:
 
 
 def _marked(tracker: Tracker, batch: Batch, number: int) -> bool:
+    if any(isinstance(leaf, (list, tuple)) and leaf for leaf in leaves(batch).values()):
+        tracker.found["the batch has texts, or other lists of what is no tensor, which cannot be followed"] = None
+        return False
     for tensor in tensors_in(batch):
         if tensor.dim() == 0 or len(tensor) != SIZE:
             tracker.found["a tensor of the batch does not lead with the examples"] = None
@@ -126,10 +143,49 @@ def _follow(tracker: Tracker, model: nn.Module, losses_of: Callable[[], Tensor],
     if not tracker.own(tracker.book.read(losses), leading=False):
         tracker.found["a loss depends on more than its own example"] = None
         tracker.crossed = True
-    written_in_python = tracker.gradients_mended
-    for node in _graph(losses):
-        written_in_python |= isinstance(node, torch.autograd.function.BackwardCFunction) and not _only_saves(node)
-    return written_in_python
+    known = tracker.gradients_mended or has_backward_in_python(losses)
+    if not known and not is_sharded(model) and (place := _python_called_by(losses)):
+        tracker.found[f"Python has a say in backward, by a hook on a node or on saved tensors, in {place}"] = None
+    return known
+
+
+def _is_trusted(file: str) -> bool:
+    of_python = file.startswith((STANDARD_LIBRARY, "<frozen ")) and "-packages" not in file
+    return of_python or file.startswith(TRUSTED)
+
+
+def _python_called_by(losses: Tensor) -> str:
+    """The first Python function that backward calls, as file:function; not one of `TRUSTED` libraries, nor what
+    checkpointing computes again. "" if none.
+    """
+    called: list[str] = []
+
+    def look(frame: FrameType, event: str, _: Value) -> None:
+        if event == "call" and not called and not _is_trusted(frame.f_code.co_filename):
+            outer: FrameType | None = frame
+            while outer is not None and not outer.f_code.co_filename.endswith(RECOMPUTING):
+                outer = outer.f_back
+            if outer is None:
+                called.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
+
+    if not losses.requires_grad:
+        return ""
+    before = sys.getprofile()
+    with torch.autograd.set_multithreading_enabled(False):
+        sys.setprofile(look)
+        try:
+            losses.backward(losses.detach() * 0 + 1, retain_graph=True)
+        except Exception as error:
+            called.append(f"a backward pass that fails ({type(error).__name__})")
+        finally:
+            sys.setprofile(before)
+    return called[0] if called else ""
+
+
+def has_backward_in_python(losses: Tensor) -> bool:
+    """Whether an autograd function written in Python is behind the losses."""
+    written_in_python = torch.autograd.function.BackwardCFunction
+    return any(isinstance(node, written_in_python) and not _only_saves(node) for node in _graph(losses))
 
 
 def _graph(losses: Tensor) -> Iterator[Value]:

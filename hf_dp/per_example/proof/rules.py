@@ -127,6 +127,14 @@ def linear(call: Call) -> Labels:
     return np.asarray(flow.over(call.labels("input"), -1, True) | rows | call.labels("bias"))
 
 
+def quantised_linear(call: Call) -> Labels:
+    """bitsandbytes' x W^T + b with W in 4 bits, for x of any shape [..., d]."""
+    x, bias = (call.arguments.get(name) for name in ("A", "bias"))
+    if any(bool(call.read(t).any()) for t in call.inputs if t is not x and t is not bias):
+        raise NotImplementedError(call.name)
+    return np.asarray(flow.over(call.read(x), -1, True) | call.read(bias))
+
+
 def by_rows(call: Call) -> Sequence[Labels]:
     """Row by row of the leading dimension: convolutions, pooling, resizing, attention."""
     inputs = [call.read(t) for t in call.inputs]
@@ -303,6 +311,7 @@ RULES: dict[str, Rule] = {
     "addmv": vector_product("mat", "vec", "self"),
     "dot": vector_product("self", "tensor"),
     "linear": linear,
+    "bitsandbytes::gemm_4bit": quantised_linear,
     **_named(matrix_wise, "linalg_solve_triangular linalg_inv_ex"),
     **_named(
         by_rows,

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
+from hf_dp.per_example.gathering import let_go
 from hf_dp.per_example.proof.calls import Value, bound, written
 from hf_dp.per_example.proof.kept import PLAIN, Empty, Kept, KeptMapping, KeptTensor, joined, local
 from hf_dp.per_example.proof.labels import address
@@ -50,6 +51,7 @@ class State:
         self._tensors: list[KeptTensor] = []
         self._at: dict[int, list[KeptTensor]] = {}
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._in_shards = {address(local(p)) for p in model.parameters() if isinstance(p, DTensor)}
         self._copied = frozenset(copied)
         self._seen: dict[int, Value] = {}
         modules = list(model.named_modules())
@@ -105,7 +107,8 @@ class State:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            if value.layout is torch.strided:
+            sharded = not isinstance(value, nn.Parameter) and address(local(value)) in self._in_shards
+            if value.layout is torch.strided and not sharded:  # sharding's own look at a parameter, which is noted so
                 copied = not isinstance(value, nn.Parameter) or name in self._copied
                 self.keep(name, value, copied)
         elif isinstance(value, nn.Module):
@@ -225,17 +228,10 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
-def _let_go_of_gathered_weights(model: nn.Module) -> None:
-    """A pass without backward leaves whole weights in place of this process's parts."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 @contextmanager
 def _tensors_put_back(model: nn.Module) -> Iterator[State]:
     """Trainable parameters and buffers alone: sharding sets itself up in the first pass, which must stay."""
-    _let_go_of_gathered_weights(model)
+    let_go(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     state = State(nn.Identity())
     for name, tensor in (*trained, *model.named_buffers()):
@@ -243,7 +239,7 @@ def _tensors_put_back(model: nn.Module) -> Iterator[State]:
     try:
         yield state
     finally:
-        _let_go_of_gathered_weights(model)
+        let_go(model)
         state.put_back()
 
 

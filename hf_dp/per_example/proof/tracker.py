@@ -52,6 +52,7 @@ LEAVES = frozenset(
 )
 FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
 INDEXING = frozenset("__getitem__ __setitem__".split())
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook")  # on the gradient of a tensor
 CHANCE = frozenset(
     "native_dropout fused_dropout bernoulli uniform normal random exponential cauchy geometric log_normal rand "
     "randn randint randperm rand_like randn_like randint_like multinomial poisson rrelu_with_noise".split()
@@ -118,11 +119,14 @@ class Tracker:
         """Every operation within is followed; compiled functions run as they are written."""
         with (
             torch.compiler.set_stance("force_eager"),
-            gathered.unseen(self._apart) if self._sharded else nullcontext(),
+            gathered.unseen(self._apart, self._note_trained) if self._sharded else nullcontext(),
             _Leaving(self, backward),
             _Operations(self),
         ):
             yield
+
+    def _note_trained(self, whole: Tensor) -> None:
+        self._trained.add(_key(whole))
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
@@ -306,7 +310,7 @@ class _Leaving(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in LEAVES or name in FROM_PYTHON or name in INDEXING:
             self._look(name, [*args, *kwargs.values()])
-        self._tracker.gradients_mended |= name in ("register_hook", "register_post_accumulate_grad_hook")
+        self._tracker.gradients_mended |= name in HOOKS
         outer = self._tracker.function, self._tracker.dropped_are_own
         self._tracker.function = name
         if "dropout" in name and args and isinstance(args[0], Tensor):
