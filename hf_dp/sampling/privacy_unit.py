@@ -115,7 +115,11 @@ def groups_by(dataset: object, column: str | None, most: int = 1, bound: int | N
             "out"
         )
     if not all(isinstance(value, Hashable) for value in values):
-        raise ConfigError(f"unit_column={column!r}: expected numbers or texts, got lists or mappings")
+        raise ConfigError(
+            f"unit_column={column!r}: expected one number or text a record, got lists or mappings. A record of several "
+            "people needs one value that protects them all: give the same to all records that share a person, directly "
+            "or through others, as threads or teams do; or leave such records out"
+        )
     numbers: dict[Hashable, int] = {}
     group = np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
     sizes = np.bincount(group, minlength=len(numbers))
