@@ -5,6 +5,7 @@ tensor. A leaf is anything in a batch that is not a mapping, tuple or list of fu
 indices that lead to it.
 """
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -93,8 +94,8 @@ class MicroBatch(Batch):
         return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, size, self.records[where])
 
     def first(self, count: int) -> "MicroBatch":
-        """The first `count` examples; beyond the last one, the first ones again."""
-        where = [i % self.size for i in range(count)]
+        """The first `count` examples; beyond the last one, some of them again (see `repeated`)."""
+        where = repeated(self.size, count)
         return MicroBatch({name: _sliced(value, where) for name, value in self.items()}, count)
 
     def in_another_number(self) -> "MicroBatch":
@@ -116,6 +117,13 @@ class MicroBatch(Batch):
             size = sum(owned.counts)
             yield self.rows(slice(start, start + size)).owned_by(owned)
             start += size
+
+
+def repeated(size: int, count: int) -> list[int]:
+    """Which of `size` examples stands in each of `count` rows: each in its own, then some again without any order, so
+    that rows moved to others' places hold other examples.
+    """
+    return [*range(size), *random.Random(count).choices(range(size), k=max(count - size, 0))][:count]
 
 
 def leaves(value: Leaf, path: Path = ()) -> dict[Path, Leaf]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_dp.errors import SelfCheckError
-from hf_dp.per_example.batches import Batch, MicroBatch
+from hf_dp.per_example.batches import Batch, MicroBatch, repeated
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, clipped_gradients, per_example_factors
 from hf_dp.per_example.factors import add_weighted_sum, exact
 from hf_dp.per_example.gathering import trains_shards
@@ -176,28 +176,29 @@ def _difference(
 def _squared_differences(
     model: nn.Module, batch: MicroBatch, alone: Sequence[Batch], example_losses: ExampleLosses, factors_of: Pass
 ) -> tuple[Tensor, Tensor]:
-    """|g_b in the batch - g_b alone|^2 and |g_b alone|^2 for the first and the last example like each that is alone,
-    [B] each with 0 for the others; one parameter of one example at a time.
+    """For each example alone: |g_b in the batch - g_b alone|^2 of its own row or, if that is greater, the mean over the
+    rows in which it is repeated, with random weights, whose rounding doesn't grow with their number; and |g_b alone|^2.
+    Each [examples alone]; one parameter of one example at a time.
     """
-    size = batch.size
-    together, losses = factors_of(model, lambda: example_losses(model, batch), size)
-    totals = torch.zeros(2, size, dtype=exact(losses).dtype, device=losses.device)
-    chosen = torch.eye(size, dtype=totals.dtype, device=losses.device)
-    for first, one in enumerate(alone[:size]):
+    together, losses = factors_of(model, lambda: example_losses(model, batch), batch.size)
+    alone = alone[: batch.size]
+    own = torch.eye(batch.size, dtype=exact(losses).dtype, device=losses.device)
+    differences, sizes = own.new_zeros(2, len(alone)), own.new_zeros(len(alone))
+    weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(own) + 0.5
+    example_of = torch.tensor(repeated(len(alone), batch.size), device=losses.device)
+    for number, one in enumerate(alone):
         singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
-        last = first + (size - 1 - first) // len(alone) * len(alone)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.requires_grad:
-                    difference = _zeros(p)
-                    add_weighted_sum(singly.get(name, []), chosen[0, :1], difference)
-                    totals[1, first] += difference.square().sum()
-                    add_weighted_sum(together.get(name, []), -chosen[first], difference)
-                    totals[0, first] += difference.square().sum()
-                    if last != first:
-                        add_weighted_sum(together.get(name, []), chosen[first] - chosen[last], difference)
-                        totals[0, last] += difference.square().sum()
-    return totals[0], totals[1]
+        again = weights * (example_of == number) * (1 - own[number])
+        for kind, rows in enumerate([own[number], again / again.norm().clamp_min(1)]):
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if p.requires_grad:
+                        difference = _zeros(p)
+                        add_weighted_sum(singly.get(name, []), rows.sum()[None], difference)
+                        sizes[number] += difference.square().sum() if kind == 0 else 0
+                        add_weighted_sum(together.get(name, []), -rows, difference)
+                        differences[kind, number] += difference.square().sum()
+    return differences.amax(0), sizes
 
 
 def precision(model: nn.Module) -> torch.dtype:

@@ -13,13 +13,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.per_example.batches import Batch, leaves
 from hf_dp.per_example.losses import spelt_out
-from hf_dp.per_example.proof import HOOKS, has_backward_in_python
+from hf_dp.per_example.proof import HOOKS, Memories, has_backward_in_python
 
 Value: TypeAlias = Any  # an argument of an operation
 Operation: TypeAlias = tuple[Value, ...]  # what is called, and with what besides sizes
@@ -110,9 +109,9 @@ class _Noted(TorchDispatchMode):
         self._flags: dict[int, tuple[bool, ...]] = {}
         kept = [*model.named_parameters(), *model.named_buffers()]
         self._names = {t.data_ptr(): name for name, t in kept if t.layout is torch.strided and t.numel()}
-        self._born: dict[int, StorageWeakRef] = {}  # memory whose numbers follow from what is noted, by its address
-        for tensor in [*(t for _, t in kept), *leaves(batch).values()]:
-            self._is_born(tensor)
+        self._born = Memories()  # whose numbers follow from what is noted
+        for value in [*(t for _, t in kept), *leaves(batch).values()]:
+            self._is_born(value)
 
     def __torch_dispatch__(
         self, func: Value, types: Value, args: tuple[Value, ...] = (), kwargs: dict[str, Value] | None = None
@@ -124,9 +123,8 @@ class _Noted(TorchDispatchMode):
         return out
 
     def _is_born(self, value: Value) -> None:
-        if isinstance(value, Tensor) and value.layout is torch.strided:
-            storage = value.untyped_storage()
-            self._born.setdefault(storage._cdata, StorageWeakRef(storage))  # which keeps the address from other memory
+        if isinstance(value, Tensor):
+            self._born.add(value)
 
     def _note(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
         key = id(func)  # an operation's own hash is slow
@@ -144,7 +142,7 @@ class _Noted(TorchDispatchMode):
         if isinstance(value, Tensor):
             known = self._names.get(value.data_ptr()) if value.layout is torch.strided else None
             settings.append((value.dim(), value.dtype, known))
-            if value.layout is torch.strided and value.untyped_storage()._cdata not in self._born:
+            if value.layout is torch.strided and value not in self._born:
                 self._take_numbers(value, settings, sizes)
         elif isinstance(value, (list, tuple)):
             listed: list[Value] = []

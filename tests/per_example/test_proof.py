@@ -2,8 +2,12 @@
 
 import copy
 import ctypes
+import gc
 import pickle
+import queue
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -71,6 +75,61 @@ def test_hooks_on_the_graph_leave_a_pass_unproved(hooked: Callable[[Tensor], Ten
     found = proof_of(planted("model.norm", hooked, tiny()))
     assert not found.independent
     assert "Python has a say in backward" in found.reasons[0]
+
+
+def test_who_is_told_of_collected_garbage_has_no_say_in_backward() -> None:
+    told = lambda phase, info: None  # noqa: E731
+    often = gc.get_threshold()
+    gc.callbacks.append(told)
+    gc.set_threshold(50, 1_000, 1_000)
+    try:
+        assert proof_of(tiny()).reasons == ()
+    finally:
+        gc.set_threshold(*often)
+        gc.callbacks.remove(told)
+    assert gc.isenabled()
+
+
+def in_a_new_thread(out: Tensor) -> Tensor:
+    made: list[Tensor] = []
+    thread = threading.Thread(target=lambda: made.append(out + out.roll(1, 0)))
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+WORKER = ThreadPoolExecutor(1)
+
+
+def handed_over(out: Tensor) -> Tensor:
+    return WORKER.submit(lambda: out * float(out.max())).result()
+
+
+@pytest.mark.parametrize("elsewhere", [in_a_new_thread, handed_over])
+def test_work_in_other_threads_leaves_a_pass_unproved(elsewhere: Callable[[Tensor], Tensor]) -> None:
+    found = proof_of(planted("model.norm", elsewhere, tiny()))
+    assert any(reason.startswith("work is handed to another thread or process in") for reason in found.reasons)
+    assert not hasattr(threading.Thread.start, "__wrapped__")
+    assert not hasattr(ThreadPoolExecutor.submit, "__wrapped__")
+
+
+def test_memory_that_nobody_was_seen_to_make_may_hold_anything() -> None:
+    waiting: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            out = waiting.get()
+            done.put(out + out.roll(1, 0))
+
+    threading.Thread(target=work, daemon=True).start()
+
+    def by_a_worker(out: Tensor) -> Tensor:
+        waiting.put(out)
+        return done.get()
+
+    found = proof_of(planted("model.norm", by_a_worker, tiny()))
+    assert any("a tensor that no operation of the pass made" in reason for reason in found.reasons)
 
 
 @pytest.mark.parametrize("place", quick({*[*PLACES][::3]}, PLACES))

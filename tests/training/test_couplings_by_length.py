@@ -224,6 +224,11 @@ def shifted_between(x: Tensor, layer: nn.Module) -> Tensor:
     return layer(x.roll(1 if 20 <= x.shape[1] <= 25 else 0, 0))
 
 
+def shifted_by_two_between(x: Tensor, layer: nn.Module) -> Tensor:
+    """At some lengths each example is given what belongs to the second one after it."""
+    return layer(x.roll(2 if 20 <= x.shape[1] <= 25 else 0, 0))
+
+
 def mixed_for_some_number(x: Tensor, layer: nn.Module) -> Tensor:
     """Three examples are apart, and many are; five are not."""
     return layer(x - x.mean(0, keepdim=True)) if len(x) == 5 else layer(x)
@@ -239,6 +244,7 @@ BETWEEN = [
     otherwise_between,
     another_bias_between,
     shifted_between,
+    shifted_by_two_between,
     mixed_for_some_number,
     mixed_if_large,
 ]

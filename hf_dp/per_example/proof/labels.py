@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Labels = npt.NDArray[np.uint8]
 
@@ -73,6 +74,21 @@ class _Shadow:
 def address(tensor: Tensor) -> int:
     """Identifies a piece of memory."""
     return int(tensor.untyped_storage()._cdata)
+
+
+class Memories:
+    """Pieces of memory. None of them is kept alive, but no other gets the address of one meanwhile."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, StorageWeakRef] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Notes the memory of a tensor."""
+        if tensor.layout is torch.strided and (key := address(tensor)) not in self._storages:
+            self._storages[key] = StorageWeakRef(tensor.untyped_storage())
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor.layout is torch.strided and address(tensor) in self._storages
 
 
 class Book:

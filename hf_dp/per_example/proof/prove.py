@@ -23,13 +23,17 @@ themselves, of the number of examples in a pass and of the padded length, where 
 that is not masked; the gradient rules' exactness.
 """
 
+import gc
 import os
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import NamedTuple
 
@@ -132,7 +136,7 @@ def _marked(tracker: Tracker, batch: Batch, number: int) -> bool:
 def _follow(tracker: Tracker, model: nn.Module, losses_of: Callable[[], Tensor], backward: bool) -> bool:
     """One pass. Answers whether its backward has to be followed too."""
     try:
-        with torch.enable_grad(), spelt_out(), experts.spelt_out(), tracker.watching(backward):
+        with torch.enable_grad(), spelt_out(), experts.spelt_out(), _by_itself(tracker), tracker.watching(backward):
             losses = losses_of()
             if backward and losses.requires_grad:
                 tracker.in_backward = True
@@ -171,7 +175,7 @@ def _python_called_by(losses: Tensor) -> str:
     if not losses.requires_grad:
         return ""
     before = sys.getprofile()
-    with torch.autograd.set_multithreading_enabled(False):
+    with torch.autograd.set_multithreading_enabled(False), _without_collecting_garbage():
         sys.setprofile(look)
         try:
             losses.backward(losses.detach() * 0 + 1, retain_graph=True)
@@ -180,6 +184,41 @@ def _python_called_by(losses: Tensor) -> str:
         finally:
             sys.setprofile(before)
     return called[0] if called else ""
+
+
+@contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    """Whoever wants to know when garbage is collected is called then, wherever the program stands."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def _by_itself(tracker: Tracker) -> Iterator[None]:
+    """Notes work that is handed to other threads or processes, where no operation is seen."""
+    here = threading.get_ident()
+    originals = Thread.start, ThreadPoolExecutor.submit, ProcessPoolExecutor.submit
+
+    def noting(original: Value) -> Value:
+        @wraps(original)
+        def hand_over(*args: Value, **kwargs: Value) -> Value:
+            if threading.get_ident() == here:
+                tracker.note(tracker.found, "work is handed to another thread or process")
+            return original(*args, **kwargs)
+
+        return hand_over
+
+    noted = map(noting, originals)
+    try:
+        Thread.start, ThreadPoolExecutor.submit, ProcessPoolExecutor.submit = noted  # type: ignore[method-assign]
+        yield
+    finally:
+        Thread.start, ThreadPoolExecutor.submit, ProcessPoolExecutor.submit = originals  # type: ignore[method-assign]
 
 
 def has_backward_in_python(losses: Tensor) -> bool:

@@ -29,6 +29,7 @@ from hf_dp.per_example.proof.labels import (
     UNWRITTEN,
     Book,
     Labels,
+    Memories,
     address,
     bits_of,
     distinct,
@@ -95,14 +96,15 @@ class Tracker:
         self._trained = {address(p) for p in model.parameters() if p.requires_grad}
         self.function = ""
         self._sharded = is_sharded(model)
-        self._born: set[int] = set()
+        self._born = Memories()
+        self._from_before = Memories()  # constants that the first pass met and nobody made in it
         self._pass = 0
 
     def mark(self, tensor: Tensor, number: int) -> None:
         """The rows of `tensor` are examples 0, 1, ... of pass `number`."""
         bits = bits_of(number)
         self.book.write(tensor, bits.reshape(SIZE, *[1] * (tensor.dim() - 1)), fresh=True)
-        self._born.add(address(tensor))
+        self._born.add(tensor)
         self._pass = number
 
     def own(self, labels: Labels, leading: bool) -> bool:
@@ -151,6 +153,7 @@ class Tracker:
     def after(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], out: Value) -> None:
         """Follows one operation that has been done."""
         call = Call(func, args, kwargs, out, self.book)
+        self._note_what_nobody_made(call)
         inputs, present = call.inputs, int(call.everything)
         if present and not call.results and call.name not in NO_VALUES and call.answers:
             self.read_into_python(call.name)
@@ -159,6 +162,22 @@ class Tracker:
         self._note_writes(call)
         self._meet(call, inputs, present)
         self._results(call, inputs, present)
+
+    def _note_what_nobody_made(self, call: Call) -> None:
+        """Memory that is new in the second pass, and that no observed operation made, may hold anything: whatever made
+        it, such as another thread, may have done so of the examples.
+        """
+        if self._sharded or call.name == "lift_fresh":  # gathered weights; what Python made, see `_lift`
+            return
+        for tensor in tensors_in(list(call.arguments.values())):
+            if tensor.layout is not torch.strided or not tensor.numel() or tensor in self._born:
+                continue
+            if self._pass == 0:
+                self._from_before.add(tensor)
+            elif tensor not in self._from_before and address(tensor) not in self._kept:
+                self._born.add(tensor)
+                self.book.write(tensor, np.full(tuple(tensor.shape), EXAMPLES | UNWRITTEN, np.uint8), fresh=True)
+                self.note(self.found, f"{call.name} takes a tensor that no operation of the pass made,")
 
     def _note_sizes(self, call: Call, present: int) -> None:
         masks = (i for i in tensors_in(call.arguments.get("indices")) if i.dtype in (torch.bool, torch.uint8))
@@ -184,7 +203,7 @@ class Tracker:
             key = address(tensor) if tensor.layout is torch.strided else 0
             if key in self._kept:
                 self.written[self._kept[key]] = None
-            elif key not in self._born:
+            elif not key or tensor not in self._born:
                 self.note(self.written, "a tensor that is kept from before the pass, written")
 
     def _meet(self, call: Call, inputs: list[Tensor], present: int) -> None:
@@ -205,7 +224,9 @@ class Tracker:
         writes = bool(call.written())
         new_memory = self._fresh(call)
         fresh = [_key(r) in new_memory for r in call.results]
-        self._born |= new_memory
+        for result, new in zip(call.results, fresh, strict=True):
+            if new:
+                self._born.add(result)
         if call.name == "lift_fresh":
             return self._lift(call)
         if (not writes and not any(fresh)) or (torch.Tag.inplace_view in call.func.tags and call.name != "resize"):
@@ -226,7 +247,7 @@ class Tracker:
         for tensor in call.results:  # a constant that Python made within the pass
             if _key(tensor) not in self._kept:
                 known = self.function in FROM_PYTHON | INDEXING  # what they are given has been looked at
-                self._born.add(_key(tensor))
+                self._born.add(tensor)
                 self.book.write(
                     tensor, np.full(tuple(tensor.shape), SHAPED if known else SHAPED | UNWRITTEN, np.uint8), fresh=True
                 )
