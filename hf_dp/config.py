@@ -27,6 +27,7 @@ ELSEWHERE = {  # what other libraries call a setting of ours -> our name
     "sigma": "noise_multiplier",
 }
 MOST_RECORDS = 1024  # of a unit in a step; each is a row of passes, so that more would take days
+MOST_CONTRIBUTED = 256  # records of a unit that are drawn one by one; accounting for more takes minutes
 MIN_DELTA = 1e-12  # below it the PLD accountant is too coarse: at 1e-14 it gives 8.59 for a true epsilon of 4.25
 
 
@@ -79,6 +80,13 @@ class PrivacyConfig:
         default=1,
         metadata={
             "help": "With unit_column, k: of a drawn group at most k of its records, whose mean gradient is clipped."
+        },
+    )
+    contribution_bound: int | None = field(
+        default=None,
+        metadata={
+            "help": "With unit_column, G: draw records, not groups; the first G of each are kept, each is clipped by "
+            "itself, and epsilon is that of the group."
         },
     )
     noise_schedule: str | None = field(
@@ -201,6 +209,10 @@ _RULES: dict[str, Rule] = {
         lambda x: x is None or (isinstance(x, str) and _COLUMN.fullmatch(x) is not None),
     ),
     "records_per_unit": (f"a whole number from 1 to {MOST_RECORDS:,}", lambda x: _is_whole(x, 1, MOST_RECORDS)),
+    "contribution_bound": (
+        f"a whole number from 1 to {MOST_CONTRIBUTED}, or left out",
+        lambda x: x is None or _is_whole(x, 1, MOST_CONTRIBUTED),
+    ),
     **{f"{name}_schedule": (schedule.EXPECTED, schedule.is_schedule) for name in schedule.Schedules._fields},
     "public_eval": ("true or false", lambda x: isinstance(x, bool)),
     "budget_file": ("a path as text, or left out", lambda x: x is None or (isinstance(x, str) and x != "")),
@@ -226,6 +238,12 @@ def _contradictions(c: PrivacyConfig) -> Iterator[str]:
         yield "for training without privacy use transformers.Trainer, or noise_multiplier=0 to debug"
     if c.records_per_unit != 1 and c.unit_column is None:
         yield "records_per_unit is of the groups that unit_column makes: name the column, or leave it at 1"
+    if c.contribution_bound is not None and c.unit_column is None:
+        yield "contribution_bound is of the groups that unit_column makes: name the column, or leave it out"
+    if c.contribution_bound is not None and c.records_per_unit != 1:
+        yield "records_per_unit is of drawn groups, contribution_bound of drawn records: leave one of them out"
+    if c.contribution_bound is not None and c.noise == "discrete":
+        yield "contribution_bound is not accounted with noise='discrete': leave it out, or choose another noise"
     if c.noise == "discrete" and c.log_loss_up_to is not None:
         yield "log_loss_up_to has no place on the grid of noise='discrete': leave it out, or choose another noise"
     if c.noise == "discrete" and any(c.schedules):

@@ -1,6 +1,7 @@
 """What will be run: the settings of the subsampled Gaussian mechanism, all of them public, in frozen objects."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -11,6 +12,8 @@ from hf_dp.schedule import Level
 UNIT = "record"  # one row of the training set
 PAIR = "pair of answers"  # one row of the training set, where it has two answers of which one is preferred
 GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
+BOUNDED = 'group of at most {bound:,} records with the same "{column}"'  # those of them that are kept
+_BOUND = re.compile(r'group of at most ([\d,]+) records with the same "')
 METRIC_NOISE = 10.0  # k: a released metric has k times the noise, over its own sensitivity, that the gradient has
 METRICS = ("loss", "batch_size")  # may be released with the gradient, as further coordinates of one vector
 DISCRETE = "discrete"  # the kind of noise that consists of whole numbers (see `randomness/grid.py`)
@@ -29,12 +32,14 @@ class Segment(NamedTuple):
             is called `noise_multiplier`.
         num_steps: how many steps.
         noise: kind of noise, one of `config.NOISES`.
+        contribution_bound: G, of how many records of a unit each may join a step by itself.
     """
 
     sample_rate: float
     joint_noise_multiplier: float
     num_steps: int
     noise: str = "gaussian"
+    contribution_bound: int = 1
 
     @classmethod
     def of(cls, stated: Mapping[str, object]) -> "Segment":
@@ -44,7 +49,8 @@ class Segment(NamedTuple):
             KeyError: a field is missing.
         """
         q, sigma, steps = (stated[name] for name in ("sample_rate", "noise_multiplier", "num_steps"))
-        return cls(q, sigma, steps, stated.get("noise", "gaussian"))  # type: ignore[arg-type]  # `spent` checks them
+        beside = stated.get("noise", "gaussian"), stated.get("contribution_bound", 1)
+        return cls(q, sigma, steps, *beside)  # type: ignore[arg-type]  # `spent` checks them
 
     def stated(self) -> dict[str, object]:
         """Field -> value, as files have it."""
@@ -53,6 +59,7 @@ class Segment(NamedTuple):
             "noise_multiplier": self.joint_noise_multiplier,
             "num_steps": self.num_steps,
             "noise": self.noise,
+            **({"contribution_bound": self.contribution_bound} if self.contribution_bound > 1 else {}),
         }
 
 
@@ -114,10 +121,12 @@ class StepSettings(_Noisy):
     noise: str = "gaussian"
     loss_bound: float | None = None
     records_per_unit: int = 1
+    contribution_bound: int | None = None
 
     def steps(self, num_steps: int) -> Segment:
         """The segment of `num_steps` steps with these settings."""
-        return Segment(self.sample_rate, self.joint_noise_multiplier, num_steps, self.noise)
+        bound = self.contribution_bound or 1
+        return Segment(self.sample_rate, self.joint_noise_multiplier, num_steps, self.noise, bound)
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,8 @@ class Mechanism(_Noisy):
     `expected_batch_size`, a public constant.
 
     Attributes:
-        num_examples: N, the number of units; public under the zero-out relation.
+        num_examples: N, the number of units, or of the records that are kept where each is drawn by itself; public
+            under the zero-out relation.
         expected_batch_size: B, over all processes; 1 <= B <= N.
         num_steps: T, planned.
         noise_multiplier: sigma. 0 means no noise: epsilon is infinite.
@@ -144,6 +154,8 @@ class Mechanism(_Noisy):
         noise: the kind of noise, one of `config.NOISES`.
         records_per_unit: k: of a drawn group the mean gradient of at most k records is clipped; 1 where records are
             units.
+        contribution_bound: G: records are drawn by themselves, of each group at most G that are kept; None where units
+            are drawn.
         levels: the levels of a schedule, T steps in all; sigma, C and B above are those of the first level. Empty where
             sigma, C and B are constant.
     """
@@ -161,6 +173,7 @@ class Mechanism(_Noisy):
     debug: bool = False
     noise: str = "gaussian"
     records_per_unit: int = 1
+    contribution_bound: int | None = None
     levels: tuple[Level, ...] = ()
 
     @property
@@ -191,6 +204,7 @@ class Mechanism(_Noisy):
             noise=self.noise,
             loss_bound=self.loss_bound,
             records_per_unit=self.records_per_unit,
+            contribution_bound=self.contribution_bound,
         )
 
     @property
@@ -224,11 +238,19 @@ def release_norm(loss_bound: float | None) -> float:
     return 1.0 if loss_bound is None else math.sqrt(1 + len(METRICS) / METRIC_NOISE**2)
 
 
-def unit_of(column: str | None, row: str = UNIT) -> str:
+def unit_of(column: str | None, row: str = UNIT, contribution_bound: int | None = None) -> str:
     """What is protected as one, as card and ledger name it: a `row` of the training set, or all records with one value
-    in `column`.
+    in `column`; of these at most `contribution_bound` that are kept, if there is one.
     """
-    return row if column is None else GROUP.format(column=column)
+    if column is None:
+        return row
+    return (GROUP if contribution_bound is None else BOUNDED).format(column=column, bound=contribution_bound)
+
+
+def bound_in(unit: str) -> int | None:
+    """The contribution bound that a unit's name states; None where units are drawn."""
+    found = _BOUND.match(unit)
+    return None if found is None else int(found[1].replace(",", ""))
 
 
 def taken_of_a_group(records_per_unit: int) -> str:

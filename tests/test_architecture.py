@@ -221,10 +221,10 @@ def test_the_settings_are_these():
 
     assert [f.name for f in dataclasses.fields(PrivacyConfig)] == (
         "target_epsilon noise_multiplier target_delta expected_batch_size clip_norm log_loss_up_to noise unit_column "
-        "records_per_unit noise_schedule clip_schedule batch_schedule public_eval budget_file debug_seed "
-        "if_unset".split()
+        "records_per_unit contribution_bound noise_schedule clip_schedule batch_schedule public_eval "
+        "budget_file debug_seed if_unset".split()
     )
     assert [f.name for f in dataclasses.fields(Mechanism)] == (
         "num_examples expected_batch_size num_steps noise_multiplier clip_norm delta target_epsilon loss_bound unit "
-        "relation debug noise records_per_unit levels".split()
+        "relation debug noise records_per_unit contribution_bound levels".split()
     )

@@ -82,6 +82,7 @@ def test_everything_wrong_is_named_at_once() -> None:
             public_eval="no",
             unit_column="",
             records_per_unit=0,
+            contribution_bound=0,
             debug_seed=-1,
             budget_file="",
             if_unset="none",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from hf_dp.accounting.cells import step_cells
 from hf_dp.accounting.epsilon import (
     MAX_SIGMA,
     MIN_SIGMA,
@@ -12,7 +13,6 @@ from hf_dp.accounting.epsilon import (
     quick_epsilon,
     segment_problems,
     spent,
-    step_cells,
     target_problems,
 )
 from hf_dp.errors import AccountingError
@@ -77,13 +77,18 @@ def calibrate_course(target_epsilon: float, course: Callable[[float], Sequence[S
     if wrong:
         raise AccountingError("Cannot calibrate the noise: " + "; ".join(wrong) + ".")
     unit, steps = course(1.0), sum(s.num_steps for s in course(1.0))
-    # a constant course that costs as much in the normal limit: the mean of q²/sigma² is the same
+    # a constant course that costs as much in the normal limit: the mean of q²/sigma² is the same, of G records G² times
     q = math.sqrt(sum(s.num_steps * s.sample_rate**2 for s in unit) / steps)
-    scale = math.sqrt(sum(s.num_steps * (s.sample_rate / s.joint_noise_multiplier) ** 2 for s in unit) / steps) / q
+    scale = math.sqrt(sum(s.num_steps * (_mean_of(s) / s.joint_noise_multiplier) ** 2 for s in unit) / steps) / q
     guess = _first_guess(float(target_epsilon), Segment(q, 1.0, steps), float(delta)) * scale
     with suppress(AccountingError):  # quickly, on a coarse grid; one that only the fine grid may reach: as it stands
         guess = _smallest_within(target_epsilon, lambda sigma: quick_epsilon(course(sigma), delta, 16), guess, 0.02)
     return _smallest_spent(float(target_epsilon), course, delta, guess)
+
+
+def _mean_of(s: Segment) -> float:
+    """How many records of a unit are in a step on average, at most."""
+    return s.sample_rate * s.contribution_bound
 
 
 def _smallest_spent(target: float, course: Callable[[float], Sequence[Segment]], delta: float, guess: float) -> float:

@@ -54,13 +54,27 @@ def derivation(
     ]
     rows[9:9] = _level_rows(privacy, m)
     if privacy.unit_column is not None:
-        k = f"{m.records_per_unit:,}"
-        rows[3:3] = [("records a unit, k", k, f"given; a step takes {taken_of_a_group(m.records_per_unit)}")]
+        rows[3:3] = [_unit_row(m)]
+    if (m.contribution_bound or 1) > 1:
+        rows[-3:] = [
+            ("epsilon", e, f"of a mixture of Gaussians by PLD, dp-accounting, after all {m.num_steps:,} steps")
+        ]
     if m.is_discrete:
         rows[9:11] = _grid_rows(m, rdp)
     if m.loss_bound is not None:
         rows[9:9] = _metric_rows(m, m.loss_bound)
     return [Derived(*row) for row in rows]
+
+
+def _unit_row(m: Mechanism) -> tuple[str, str, str]:
+    if m.contribution_bound is not None:
+        rule = "given; records are drawn, of each group its first G; N counts these; epsilon is a group's"
+        return "records a unit, G", f"{m.contribution_bound:,}", rule
+    return (
+        "records a unit, k",
+        f"{m.records_per_unit:,}",
+        f"given; a step takes {taken_of_a_group(m.records_per_unit)}",
+    )
 
 
 def _of_clip_norm(privacy: PrivacyConfig) -> str:

@@ -5,8 +5,8 @@ Doroshenko et al. 2022) and Rényi DP (RDP, Mironov et al. 2019). Each is an upp
 Discrete noise (`randomness/grid.py`) is accounted by Rényi DP at whole orders alone, and so is whatever it is composed
 with. Accountants fail open (given a NaN they answer epsilon 0), so inputs are checked before and answers after.
 
-Symbols: q sample rate, T number of steps, sigma joint noise multiplier, h width of the PLD grid, mu = q
-sqrt(exp(1/sigma²) - 1), the standard deviation of one step's likelihood ratio.
+Symbols: q sample rate, T number of steps, sigma joint noise multiplier, h width of the PLD grid, G contribution bound:
+`mixtures.py` has the law of a step with G > 1.
 """
 
 import logging
@@ -21,13 +21,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_dp.config import MIN_DELTA, is_number
+from hf_dp.accounting import mixtures
+from hf_dp.accounting.cells import grid
+from hf_dp.config import MIN_DELTA, MOST_CONTRIBUTED, is_number
 from hf_dp.errors import AccountingError
 from hf_dp.mechanism import DISCRETE, Segment
 
 MIN_SIGMA, MAX_SIGMA = 0.01, 1e6  # under the first one step costs epsilon 5,000; over the second no grid resolves mu
 MAX_STEPS = 1_000_000  # dp-accounting computes size**T as an integer: seconds at a million, minutes beyond
-GRID_FINEST, GRID_COARSEST = 1e-7, 1e-3
 PLD_ROUNDING = 2.0**-51  # a step: the FFT's T-th power moves the tail's mass by up to T x 2**-53 (measured; x 4 here)
 RDP_ROUNDING = 1e-13  # a step: log A sums 1,024 rounded terms; without it a lost divergence would pass for none
 # The sampler of discrete noise is within 2**-400 a coordinate of the exact law (`discrete.py`): with 2**60 of them in
@@ -51,8 +52,8 @@ class _PrivacyLoss(Protocol):
 class Epsilon(NamedTuple):
     """Upper bounds on epsilon at one delta. `epsilon` is the smaller of the other two, and is what is claimed.
 
-    With discrete noise among the steps `pld` is infinite. All three are infinite where epsilon would exceed
-    DISCRETE_MOST.
+    With discrete noise among the steps `pld` is infinite, and with a contribution bound `rdp` is. All three are
+    infinite where epsilon would exceed DISCRETE_MOST.
     """
 
     epsilon: float
@@ -104,13 +105,19 @@ def divergences(segments: Sequence[Segment]) -> tuple[Floats, Floats]:
     orders only.
 
     Raises:
-        AccountingError: as in `spent`, or there are no steps, or one without noise.
+        AccountingError: as in `spent`, or there are no steps, or one without noise, or one in which several records of
+            a unit were drawn, of which no divergence is known here.
     """
     from dp_accounting import rdp
 
     merged = _merged(segments, ())
     if not merged or any(s.joint_noise_multiplier == 0 for s in merged):
         raise AccountingError(f"Divergences are of steps with noise (got {tuple(segments)!r}).")
+    if _is_mixture(merged):
+        raise AccountingError(
+            "Rényi divergences are not known here of steps that draw several records of a unit: leave "
+            "contribution_bound out, and draw the units"
+        )
     if _is_discrete(merged):
         return _at_whole_orders(merged)
     orders = rdp.RdpAccountant().orders
@@ -118,21 +125,23 @@ def divergences(segments: Sequence[Segment]) -> tuple[Floats, Floats]:
 
 
 def _merged(segments: Sequence[Segment], problems: Iterable[str]) -> tuple[Segment, ...]:
-    """`segments` with equal (q, sigma) merged, discrete noise kept apart, sorted; none without steps.
+    """`segments` with equal (q, sigma) merged, discrete noise kept apart, sorted; none without steps. Where q is 1, all
+    G records of a unit are in each step, which is a Gaussian of sigma / G.
 
     Raises:
         AccountingError: one of `problems`, or an invalid segment.
     """
     wrong = [*problems, *(p for s in segments for p in segment_problems(s))]
-    counts: Counter[tuple[float, float, str]] = Counter()
+    counts: Counter[tuple[float, float, str, int]] = Counter()
     if not wrong:
-        for q, sigma, steps, noise in segments:
-            counts[float(q), float(sigma), DISCRETE if noise == DISCRETE else "gaussian"] += int(steps)
+        for q, sigma, steps, noise, bound in segments:
+            kind, of_one = DISCRETE if noise == DISCRETE else "gaussian", q == 1 or bound == 1
+            counts[float(q), float(sigma / bound if of_one else sigma), kind, 1 if of_one else int(bound)] += int(steps)
         if counts.total() > MAX_STEPS:
             wrong.append(f"steps must be at most {MAX_STEPS:,} in all (got {counts.total():,})")
     if wrong:
         raise AccountingError("Cannot account for these steps: " + "; ".join(wrong) + ".")
-    return tuple(Segment(q, sigma, t, noise) for (q, sigma, noise), t in sorted(counts.items()) if t)
+    return tuple(Segment(q, sigma, t, noise, g) for (q, sigma, noise, g), t in sorted(counts.items()) if t)
 
 
 @lru_cache(maxsize=4096)
@@ -160,13 +169,17 @@ def _spent(merged: tuple[Segment, ...], delta: float) -> Epsilon:
 
 def segment_problems(segment: Segment) -> Iterator[str]:
     """What is wrong with a segment: a clause for each field, with what is expected and what it is."""
-    q, sigma, steps, _ = segment
+    q, sigma, steps, noise, bound = segment
     if not (is_number(q) and 0 < q <= 1):
         yield f"sample_rate must be above 0 and at most 1 (got {q!r})"
     if not (is_number(sigma) and (sigma == 0 or MIN_SIGMA <= sigma <= MAX_SIGMA)):
         yield f"noise_multiplier must be 0 (no privacy) or from {MIN_SIGMA} to {MAX_SIGMA:,.0f} (got {sigma!r})"
     if not (is_whole(steps) and 0 <= steps <= MAX_STEPS):
         yield f"num_steps must be a whole number from 0 to {MAX_STEPS:,} (got {steps!r})"
+    if not (is_whole(bound) and 1 <= bound <= MOST_CONTRIBUTED):
+        yield f"contribution_bound must be a whole number from 1 to {MOST_CONTRIBUTED} (got {bound!r})"
+    elif bound > 1 and noise == DISCRETE:
+        yield f"contribution_bound must be 1 with discrete noise, of which no law is known here (got {bound})"
 
 
 def delta_problems(delta: float) -> Iterator[str]:
@@ -232,7 +245,9 @@ def _composed(merged: tuple[Segment, ...], h: float) -> "_PrivacyLoss":
 @lru_cache(maxsize=16)
 def _part(s: Segment, h: float) -> "_PrivacyLoss":
     """The privacy loss distribution of one segment. Cached, since of a schedule only the current level grows."""
-    return _step_loss(s.sample_rate, s.joint_noise_multiplier, h).self_compose(s.num_steps)
+    if s.contribution_bound == 1:
+        return _step_loss(s.sample_rate, s.joint_noise_multiplier, h).self_compose(s.num_steps)
+    return _mixture_loss(s.sample_rate, s.joint_noise_multiplier, s.contribution_bound, h).self_compose(s.num_steps)
 
 
 def quick_epsilon(segments: Sequence[Segment], delta: float, coarser: float = 1.0) -> float:
@@ -250,6 +265,12 @@ def quick_epsilon(segments: Sequence[Segment], delta: float, coarser: float = 1.
 
 
 @lru_cache(maxsize=16)
+def _mixture_loss(q: float, sigma: float, bound: int, h: float) -> "_PrivacyLoss":
+    """The same where several records of a unit may be in a step."""
+    return mixtures.step_loss(q, sigma, bound, h)
+
+
+@lru_cache(maxsize=16)
 def _step_loss(q: float, sigma: float, h: float) -> "_PrivacyLoss":
     """The privacy loss distribution of one step, in both directions of the neighbouring relation."""
     from dp_accounting import NeighboringRelation
@@ -263,50 +284,14 @@ def _step_loss(q: float, sigma: float, h: float) -> "_PrivacyLoss":
     )
 
 
-def grid(segments: Sequence[Segment]) -> float:
-    """Width h of the PLD grid: clip(mu / 10, 1e-7, 1e-3), the finest that any segment needs.
-
-    One step's loss must spread over several cells, or rounding it up inflates epsilon: a fixed h of 1e-3 is 15 % loose
-    at small q. Where losses reach so far that arrays would exceed some millions of cells (weak noise over many steps),
-    h grows with them. Every h gives an upper bound.
-    """
-    finest = min(min(max(_mu(s) / 10, GRID_FINEST), GRID_COARSEST) for s in segments)
-    step_reach = max(_step_reach(s) for s in segments)
-    total_reach = sum(_total_reach(s) for s in segments)
-    return max(finest, step_reach / 400_000, total_reach / 2**20)
-
-
-def step_cells(s: Segment) -> float:
-    """About how many grid cells the loss of one step fills. An evaluation takes about 10 microseconds for each."""
-    return _step_reach(s) / grid([s])
-
-
-def _mu(s: Segment) -> float:
-    return s.sample_rate * math.sqrt(math.expm1(min(s.joint_noise_multiplier**-2, 700.0)))  # exp(710) overflows
-
-
-def _step_reach(s: Segment) -> float:
-    """About the range of one step's loss, log(1 - q + q e^x), over ten standard deviations of x. Only sizes arrays."""
-    x = 0.5 * s.joint_noise_multiplier**-2 + 10 / s.joint_noise_multiplier
-    up = math.log1p(s.sample_rate * math.expm1(x)) if x < 700 else x
-    return up - math.log1p(s.sample_rate * math.expm1(-min(x, 30.0)))
-
-
-def _total_reach(s: Segment) -> float:
-    """About the range of T steps' loss: the normal limit, or a participation count's tail. Only sizes arrays."""
-    q, sigma, steps, _ = s
-    taken = min(steps, q * steps + 8 * math.sqrt(q * steps) + 12)
-    by_count = 0.5 * taken / sigma**2 + 8 * math.sqrt(taken) / sigma
-    by_normal = 0.5 * steps * _mu(s) ** 2 + 10 * _mu(s) * math.sqrt(steps) + 2 * _step_reach(s)
-    return min(by_count, by_normal)
-
-
 def _rdp_epsilon(merged: tuple[Segment, ...], delta: float) -> float:
     """By Rényi DP at dp-accounting's default orders, rounding charged to every step; with discrete noise at whole
-    orders.
+    orders. Infinite where several records of a unit are drawn, of which no divergence is known here.
     """
     from dp_accounting import rdp
 
+    if _is_mixture(merged):
+        return math.inf
     if _is_discrete(merged):
         return float(rdp.compute_epsilon(*_at_whole_orders(merged), math.nextafter(delta, 0))[0])
     orders = rdp.RdpAccountant().orders
@@ -327,6 +312,10 @@ def _discrete_delta(merged: tuple[Segment, ...], epsilon: float) -> float:
 
 def _is_discrete(merged: tuple[Segment, ...]) -> bool:
     return any(s.noise == DISCRETE for s in merged)
+
+
+def _is_mixture(merged: tuple[Segment, ...]) -> bool:
+    return any(s.contribution_bound > 1 for s in merged)
 
 
 @lru_cache(maxsize=8)

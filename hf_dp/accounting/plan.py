@@ -31,7 +31,8 @@ def plan_mechanism(
 
     Args:
         privacy: what is asked for.
-        num_examples: N; with a `unit_column`, the number of groups.
+        num_examples: N; with a `unit_column`, the number of groups, or with a `contribution_bound` of their records
+            that are kept.
         num_train_epochs: passes over the data: T = ceil(epochs x round(N / B)), with B's mean over a schedule's levels.
         max_steps: T, where it is positive; `num_train_epochs` is then ignored, as `Trainer` does.
         row: what a row of the training set is.
@@ -54,10 +55,11 @@ def plan_mechanism(
         delta=default_delta(num_examples) if privacy.target_delta is None else float(privacy.target_delta),
         target_epsilon=None if privacy.target_epsilon is None else float(privacy.target_epsilon),
         loss_bound=None if privacy.log_loss_up_to is None else float(privacy.log_loss_up_to),
-        unit=unit_of(privacy.unit_column, row),
+        unit=unit_of(privacy.unit_column, row, privacy.contribution_bound),
         debug=privacy.debug_seed is not None,
         noise=privacy.noise,
         records_per_unit=privacy.records_per_unit,
+        contribution_bound=privacy.contribution_bound,
     )
     planned = _with_noise(privacy, unscaled, unscaled.noise_multiplier)
     if privacy.target_epsilon is not None:
@@ -83,7 +85,7 @@ def _with_noise(privacy: PrivacyConfig, m: Mechanism, sigma: float) -> Mechanism
 
 def _calibrated(privacy: PrivacyConfig, m: Mechanism) -> float:
     assert m.target_epsilon is not None  # or there is nothing to calibrate to
-    if m.levels:
+    if m.levels or m.contribution_bound is not None:
         return calibrate_course(m.target_epsilon, lambda sigma: _with_noise(privacy, m, sigma).segments(), m.delta)
     return calibrate(
         m.target_epsilon,

@@ -7,8 +7,8 @@ no longer verify, so that needs a new schema version.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from hf_dp.card.words import units
-from hf_dp.mechanism import DISCRETE, PAIR, UNIT, generator_of, taken_of_a_group
+from hf_dp.card.words import counted, units
+from hf_dp.mechanism import DISCRETE, PAIR, UNIT, bound_in, generator_of, taken_of_a_group
 
 GAUSSIAN = {
     "name": "Poisson-subsampled Gaussian (DP-SGD)",
@@ -23,6 +23,7 @@ WHOLE_NUMBERS = {
     "noise_precision": "whole numbers",
     "epsilon_is": "RDP at whole orders, an upper bound",
 }
+EPSILON_OF_MIXTURE = "PLD of a mixture of Gaussians, an upper bound"
 EPSILON_OF_SELECTION = "RDP of the best of a random number of runs, an upper bound"
 IDEALIZED = (
     "Arithmetic is idealized: the noise is drawn and added in floating point and accounted as if in real numbers. No "
@@ -36,7 +37,7 @@ ON_THE_GRID = (
     "The random bits behind draws, noise and dropout masks are as good as independent and uniform.",
 )
 ASSUMPTIONS = (
-    "The number of training {units} is public.",
+    "The number of training {counted} is public.",
     "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the "
     "operating system, which is never stored.",
     "One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",
@@ -62,6 +63,7 @@ SCORES = (
 )
 SAMPLER = "Poisson: each record by itself, afresh in each step"
 GROUP_SAMPLER = "Poisson: each group by itself, afresh in each step; {taken}"
+BOUNDED_SAMPLER = "Poisson: each record by itself, afresh in each step; of a group its first {bound:,} records at most"
 COVERED = (
     "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were "
     "computed from the noisy sums alone.",
@@ -101,8 +103,18 @@ def kind_of(noises: Iterable[str]) -> dict[str, str]:
     return WHOLE_NUMBERS if DISCRETE in noises else GAUSSIAN
 
 
+def epsilon_is(noises: Iterable[str], unit: str, *, selected: bool = False) -> str:
+    """How the accountants' numbers make up the epsilon that is claimed."""
+    if selected:
+        return EPSILON_OF_SELECTION
+    return EPSILON_OF_MIXTURE if (bound_in(unit) or 1) > 1 else kind_of(noises)["epsilon_is"]
+
+
 def sampler(unit: str, records_per_unit: int) -> str:
     """How records are sampled, in words."""
+    bound = bound_in(unit)
+    if bound is not None:
+        return BOUNDED_SAMPLER.format(bound=bound)
     return SAMPLER if unit in (UNIT, PAIR) else GROUP_SAMPLER.format(taken=taken_of_a_group(records_per_unit))
 
 
@@ -113,7 +125,7 @@ def sentences(
     declared public, and `version` that of privacy.json.
     """
     named = ", then ".join(GENERATOR_NAMES[name] for name in sorted({*map(generator_of, noises)}, reverse=True))
-    named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s")}
+    named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s"), "counted": counted(unit)}
     arithmetic = ON_THE_GRID if {*noises} == {DISCRETE} else (IDEALIZED,)
     return Sentences(
         assumptions=(

@@ -6,7 +6,7 @@ Near, Darais, Lefkovitz, Howarth 2025: Guidelines for Evaluating Differential Pr
 
 from hf_dp.card.description import claim, table
 from hf_dp.card.record import Record
-from hf_dp.card.words import selection_in_short, steps_claimed, units
+from hf_dp.card.words import counted, selection_in_short, steps_claimed, units
 
 TRUST = (
     "Central: whoever trained the model saw the training {plural} and is trusted with them; nobody who gets the model, "
@@ -45,11 +45,11 @@ def claims_section(record: Record) -> str:
 
 def claims(record: Record) -> dict[str, str]:
     """What reviewers ask -> the answer. The record must have a guarantee."""
-    plural = units(record.unit)
+    plural, number = units(record.unit), counted(record.unit)
     tuned = TUNING.format(selection=selection_in_short(record.selection)) if record.selection else NO_TUNING
     return {
         "privacy parameters": f"{claim(record)}, approximate differential privacy",
-        "unit of privacy": f"one {record.unit}; neighbours: {record.relation}, the number of {plural} is public",
+        "unit of privacy": f"one {record.unit}; neighbours: {record.relation}, the number of {number} is public",
         "trust model": TRUST.format(plural=plural),
         "release": RELEASE,
         "mechanism": f"{record.mechanism.name}; noise: {record.mechanism.noise_generator}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from hf_dp.card.readme import tags_of
 from hf_dp.card.record import Record
 from hf_dp.card.usage import Model, usage
-from hf_dp.card.words import ended_early, in_turn, rounded_up, settings, steps_claimed, units
+from hf_dp.card.words import counted, ended_early, in_turn, rounded_up, settings, steps_claimed, units
 
 PREFIX = "base_model:"  # of the Hub's tags about the base
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -105,7 +105,7 @@ def training_section(record: Record, described: Described) -> str:
     """The second section: what it was trained on, and how."""
     each = settings(record)
     rows = {
-        f"training {units(record.unit)}": f"{record.mechanism.num_examples:,}",
+        f"training {counted(record.unit)}": f"{record.mechanism.num_examples:,}",
         "steps": f"{record.num_steps:,}" + (f" of {steps_claimed(record):,}" if ended_early(record) else ""),
         "expected batch size": in_turn(s.expected_batch_size for s in each),
         "clipping bound of an example's gradient": in_turn(s.clip_norm for s in each),
@@ -164,8 +164,9 @@ def _promise(record: Record) -> str:
     if not record.private:
         return f"**NOT PRIVATE: {record.reason}.** Treat this model like its training data."
     n, plural = record.mechanism.num_examples, units(record.unit)
+    of = f"{n:,}" if counted(record.unit) == plural else f"{n:,} {counted(record.unit)}"
     return (
-        f"**Trained with differential privacy: {claim(record)}, one {record.unit} of {n:,}.** What the model tells "
+        f"**Trained with differential privacy: {claim(record)}, one {record.unit} of {of}.** What the model tells "
         f"about any single one of its training {plural} is limited; what that means, and how to check it, stands under "
         '"Privacy" below.'
     )

@@ -89,6 +89,7 @@ class RecordedMechanism:
     target_epsilon: float | None
     num_steps_planned: int
     records_per_unit: int = 1
+    contribution_bound: int | None = None
     levels: tuple[RecordedLevel, ...] = ()
 
 
@@ -173,7 +174,7 @@ class Record:
     @property
     def charged(self) -> tuple[Segment, ...]:
         """The steps that were taken, for accounting."""
-        return tuple(Segment(s.sample_rate, s.joint_noise_multiplier, s.num_steps, s.noise) for s in self.segments)
+        return tuple(s.accounted for s in self.segments)
 
     def stated(self) -> dict[str, object]:
         """The JSON, as its version has it."""
@@ -208,6 +209,8 @@ class Record:
         del values["levels"]
         if values["records_per_unit"] == 1:
             del values["records_per_unit"]
+        if values["contribution_bound"] is None:
+            del values["contribution_bound"]
         return values | ({"levels": levels} if levels else {})
 
     def _segment_stated(self, segment: ExecutedSegment) -> dict[str, object]:

@@ -12,7 +12,7 @@ import yaml
 from hf_dp.card.claims import claims
 from hf_dp.card.readme import yaml_of
 from hf_dp.card.record import Record
-from hf_dp.card.words import rounded_up, units
+from hf_dp.card.words import counted, rounded_up, units
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import DISCRETE
 
@@ -64,13 +64,13 @@ def _basic(record: Record, front: Mapping[str, object], name: str) -> dict[str, 
         "data_product_type": "Machine learning model",
         "data_product_region": f"{TO_FILL_IN}: the region that the data describe, or whose laws apply",
         "description": f"A model{what}, fine-tuned{f' from {base}' if base else ''} by DP-SGD on "
-        f"{record.mechanism.num_examples:,} {units(record.unit)}. {TO_FILL_IN}: what they are.",
+        f"{record.mechanism.num_examples:,} {counted(record.unit)}. {TO_FILL_IN}: what they are.",
         "publication_date": datetime.date.today().isoformat(),
     }
 
 
 def _guarantee(record: Record) -> dict[str, object]:
-    plural = units(record.unit)
+    plural = counted(record.unit)
     return {
         "dp_variant": {
             "variant_name": "Approximate DP",

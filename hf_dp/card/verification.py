@@ -22,7 +22,7 @@ from typing import NamedTuple
 from hf_dp import accounting
 from hf_dp.accounting import RATES, Epsilon, selection
 from hf_dp.audit import computed_again
-from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, WHOLE_NUMBERS, kind_of, sampler, sentences
+from hf_dp.card.assumptions import GENERATORS, WHOLE_NUMBERS, epsilon_is, kind_of, sampler, sentences
 from hf_dp.card.description import wrong_claims
 from hf_dp.card.readme import read_readme, section_of, tags_of, words_of, yaml_of
 from hf_dp.card.record import INFINITE, Record, RecordedLevel, RecordedMechanism, RecordedSelection, in_json
@@ -31,7 +31,7 @@ from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
 from hf_dp.card.writing import TAGS, Bounds, bounds_of_selection, further_bounds
 from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerRecord, read_ledger
-from hf_dp.mechanism import DISCRETE, RELATION, Segment, generator_of, release_norm, united
+from hf_dp.mechanism import DISCRETE, RELATION, Segment, bound_in, generator_of, release_norm, united
 
 ROUNDING = 1e-6  # relative; another version of the accountant may round the other way
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
@@ -77,6 +77,7 @@ def _settings(record: Record) -> Iterator[Check]:
         yield Check("steps taken have a plan", begun, f"{number} plan{'s' * (number != 1)}, {record.num_steps} steps")
     yield Check("q = B / N in the plan", _is_rate(mechanism, n), f"q = {mechanism.sample_rate:g}")
     yield from _plan(mechanism, segments)
+    yield from _bound(record)
     if record.schema_version > 1:
         yield _release(record, segments)
         noises = [s.noise for s in segments] or [planned_noise(mechanism)]
@@ -85,8 +86,8 @@ def _settings(record: Record) -> Iterator[Check]:
         ours = sentences(record.public_eval, noises, record.unit, selected=selected, version=version)._asdict()
         different = [name for name in ours if getattr(record, name) != ours[name]]
         yield Check("what is assumed, covered and not", not different, ", ".join(different) or "as it should be")
-        epsilon_is = EPSILON_OF_SELECTION if selected else kind_of(noises)["epsilon_is"]
-        yield _equal("how epsilon is computed", record.accountant.epsilon_is, epsilon_is)
+        expected = epsilon_is(noises, record.unit, selected=selected)
+        yield _equal("how epsilon is computed", record.accountant.epsilon_is, expected)
 
 
 def _plan(mechanism: RecordedMechanism, segments: Sequence[ExecutedSegment]) -> Iterator[Check]:
@@ -105,6 +106,17 @@ def _plan(mechanism: RecordedMechanism, segments: Sequence[ExecutedSegment]) -> 
         right = all(_is_rate(x, mechanism.num_examples) for x in levels)
         steps = sum(x.num_steps for x in levels) == mechanism.num_steps_planned
         yield Check("the schedule's levels are one plan", same and right and steps, f"{len(levels)} levels")
+
+
+def _bound(record: Record) -> Iterator[Check]:
+    """How many records of a unit may each be drawn must be the same wherever it is said, or said nowhere."""
+    stated = bound_in(record.unit)
+    of_plans = {s.contribution_bound for plan in record.plans for s in plan}
+    found = {record.mechanism.contribution_bound, *(s.contribution_bound for s in record.segments)}
+    if found != {None} or of_plans - {1} or stated is not None:
+        holds = found == {stated} and of_plans <= {stated or 1}
+        words = f"at most {stated}" if holds else f"{found} and {of_plans}, the unit's name says {stated}"
+        yield Check("the records of a unit that are drawn", holds, words)
 
 
 def _of_a_step(settings: Settings) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ from string import Template
 from hf_dp.audit import AuditRecord, power
 from hf_dp.card.record import Record, RecordedSelection, TradeoffCurve, in_json
 from hf_dp.ledger import ExecutedSegment
-from hf_dp.mechanism import DISCRETE, METRIC_NOISE, PAIR, UNIT, taken_of_a_group
+from hf_dp.mechanism import DISCRETE, METRIC_NOISE, PAIR, UNIT, bound_in, taken_of_a_group
 from hf_dp.pictures import tradeoff_svg
 
 PICTURE = "privacy_tradeoff.svg"
@@ -58,14 +58,16 @@ def section(record: Record) -> str:
 
 def in_words(record: Record) -> dict[str, str]:
     """Name -> text, for the places in the templates that are no lists. Numbers are rounded to the safe side."""
-    k = record.mechanism.records_per_unit
+    k, bound = record.mechanism.records_per_unit, bound_in(record.unit)
     shown = {
         "reason": record.reason or "",
         "delta": f"{record.delta:.6g}",
         "unit": record.unit,
         "units": units(record.unit),
+        "counted": counted(record.unit),
+        "drawn": record.unit if bound is None else UNIT,
         "relation": record.relation,
-        "taken": "" if k == 1 else f"; a step takes {taken_of_a_group(k)}",
+        "taken": _taken(k) if bound is None else "; each of them is drawn by itself",
         "num_examples": f"{record.mechanism.num_examples:,}",
         "mechanism": record.mechanism.name,
         "clip_norm": in_turn(s.clip_norm for s in settings(record)),
@@ -77,7 +79,7 @@ def in_words(record: Record) -> dict[str, str]:
     }
     if record.private:
         shown |= _in_words(record.epsilon, record.delta)
-        shown["epsilon_rdp"] = str(rounded_up(record.epsilon_rdp, digits=4))
+        shown["epsilon_rdp"] = str(rounded_up(in_json(record.epsilon_rdp), digits=4))
         discrete = any(s.noise == DISCRETE for s in record.segments)
         shown["any_accountant"] = "Rényi accounting at whole orders" if discrete else "any accountant"
         shown["whence"] = "the segments and delta"
@@ -92,8 +94,18 @@ def in_words(record: Record) -> dict[str, str]:
             )
             shown["whence"] = "the runs, the distribution and delta"
             shown["other_bound"] = "the selection included; no other bound is claimed"
+        if (bound or 1) > 1:
+            shown["any_accountant"] = (
+                "an accountant of mixtures of Gaussians (dp-accounting's `from_mixture_gaussian_mechanism`, with "
+                "Bin(G, q) of a group's G records in a step)"
+            )
+            shown["other_bound"] = "of a mixture of Gaussians; no other bound is claimed"
         shown |= _attackers_in_words(record, record.tradeoff) if record.tradeoff else {}
     return shown
+
+
+def _taken(records_per_unit: int) -> str:
+    return "" if records_per_unit == 1 else f"; a step takes {taken_of_a_group(records_per_unit)}"
 
 
 def selection_in_short(selection: RecordedSelection) -> str:
@@ -186,6 +198,11 @@ def picture(record: Record) -> str:
 def units(unit: str) -> str:
     """The plural of a unit, in short."""
     return {UNIT: "records", PAIR: "pairs"}.get(unit, "groups")
+
+
+def counted(unit: str) -> str:
+    """What N counts, in the plural: units, or records where each is drawn by itself."""
+    return units(unit if bound_in(unit) is None else UNIT)
 
 
 def released(loss_bound: float | None) -> str:

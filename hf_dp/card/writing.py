@@ -17,7 +17,7 @@ from typing import NamedTuple
 from hf_dp import accounting, durable
 from hf_dp.accounting import RATES, Epsilon, Selection, Tradeoff, selection, tradeoff, tradeoff_below
 from hf_dp.audit import Counts, audit_record
-from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, kind_of, sampler, sentences
+from hf_dp.card.assumptions import EPSILON_OF_SELECTION, GENERATORS, epsilon_is, kind_of, sampler, sentences
 from hf_dp.card.claims import claims_section
 from hf_dp.card.description import (
     Described,
@@ -117,7 +117,7 @@ def privacy_record(
         delta=delta,
         epsilon_at=claim.bounds[0],
         tradeoff=claim.bounds[1],
-        accountant=_accountant(noises),
+        accountant=_accountant(noises, mechanism.unit),
         unit=mechanism.unit,
         relation=mechanism.relation,
         mechanism=_mechanism(mechanism),
@@ -270,9 +270,9 @@ def _recorded(curve: Tradeoff) -> TradeoffCurve:
     return TradeoffCurve(curve.advantage, RATES, curve.true_positive_rates)
 
 
-def _accountant(noises: Sequence[str]) -> Accountant:
+def _accountant(noises: Sequence[str], unit: str) -> Accountant:
     version = library_versions(["dp-accounting"]).get("dp-accounting", "unknown")
-    return Accountant("dp-accounting", version, kind_of(noises)["epsilon_is"])
+    return Accountant("dp-accounting", version, epsilon_is(noises, unit))
 
 
 def _mechanism(m: Mechanism) -> RecordedMechanism:
@@ -297,6 +297,7 @@ def _mechanism(m: Mechanism) -> RecordedMechanism:
         target_epsilon=m.target_epsilon,
         num_steps_planned=m.num_steps,
         records_per_unit=m.records_per_unit,
+        contribution_bound=m.contribution_bound,
         levels=_levels(m),
     )
 

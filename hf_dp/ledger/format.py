@@ -9,7 +9,8 @@ r"""The bytes of a ledger <-> what they say: a hash chain of JSON lines in which
 
 The noise multiplier is the joint one: noise over the sensitivity of everything that a step releases. A segment whose
 steps also release training loss and batch size has "loss_bound":L behind its other fields (`step/metrics.py`); it is
-accounted like any other. Where a step takes k > 1 records of a drawn unit, "records_per_unit":k stands there too.
+accounted like any other. Where a step takes k > 1 records of a drawn unit, "records_per_unit":k stands there too; where
+records are drawn one by one, at most G of a unit, "contribution_bound":G does, in plans if it is above 1.
 Without "noise" the noise is "gaussian".
 
 A plan says which steps are to follow upon those before it. A run claims the epsilon of its plan, however early it ends:
@@ -31,7 +32,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple, cast
 
 from hf_dp.errors import LedgerError
-from hf_dp.ledger.rules import HEADER, PLAN, PLANNED, STEP, check, check_settings
+from hf_dp.ledger.rules import HEADER, PLAN, STEP, check, check_planned, check_settings
 from hf_dp.mechanism import Segment, release_norm, united
 
 VERSION = 2
@@ -76,6 +77,13 @@ class ExecutedSegment(NamedTuple):
     noise: str = "gaussian"
     loss_bound: float | None = None
     records_per_unit: int | None = None  # None for 1
+    contribution_bound: int | None = None  # None where units are drawn
+
+    @property
+    def accounted(self) -> Segment:
+        """As accounting needs it."""
+        bound = self.contribution_bound or 1
+        return Segment(self.sample_rate, self.joint_noise_multiplier, self.num_steps, self.noise, bound)
 
     @property
     def sensitivity(self) -> float:
@@ -210,7 +218,7 @@ def plan_after(executed: Sequence[ExecutedSegment], upcoming: Sequence[Segment])
 
 def for_accounting(segments: Sequence[ExecutedSegment]) -> tuple[Segment, ...]:
     """The segments as accounting needs them, run-length encoded."""
-    return united(Segment(s.sample_rate, s.joint_noise_multiplier, s.num_steps, s.noise) for s in segments)
+    return united(s.accounted for s in segments)
 
 
 def check_header(header: LedgerHeader) -> None:
@@ -292,7 +300,7 @@ class _Reader:
         check(record, PLAN)
         segments = cast("list[dict[str, object]]", record["segments"])
         for segment in segments:
-            check(segment, PLANNED)
+            check_planned(segment)
         self.planned.append(plan_after(self.segments, [Segment.of(segment) for segment in segments]))
 
     def _take_step(self, record: dict[str, object]) -> None:

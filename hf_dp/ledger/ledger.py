@@ -131,7 +131,7 @@ class Ledger:
         """Starts a new segment if these settings differ from those of the current one; further steps are charged to it.
 
         `joint_noise_multiplier` is noise over the sensitivity of everything that a step releases; `beside` may have
-        `records_per_unit`, where it is above 1.
+        `records_per_unit`, where it is above 1, and `contribution_bound`, where there is one.
 
         Raises:
             LedgerError: a value out of range, q other than B / N, or the write failed.

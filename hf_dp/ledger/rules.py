@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import cast
 
-from hf_dp.config import MIN_DELTA, NOISES
+from hf_dp.config import MIN_DELTA, MOST_CONTRIBUTED, NOISES
 
 Rule = tuple[str, Callable[[object], bool]]
 
@@ -14,6 +14,10 @@ def _whole(low: int) -> Rule:
 
 def _number(low: float, high: float) -> Rule:
     return f"a number from {low} to {high}", lambda v: type(v) in (int, float) and low <= cast(float, v) <= high
+
+
+def _is_bound(v: object) -> bool:
+    return type(v) is int and 1 <= v <= MOST_CONTRIBUTED
 
 
 _TEXT: Rule = "a text", lambda v: type(v) is str and v != ""
@@ -34,6 +38,7 @@ SEGMENT: dict[str, Rule] = {
 OPTIONAL: dict[str, Rule] = {
     "loss_bound": _number(1e-30, 1e30),
     "records_per_unit": _whole(2),
+    "contribution_bound": (f"a whole number from 1 to {MOST_CONTRIBUTED}", _is_bound),
     "noise": ("one of " + ", ".join(NOISES), lambda v: v in NOISES),
 }
 PLAN: dict[str, Rule] = {
@@ -49,6 +54,12 @@ STEP: dict[str, Rule] = {"n": _whole(1), "step": _whole(0)}
 def check_settings(values: dict[str, object]) -> None:
     """Checks the settings of a segment, some of which may be left out."""
     check(values, SEGMENT | {k: rule for k, rule in OPTIONAL.items() if k in values})
+
+
+def check_planned(values: dict[str, object]) -> None:
+    """Checks a segment of a plan, which has a contribution bound only where it is above 1."""
+    name = "contribution_bound"
+    check(values, PLANNED | ({name: OPTIONAL[name]} if name in values else {}))
 
 
 def check(values: dict[str, object], rules: dict[str, Rule]) -> None:

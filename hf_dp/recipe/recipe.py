@@ -141,6 +141,8 @@ def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
         training = {"output_dir": default_output(name), **given["training"]}
         if given["data"].get("split") is not None:
             given["privacy"] = {"unit_column": DOCUMENT, **given["privacy"]}
+            if given["privacy"].get("contribution_bound") is not None:
+                wrong.append("privacy.contribution_bound: not for split records; privacy.records_per_unit is")
         wrong += [
             *_type_problems(given),
             *_model_problems(given["model"]),

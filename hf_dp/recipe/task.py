@@ -69,7 +69,8 @@ def prepare(recipe: Recipe) -> Parts:
     args = training_arguments(recipe)
     column = recipe.privacy.unit_column
     is_document = column == DOCUMENT and recipe.data.split is not None and column not in train.column_names
-    groups = None if is_document else groups_by(train, column)
+    bound = recipe.privacy.contribution_bound
+    groups = None if is_document else groups_by(train, column, bound=bound)
     num_units = len(train) if groups is None else groups.num_groups
     accounting.plan_mechanism(
         recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps

@@ -13,6 +13,13 @@ records a group has, and T steps compose as they do for records.
 
 Each kept group is given k uniform numbers, whatever it needs of them: so which of its records are taken depends on its
 own number of records and on secret randomness, and on no other group's records.
+
+**Where records are drawn.** With a contribution bound G (DP-SGD-ELS there), the first G records of each group are kept:
+which these are depends on that group alone. Each kept record is then drawn by itself, with probability q, and clipped
+to C. N counts kept records, and is public: neighbours differ in the kept records of one group, which are empty in one
+of the two. Without the group the law is P; given that a set J of its kept records would be drawn, it is P moved by a
+vector of norm |J| C at most. |J| is Bin(G, q) or, for a group with fewer records, stochastically smaller. So a step is
+dominated by the mixture of Gaussians of `accounting/mixtures.py`, in both directions, and T steps by T of them.
 """
 
 from collections.abc import Hashable
@@ -73,10 +80,16 @@ class Groups(NamedTuple):
         return self.records[(self.starts[groups][:, None] + chosen)[taken]], taken.sum(1)
 
 
-def groups_by(dataset: object, column: str | None, most: int = 1) -> Groups | None:
-    """Groups the records by their value in `column`; None if there is no column or no data set. `most` is k.
+def groups_by(dataset: object, column: str | None, most: int = 1, bound: int | None = None) -> Groups | None:
+    """Groups the records by their value in `column`; None if there is no column or no data set.
 
     Groups are numbered in the order of their first records.
+
+    Args:
+        dataset: the records.
+        column: whose value tells whose record it is.
+        most: k, of how many records of a drawn group at most the mean gradient is taken.
+        bound: G. Then the first G records of each value are kept, and each is drawn by itself: a group of its own.
 
     Raises:
         ConfigError: the data set is no `datasets.Dataset` or has no such column, or a record's value is missing or is
@@ -102,8 +115,16 @@ def groups_by(dataset: object, column: str | None, most: int = 1) -> Groups | No
             "out"
         )
     if not all(isinstance(value, Hashable) for value in values):
-        raise ConfigError(f"unit_column={column!r}: expected numbers or texts, got lists or mappings")
+        raise ConfigError(
+            f"unit_column={column!r}: expected one number or text a record, got lists or mappings. A record of several "
+            "people needs one value that protects them all: give the same to all records that share a person, directly "
+            "or through others, as threads or teams do; or leave such records out"
+        )
     numbers: dict[Hashable, int] = {}
     group = np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
     sizes = np.bincount(group, minlength=len(numbers))
-    return Groups(np.argsort(group, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]), most)
+    records, starts = np.argsort(group, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])
+    if bound is None:
+        return Groups(records, starts, most)
+    kept = records[np.arange(len(records)) - starts[group[records]] < bound]
+    return Groups(kept, np.arange(len(kept) + 1))

@@ -294,4 +294,5 @@ def begin_segment(ledger: Ledger, level: StepSettings) -> None:
         level.noise,
         level.loss_bound,
         **({"records_per_unit": level.records_per_unit} if level.records_per_unit > 1 else {}),
+        **({} if level.contribution_bound is None else {"contribution_bound": level.contribution_bound}),
     )

@@ -43,6 +43,11 @@ def planned(asked: Asked) -> Plan:
     base = asked.combinations[0].recipe
     records = data_files.load(base.data, "train")
     assert records is not None  # a recipe always names it
+    if base.privacy.contribution_bound is not None:
+        raise ConfigError(
+            "a sweep accounts by Rényi divergences, which are not known of drawing several records of a unit: leave "
+            "privacy.contribution_bound out"
+        )
     groups = groups_by(records, base.privacy.unit_column)
     found = plan_sweep(
         asked.combinations, len(records) if groups is None else groups.num_groups, asked.distribution, asked.mean

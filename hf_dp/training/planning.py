@@ -43,6 +43,15 @@ def plan_training(
     return accounting.plan_mechanism(privacy, units, num_train_epochs=epochs, max_steps=steps, row=row)
 
 
+def groups_of(dataset: object, privacy: PrivacyConfig) -> Groups | None:
+    """What is drawn of these records by itself; None where each record is.
+
+    Raises:
+        ConfigError: as `groups_by`.
+    """
+    return groups_by(dataset, privacy.unit_column, privacy.records_per_unit, privacy.contribution_bound)
+
+
 def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups | None) -> None:
     """Compares the records that a trainer has prepared with those that were planned for.
 
@@ -57,8 +66,7 @@ def refuse_other_records(trainer: PrivateTrainer, planned: int, groups: Groups |
             f"{name} made {found:,} training records out of the {planned:,} that it was given (by packing or "
             "filtering), so the plan would not hold: prepare the data first, and pass them as they are to be sampled"
         )
-    column = trainer.privacy.unit_column
-    again = groups_by(trainer.train_dataset, column, trainer.privacy.records_per_unit)
+    column, again = trainer.privacy.unit_column, groups_of(trainer.train_dataset, trainer.privacy)
     if groups is not None and again is not None and groups.differ(again):
         raise ConfigError(
             f"{name} put the training records into another order, so that unit_column={column!r} would group others: "

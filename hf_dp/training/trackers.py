@@ -109,6 +109,7 @@ def settings(m: Mechanism) -> Settings:
         "num_steps": m.num_steps,
         "unit": m.unit,
         "records_per_unit": m.records_per_unit,
+        "contribution_bound": m.contribution_bound,
         "noise": m.noise,
     }
 

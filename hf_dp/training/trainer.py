@@ -23,7 +23,6 @@ from hf_dp.sampling import (
     LogicalBatchCollator,
     PoissonSampler,
     Records,
-    groups_by,
     logical_batches,
     micro_batches,
     taken_by_the_model,
@@ -57,7 +56,7 @@ from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.options import check_options, positional_names, refuse_model, without_batch_clipping
 from hf_dp.training.overrides import refuse_order
 from hf_dp.training.passes import Settled, inventory_and_reason
-from hf_dp.training.planning import passes_for, plan_training, refuse_other_records
+from hf_dp.training.planning import groups_of, passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_privacy
 from hf_dp.training.sharded_states import ShardedStates
 
@@ -137,7 +136,7 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
         self._guard = WeightGuard()
         self._figures: ReleasedFigures | None = None
         given_data = options.get("train_dataset")
-        self._groups = groups_by(given_data, privacy.unit_column, privacy.records_per_unit)
+        self._groups = groups_of(given_data, privacy)
         self.mechanism = plan_training(privacy, training, given_data, self._groups, self._canaries.num, self.row)
         with shards.around_the_host(options):
             super().__init__(**options)

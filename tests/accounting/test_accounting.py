@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm
 
 from hf_dp import accounting
-from hf_dp.accounting import epsilon
+from hf_dp.accounting import cells, epsilon
 from hf_dp.accounting.derivation import derivation
 from hf_dp.accounting.epsilon import spent
 from hf_dp.accounting.plan import affordable_steps, plan_mechanism
@@ -250,10 +250,10 @@ def test_the_central_limit_accountant_is_nowhere_and_could_not_be_claimed() -> N
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_grid_has_at_most_some_millions_of_cells(name: str) -> None:
     segment, *_ = GOLDEN[name]
-    h = epsilon.grid([segment])
+    h = cells.grid([segment])
     assert 1e-7 <= h <= 1e-3
-    assert epsilon.step_cells(segment) <= 400_000
-    assert epsilon._total_reach(segment) / h <= 2**20
+    assert cells.step_cells(segment) <= 400_000
+    assert cells.total_reach(segment) / h <= 2**20
 
 
 def test_epsilon_at_every_logging_step_computes_a_step_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,13 +23,13 @@ from hf_dp.card.schema import PRIVACY_JSON
 from hf_dp.card.verification import Check, claimed_of
 from hf_dp.card.words import (
     attackers_limits,
+    counted,
     ended_early,
     in_turn,
     in_words,
     selection_in_short,
     settings,
     steps_claimed,
-    units,
 )
 from hf_dp.card.writing import further_bounds, library_versions
 from hf_dp.errors import LedgerError
@@ -120,7 +120,7 @@ def _figures(record: Record) -> Html:
         ("epsilon", words["epsilon"]),
         ("delta", words["delta"]),
         ("unit of privacy", f"one {record.unit}"),
-        (f"training {words['units']}", words["num_examples"]),
+        (f"training {words['counted']}", words["num_examples"]),
         ("noisy steps", f"{record.num_steps:,}{f' of {steps_claimed(record):,}' if ended_early(record) else ''}"),
         ("best guess at a fair coin", f"{words['best_guess']}"),
     )
@@ -196,7 +196,7 @@ def _ledger(folder: Path) -> list[Cell]:
     return [
         ("steps charged", f"{ledger.num_steps:,}"),
         ("settings in turn", f"{len([s for s in ledger.executed if s.num_steps]):,}"),
-        ("about", f"{header.num_examples:,} {units(header.unit)}, {header.relation}, delta {header.delta:g}"),
+        ("about", f"{header.num_examples:,} {counted(header.unit)}, {header.relation}, delta {header.delta:g}"),
         ("last line", "cut short, and counted as a step" if ledger.torn else "whole"),
         ("hash of the last line", Html(f"<code>{escape(ledger.head)}</code>")),
     ]
@@ -253,6 +253,8 @@ def _again(folder: Path, record: Record | None, *, verified: bool) -> Html:
 def _by_hand(record: Record) -> Html:
     if record.selection is not None:
         return _selection_by_hand(record, record.selection)
+    if any(s.contribution_bound > 1 for s in claimed_of(record)):
+        return _mixture_by_hand(record)
     steps = [(s.sample_rate, s.joint_noise_multiplier, s.num_steps) for s in claimed_of(record)]
     package, made, stated = (
         ("rdp", "RdpAccountant([*range(2, 64), 128, 256, 512, 1024], ", record.epsilon_rdp)
@@ -267,6 +269,22 @@ accountant = {made}NeighboringRelation.REPLACE_SPECIAL)
 for q, sigma, steps in {steps}:
     accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
 print(accountant.get_epsilon({record.delta}))  # {stated:.6g}, but for rounding"""
+    return _as_code(code)
+
+
+def _mixture_by_hand(record: Record) -> Html:
+    steps = [(s.sample_rate, s.joint_noise_multiplier, s.num_steps, s.contribution_bound) for s in claimed_of(record)]
+    code = f"""\
+from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism, identity
+from scipy.stats import binom
+
+total = identity(5e-3)
+for q, sigma, steps, most in {steps}:
+    counts = range(most + 1)  # of a unit's records in a step
+    chances = binom.pmf(counts, most, q)
+    step = from_mixture_gaussian_mechanism(sigma, counts, chances, value_discretization_interval=5e-3)
+    total = total.compose(step.self_compose(steps))
+print(total.get_epsilon_for_delta({record.delta}))  # {record.epsilon_pld:.6g}, but for rounding"""
     return _as_code(code)
 
 
