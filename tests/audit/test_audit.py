@@ -241,7 +241,7 @@ def test_of_200_correct_audits_at_most_as_many_exceed_the_claim_as_the_confidenc
 
 def simulated_run(generator, m, segment, noise_scale=1.0):
     """Projections [T, m] of canaries with orthogonal gradients of norm C, each put in by a fair coin."""
-    q, sigma, steps, _ = segment
+    q, sigma, steps, *_ = segment
     included = generator.random(m) < 0.5
     drawn = (generator.random((steps, m)) < q) & included
     return drawn + noise_scale * sigma * generator.standard_normal((steps, m)), included

@@ -28,6 +28,7 @@ from hf_dp.errors import ConfigError
 from hf_dp.pictures.line_chart import Axes, line_chart, ticks
 from tests.support import browser
 from tests.support.folders import STEPS, model_folder
+from tests.support.marks import quick
 
 DATA = Path(__file__).parents[1] / "support" / "data"
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>&amp;$name"
@@ -323,7 +324,7 @@ def test_of_a_base_in_a_local_folder_only_the_last_name_is_told(name, base, tmp_
 # ---- how it looks ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["verified", "failed", "long words"])
+@pytest.mark.parametrize("kind", quick(("verified",), ["verified", "failed", "long words"]))
 def test_a_browser_shows_it_wide_narrow_light_and_dark(kind, tmp_path):
     """WCAG 2.1 AA: contrast of 4.5 and more. Nothing is wider than the window, loaded, cut off, or complained about."""
     folder = folder_with_log(tmp_path / ("m" * 200 if kind == "long words" else "model"), loss_bound=10.0)

@@ -53,7 +53,8 @@ def run(hub, home, *arguments, token=TOKEN):
     )
 
 
-GROUPS = [pytest.param(QUICK, id="quick"), pytest.param(REST, id="rest", marks=pytest.mark.slow)]
+GROUPS = [pytest.param(QUICK, id="some"), pytest.param(REST, id="rest")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=GROUPS)

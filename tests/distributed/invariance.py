@@ -59,9 +59,11 @@ class Way(NamedTuple):
 DIAGONAL = [
     Way("llama", "4", "plain", "loaded"),
     Way("llama", "tokens", "reentrant", ""),
-    Way("gpt2", "tokens", "non-reentrant", "launched"),
+    Way("llama", "tokens", "non-reentrant", "launched"),
     Way("full", "4", "plain", ""),
     Way("full", "tokens", "non-reentrant", "launched"),
+]
+BESIDE = [  # the matrix
     Way("tied", "4", "plain", ""),
     Way("tied", "4", "reentrant", "launched"),
     Way(PEOPLE, "1", "plain", "loaded"),
@@ -76,7 +78,7 @@ def ways(world: int, *, all_of_them: bool) -> list[Way]:
     matrix = [Way(*w) for w in itertools.product(bases, MICRO_BATCHES, PASSES, ("", "loaded", "launched"))]
     return [
         way
-        for way in (matrix if all_of_them else [*DIAGONAL, *QUANTISED])
+        for way in ([*matrix, *BESIDE, *QUANTISED] if all_of_them else DIAGONAL)
         if (not way.sharded or (world > 1 and way.passes != "compiled"))
         and (way.base, way.passes) != ("full", "compiled")
         and (world == 1 or way.sharded or way.base not in (*FULL, FOUR_BITS))  # which only stand beside those in shards

@@ -106,6 +106,7 @@ class Rates(TrainerCallback):
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 
+@pytest.mark.slow
 def test_resuming_keeps_the_rates_and_the_card_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, rate = {**SETTINGS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}, OF_LORA(4)
 

@@ -200,7 +200,7 @@ def test_what_a_loss_of_the_users_own_takes_is_not_refused(tmp_path: Path) -> No
 SLOW = pytest.mark.slow
 EMPTY_AT = [
     (3, as_list),
-    (0, OnTheFly),
+    pytest.param(0, OnTheFly, marks=SLOW),
     pytest.param(0, Dataset.from_list, marks=SLOW),
     pytest.param(23, OnTheFly, marks=SLOW),
 ]
