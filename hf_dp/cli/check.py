@@ -3,10 +3,14 @@ disk.
 """
 
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from hf_dp.mechanism import Mechanism
 
 
 def check(
@@ -26,16 +30,20 @@ def check(
         trainer = task.build(asked, output_dir=folder)
         rows = trainer.inventory()
         report = trainer.self_check()
+    column, owned = asked.privacy.unit_column, None
     for which in ("train", "validation"):
         records = data_files.load(asked.data, which)
+        owned = records[column] if which == "train" and records is not None and column else owned
         if records is not None:
             print(f"data.{which}: {len(records):,} records of {columns_in_words(records)}")
-            for warning in warnings(records, asked.privacy.unit_column) if which == "train" else ():
+            for warning in warnings(records, column) if which == "train" else ():
                 print(f"WARNING (shown here alone): {warning}.")
     print_inventory(rows)
     mechanism = trainer.mechanism
     assert mechanism is not None  # a recipe always has a training set
     print_plan_of(trainer, "The plan")
+    if owned is not None and asked.privacy.target_epsilon is not None:
+        _print_ways(mechanism, [*Counter(owned).values()])
     print(
         f"Self-check passed: a batch is the sum of its examples to {report['difference']:.1e} (rounding allows "
         f"{report['tolerance']:.0e}); removing one moves the clipped sum by {report['sensitivity']:.4f} x C, at most 1."
@@ -43,3 +51,15 @@ def check(
     if asked.privacy.budget_file is not None:
         print(f"{budget.try_plan(Path(asked.privacy.budget_file), mechanism.segments())}.")
     print("Nothing was trained, nothing was written.")
+
+
+def _print_ways(mechanism: "Mechanism", sizes: list[int]) -> None:
+    from hf_dp import accounting
+    from hf_dp.tables import print_table
+
+    rows = [
+        (w.setting, f"{w.expected_batch_size:,.0f}", f"{w.kept:,}", f"{w.sigma:.3g}", f"{w.noise:.3g}")
+        for w in accounting.ways_to_draw(mechanism, sizes)
+    ]
+    heads = ("way", "B", "records used", "sigma", "noise on the mean, in C")
+    print_table("Ways to draw (shown here alone): equal epsilon, steps, records a step", heads, rows)

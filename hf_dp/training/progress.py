@@ -99,7 +99,9 @@ def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:
     args, mechanism = trainer.args, trainer._planned()
     parameters = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     ranks = args.world_size
-    share = mechanism.largest.expected_batch_size / ranks
+    of_each = mechanism.records_per_unit
+    share = mechanism.largest.expected_batch_size * of_each / ranks
+    examples = f"{'greatest ' if mechanism.levels else ''}B{' k' if of_each > 1 else ''}"
     most = trainer._most_examples()
     micro = math.ceil(share / most)
     budget = f", at most {trainer.micro_batch_tokens} padded tokens each" if trainer.micro_batch_tokens else ""
@@ -110,9 +112,8 @@ def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:
         ("trainable parameters", f"{sum(parameters):,}", f"in {len(parameters)} tensors"),
         (
             "micro-batches a step",
-            f"about {micro}",
-            f"ceil({'greatest ' if mechanism.levels else ''}B / {ranks} process{'es' * (ranks > 1)} / {most} "
-            f"examples){budget}; speed only",
+            f"{'up to ' if of_each > 1 else ''}about {micro}",
+            f"ceil({examples} / {ranks} process{'es' * (ranks > 1)} / {most} examples){budget}; speed only",
         ),
         ("max_grad_norm", "0", "clipping is per example (clip_norm); Trainer's batch clipping is off"),
     ]

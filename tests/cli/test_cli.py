@@ -109,6 +109,15 @@ def test_check_of_a_classifier_lists_the_head(hf_dp, tmp_path):
     assert "classifier.modules_to_save.default.bias" in out
 
 
+def test_check_says_which_way_of_drawing_peoples_records_has_the_least_noise(hf_dp, tmp_path):
+    few = ["privacy.unit_column=mr", "privacy.expected_batch_size=2", "privacy.target_delta=0.01"]
+    status, out, err = hf_dp("check", R.write(tmp_path), *few, "training.max_steps=2")
+    assert status == 0, err
+    assert "Ways to draw (shown here alone): equal epsilon, steps, records a step" in out
+    for setting in ("records_per_unit=1", "contribution_bound=4"):
+        assert setting in out
+
+
 # ---- what does not ---------------------------------------------------------------------------------------------------
 
 MISTAKES = {
