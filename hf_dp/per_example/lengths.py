@@ -24,6 +24,7 @@ FIRST = -1  # stands for the step that was compared beforehand
 Side = tuple[Path, int]  # a tensor of the batch, and one of its dimensions
 
 Sizes = dict[Side, int]
+Key = frozenset[tuple[Side, int]]
 
 
 class ComparedLengths:
@@ -49,7 +50,8 @@ class ComparedLengths:
     ) -> None:
         self._made, self._are_right, self._trace = made, are_right, trace
         self._first, self._kinds = known, _kinds(known)
-        self._known = {_as_key(sizes_of(known)): MOST}  # sizes -> the most examples that may share a pass
+        self._first_key = _as_key(sizes_of(known))
+        self._known: set[tuple[Key, int]] = set()  # sizes, and a number of examples, whose passes are right
         self._steps = steps_up_to(min(longest or MOST, MOST))
         self._far = max(i for i, step in enumerate(self._steps) if step <= MANY)
         self._sizes: dict[int, Sizes] = {}  # of each step that was made, by its number
@@ -63,14 +65,15 @@ class ComparedLengths:
         key = _as_key(sizes)
         if _kinds(batch) != self._kinds or (self._trace is not None and not self._as_few(number)):
             return False
-        if number <= self._known.get(key, 0):
+        pair = key, number if self._trace else 0
+        if key == self._first_key or pair in self._known:
             return True
-        steps, number = sorted(self._relied_on(sizes)), 1 << (number - 1).bit_length()
+        steps = sorted(self._relied_on(sizes))
         if not all(self._is_right(step) for step in steps):
             return False
         if self._trace is not None and not self._is_right_between(sizes, steps, number):
             return False
-        self._known[key] = number if self._trace else MOST
+        self._known.add(pair)
         return True
 
     def up_to(self, batch: MicroBatch) -> bool:
@@ -144,8 +147,7 @@ class ComparedLengths:
         """Whether a pass over `number` examples does what it does at these steps, and there what it does over two."""
         if not steps:
             return True  # only sizes that are the same at every length
-        first = _as_key(sizes_of(self._first))
-        steps = [FIRST if _as_key(self._at(step)) == first else step for step in steps]
+        steps = [FIRST if _as_key(self._at(step)) == self._first_key else step for step in steps]
         at_steps = [trace for step in steps if (trace := self._trace_at(step, number)) is not None]
         here = self._traced(lambda: self._public(sizes), number) if len(at_steps) == len(steps) else None
         return here is not None and here.lies_between(at_steps)
@@ -216,7 +218,7 @@ class ComparedLengths:
     def _is_right(self, step: int) -> bool | None:
         if step not in self._found:
             try:
-                self._found[step] = _as_key(self._at(step)) in self._known or self._compared(self._batches(step))
+                self._found[step] = _as_key(self._at(step)) == self._first_key or self._compared(self._batches(step))
             except Exception:  # of whatever kind, lack of memory too: one example a pass may still go
                 self._found[step] = None
         return self._found[step]
@@ -232,7 +234,7 @@ def steps_up_to(longest: int) -> list[int]:
     return sorted({longest, *(step for step in (*short, *far) if step < longest)})
 
 
-def _as_key(sizes: Sizes) -> frozenset[tuple[Side, int]]:
+def _as_key(sizes: Sizes) -> Key:
     return frozenset(sizes.items())
 
 

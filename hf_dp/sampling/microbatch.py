@@ -27,6 +27,7 @@ DRAW_NUMBER = "draw_number"
 # What one more pass costs beside its tokens, expressed in tokens. Measured on a CPU core: 55 (BERT of 22 M parameters)
 # to 90 (Llama of 3 M). A GPU is faster at tokens, but not at starting a pass.
 TOKENS_OF_A_PASS = {"cpu": 64, "other": 512}
+UNUSUAL = 16  # the part of its tokens that a pass over an unusual number of examples counts more
 
 
 def tokens_of_a_pass(device: torch.device) -> int:
@@ -46,8 +47,11 @@ def split(
 
     A group has at most `max_examples` examples, and at most `max_tokens` tokens once all are padded to the longest. A
     unit that is larger makes a group of its own. Units are sorted by length; of all ways to cut the sorted units into
-    groups, this one has the fewest tokens, where padding counts and each group costs `pass_cost` more. It is found by
-    dynamic programming, in n steps of at most `max_examples` comparisons.
+    groups, this one has the fewest tokens, where padding counts and each group costs `pass_cost` more, and a sixteenth
+    of its tokens if it has another number of examples than a power of two or `max_examples`: each length and number is
+    traced when it is first met, so that few numbers save passes (measured on E2E: a fifth of the tokens that are met
+    for the first time, for 1 % more tokens). It is found by dynamic programming, in n steps of at most `max_examples`
+    comparisons.
 
     Returns:
         For each group the indices of its units, every index once, longest first.
@@ -63,8 +67,9 @@ def split(
         padded = held * descending[first:end]
         too_large = (held > max_examples) | (padded > (math.inf if max_tokens is None else max_tokens))
         first += min(int(too_large.sum()), end - first - 1)  # the single last unit stays
-        padded = padded[first - end :]
-        total = cost[first:end] + padded
+        padded, held = padded[first - end :], held[first - end :]
+        is_usual = (held & (held - 1) == 0) | (held == max_examples)
+        total = cost[first:end] + padded + np.where(is_usual, 0, padded // UNUSUAL)
         best = int(total.argmin())
         cost[end], start[end] = total[best] + pass_cost, first + best
     groups, end = [], len(order)

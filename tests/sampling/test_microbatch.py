@@ -44,7 +44,10 @@ def test_split_keeps_every_index_once_within_its_budgets(lengths, max_examples, 
 )
 def test_no_other_cut_of_the_sorted_examples_costs_less(lengths, max_examples, max_tokens, pass_cost):
     def cost(groups):
-        return sum(len(group) * max(lengths[i] for i in group) + pass_cost for group in groups)
+        return sum(tokens(len(group), max(lengths[i] for i in group)) + pass_cost for group in groups)
+
+    def tokens(size, longest):
+        return size * longest + (0 if size in (1, 2, 4, max_examples) else size * longest // 16)
 
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 

@@ -234,6 +234,11 @@ def mixed_for_some_number(x: Tensor, layer: nn.Module) -> Tensor:
     return layer(x - x.mean(0, keepdim=True)) if len(x) == 5 else layer(x)
 
 
+def mixed_for_some_number_of_some_length(x: Tensor, layer: nn.Module) -> Tensor:
+    """Neither as many examples of other lengths are mixed, nor fewer or more of these lengths."""
+    return layer(x - x.mean(0, keepdim=True)) if len(x) == 5 and 20 <= x.shape[1] <= 25 else layer(x)
+
+
 def mixed_if_large(x: Tensor, layer: nn.Module) -> Tensor:
     """What counts is how many numbers all examples have together."""
     return layer(x - x.mean(0, keepdim=True)) if x.numel() > 8 * 100 else layer(x)
@@ -246,6 +251,7 @@ BETWEEN = [
     shifted_between,
     shifted_by_two_between,
     mixed_for_some_number,
+    mixed_for_some_number_of_some_length,
     mixed_if_large,
 ]
 
