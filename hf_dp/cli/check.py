@@ -33,7 +33,8 @@ def check(
     column, owned = asked.privacy.unit_column, None
     for which in ("train", "validation"):
         records = data_files.load(asked.data, which)
-        owned = records[column] if which == "train" and records is not None and column else owned
+        if which == "train" and records is not None and column in records.column_names:  # a split document is in none
+            owned = records[column]
         if records is not None:
             print(f"data.{which}: {len(records):,} records of {columns_in_words(records)}")
             for warning in warnings(records, column) if which == "train" else ():

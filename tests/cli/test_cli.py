@@ -118,6 +118,14 @@ def test_check_says_which_way_of_drawing_peoples_records_has_the_least_noise(hf_
         assert setting in out
 
 
+def test_check_takes_split_documents(hf_dp, tmp_path):
+    """Each is a unit of its own, which no column of the data names."""
+    status, out, err = hf_dp("check", R.write(tmp_path), "data.split=chunks", "data.max_length=16")
+    assert status == 0, err
+    assert "Ways to draw" not in out
+    assert "Self-check passed" in out
+
+
 # ---- what does not ---------------------------------------------------------------------------------------------------
 
 MISTAKES = {
