@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hf_dp.errors import SelfCheckError
 from hf_dp.per_example.batches import Batch, MicroBatch, repeated
 from hf_dp.per_example.capture import Pass, clipped_gradient_sum, clipped_gradients, per_example_factors
-from hf_dp.per_example.factors import add_weighted_sum, exact
+from hf_dp.per_example.factors import Factor, add_weighted_sum, exact
 from hf_dp.per_example.gathering import trains_shards
 from hf_dp.per_example.inventory import ExampleLosses
 from hf_dp.per_example.proof import state_put_back, untouched
@@ -183,22 +183,33 @@ def _squared_differences(
     together, losses = factors_of(model, lambda: example_losses(model, batch), batch.size)
     alone = alone[: batch.size]
     own = torch.eye(batch.size, dtype=exact(losses).dtype, device=losses.device)
-    differences, sizes = own.new_zeros(2, len(alone)), own.new_zeros(len(alone))
+    differences, sizes = own.new_zeros(2, len(alone))
     weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(own) + 0.5
     example_of = torch.tensor(repeated(len(alone), batch.size), device=losses.device)
     for number, one in enumerate(alone):
         singly, _ = per_example_factors(model, lambda one=one: example_losses(model, one), 1)  # type: ignore[misc]
         again = weights * (example_of == number) * (1 - own[number])
-        for kind, rows in enumerate([own[number], again / again.norm().clamp_min(1)][: 1 + bool(again.any())]):
-            with torch.no_grad():
-                for name, p in model.named_parameters():
-                    if p.requires_grad:
-                        difference = _zeros(p)
-                        add_weighted_sum(singly.get(name, []), rows.sum()[None], difference)
-                        sizes[number] += difference.square().sum() if kind == 0 else 0
-                        add_weighted_sum(together.get(name, []), -rows, difference)
-                        differences[kind, number] += difference.square().sum()
-    return differences.amax(0), sizes
+        sizes[number] = _squared_difference(model, singly, {}, own[number])
+        differences[number] = _squared_difference(model, singly, together, own[number])
+        if again.any():
+            repeats = _squared_difference(model, singly, together, again / again.norm().clamp_min(1))
+            differences[number] = torch.maximum(differences[number], repeats)
+    return differences, sizes
+
+
+@torch.no_grad()
+def _squared_difference(
+    model: nn.Module, singly: dict[str, list[Factor]], together: dict[str, list[Factor]], weights: Tensor
+) -> Tensor:
+    """|sum of weights_b (g_b in the batch - g alone)|^2, one parameter at a time; `weights` [B]."""
+    total = torch.zeros((), dtype=weights.dtype, device=weights.device)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            difference = _zeros(p)
+            add_weighted_sum(singly.get(name, []), weights.sum()[None], difference)
+            add_weighted_sum(together.get(name, []), -weights, difference)
+            total += difference.square().sum()
+    return total
 
 
 def precision(model: nn.Module) -> torch.dtype:

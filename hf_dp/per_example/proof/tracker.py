@@ -169,14 +169,12 @@ class Tracker:
         """
         if self._sharded or call.name == "lift_fresh":  # gathered weights; what Python made, see `_lift`
             return
-        for tensor in tensors_in(list(call.arguments.values())):
+        for tensor in call.inputs:
             if tensor.layout is not torch.strided or not tensor.numel() or tensor in self._born:
                 continue
             if self._pass == 0:
                 self._from_before.add(tensor)
             elif tensor not in self._from_before and address(tensor) not in self._kept:
-                self._born.add(tensor)
-                self.book.write(tensor, np.full(tuple(tensor.shape), EXAMPLES | UNWRITTEN, np.uint8), fresh=True)
                 self.note(self.found, f"{call.name} takes a tensor that no operation of the pass made,")
 
     def _note_sizes(self, call: Call, present: int) -> None:
