@@ -14,7 +14,7 @@ import torch
 from tests.distributed import worker
 
 WORKER = str(Path(worker.__file__))
-SECONDS = 900.0
+SECONDS = 900.0  # on a busy machine too
 
 
 def environment(**changed: Any) -> dict[str, str]:

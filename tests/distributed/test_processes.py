@@ -94,8 +94,8 @@ def check_slices_are_the_draw(found: dict[str, list[dict[str, Any]]]) -> None:
 def check_one_all_reduce_a_step(found: dict[str, list[dict[str, Any]]]) -> None:
     """From a step's beginning to its end; as large as the plan says."""
     for result in found["counted"]:
-        assert result["collectives"] == ["c10d::allreduce_"] * 2
-        assert result["sizes"] == [result["planned"]] * 2
+        assert result["collectives"] == ["c10d::allreduce_"] * 4
+        assert result["sizes"] == [result["planned"]] * 4
 
 
 def check_one_plan_and_one_data_set(found: dict[str, list[dict[str, Any]]]) -> None:

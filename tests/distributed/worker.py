@@ -405,7 +405,7 @@ class Collectives(TrainerCallback):
 
 
 def counted(folder: Path) -> dict[str, Any]:
-    """What the processes say to each other in two steps, and the bytes of one all-reduce: measured and as planned."""
+    """What the processes say to each other in four steps, and the bytes of one all-reduce: measured and as planned."""
     watch, sizes, reduce = Collectives(), [], dist.all_reduce
 
     def measuring(tensor: torch.Tensor, *a: Any, **k: Any) -> Any:
@@ -414,7 +414,7 @@ def counted(folder: Path) -> dict[str, Any]:
 
     dist.all_reduce = measuring
     try:
-        trainer = runs.trainer(folder, M.with_lora(M.llama), NOISY, callbacks=[watch], max_steps=2)
+        trainer = runs.trainer(folder, M.with_lora(M.llama), NOISY, callbacks=[watch], max_steps=4)
         trainer.train()
     finally:
         dist.all_reduce = reduce

@@ -478,7 +478,7 @@ def test_bags_with_a_maximum_are_refused() -> None:
     row=st.sampled_from(["llama-tied", "gpt2-conv1d-tied-broadcast-positions", "lora-linear-llama", "dora"]),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_number_of_rows_of_any_length(lengths: list[int], row: str, seed: int) -> None:
     """Batch 0, rows of one token, padding of any amount; each row alone is not padded at all."""
     torch.manual_seed(seed)

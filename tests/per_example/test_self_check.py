@@ -220,7 +220,7 @@ def note_autocast(*_: Any) -> None:
 def test_a_trainer_checks_in_the_precision_of_its_training_however_often_it_trains(tmp_path: Path) -> None:
     """Accelerate puts the forward under autocast within `train`: the check before it runs in that precision too."""
     model = M.with_lora(M.llama)
-    trainer = runs.trainer(tmp_path, model, bf16=True, per_device_train_batch_size=24)
+    trainer = runs.trainer(tmp_path, model, bf16=True)
     UNDER_AUTOCAST.clear()
     model.get_base_model().model.layers[0].register_forward_hook(note_autocast)
     trainer.self_check()
