@@ -49,9 +49,8 @@ def split(
     unit that is larger makes a group of its own. Units are sorted by length; of all ways to cut the sorted units into
     groups, this one has the fewest tokens, where padding counts and each group costs `pass_cost` more, and a sixteenth
     of its tokens if it has another number of examples than a power of two or `max_examples`: each length and number is
-    traced when it is first met, so that few numbers save passes (measured on E2E: a fifth of the tokens that are met
-    for the first time, for 1 % more tokens). It is found by dynamic programming, in n steps of at most `max_examples`
-    comparisons.
+    traced when it is first met, so that few numbers save passes. It is found by dynamic programming, in n steps of at
+    most `max_examples` comparisons.
 
     Returns:
         For each group the indices of its units, every index once, longest first.
