@@ -1,6 +1,7 @@
 """The command line from outside: what it prints, what it leaves, and how it says no."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ def files(folder: Path) -> set[str]:
 
 
 # ---- what works ------------------------------------------------------------------------------------------------------
+
+
+def test_what_other_libraries_advise_is_not_printed_and_their_errors_are(hf_dp):
+    assert hf_dp("recipe", "--keys")[0] == 0
+    for name in ("transformers.trainer", "datasets.builder", "bitsandbytes.backends.cpu.ops"):
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING), name
+        assert logging.getLogger(name).isEnabledFor(logging.ERROR), name
 
 
 def test_a_recipe_trains_and_the_adapter_loads_with_peft_alone(hf_dp, tmp_path):
