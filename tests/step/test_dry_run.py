@@ -76,7 +76,8 @@ def test_results_and_files_are_those_of_a_run_without_it(
     assert names[0] == names[1]
     own = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
     logs = [[{k: v for k, v in entry.items() if k not in own} for entry in t.state.log_history] for t in (a, b)]
-    assert logs[0] == logs[1]
+    for x, y in zip(*logs, strict=True):
+        assert x == (y if room > 31 else pytest.approx(y, rel=1e-5))
     for name in ("README.md", "privacy.json", "trainer_state.json"):
         for path in (tmp_path / "tried").rglob(name):
             assert "dry" not in path.read_text().lower()
