@@ -21,7 +21,7 @@ from hf_dp.per_example.capture import Pass, clipped_gradient_sum, clipped_gradie
 from hf_dp.per_example.factors import Factor, add_weighted_sum, exact
 from hf_dp.per_example.gathering import trains_shards
 from hf_dp.per_example.inventory import ExampleLosses
-from hf_dp.per_example.proof import state_put_back, untouched
+from hf_dp.per_example.proof import State, state_put_back, untouched
 
 # The relative difference that rounding alone may make, by the dtype of the activations: bf16 has 8 bits, and the shapes
 # of a batch and of an example alone take different kernels. A coupling moves the sum by 0.1 or more.
@@ -104,13 +104,15 @@ def is_coupled(model: nn.Module, collated: Sequence[Batch], example_losses: Exam
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Around passes in training mode without dropout: they leave no trace in the model or in random states."""
+def undisturbed(model: nn.Module) -> Iterator[State]:
+    """Around passes in training mode without dropout: they leave no trace in the model or in random states. Gives the
+    model's state, to be put back between passes too.
+    """
     was_training = model.training
     model.train()
     try:
-        with untouched(model), torch.random.fork_rng(devices=_devices(model)), _NoDropout():
-            yield
+        with untouched(model) as state, torch.random.fork_rng(devices=_devices(model)), _NoDropout():
+            yield state
     finally:
         model.train(was_training)
 

@@ -15,6 +15,7 @@ from hf_dp.sampling.own_generators import REMEDY, own_generators
 from hf_dp.sampling.poisson import Draw, PoissonSampler
 from hf_dp.sampling.privacy_unit import Groups, groups_by
 from hf_dp.sampling.reading import INPUTS, DrawnRecords, Failure, Reader, Records, read_records
+from hf_dp.sampling.repeats import refuse_data_that_remember, refuse_what_remembers
 
 __all__ = [
     "DRAW_NUMBER",
@@ -40,6 +41,8 @@ __all__ = [
     "of_lengths",
     "own_generators",
     "read_records",
+    "refuse_data_that_remember",
+    "refuse_what_remembers",
     "taken_by_the_model",
     "tokens_of_a_pass",
 ]

@@ -42,6 +42,7 @@ from hf_dp.per_example import (
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling.compact import unpacked
 from hf_dp.sampling.reading import INPUTS
+from hf_dp.sampling.repeats import refuse_what_remembers
 
 Collate: TypeAlias = Callable[[list[Record]], Any]  # what it returns is made a mapping by `as_mapping`
 KNOWN = (
@@ -57,6 +58,8 @@ WHY_ROWS = (
 
 FOR_CHECKS = "made up for the checks, or given as check_records"
 PASS_RECORDS = "pass check_records=[...], a few public records of different lengths that it takes"
+
+REPEATED = 3  # records that are collated again and again
 
 NUMBER_LABELS = "its label is a text: make labels numbers (for classes, dataset.class_encode_column)"
 
@@ -74,7 +77,8 @@ class Collation:
         tried: the records on which the collator was tried.
 
     Raises:
-        ConfigError: the collator fails on the made-up records, or does not make one row of each of them.
+        ConfigError: the collator fails on the made-up records, does not make one row of each of them, or keeps
+            something from one call to the next.
     """
 
     def __init__(self, collate: Collate, made_up: Sequence[Record]) -> None:
@@ -82,6 +86,8 @@ class Collation:
         self._paddings: dict[Path, Padding] = {}
         with fork_forward_rng():
             self.tried, alone, again, together = _tried(collate, made_up)
+        by_itself = lambda record: as_mapping(collate([copy.deepcopy(record)]))  # noqa: E731
+        refuse_what_remembers("the collator", by_itself, self.tried[:REPEATED])
         self.apart = self._learn(alone, again, together)
         self._takes_several = self.apart is None and _is_known(collate)
 

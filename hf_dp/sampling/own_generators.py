@@ -17,6 +17,7 @@ from torch import Tensor, nn
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 DEPTH = 8  # how deep attributes of attributes are followed
 MEMBERS = 64  # how many members of a list or mapping are looked at
+LIBRARIES = ("builtins", "collections", "transformers", "tokenizers", "trl", "torch", "datasets", "numpy", "hf_dp")
 REMEDY = (
     "what it draws for one record depends on which others were drawn before; draw from torch's, numpy's or Python's "
     "global generator instead, which hf_dp runs under secret states"
@@ -57,16 +58,8 @@ def _members(value: object) -> Iterator[tuple[str, object]]:
         yield from getattr(value, "__dict__", {}).items()
         for kind in type(value).__mro__:
             yield from ((slot, getattr(value, slot, None)) for slot in _listed(kind.__dict__.get("__slots__", ())))
-            if "__call__" in kind.__dict__ or "__getitem__" in kind.__dict__:
-                yield from _methods(kind)
-
-
-def _methods(kind: type) -> Iterator[tuple[str, object]]:
-    """The methods by which a collator or data set is used."""
-    methods = (kind.__dict__.get(name) for name in ("__call__", "__getitem__", "__getitems__"))
-    for method in methods:
-        if isinstance(method, types.FunctionType):
-            yield method.__name__, method
+            if not _is_a_librarys(kind):
+                yield from ((name, m) for name, m in kind.__dict__.items() if isinstance(m, types.FunctionType))
 
 
 def _used_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
@@ -76,9 +69,21 @@ def _used_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
     yield from (
         ("default", value) for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     )
-    if function.__module__.partition(".")[0] not in ("transformers", "trl", "torch", "datasets", "numpy", "hf_dp"):
-        names = function.__code__.co_names
+    if not _is_a_librarys(function):
+        names = dict.fromkeys(_named(function.__code__))
         yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
+
+
+def _named(code: types.CodeType) -> Iterator[str]:
+    """The names that a function uses, and those within it: comprehensions, lambdas and nested functions."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _named(constant)
+
+
+def _is_a_librarys(code: type | types.FunctionType) -> bool:
+    return (code.__module__ or "").partition(".")[0] in LIBRARIES
 
 
 def _listed(slots: str | Iterable[str]) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ def read_records(dataset: Records, indices: list[int]) -> list[Record]:
     fetch = getattr(dataset, "__getitems__", None)  # DataLoader's own optional protocol for a whole batch
     if fetch is None:
         return [dataset[i] for i in indices]
-    together = _is_plain_table(dataset)
+    together = is_plain_table(dataset)
     pieces = [list(fetch(piece)) for piece in ([indices] if together else [[i] for i in indices]) if piece]
     records = [record for piece in pieces for record in piece]
     if len(records) != len(indices) or not (together or all(len(piece) == 1 for piece in pieces)):
@@ -109,7 +109,7 @@ def read_records(dataset: Records, indices: list[int]) -> list[Record]:
     return records
 
 
-def _is_plain_table(dataset: Records) -> bool:
+def is_plain_table(dataset: Records) -> bool:
     """Whether each record is a row of a table without a transform, so that reading several at once cannot mix them."""
     while isinstance(dataset, Subset) and type(dataset) is Subset:
         dataset = cast(Records, dataset.dataset)

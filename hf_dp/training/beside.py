@@ -1,4 +1,4 @@
-"""Losses of made-up examples, alone and beside copies of themselves -> an error if the loss compares examples.
+"""Losses of made-up examples, again and beside copies of themselves -> an error if they are not the examples' own.
 
 One example a pass does not help a loss that compares examples, as contrastive losses do. Alone, an example has nobody
 to be compared with: its loss is 0, or not a number, or lacks the part that pushes examples apart, so something else
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_dp.errors import ConfigError
 from hf_dp.per_example import Batch, MicroBatch, Path, Untied, leaves, precision, stacked, undisturbed
+from hf_dp.sampling import refuse_what_remembers
 from hf_dp.training.compared import ROUNDING
 
 COPIES = 3
@@ -58,6 +59,29 @@ def refuse_comparing(model: nn.Module, losses: Losses, alone: Sequence[MicroBatc
             raise ConfigError(
                 COMPARES.format(how="beside copies of itself, a made-up record has another loss than alone")
             )
+
+
+def refuse_remembering(model: nn.Module, losses: Losses, alone: Sequence[MicroBatch]) -> None:
+    """Refuses a loss of an example that is another when it is computed again, with the model's state put back and under
+    the same random states: it is a function of what was computed before, which one example a pass does not help.
+
+    Args:
+        model: unwrapped; it is left as it was.
+        losses: one loss an example.
+        alone: made-up examples, each collated by itself.
+
+    Raises:
+        ConfigError: two losses of an example differ by more than rounding.
+    """
+    with undisturbed(model) as state, torch.no_grad():
+
+        def loss(one: MicroBatch) -> Tensor:
+            state.put_back()
+            return losses(model, one).detach().double().cpu()
+
+        devices = {p.device for p in model.parameters()}
+        what = "the loss of an example, or the model that it calls,"
+        refuse_what_remembers(what, loss, alone[:RECORDS], devices, lambda a, b: _close(a, b, model))
 
 
 def copies_of(one: MicroBatch) -> MicroBatch | None:

@@ -41,6 +41,7 @@ from hf_dp.sampling import (
     PoissonSampler,
     Records,
     micro_batches,
+    refuse_data_that_remember,
     taken_by_the_model,
     tokens_of_a_pass,
 )
@@ -154,8 +155,8 @@ class PrivateLoop:
                 record.
 
         Raises:
-            ConfigError: another number of records than planned, records that cannot be made up, or a budget that is
-                spent.
+            ConfigError: another number of records than planned, records that cannot be made up, a data set or a
+                collator that keeps something from one call to the next, or a budget that is spent.
             UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
             SelfCheckError: something couples the examples of a batch.
             LedgerError: `output_dir` holds the ledger of another training.
@@ -166,6 +167,7 @@ class PrivateLoop:
             raise ConfigError(
                 f"expected the {m.num_examples:,} records of the plan, got {len(dataset):,}: plan with N of these"
             )
+        refuse_data_that_remember(dataset, collate)
         collation = Collation(
             collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
         )

@@ -36,7 +36,7 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling import Collation, of_lengths
-from hf_dp.training.beside import refuse_comparing
+from hf_dp.training.beside import refuse_comparing, refuse_remembering
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.not_taken import first_line, refused_records
 from hf_dp.training.objective import ALONE, as_in_training, of_a_batch
@@ -132,7 +132,7 @@ def examined(
 
     Raises:
         UnsupportedParameterError, CaptureError: what one example a pass can't help either.
-        ConfigError: nor a loss that compares examples.
+        ConfigError: nor a loss that compares examples, or that remembers the examples before.
     """
     whole, *alone = subject.batches()
     try:
@@ -140,6 +140,7 @@ def examined(
     except Exception:
         refuse_comparing(subject.model, of_several or subject.example_losses, alone)
         raise
+    refuse_remembering(subject.model, subject.example_losses, alone)
     if reason:
         refuse_comparing(subject.model, of_several or subject.example_losses, alone)
     return rows, reason

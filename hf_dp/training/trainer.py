@@ -25,6 +25,7 @@ from hf_dp.sampling import (
     Records,
     logical_batches,
     micro_batches,
+    refuse_data_that_remember,
     taken_by_the_model,
     tokens_of_a_pass,
 )
@@ -263,6 +264,7 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
         self._planned()
         self._settle()
         self._refuse_side_doors()
+        refuse_data_that_remember(self._columns_for_model()[0], self.data_collator)
         refuse_unusable_records(self)
         self.self_check()
         folder = Path(self.args.output_dir)

@@ -2,6 +2,7 @@
 
     a module's own attributes, its registries of submodules, parameters, buffers and hooks
     lists, dicts, sets, arrays, objects and closures that these hold, modules outside of the registry too
+    random generators among them, which no pass may advance
     the tensors among them: their memory, shape, type, values
 
 Parameters are the exception: their values change by every step, rightly, and are too large to copy before every pass. A
@@ -10,6 +11,8 @@ the operations of the pass are followed, so that it is copied just before the fi
 """
 
 import itertools
+import pickle
+import random
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
@@ -34,6 +37,7 @@ DEPTH = (
 )
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _COLLECTIONS = {dict, OrderedDict, list, deque, set}
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 _NOTHING_WITHIN = {*PLAIN, types.ModuleType, types.BuiltinFunctionType}
 
 
@@ -153,6 +157,8 @@ class State:
             self._walk_all(value, name, depth)
         elif isinstance(value, itertools.count):
             self._keep(name, lambda: [repr(value)], _cannot(name))
+        elif isinstance(value, _GENERATORS):
+            self._keep(name, lambda: [_state_of(value)], _cannot(name))
         elif isinstance(value, types.MethodType):
             self._walk(value.__self__, name, depth)
             self._walk(value.__func__, name, depth)
@@ -297,8 +303,17 @@ def _set_contents(cell: types.CellType, held: list[Value]) -> None:
         cell.cell_contents = value
 
 
+def _state_of(generator: Value) -> bytes:
+    if isinstance(generator, torch.Generator):
+        return bytes(generator.get_state().numpy())
+    return pickle.dumps(generator) if not isinstance(generator, random.SystemRandom) else b""
+
+
 def _cannot(name: str) -> Callable[[list[Value]], None]:
     def refuse(held: list[Value]) -> None:
-        raise SelfCheckError(f"a pass advances {name}, an iterator that cannot be put back: keep a number instead")
+        raise SelfCheckError(
+            f"a pass advances {name}, so what it gives an example depends on which others came before: keep a number "
+            "instead of an iterator, and draw from torch's, numpy's or Python's global generator instead of your own"
+        )
 
     return refuse

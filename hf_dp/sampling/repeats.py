@@ -1,0 +1,97 @@
+"""Code that is called again and again with one thing -> an error if it gives something else: it keeps a state.
+
+Reading, collating and losses are functions of one record and of random numbers from the global generators. What counts
+calls, goes round a list, or draws from a generator of its own gives a record something else when others were drawn
+before it. Then removing one record changes what all records after it give, and the sum moves by several clip norms.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_dp.errors import ConfigError
+from hf_dp.per_example import leaves, same
+from hf_dp.randomness import fork_forward_rng
+from hf_dp.sampling.own_generators import REMEDY as GENERATOR_REMEDY
+from hf_dp.sampling.own_generators import own_generators
+from hf_dp.sampling.reading import Records, is_plain_table, read_records
+
+Given = TypeVar("Given")
+COMPARED = (int, float, str, bytes, list, tuple, Tensor, np.ndarray)
+CALLS = 7  # one after another, with one thing; then one call more after those with all others
+REMEDY = (
+    "it keeps something from one call to the next, such as a counter, an iterator or a random generator of its own, so "
+    "what it makes of one record depends on which others were drawn before. Make it a function of its record alone; "
+    "random numbers come from torch's, numpy's or Python's global generator, which hf_dp runs under secret states"
+)
+
+
+def refuse_what_remembers(
+    what: str,
+    call: Callable[[Given], Any],
+    things: Sequence[Given],
+    devices: Iterable[torch.device | str] = (),
+    alike: Callable[[Any, Any], bool] | None = None,
+) -> None:
+    """Calls with each thing several times, under the same random states each time, and once more after all the others.
+
+    Args:
+        what: is called, for the message.
+        call: may draw from the global generators.
+        things: public ones, or such whose results the message does not tell.
+        devices: whose generators it draws from besides the CPU's.
+        alike: whether two results are the same; without it, leaves of plain types, tensors and arrays are compared.
+
+    Raises:
+        ConfigError: two results for one thing differ.
+    """
+    alike, devices = alike or _same_leaves, list(devices)
+
+    def once(thing: Given) -> Any:
+        with fork_forward_rng(devices, seed=0):
+            return copy.deepcopy(call(thing))
+
+    first = []
+    for thing in things:
+        results = [once(thing) for _ in range(CALLS)]
+        if not all(alike(results[0], other) for other in results[1:]):
+            raise ConfigError(f"{what} gives something else each time for the same record: {REMEDY}")
+        first.append(results[0])
+    if not all(alike(result, once(thing)) for thing, result in zip(things, first, strict=True)):
+        raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
+
+
+def refuse_data_that_remember(dataset: Records, collate: object) -> None:
+    """Refuses a data set or collator with a random generator of its own, and a data set that gives a record differently
+    when it is read again. What a collator gives is compared on made-up records, see `Collation`.
+
+    Raises:
+        ConfigError: naming the generators; nothing of a record is told.
+    """
+    if kept := own_generators(collate, "the collator") + own_generators(dataset, "the data set"):
+        raise ConfigError(f"random generators of its own in {', '.join(kept)}: {GENERATOR_REMEDY}")
+    if not is_plain_table(dataset):
+        indices = sorted({0, len(dataset) - 1})
+        refuse_what_remembers("the data set", lambda index: _read_if_possible(dataset, index), indices)
+
+
+def _read_if_possible(dataset: Records, index: int) -> Any:
+    """A record; None if it cannot be read, which the step that draws it tells."""
+    try:
+        return read_records(dataset, [index])
+    except Exception:
+        return None
+
+
+def _same_leaves(a: Any, b: Any) -> bool:
+    mine, other = leaves(a), leaves(b)
+    return mine.keys() == other.keys() and all(_same(leaf, other[path]) for path, leaf in mine.items())
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Objects of other types, such as a file's decoder, may be made anew each time."""
+    return type(a) is type(b) and (not isinstance(a, COMPARED) or same(a, b))
