@@ -131,6 +131,11 @@ class WeightGuard:
             )
         assert self._model is not None
         assert self._optimizer is not None
+        if next(reversed(optimizer._optimizer_step_pre_hooks), None) != self._hooks[0].id:
+            raise ReleaseError(
+                "a step pre-hook was registered on the optimizer after this training began, and would run after the "
+                "gradients are looked at: register it before, or remove it"
+            )
         refuse_foreign_parameters(self._model, self._optimizer)
         stepped = dict.fromkeys([*self._gradients, *_held(self._optimizer)])
         now = _gradient_checksums(stepped)

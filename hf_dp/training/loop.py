@@ -5,10 +5,11 @@ usual. What is done in the wrong order (a step without a release, two releases i
 an error before the weights change.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,12 @@ from hf_dp.per_example import (
     Batch,
     MicroBatch,
     Record,
+    State,
     hooks_in,
+    leaves,
     per_example_factors,
     records_of_the_same_shape,
+    same,
     self_check,
 )
 from hf_dp.randomness import require_cryptography
@@ -57,8 +61,9 @@ from hf_dp.step import (
     foreign_parameters,
 )
 from hf_dp.training.cards import write_card
-from hf_dp.training.passes import COUPLED, Subject, are_coupled, compared_lengths, examined, written_by
+from hf_dp.training.passes import COUPLED, Subject, are_coupled, compared_lengths, examined, refuse_other_passes, written_by
 
+Contents: TypeAlias = dict[tuple[str | int, ...], tuple[Tensor | None, Any]]  # of a micro-batch, see `_contents`
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw may wait for
 
 
@@ -125,10 +130,12 @@ class PrivateLoop:
         self._place = Place(Path(output_dir))
         self._run: PrivateRun | None = None
         self._draw: Draw[MicroBatch] | None = None
-        self._size = 0
+        self._yielded: list[Contents] = []
         self._failure: str | None = None
         self.alone_because = ""
         self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
+        self._examine: Callable[[], None] = lambda: None
+        self._examined = State(model)
         self._waits = False  # whether the draw under way still waits for `backward`
         self._guard = WeightGuard()
         self._guard.watch(model, optimizer)
@@ -171,7 +178,8 @@ class PrivateLoop:
         collation = Collation(
             collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
         )
-        self._check(collation, max_examples)
+        self._examine = lambda: self._check(collation, max_examples)
+        self._examine()
         run = PrivateRun.open(m, self._place, Session(dataset, continues=self._run is not None))
         self._run = run
         try:
@@ -184,7 +192,7 @@ class PrivateLoop:
                 self._failure = container.get(FAILURE)
                 batches = [] if self._failure else list(micro_batches(container))
                 self._draw, self._waits = Draw(batches, container[DRAW_NUMBER]), True
-                self._size = sum(batch.size for batch in batches)
+                self._yielded = [_contents(batch) for batch in batches]
                 yield self._draw
                 if waits_for := self._waits_for():
                     raise ReleaseError(f"draw {self._draw.number} is over without {waits_for}: each takes one, once")
@@ -202,8 +210,8 @@ class PrivateLoop:
 
         Raises:
             ReleaseError: not the draw that `draws` yielded last, or a second time. Nothing is charged or released.
-            CaptureError: not one loss an example, or another number of rows than were drawn. Charged; nothing is
-                released.
+            CaptureError: not one loss an example, or micro-batches that are not those that were drawn, as they were.
+                Charged; nothing is released.
         """
         if self._run is None or draw is not self._draw or not self._waits:
             raise ReleaseError(
@@ -211,6 +219,7 @@ class PrivateLoop:
                 f"{self._waits_for() or 'nothing'}): two releases of one draw cost more than two charges say"
             )
         self._guard.before_pass()
+        self._check_again_if_changed()
         self._step(self._run, lambda: self._checked(draw), draw.number)
         self._guard.released()
         self._waits = False
@@ -260,6 +269,16 @@ class PrivateLoop:
             collated_alone=collation.alone,
         )
         self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
+        self._examined = State(self.model)
+
+    def _check_again_if_changed(self) -> None:
+        """What was changed of the model since it was examined, but for its parameters' values, is examined anew."""
+        self.model.train()
+        self._examined.begin()
+        if self._examined.changes():
+            before = self.alone_because
+            self._examine()
+            refuse_other_passes(before, self.alone_because)
 
     def _on_device(self, batch: Batch) -> Batch:
         return cast(Batch, send_to_device(batch, self._device))
@@ -268,18 +287,40 @@ class PrivateLoop:
         """The draw, after checking that its records could be collated and are all there."""
         if self._failure is not None:
             raise CaptureError(self._failure)
-        _refuse_other_examples(draw, self._size)
+        _refuse_other_examples(draw, self._yielded)
         return draw
 
     def _waits_for(self) -> str | None:
         return BACKWARD if self._waits else STEP if self._guard.waiting else None
 
 
-def _refuse_other_examples(batches: list[MicroBatch], expected: int) -> None:
-    if not all(isinstance(batch, MicroBatch) for batch in batches) or sum(batch.size for batch in batches) != expected:
+def _contents(batch: MicroBatch) -> Contents:
+    """What a micro-batch holds: its tensors with their versions, by path, and copies of everything else."""
+    found = leaves(batch)
+    return {
+        path: (leaf, leaf._version) if isinstance(leaf, Tensor) else (None, copy.deepcopy(leaf))
+        for path, leaf in found.items()
+    }
+
+
+def _are_as_yielded(batch: MicroBatch, yielded: Contents) -> bool:
+    now = leaves(batch)
+    return now.keys() == yielded.keys() and all(
+        now[path] is tensor and tensor._version == rest if tensor is not None else same(now[path], rest)
+        for path, (tensor, rest) in yielded.items()
+    )
+
+
+def _refuse_other_examples(batches: list[MicroBatch], yielded: list[Contents]) -> None:
+    if not (
+        len(batches) == len(yielded)
+        and all(isinstance(batch, MicroBatch) for batch in batches)
+        and all(map(_are_as_yielded, batches, yielded))
+    ):
         raise CaptureError(
-            f"expected the micro-batches of {expected} examples that draws() yielded, got others: clipping bounds an "
-            "example"
+            "expected the micro-batches that draws() yielded as they were, got others: clipping bounds an example, and "
+            "in a batch that is changed later, examples may meet. Change records in collate, which is given each by "
+            "itself; backward brings micro-batches to the model's device"
         )
 
 

@@ -18,6 +18,10 @@ NEVER_CALLED = {
     "_get_dataloader": f"{_DRAWS}; drop it, or override get_eval_dataloader, which serves evaluation alone",
     "_get_train_sampler": f"{_DRAWS}; drop it, and choose records in train_dataset",
     "get_batch_samples": f"{_DRAWS}; drop it",
+    "_prepare_inputs": (
+        "micro-batches are brought to the device as Trainer does it, and in it records would meet; drop it, and change "
+        "a record in data_collator, which is given each by itself"
+    ),
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
 }
 ANSWERS = "its loss is of pairs, whose answers lie in several rows of a batch; clipping bounds the two as one in"

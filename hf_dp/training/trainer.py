@@ -56,7 +56,7 @@ from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.options import check_options, positional_names, refuse_model, without_batch_clipping
 from hf_dp.training.overrides import refuse_order
-from hf_dp.training.passes import Settled, inventory_and_reason
+from hf_dp.training.passes import FirstCallback, Settled, inventory_and_reason, refuse_other_passes
 from hf_dp.training.planning import groups_of, passes_for, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_privacy
 from hf_dp.training.sharded_states import ShardedStates
@@ -150,6 +150,7 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
         show_privacy(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Records, given_data)), self._groups)
+            self._planned_for = self.train_dataset
             self._settle()
 
     # ---- what a user asks -----------------------------------------------------------------------------------------
@@ -217,7 +218,15 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
     def _settle(self) -> None:
         """Finds which loss is trained and the passes that it takes: at construction, and again where what they rest on
         changed.
+
+        Raises:
+            ConfigError: the training set is another one than at construction; or as the constructor.
         """
+        if self.train_dataset is not self._planned_for:
+            raise ConfigError(
+                "train_dataset was replaced after construction: the plan, and whose each record is, are of the records "
+                "that were given there; make a new trainer with the other records"
+            )
         if self._settled is not None and self._settled.holds(self):
             return
         self.objective, self.alone_because = objectives.choose(self), ""
@@ -225,6 +234,19 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
         self._factors_of = passes_for(self.model, self._inventory, self.args, alone_because=self.alone_because)
         self.private_step = self.step_class(self.model, self._planned(), self._passes())
         self._settled = Settled(self)
+
+    def _settle_again_if_changed(self) -> None:
+        """At the start of a step: what a callback, an evaluation or the user's code changed since is examined anew.
+
+        Raises:
+            HfDpError: as at construction and at the start of a training; or each example needs a pass of its own now.
+        """
+        self.model.train()
+        if not self.private_step.sharded and not cast(Settled, self._settled).holds(self, stepped=True):
+            before = self.alone_because
+            self._settle()
+            self.self_check()
+            refuse_other_passes(before, self.alone_because)
 
     # ---- seams of Trainer ------------------------------------------------------------------------------------------
 
@@ -270,6 +292,8 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
         self._run = self._opened(folder, checkpoint)
+        first = FirstCallback(lambda: cast(Settled, self._settled).note_model(self))
+        self.callback_handler.callbacks.insert(0, first)
         try:
             self._figures = ReleasedFigures(self._planned())
             print_summary(self)
@@ -277,6 +301,7 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
             self._guard.check()
         finally:
+            self.callback_handler.callbacks.remove(first)
             self._guard.leave()
             self._run.close()
             self.private_step.forget()
@@ -287,8 +312,10 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
 
     def training_step(self, model: nn.Module, inputs: Container, num_items_in_batch: object = None) -> Tensor:
         """One private step: see `PrivateStep`, which writes `p.grad`. Returns 0, because the loss is private."""
-        run, step = self._running(), self.private_step
+        run = self._running()
         self._begin_pass()
+        self._settle_again_if_changed()
+        step = self.private_step
         add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
         released = step(run, lambda: micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
         self._canaries.observe(released, run.level)
