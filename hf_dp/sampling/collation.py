@@ -12,6 +12,7 @@ made-up records both ways gave the same, and as long as all records have the sam
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -84,10 +85,10 @@ class Collation:
     def __init__(self, collate: Collate, made_up: Sequence[Record]) -> None:
         self._collate = collate
         self._paddings: dict[Path, Padding] = {}
+        # first of all, for what a collator does to records that it saw before is not what it does to new ones
+        refuse_what_remembers("the collator", partial(_if_taken, collate), several_lengths(made_up)[-REPEATED:])
         with fork_forward_rng():
             self.tried, alone, again, together = _tried(collate, made_up)
-        by_itself = lambda record: as_mapping(collate([copy.deepcopy(record)]))  # noqa: E731
-        refuse_what_remembers("the collator", by_itself, self.tried[:REPEATED])
         self.apart = self._learn(alone, again, together)
         self._takes_several = self.apart is None and _is_known(collate)
 
@@ -240,6 +241,14 @@ def several_lengths(records: Sequence[Record]) -> list[Record]:
 def of_lengths(record: Record, lengths: Sequence[int]) -> list[Record]:
     """A record of each length: its sequences are cut, or gone through again from their first element on."""
     return [_resized(record, _length(record), to) for to in lengths]
+
+
+def _if_taken(collate: Collate, record: Record) -> Batch | None:
+    """A record collated alone; None if the collator does not take it."""
+    try:
+        return as_mapping(collate([copy.deepcopy(record)]))
+    except Exception:
+        return None
 
 
 def _tried(collate: Collate, made_up: Sequence[Record]) -> tuple[list[Record], list[Batch], list[Batch], Batch]:

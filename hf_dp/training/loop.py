@@ -61,7 +61,15 @@ from hf_dp.step import (
     foreign_parameters,
 )
 from hf_dp.training.cards import write_card
-from hf_dp.training.passes import COUPLED, Subject, are_coupled, compared_lengths, examined, refuse_other_passes, written_by
+from hf_dp.training.passes import (
+    COUPLED,
+    Subject,
+    are_coupled,
+    compared_lengths,
+    examined,
+    refuse_other_passes,
+    written_by,
+)
 
 Contents: TypeAlias = dict[tuple[str | int, ...], tuple[Tensor | None, Any]]  # of a micro-batch, see `_contents`
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw may wait for

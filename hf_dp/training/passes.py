@@ -28,6 +28,7 @@ from hf_dp.per_example import (
     Trace,
     inventory_of_one,
     is_coupled,
+    note_beside,
     per_example_factors,
     prove,
     take_inventory,
@@ -170,6 +171,8 @@ def examined(
         ConfigError: nor a loss that compares examples, or that remembers the examples before.
     """
     whole, *alone = subject.batches()
+    with undisturbed(subject.model), torch.no_grad():
+        note_beside(subject.model, lambda: subject.example_losses(subject.model, alone[0]))
     try:
         rows, reason = _examined(subject, whole, alone, known)
     except Exception:

@@ -2,7 +2,7 @@
 
 from hf_dp.per_example.proof.labels import SIZE, Memories
 from hf_dp.per_example.proof.prove import Proof, has_backward_in_python, prove
-from hf_dp.per_example.proof.state import State, is_sharded, state_put_back, untouched
+from hf_dp.per_example.proof.state import State, is_sharded, note_beside, state_put_back, untouched
 from hf_dp.per_example.proof.tracker import HOOKS
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "State",
     "has_backward_in_python",
     "is_sharded",
+    "note_beside",
     "prove",
     "state_put_back",
     "untouched",

@@ -18,12 +18,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
@@ -41,8 +43,32 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.r
 _NOTHING_WITHIN = {*PLAIN, types.ModuleType, types.BuiltinFunctionType}
 
 
+_BESIDE: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+
+
+def note_beside(model: nn.Module, run: Callable[[], object]) -> None:
+    """Finds the modules that a pass calls and that are not the model's, such as a teacher or a reference model. From
+    here on, what they remember is noted and put back with what the model does.
+
+    Args:
+        model: unwrapped.
+        run: one pass. It may fail; what was called until then is found.
+    """
+    own, called = set(model.modules()), dict[nn.Module, None]()
+    handle = register_module_forward_pre_hook(lambda module, args: called.setdefault(module))
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever the model's code raises is told by the checks that follow
+        pass
+    finally:
+        handle.remove()
+    _BESIDE[model] = [module for module in called if module not in own]
+
+
 class State:
-    """A model's memory as it stands when this is made.
+    """A model's memory as it stands when this is made, and that of modules that its passes call (see `note_beside`).
 
     Args:
         model: unwrapped, with its own parameters in place (outside of any pass).
@@ -64,6 +90,8 @@ class State:
             self._module(module, name, hooks=False)
         for name, module in modules:
             self._hooks(module, name)
+        for module in _BESIDE.get(model, ()):
+            self._walk(module, f"{type(module).__name__}, a module beside the model", 0)
 
     def keep(self, name: str, tensor: Tensor, copied: bool = True) -> None:
         """Notes one tensor more, under a name."""

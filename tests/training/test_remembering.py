@@ -1,0 +1,433 @@
+"""Data sets, collators, losses and models that keep something from one record to the next are refused before a step."""
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_dp import ConfigError, DPTrainer, PrivateLoop, SelfCheckError
+from hf_dp.errors import HfDpError
+from tests.support import models as M
+from tests.support import runs
+from tests.training.test_loop import DATA, losses, mechanism
+
+CALLS = [0]
+RANDOM = random.Random(0)
+
+
+def refused(folder: Path, match: str, **given: Any) -> None:
+    """At construction or at the start of the training, before anything is charged."""
+    with pytest.raises(HfDpError, match=match):
+        runs.trainer(folder, **given).train()
+    assert not list(folder.rglob("*.jsonl"))
+
+
+# ---- collators -------------------------------------------------------------------------------------------------------
+
+
+def shifted(records: list[Any], by: int) -> dict[str, Tensor]:
+    batch = runs.collate(records)
+    batch["input_ids"] = batch["input_ids"].roll(by, 1)
+    return batch
+
+
+def around_a_list() -> Callable[[Any], Any]:
+    prompts = itertools.cycle([0, 1, 2])
+    return lambda records: shifted(records, next(prompts))
+
+
+def counting() -> Callable[[Any], Any]:
+    calls = itertools.count()
+    return lambda records: shifted(records, next(calls) // 3 % 2)
+
+
+def of_the_module(records: list[Any]) -> Any:
+    CALLS[0] += 1
+    return shifted(records, CALLS[0] % 2)
+
+
+class OnlyNewOnes:
+    """What was seen before comes out otherwise."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __call__(self, records: list[Any]) -> Any:
+        known = {tuple(r["input_ids"]) for r in records} <= self.seen
+        self.seen.update(tuple(r["input_ids"]) for r in records)
+        return shifted(records, int(known))
+
+
+class AsTheOneBefore:
+    """Takes over something of the record before: only after another record is it seen."""
+
+    longest = 0
+
+    def __call__(self, records: list[Any]) -> Any:
+        batch = shifted(records, int(type(self).longest > 8))
+        type(self).longest = max(len(r["input_ids"]) for r in records)
+        return batch
+
+
+@pytest.mark.parametrize("kind", [around_a_list, counting, lambda: of_the_module, OnlyNewOnes, AsTheOneBefore])
+def test_a_collator_that_remembers_is_refused(kind: Callable[[], Any], tmp_path: Path) -> None:
+    refused(tmp_path, "the collator gives something else", data_collator=kind())
+
+
+def test_a_collator_put_in_its_place_after_construction_is_refused_too(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path)
+    trainer.data_collator = around_a_list()
+    with pytest.raises(ConfigError, match="the collator gives something else"):
+        trainer.train()
+    trainer.data_collator = lambda records: shifted(records, int(RANDOM.random() < 1e-9))
+    with pytest.raises(ConfigError, match=r"generators of its own in the collator\.RANDOM"):
+        trainer.train()
+
+
+class Helped:
+    """Draws in a method that another method calls, and within a comprehension."""
+
+    def drawn(self, n: int) -> list[int]:
+        return [RANDOM.randrange(3) for _ in range(n)]
+
+    def __call__(self, records: list[Any]) -> Any:
+        return shifted(records, self.drawn(1)[0])
+
+
+def test_a_generator_in_a_helper_method_or_a_comprehension_is_named(tmp_path: Path) -> None:
+    refused(tmp_path, r"data_collator\.drawn\.RANDOM", data_collator=Helped())
+
+
+def test_what_draws_from_global_generators_is_taken(tmp_path: Path) -> None:
+    def drawing(records: list[Any]) -> Any:
+        return shifted(records, int(torch.randint(3, ())) + np.random.randint(2) + random.randrange(2))
+
+    trainer = runs.trainer(tmp_path, data_collator=drawing)
+    trainer.train()
+    assert trainer.privacy_spent().num_steps == 1
+
+
+# ---- data sets -------------------------------------------------------------------------------------------------------
+
+
+class Counted(torch.utils.data.Dataset[Any]):
+    def __init__(self) -> None:
+        self.rows, self.calls = list(runs.text_rows()), 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        self.calls += 1
+        row = self.rows[index]
+        return row if self.calls % 3 else {**row, "input_ids": row["input_ids"][::-1]}
+
+
+def transformed() -> Any:
+    calls = itertools.count()
+
+    def reversed_at_times(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        odd = next(calls) % 2
+        return {**batch, "input_ids": [ids[::-1] if odd else ids for ids in batch["input_ids"]]}
+
+    return runs.text_rows().with_transform(reversed_at_times)
+
+
+@pytest.mark.parametrize("data", [Counted, transformed])
+def test_a_data_set_that_remembers_is_refused(data: Callable[[], Any], tmp_path: Path) -> None:
+    refused(tmp_path, "the data set gives something else", train_dataset=data())
+
+
+# ---- losses and models -----------------------------------------------------------------------------------------------
+
+
+def of_tokens(outputs: Any, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+class InTurn:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
+        self.calls += 1
+        return of_tokens(outputs, labels) * (1 + self.calls % 3)
+
+
+def with_a_global(outputs: Any, labels: Tensor) -> Tensor:
+    CALLS[0] += 1
+    return of_tokens(outputs, labels) * (1 + CALLS[0] % 2)
+
+
+class AroundTheMean:
+    mean = 0.0
+
+    def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
+        loss = of_tokens(outputs, labels)
+        AroundTheMean.mean += 0.1 * (float(loss) - AroundTheMean.mean)
+        return loss * (1 if float(loss) > AroundTheMean.mean else -1) + AroundTheMean.mean
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("loss", [InTurn, lambda: with_a_global, AroundTheMean])
+def test_a_loss_that_remembers_is_refused(loss: Callable[[], Any], size: int, tmp_path: Path) -> None:
+    refused(tmp_path, "loss of an example", compute_loss_func=loss(), per_device_train_batch_size=size)
+
+
+class Slotted:
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def number(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
+class Deep:
+    """Further down than a state is followed."""
+
+    def __init__(self) -> None:
+        self.kept: Any = {"a": {"b": {"c": {"d": {"calls": 0}}}}}
+
+    def number(self) -> int:
+        inner = self.kept["a"]["b"]["c"]["d"]
+        inner["calls"] += 1
+        return int(inner["calls"])
+
+
+class OfItsClass:
+    calls = 0
+
+    def number(self) -> int:
+        OfItsClass.calls += 1
+        return OfItsClass.calls
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.heads = itertools.cycle(range(3))
+
+    def number(self) -> int:
+        return next(self.heads)
+
+
+def model_with(kept: Any, number: Callable[[], float]) -> nn.Module:
+    """A layer of the model is scaled by a number that it gets elsewhere."""
+    model = M.with_lora(M.llama)
+    layer = next(m for m in model.modules() if type(m).__name__ == "LlamaMLP")
+    layer.kept = kept
+
+    class Scaled(type(layer)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1 + number() % 2)
+
+    layer.__class__ = Scaled
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("kind", [Slotted, Deep, OfItsClass, Cycle])
+def test_a_model_whose_memory_cannot_be_put_back_is_refused(kind: type, size: int, tmp_path: Path) -> None:
+    kept = kind()
+    refused(tmp_path, "loss of an example", model=model_with(kept, kept.number), per_device_train_batch_size=size)
+
+
+class Teacher(nn.Module):
+    """Another model, outside of the one that is trained: what it gives from some length on, it remembers."""
+
+    longest = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.longest = max(self.longest, ids.shape[1])
+        return torch.ones((), dtype=torch.float32) * (2 if self.longest > 8 else 1)
+
+
+def test_what_a_teacher_beside_the_model_remembers_is_put_back_before_each_example(tmp_path: Path) -> None:
+    teacher = Teacher()
+
+    class Distilled(DPTrainer):
+        def example_losses(self, model: nn.Module, inputs: Any) -> Tensor:
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            targets = inputs["labels"][:, 1:]
+            found = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none").sum(1)
+            return found * teacher(inputs["input_ids"])
+
+    made = runs.trainer(tmp_path)
+    rows = made.train_dataset
+    given = {"privacy": made.privacy, "train_dataset": rows, "data_collator": runs.collate}
+    trainer = Distilled(made.model, made.args, **given)
+    assert "a module beside the model" in trainer.alone_because
+    short = [dict(row) for row in rows if len(row["input_ids"]) < 8][:4]
+    longest = max((dict(row) for row in rows), key=lambda row: len(row["input_ids"]))
+    with_it = runs.clipped_sum(trainer, runs.collated([longest, *short], 1))
+    without = runs.clipped_sum(trainer, runs.collated(short, 1))
+    assert float((with_it - without).norm()) <= 1.0001 * trainer.private_step.level.clip_norm
+
+
+GENERATORS: dict[str, tuple[Any, Callable[[Any], float]]] = {
+    "Python's": (random.Random(0), lambda g: float(g.random() < 0.02)),
+    "numpy's": (np.random.default_rng(0), lambda g: float(g.random() < 0.02)),
+    "old numpy's": (np.random.RandomState(0), lambda g: float(g.rand() < 0.02)),
+    "torch's": (torch.Generator(), lambda g: float(torch.rand(1, generator=g) < 0.02)),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_in_a_model_is_refused_however_seldom_it_matters(kind: str, tmp_path: Path) -> None:
+    kept, draw = GENERATORS[kind]
+    refused(tmp_path, r"advances .*mlp\.kept", model=model_with(kept, lambda: draw(kept)))
+
+
+# ---- what changes while training goes on -----------------------------------------------------------------------------
+
+
+def centred(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output - output.mean(0, keepdim=True)
+
+
+class Changes(TrainerCallback):
+    """Makes a batch's rows meet, from some moment on."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.at == 0:
+            self.change(kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.at and state.global_step == self.at:
+            self.change(kwargs["model"])
+
+    def change(self, model: nn.Module) -> None:
+        layer = next(m for m in model.modules() if type(m).__name__ == "LlamaMLP")
+        layer.register_forward_hook(centred)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_hook_that_comes_later_is_found_before_the_next_step(at: int, tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path, callbacks=[Changes(at)], max_steps=4)
+    with pytest.raises(SelfCheckError, match="was changed during training"):
+        trainer.train()
+    assert trainer.privacy_spent().num_steps == at
+
+
+def test_a_loss_that_is_replaced_while_training_is_examined(tmp_path: Path) -> None:
+    class Replaces(Changes):
+        def change(self, model: nn.Module) -> None:
+            plain = trainer.example_losses
+
+            def around_the_mean(model: nn.Module, batch: Any) -> Tensor:
+                found = plain(model, batch)
+                return found - found.mean()
+
+            trainer.example_losses = around_the_mean  # type: ignore[method-assign]
+
+    trainer = runs.trainer(tmp_path, callbacks=[Replaces(1)], max_steps=3)
+    with pytest.raises(HfDpError):
+        trainer.train()
+    assert trainer.privacy_spent().num_steps == 1
+
+
+def test_what_changes_and_keeps_examples_apart_trains_on(tmp_path: Path) -> None:
+    class Notes(Changes):
+        def change(self, model: nn.Module) -> None:
+            model.note = "a callback was here"  # type: ignore[assignment]
+
+    trainer = runs.trainer(tmp_path, callbacks=[Notes(1)], max_steps=3)
+    trainer.train()
+    assert trainer.privacy_spent().num_steps == 3
+
+
+def test_other_records_need_another_trainer(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path)
+    trainer.train_dataset = runs.text_rows().shuffle(seed=1)
+    with pytest.raises(ConfigError, match="make a new trainer"):
+        trainer.train()
+
+
+def test_bringing_a_batch_to_the_device_may_not_be_overridden(tmp_path: Path) -> None:
+    class Scales(DPTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return {name: x // 2 if x.max() > 10 else x for name, x in inputs.items()}
+
+    trainer = runs.trainer(tmp_path)
+    with pytest.raises(HfDpError, match=r"Scales\._prepare_inputs.*data_collator"):
+        Scales(trainer.model, trainer.args, privacy=trainer.privacy, train_dataset=trainer.train_dataset)
+
+
+# ---- the same in a plain loop ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> PrivateLoop:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    return PrivateLoop(model, torch.optim.SGD(model.parameters(), lr=0.1), losses, mechanism(), tmp_path)
+
+
+def test_a_loop_refuses_what_remembers(loop: PrivateLoop) -> None:
+    calls = itertools.count()
+
+    class Noisy(torch.utils.data.TensorDataset):
+        generator = torch.Generator()
+
+        def __getitem__(self, index: Any) -> Any:
+            return self.tensors[0][index] + torch.randn(4, generator=self.generator), self.tensors[1][index]
+
+    with pytest.raises(ConfigError, match="the collator gives something else"):
+        next(
+            loop.draws(DATA, collate=lambda rs: torch.utils.data.default_collate([(x * next(calls), y) for x, y in rs]))
+        )
+    with pytest.raises(ConfigError, match="generator|something else"):
+        next(loop.draws(Noisy(*DATA.tensors)))
+    assert loop.privacy_spent().num_steps == 0
+
+
+def test_a_draw_may_not_be_changed(loop: PrivateLoop) -> None:
+    draws = loop.draws(DATA)
+    draw = next(draws)
+    draw[0]["0"] = draw[0]["0"] / draw[0]["0"].std(0)
+    with pytest.raises(HfDpError, match="as they were"):
+        loop.backward(draw)
+    assert all(p.grad is None for p in loop.model.parameters())
+
+
+def test_a_draw_may_not_be_changed_in_place(loop: PrivateLoop) -> None:
+    draws = loop.draws(DATA)
+    draw = next(draws)
+    draw[0]["0"] -= draw[0]["0"].mean(0)
+    with pytest.raises(HfDpError, match="as they were"):
+        loop.backward(draw)
+
+
+def test_a_loops_model_is_examined_again_once_it_changed(loop: PrivateLoop) -> None:
+    optimizer = loop._guard._optimizer
+    assert optimizer is not None
+    with pytest.raises(SelfCheckError, match="was changed during training"):
+        for draw in loop.draws(DATA):
+            loop.backward(draw)
+            optimizer.step()
+            loop.model[1].register_forward_hook(centred)  # type: ignore[index]
+    assert loop.privacy_spent().num_steps == 1
+
+
+def test_a_step_hook_that_comes_after_the_loop_is_refused(loop: PrivateLoop) -> None:
+    optimizer = loop._guard._optimizer
+    assert optimizer is not None
+    draws = loop.draws(DATA)
+    draw = next(draws)
+    optimizer.register_step_pre_hook(lambda *_: loop.model[0].weight.grad.add_(1))  # type: ignore[index]
+    before = loop.model[0].weight.detach().clone()  # type: ignore[index]
+    loop.backward(draw)
+    with pytest.raises(HfDpError, match="step pre-hook was registered"):
+        optimizer.step()
+    assert torch.equal(before, loop.model[0].weight)  # type: ignore[index]
