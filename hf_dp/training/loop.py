@@ -67,9 +67,9 @@ from hf_dp.training.passes import (
     are_coupled,
     compared_lengths,
     examined,
-    refuse_other_passes,
     written_by,
 )
+from hf_dp.training.settled import refuse_other_passes
 
 Contents: TypeAlias = dict[tuple[str | int, ...], tuple[Tensor | None, Any]]  # of a micro-batch, see `_contents`
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw may wait for
@@ -166,12 +166,11 @@ class PrivateLoop:
             collate: records -> a batch with one row a record. It is given one record at a time, unless it is torch's
                 `default_collate`.
             max_examples: the most records of one pass. It affects memory and speed, never the result.
-            check_records: a few public records for the self-check, if none can be made up from the shapes of the first
-                record.
+            check_records: a few public records for the self-check; without them they have the first record's shapes.
 
         Raises:
-            ConfigError: another number of records than planned, records that cannot be made up, a data set or a
-                collator that keeps something from one call to the next, or a budget that is spent.
+            ConfigError: another number of records than planned, records that cannot be made up, what is read or collated
+                otherwise each time, or a budget that is spent.
             UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
             SelfCheckError: something couples the examples of a batch.
             LedgerError: `output_dir` holds the ledger of another training.
@@ -183,10 +182,9 @@ class PrivateLoop:
                 f"expected the {m.num_examples:,} records of the plan, got {len(dataset):,}: plan with N of these"
             )
         refuse_data_that_remember(dataset, collate)
-        collation = Collation(
-            collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
-        )
-        self._examine = lambda: self._check(collation, max_examples)
+        made_up = records_of_the_same_shape(dataset[0]) if check_records is None else check_records
+        collation = Collation(collate, made_up)
+        self._examine = partial(self._check, collation, max_examples)
         self._examine()
         run = PrivateRun.open(m, self._place, Session(dataset, continues=self._run is not None))
         self._run = run

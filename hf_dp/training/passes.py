@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from hf_dp.errors import ConfigError, HfDpError, SelfCheckError
+from hf_dp.errors import ConfigError, HfDpError
 from hf_dp.per_example import (
     SIZE,
     Batch,
@@ -24,7 +23,6 @@ from hf_dp.per_example import (
     MicroBatch,
     Proof,
     Record,
-    State,
     Trace,
     inventory_of_one,
     is_coupled,
@@ -69,62 +67,6 @@ class Subject(NamedTuple):
         with fork_forward_rng():  # a collator may draw
             made = self.collation.together_and_alone(list(self.records if records is None else records))
         return [batch.mapped(self.to_device) for batch in made]
-
-
-class Settled:
-    """What the findings about a trainer depend on, noted when this is made: model state, loss, records and options."""
-
-    def __init__(self, trainer: PrivateTrainer) -> None:
-        self._objects, self._settings, self._state = _objects(trainer), _settings(trainer), State(trainer.model)
-
-    def note_model(self, trainer: PrivateTrainer) -> None:
-        """Notes the model's state anew, after the host has prepared it: it sets hooks and wraps `forward` of its own."""
-        self._state = State(trainer.model)
-
-    def holds(self, trainer: PrivateTrainer, *, stepped: bool = False) -> bool:
-        """Whether all of it is as it was; where the weights were stepped since, but for the parameters' values."""
-        if stepped:
-            self._state.begin()
-        same_objects = all(a is b for a, b in zip(self._objects, _objects(trainer), strict=True))
-        return same_objects and self._settings == _settings(trainer) and not self._state.changes()
-
-
-class FirstCallback(TrainerCallback):
-    """Goes before the user's callbacks: calls back when a training begins, after the host has prepared the model."""
-
-    def __init__(self, begun: Callable[[], None]) -> None:
-        self._begun = begun
-
-    def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        """Called by the host before the first step."""
-        self._begun()
-
-
-def _objects(trainer: PrivateTrainer) -> list[object]:
-    names = "model data_collator train_dataset compute_loss_func class_weights _check_records".split()
-    losses = [vars(trainer).get("example_losses"), vars(trainer).get("compute_loss"), type(trainer).example_losses]
-    return [*(getattr(trainer, name) for name in names), *losses]
-
-
-def _settings(trainer: PrivateTrainer) -> tuple[object, ...]:
-    return trainer.args.to_dict(), list(trainer.label_names)
-
-
-def refuse_other_passes(before: str, now: str) -> None:
-    """Refuses a change during a training after which passes over several examples are no longer right.
-
-    Args:
-        before: why each example had a pass of its own when the training began; "" for passes over several.
-        now: why it needs one now.
-
-    Raises:
-        SelfCheckError: it needs one now, and did not before. Nothing was released of this step.
-    """
-    if now and not before:
-        raise SelfCheckError(
-            "the model, its loss or an option was changed during training, and examples may no longer share a pass "
-            f"({now}): change it before training"
-        )
 
 
 def inventory_and_reason(trainer: PrivateTrainer) -> tuple[Inventory, str]:

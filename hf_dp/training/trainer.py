@@ -56,15 +56,15 @@ from hf_dp.training.inputs import CollatedRecords
 from hf_dp.training.look_through import refuse_unusable_records
 from hf_dp.training.options import check_options, positional_names, refuse_model, without_batch_clipping
 from hf_dp.training.overrides import refuse_order
-from hf_dp.training.passes import FirstCallback, Settled, inventory_and_reason, refuse_other_passes
-from hf_dp.training.planning import groups_of, passes_for, plan_training, refuse_other_records
+from hf_dp.training.planning import groups_of, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_privacy
+from hf_dp.training.settled import FirstCallback, Settled, SettledPasses
 from hf_dp.training.sharded_states import ShardedStates
 
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
 
 
-class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRecords):
+class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRecords):
     """Makes a `Trainer` subclass private: `class MyTrainer(DPTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -214,39 +214,6 @@ class DPTrainerMixin(GuardedWeights, ShardedStates, MarkedEvaluation, CollatedRe
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = objectives.mean_of_the_users(self, model, inputs)
         return (loss, outputs) if return_outputs else loss
-
-    def _settle(self) -> None:
-        """Finds which loss is trained and the passes that it takes: at construction, and again where what they rest on
-        changed.
-
-        Raises:
-            ConfigError: the training set is another one than at construction; or as the constructor.
-        """
-        if self.train_dataset is not self._planned_for:
-            raise ConfigError(
-                "train_dataset was replaced after construction: the plan, and whose each record is, are of the records "
-                "that were given there; make a new trainer with the other records"
-            )
-        if self._settled is not None and self._settled.holds(self):
-            return
-        self.objective, self.alone_because = objectives.choose(self), ""
-        self._inventory, self.alone_because = inventory_and_reason(self)
-        self._factors_of = passes_for(self.model, self._inventory, self.args, alone_because=self.alone_because)
-        self.private_step = self.step_class(self.model, self._planned(), self._passes())
-        self._settled = Settled(self)
-
-    def _settle_again_if_changed(self) -> None:
-        """At the start of a step: what a callback, an evaluation or the user's code changed since is examined anew.
-
-        Raises:
-            HfDpError: as at construction and at the start of a training; or each example needs a pass of its own now.
-        """
-        self.model.train()
-        if not self.private_step.sharded and not cast(Settled, self._settled).holds(self, stepped=True):
-            before = self.alone_because
-            self._settle()
-            self.self_check()
-            refuse_other_passes(before, self.alone_because)
 
     # ---- seams of Trainer ------------------------------------------------------------------------------------------
 
