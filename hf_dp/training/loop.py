@@ -169,8 +169,8 @@ class PrivateLoop:
             check_records: a few public records for the self-check; without them they have the first record's shapes.
 
         Raises:
-            ConfigError: another number of records than planned, records that cannot be made up, what is read or collated
-                otherwise each time, or a budget that is spent.
+            ConfigError: another number of records than planned, records that cannot be made up, what comes out
+                otherwise each time it is read or collated, or a budget that is spent.
             UnsupportedParameterError: trainable parameters without an exact per-example rule; names all of them.
             SelfCheckError: something couples the examples of a batch.
             LedgerError: `output_dir` holds the ledger of another training.
