@@ -74,7 +74,7 @@ def refuse_remembering(model: nn.Module, losses: Losses, alone: Sequence[MicroBa
     Raises:
         ConfigError: two losses of an example differ; on an accelerator, by more than rounding.
     """
-    with undisturbed(model) as state, torch.no_grad():
+    with undisturbed(model) as state:  # with gradients, for a loss may be made of some
 
         def loss(one: MicroBatch) -> Tensor:
             state.put_back()

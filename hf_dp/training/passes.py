@@ -113,7 +113,7 @@ def examined(
         ConfigError: nor a loss that compares examples, or that remembers the examples before.
     """
     whole, *alone = subject.batches()
-    with undisturbed(subject.model), torch.no_grad():
+    with undisturbed(subject.model):
         note_beside(subject.model, lambda: subject.example_losses(subject.model, alone[0]))
     try:
         rows, reason = _examined(subject, whole, alone, known)

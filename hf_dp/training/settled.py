@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback
 from hf_dp.errors import ConfigError, SelfCheckError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import Inventory, Report, State
+from hf_dp.sampling import refuse_data_that_remember
 from hf_dp.step import Passes, PrivateStep
 from hf_dp.training import objective as objectives
 from hf_dp.training.host import Objective, PrivateTrainer
@@ -81,6 +82,7 @@ class SettledPasses(_Host):
             )
         if self._settled is not None and self._settled.holds(self):
             return
+        refuse_data_that_remember(cast(PrivateTrainer, self)._columns_for_model()[0], self.data_collator)
         self.objective, self.alone_because = objectives.choose(self), ""
         self._inventory, self.alone_because = inventory_and_reason(self)
         self._factors_of = passes_for(self.model, self._inventory, self.args, alone_because=self.alone_because)

@@ -25,7 +25,6 @@ from hf_dp.sampling import (
     Records,
     logical_batches,
     micro_batches,
-    refuse_data_that_remember,
     taken_by_the_model,
     tokens_of_a_pass,
 )
@@ -253,7 +252,6 @@ class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluat
         self._planned()
         self._settle()
         self._refuse_side_doors()
-        refuse_data_that_remember(self._columns_for_model()[0], self.data_collator)
         refuse_unusable_records(self)
         self.self_check()
         folder = Path(self.args.output_dir)

@@ -287,6 +287,16 @@ def test_a_generator_in_a_model_is_refused_however_seldom_it_matters(kind: str, 
     refused(tmp_path, r"advances .*mlp\.kept", model=model_with(kept, lambda: draw(kept)))
 
 
+def test_a_loss_made_of_gradients_is_computed_again_as_it_is(tmp_path: Path) -> None:
+    def penalised(outputs: Any, labels: Tensor) -> Tensor:
+        loss = of_tokens(outputs, labels)
+        return loss + torch.autograd.grad(loss, outputs.logits, create_graph=True)[0].square().sum()
+
+    trainer = runs.trainer(tmp_path, compute_loss_func=penalised, per_device_train_batch_size=1)
+    trainer.train()
+    assert trainer.privacy_spent().num_steps == 1
+
+
 # ---- what changes while training goes on -----------------------------------------------------------------------------
 
 
