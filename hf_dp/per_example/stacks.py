@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_dp.per_example.factors import Dense, Factor, Outer, Stack, exact, in_rows, toward_zero, wide
 
 ROOM = 1 << 24  # largest stack, in numbers (64 MiB of float32): it is taken when its first gradient comes
+ROOM_ON_CPU = 1 << 21  # there, the system hands out larger blocks as fresh pages in each pass, and takes them back
 SMALL = 1 << 18  # numbers: below that, to copy a gradient takes less time than some more operations do
 
 
@@ -37,7 +38,8 @@ class Stacks:
         kind = r, d, g.dtype, g.device
         stack = self._open.get(kind)
         if stack is None or stack.used == len(stack.numbers):
-            room = max(1, min(self._left[torch.Size((r, d))], ROOM // max(1, batch * r * d)))
+            most = ROOM_ON_CPU if g.device.type == "cpu" else ROOM
+            room = max(1, min(self._left[torch.Size((r, d))], most // max(1, batch * r * d)))
             self._left[torch.Size((r, d))] -= room
             stack = self._open[kind] = Stack(torch.empty(room, batch, r, d, dtype=g.dtype, device=g.device))
         place, stack.used = stack.used, stack.used + 1

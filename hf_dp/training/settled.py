@@ -80,14 +80,15 @@ class SettledPasses(_Host):
                 "train_dataset was replaced after construction: the plan, and whose each record is, are of the records "
                 "that were given there; make a new trainer with the other records"
             )
-        if self._settled is not None and self._settled.holds(self):
+        trainer = cast(PrivateTrainer, self)
+        if self._settled is not None and self._settled.holds(trainer):
             return
-        refuse_data_that_remember(cast(PrivateTrainer, self)._columns_for_model()[0], self.data_collator)
-        self.objective, self.alone_because = objectives.choose(self), ""
-        self._inventory, self.alone_because = inventory_and_reason(self)
+        refuse_data_that_remember(trainer._columns_for_model()[0], self.data_collator)
+        self.objective, self.alone_because = objectives.choose(trainer), ""
+        self._inventory, self.alone_because = inventory_and_reason(trainer)
         self._factors_of = passes_for(self.model, self._inventory, self.args, alone_because=self.alone_because)
         self.private_step = self.step_class(self.model, self._planned(), self._passes())
-        self._settled = Settled(self)
+        self._settled = Settled(trainer)
 
     def _settle_again_if_changed(self) -> None:
         """At the start of a step: what a callback, an evaluation or the user's code changed since is examined anew.
@@ -96,7 +97,8 @@ class SettledPasses(_Host):
             HfDpError: as at construction and at the start of a training; or each example needs a pass of its own now.
         """
         self.model.train()
-        if not self.private_step.sharded and not cast(Settled, self._settled).holds(self, stepped=True):
+        trainer = cast(PrivateTrainer, self)
+        if not self.private_step.sharded and not cast(Settled, self._settled).holds(trainer, stepped=True):
             before = self.alone_because
             self._settle()
             self.self_check()

@@ -201,7 +201,7 @@ def outers(count: int, r: int, d: int, *, batch: int = 3, positions: int = 6) ->
 @pytest.mark.parametrize("room", [1, 200, 1 << 24])
 def test_stacks_hold_the_products_of_each_parameter(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In as many stacks as there is room for; more uses than parameters too, and a shape that nobody expected."""
-    monkeypatch.setattr("hf_dp.per_example.stacks.ROOM", room)
+    monkeypatch.setattr("hf_dp.per_example.stacks.ROOM_ON_CPU", room)
     stacks = Stacks({torch.Size((2, 5)): 3, torch.Size((7, 4)): 1})
     factors = [*outers(4, 2, 5), *outers(1, 7, 4), *outers(2, 3, 3)]
     found = {str(i): [stacks.product(f, 1.5)] for i, f in enumerate(factors)}
