@@ -17,6 +17,16 @@ def data_folder() -> Path:
     return Path(os.environ.get("HF_DP_DATA", "data"))
 
 
+def folder_of(kind: str, name: str) -> Path:
+    """The folder of a data set (`kind` is "data") or a base model ("models"). Ends the program if it is missing."""
+    folder = (data_folder() if kind == "data" else data_folder().parent / kind) / name
+    if not folder.is_dir():
+        raise SystemExit(
+            f"expected {name} in {folder.parent}, found no such folder: HF_DP_DATA names that of the data sets"
+        )
+    return folder
+
+
 def first_lines(source: Path, count: int, path: Path, longest: int = 1 << 30) -> Path:
     """Writes `count` random lines of a file, none longer than `longest` characters, to `path`; returns `path`."""
     lines = [line for line in source.read_text(encoding="utf-8").splitlines() if len(line) <= longest]

@@ -1,5 +1,8 @@
-"""What benchmarks and studies share: ratios with their intervals, peak memory in a process of its own, pictures."""
+"""What benchmarks and studies share: ratios with their intervals, peak memory in a process of its own, pictures, and
+what runs came to."""
 
+import json
+import math
 import os
 import statistics
 import subprocess
@@ -72,3 +75,20 @@ def save(figure: Any, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+class Results:
+    """results.json: the settings, by name, and what each run came to. Infinity is null."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        found = json.loads(path.read_text()) if path.exists() else {"settings": {}, "runs": {}}
+        if any(settings.get(name, old) != old for name, old in found["settings"].items()):
+            raise SystemExit(f"{path} holds runs with other settings: choose another folder, or move it away")
+        self.settings, self.runs = {**found["settings"], **settings}, found["runs"]
+
+    def add(self, key: str, figures: dict[str, Any]) -> None:
+        self.runs[key] = {name: None if value == math.inf else value for name, value in figures.items()}
+        staged = self._path.with_suffix(".new")
+        staged.write_text(json.dumps({"settings": self.settings, "runs": self.runs}, indent=1))
+        staged.replace(self._path)
