@@ -6,7 +6,7 @@ before it. Then removing one record changes what all records after it give, and 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from hf_dp.errors import ConfigError
-from hf_dp.per_example import leaves, same
+from hf_dp.per_example import same
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling.own_generators import REMEDY as GENERATOR_REMEDY
 from hf_dp.sampling.own_generators import own_generators
 from hf_dp.sampling.reading import Records, is_plain_table, read_records
 
 Given = TypeVar("Given")
-COMPARED = (int, float, str, bytes, list, tuple, Tensor, np.ndarray)
 CALLS = 7  # one after another, with one thing; then one call more after those with all others
 REMEDY = (
     "it keeps something from one call to the next, such as a counter, an iterator or a random generator of its own, so "
@@ -44,12 +43,12 @@ def refuse_what_remembers(
         call: may draw from the global generators.
         things: public ones, or such whose results the message does not tell.
         devices: whose generators it draws from besides the CPU's.
-        alike: whether two results are the same; without it, leaves of plain types, tensors and arrays are compared.
+        alike: whether two results are the same; without it, numbers, texts, tensors and arrays are compared.
 
     Raises:
         ConfigError: two results for one thing differ.
     """
-    alike, devices = alike or _same_leaves, list(devices)
+    alike, devices = alike or _same, list(devices)
 
     def once(thing: Given) -> Any:
         with fork_forward_rng(devices, seed=0):
@@ -87,11 +86,17 @@ def _read_if_possible(dataset: Records, index: int) -> Any:
         return None
 
 
-def _same_leaves(a: Any, b: Any) -> bool:
-    mine, other = leaves(a), leaves(b)
-    return mine.keys() == other.keys() and all(_same(leaf, other[path]) for path, leaf in mine.items())
-
-
 def _same(a: Any, b: Any) -> bool:
-    """Objects of other types, such as a file's decoder, may be made anew each time."""
-    return type(a) is type(b) and (not isinstance(a, COMPARED) or same(a, b))
+    """Whether two results hold the same. Objects of other types, such as a file's decoder, may be made anew."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_same(member, b[name]) for name, member in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, np.ndarray):
+        alike = (a.dtype, a.shape) == (b.dtype, b.shape)
+        return alike and (_same(a.tolist(), b.tolist()) if a.dtype.hasobject else a.tobytes() == b.tobytes())
+    if isinstance(a, Tensor):
+        return same(a, b)
+    return not isinstance(a, (int, float, str, bytes)) or a == b or (a != a and b != b)  # not a number is like itself

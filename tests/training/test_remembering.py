@@ -145,6 +145,28 @@ def test_a_data_set_that_remembers_is_refused(data: Callable[[], Any], tmp_path:
     refused(tmp_path, "the data set gives something else", train_dataset=data())
 
 
+class Anything(torch.utils.data.Dataset[Any]):
+    """Whatever a record may hold, made anew for each call."""
+
+    def __init__(self) -> None:
+        self.rows = list(runs.text_rows())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.rows[index]
+        ids = np.array(row["input_ids"])
+        missing = {"a": float("nan"), "b": np.array([1.0, float("nan")]), "c": np.array(["x", None], dtype=object)}
+        return {**row, "input_ids": ids.tolist(), "more": [ids, torch.tensor(ids), missing]}
+
+
+def test_arrays_numbers_that_are_none_and_objects_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path, train_dataset=Anything(), check_records=list(runs.text_rows())[:3])
+    trainer.train()
+    assert trainer.privacy_spent().num_steps == 1
+
+
 # ---- losses and models -----------------------------------------------------------------------------------------------
 
 
