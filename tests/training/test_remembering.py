@@ -157,7 +157,7 @@ class Anything(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         row = self.rows[index]
         ids = np.array(row["input_ids"])
-        missing = {"a": float("nan"), "b": np.array([1.0, float("nan")]), "c": np.array(["x", None], dtype=object)}
+        missing = {"a": float("nan"), "b": np.array([1.0, float("nan")]), "c": ["x", None, float("nan")]}
         return {**row, "input_ids": ids.tolist(), "more": [ids, torch.tensor(ids), missing]}
 
 
