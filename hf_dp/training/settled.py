@@ -29,6 +29,7 @@ class Settled:
 
     def note_model(self, trainer: PrivateTrainer) -> None:
         """Notes the model's state anew, after the host has prepared it, which sets hooks and wraps `forward`."""
+        trainer.model.train()  # as in each step; else the mode alone would look like a change
         self._state = State(trainer.model)
 
     def holds(self, trainer: PrivateTrainer, *, stepped: bool = False) -> bool:
