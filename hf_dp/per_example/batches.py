@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -167,10 +168,14 @@ def stacked(alone: Sequence[Batch], paddings: Mapping[Path, Padding]) -> MicroBa
     return MicroBatch(_joined(list(alone), (), paddings), len(alone))
 
 
-def same(a: Leaf, b: Leaf) -> bool:
-    """Whether two batches, or two leaves, hold the same: floats up to rounding, everything else exactly."""
+def same(a: Leaf, b: Leaf, *, opaque: bool = False) -> bool:
+    """Whether two batches, or two leaves, hold the same: tensors of floats up to rounding, everything else exactly.
+
+    Args:
+        opaque: whether two objects of one type without an equality of its own, such as a file's decoder, are the same.
+    """
     first, second = leaves(a), leaves(b)
-    return first.keys() == second.keys() and all(_equal(leaf, second[path]) for path, leaf in first.items())
+    return first.keys() == second.keys() and all(_equal(leaf, second[path], opaque) for path, leaf in first.items())
 
 
 def pad_and_join(tensors: Sequence[Tensor], padding: Padding) -> Tensor:
@@ -248,12 +253,21 @@ def _rows(leaf: Leaf) -> int | None:
     return None if leaf is None or isinstance(leaf, (bool, int, float, str)) else 0
 
 
-def _equal(a: Leaf, b: Leaf) -> bool:
+def _equal(a: Leaf, b: Leaf, opaque: bool = False) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         return torch.allclose(a, b, 1e-5, 1e-6, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_equal(*members, opaque) for members in zip(a, b, strict=True))
+    if isinstance(a, np.ndarray):
+        alike = (a.dtype, a.shape) == (b.dtype, b.shape)
+        return alike and (_equal(a.tolist(), b.tolist(), opaque) if a.dtype.hasobject else a.tobytes() == b.tobytes())
+    if type(a).__eq__ in (object.__eq__,):
+        return opaque or a is b
     try:
-        return type(a) is type(b) and bool(a == b)
-    except (ValueError, TypeError, RuntimeError):  # for example of arrays, whose == has no single answer
+        return bool(a == b) or bool(a != a and b != b)  # what is not a number is like itself
+    except (ValueError, TypeError, RuntimeError):  # == has no single answer
         return False

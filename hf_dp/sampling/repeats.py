@@ -6,12 +6,11 @@ before it. Then removing one record changes what all records after it give, and 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from hf_dp.errors import ConfigError
 from hf_dp.per_example import same
@@ -43,12 +42,12 @@ def refuse_what_remembers(
         call: may draw from the global generators.
         things: public ones, or such whose results the message does not tell.
         devices: whose generators it draws from besides the CPU's.
-        alike: whether two results are the same; without it, numbers, texts, tensors and arrays are compared.
+        alike: whether two results are the same; without it, everything that has an equality of its own is compared.
 
     Raises:
         ConfigError: two results for one thing differ.
     """
-    alike, devices = alike or _same, list(devices)
+    alike, devices = alike or partial(same, opaque=True), list(devices)
 
     def once(thing: Given) -> Any:
         with fork_forward_rng(devices, seed=0):
@@ -84,19 +83,3 @@ def _read_if_possible(dataset: Records, index: int) -> Any:
         return read_records(dataset, [index])
     except Exception:
         return None
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two results hold the same. Objects of other types, such as a file's decoder, may be made anew."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_same(member, b[name]) for name, member in a.items())
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, np.ndarray):
-        alike = (a.dtype, a.shape) == (b.dtype, b.shape)
-        return alike and (_same(a.tolist(), b.tolist()) if a.dtype.hasobject else a.tobytes() == b.tobytes())
-    if isinstance(a, Tensor):
-        return same(a, b)
-    return not isinstance(a, (int, float, str, bytes)) or a == b or (a != a and b != b)  # not a number is like itself

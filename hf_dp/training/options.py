@@ -210,6 +210,11 @@ def check_options(args: TrainingArguments, *, public_eval: bool, **others: Any) 
     _refuse(problems)
 
 
+def refuse_arguments(args: TrainingArguments, *, public_eval: bool) -> None:
+    """As `check_options`, for `TrainingArguments` that were changed after construction."""
+    _refuse([*_wrong_arguments(args, public_eval)])
+
+
 def refuse_model(model: nn.Module) -> None:
     """As `check_options`, for a model that the host made itself, or put adapters on."""
     _refuse([*_wrong_model(model)])

@@ -12,6 +12,7 @@ from hf_dp.sampling import refuse_data_that_remember
 from hf_dp.step import Passes, PrivateStep
 from hf_dp.training import objective as objectives
 from hf_dp.training.host import Objective, PrivateTrainer
+from hf_dp.training.options import refuse_arguments
 from hf_dp.training.passes import inventory_and_reason
 from hf_dp.training.planning import passes_for
 
@@ -60,7 +61,7 @@ class SettledPasses(_Host):
     alone_because: str
     model: Any  # always there once the host is built
     _inventory: Inventory
-    _planned_for: object
+    _planned_for: dict[str, object]
     _settled: Settled | None
 
     if TYPE_CHECKING:
@@ -74,16 +75,13 @@ class SettledPasses(_Host):
         changed.
 
         Raises:
-            ConfigError: the training set is another one than at construction; or as the constructor.
+            ConfigError: the plan is of other records, or of other settings; or as the constructor.
         """
-        if self.train_dataset is not self._planned_for:
-            raise ConfigError(
-                "train_dataset was replaced after construction: the plan, and whose each record is, are of the records "
-                "that were given there; make a new trainer with the other records"
-            )
         trainer = cast(PrivateTrainer, self)
+        _refuse_other_inputs(self._planned_for, plan_inputs(trainer))
         if self._settled is not None and self._settled.holds(trainer):
             return
+        refuse_arguments(self.args, public_eval=trainer.privacy.public_eval)
         refuse_data_that_remember(trainer._columns_for_model()[0], self.data_collator)
         self.objective, self.alone_because = objectives.choose(trainer), ""
         self._inventory, self.alone_because = inventory_and_reason(trainer)
@@ -120,6 +118,30 @@ def refuse_other_passes(before: str, now: str) -> None:
         raise SelfCheckError(
             "the model, its loss or an option was changed during training, and examples may no longer share a pass "
             f"({now}): change it before training"
+        )
+
+
+def plan_inputs(trainer: PrivateTrainer) -> dict[str, object]:
+    """What the plan was made of, by the names that a user knows it by."""
+    args = trainer.args
+    return {
+        "train_dataset": trainer.train_dataset,
+        "privacy": trainer.privacy,
+        "args.num_train_epochs": args.num_train_epochs,
+        "args.max_steps": args.max_steps,
+    }
+
+
+def _refuse_other_inputs(planned: dict[str, object], now: dict[str, object]) -> None:
+    others = [
+        name
+        for name, value in planned.items()
+        if (value is not now[name] if name == "train_dataset" else value != now[name])
+    ]
+    if others:
+        raise ConfigError(
+            f"{' and '.join(others)} changed after construction: plan, epsilon, and whose each record is, were found "
+            "there; make a new trainer"
         )
 
 

@@ -57,7 +57,7 @@ from hf_dp.training.options import check_options, positional_names, refuse_model
 from hf_dp.training.overrides import refuse_order
 from hf_dp.training.planning import groups_of, plan_training, refuse_other_records
 from hf_dp.training.progress import print_summary, show_privacy
-from hf_dp.training.settled import FirstCallback, Settled, SettledPasses
+from hf_dp.training.settled import FirstCallback, Settled, SettledPasses, plan_inputs
 from hf_dp.training.sharded_states import ShardedStates
 
 NOT_RELEASED = ("loss", "train_loss", "total_flos")  # computed on private examples without noise: never logged
@@ -149,7 +149,7 @@ class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluat
         show_privacy(self)
         if self.mechanism is not None:
             refuse_other_records(self, len(cast(Records, given_data)), self._groups)
-            self._planned_for = self.train_dataset
+            self._planned_for = plan_inputs(self)
             self._settle()
 
     # ---- what a user asks -----------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """Weights that change beside the optimizer's step on released gradients are found before the next step counts."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from hf_dp.errors import ConfigError, ReleaseError, UnsupportedOptionError, UnsupportedParameterError
-from hf_dp.step.checksums import checksums
+from hf_dp.step.checksums import BLOCK, MANY, by_parts, by_product, checksums
 from hf_dp.step.weight_guard import WeightGuard, refuse_foreign_parameters
 
 
@@ -271,6 +272,20 @@ KINDS = {
     "strided": torch.zeros(9, 8).t()[1:],
     "a number": torch.zeros(()),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.complex64])
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (64, 32), (40, 301), (3, 2 * BLOCK)])
+def test_values_that_change_places_are_seen(shape, dtype):
+    tensor = (torch.arange(math.prod(shape)).reshape(shape) % 113).to(dtype)
+    before = checksums({"x": tensor})
+    for other in (tensor.flip(0), tensor.roll(1, 0), tensor.flip(-1), tensor.reshape(-1).roll(1)):
+        assert checksums({"x": other}) != before
+
+
+def test_blocks_are_summed_alike_on_every_device():
+    blocks = torch.randint(-(2**63), 2**63 - 1, (MANY + 3, BLOCK))
+    assert torch.equal(by_parts(blocks), by_product(blocks))
 
 
 @pytest.mark.parametrize("kind", KINDS)

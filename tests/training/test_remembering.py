@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,33 @@ def test_other_records_need_another_trainer(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("num_train_epochs", 9.0, r"args\.num_train_epochs changed after construction.*make a new trainer"),
+        ("max_steps", 9, r"args\.max_steps changed after construction.*make a new trainer"),
+        ("gradient_accumulation_steps", 4, "gradient_accumulation_steps=4: .*set it to 1"),
+        ("fp16", True, "fp16=True: .*use bf16=True or float32"),
+        ("load_best_model_at_end", True, "declare the evaluation data public"),
+    ],
+)
+def test_options_that_are_changed_after_construction_are_refused(
+    name: str, value: Any, match: str, tmp_path: Path
+) -> None:
+    trainer = runs.trainer(tmp_path)
+    setattr(trainer.args, name, value)
+    with pytest.raises(HfDpError, match=match):
+        trainer.train()
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_another_privacy_needs_another_trainer(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path)
+    trainer.privacy = replace(trainer.privacy, public_eval=not trainer.privacy.public_eval)
+    with pytest.raises(ConfigError, match="privacy changed after construction"):
+        trainer.train()
+
+
 def test_bringing_a_batch_to_the_device_may_not_be_overridden(tmp_path: Path) -> None:
     class Scales(DPTrainer):
         def _prepare_inputs(self, inputs: Any) -> Any:
@@ -431,6 +459,28 @@ def test_a_draw_may_not_be_changed(loop: PrivateLoop) -> None:
     with pytest.raises(HfDpError, match="as they were"):
         loop.backward(draw)
     assert all(p.grad is None for p in loop.model.parameters())
+
+
+def test_a_draw_with_arrays_is_taken_as_it_was(loop: PrivateLoop) -> None:
+    def collate(records: Any) -> Any:
+        x, y = torch.utils.data.default_collate(records)
+        return x, y, [np.array([float("nan"), 1.0]) for _ in records]
+
+    draws = loop.draws(DATA, collate=collate)
+    loop.backward(next(draws))
+    assert loop.privacy_spent().num_steps == 1
+
+
+def test_an_array_of_a_draw_may_not_be_changed(loop: PrivateLoop) -> None:
+    def collate(records: Any) -> Any:
+        x, y = torch.utils.data.default_collate(records)
+        return x, y, [np.ones(2) for _ in records]
+
+    draws = loop.draws(DATA, collate=collate)
+    draw = next(draws)
+    draw[0]["2"][0][1] = 7
+    with pytest.raises(HfDpError, match="as they were"):
+        loop.backward(draw)
 
 
 def test_a_draw_may_not_be_changed_in_place(loop: PrivateLoop) -> None:
