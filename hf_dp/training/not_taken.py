@@ -24,6 +24,11 @@ def refused_records(error: Exception, batch: Batch, model: nn.Module, alone_beca
             "the model again; of an adapter on disk, set it to null in adapter_config.json"
         )
     said = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, NotImplementedError):
+        return ConfigError(
+            f"an operation of the model is not implemented on this device, or in this precision ({said}): load the "
+            "model with another attention (attn_implementation='sdpa' or 'eager'), or use another device or precision"
+        )
     if alone_because:
         return ConfigError(
             f"each example needs a pass of its own ({alone_because}), and the model does not take one alone ({said}): "

@@ -228,3 +228,11 @@ def test_preferences_are_trained_as_the_error_says(tmp_path: Path) -> None:
     rows = [{"prompt": words(3), "chosen": words(3 + i % 3), "rejected": words(2 + i % 4)} for i in range(6)]
     settings = {"data_collator": preferences, "trainer_class": Preferring}
     assert exact(tmp_path, M.with_lora(M.llama), rows, of_preferences, **settings).alone_because == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flex attention has gradients there")
+def test_an_attention_that_has_no_gradients_here_is_told_another(tmp_path: Path) -> None:
+    size = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    with pytest.raises(ConfigError, match=r"is not implemented on this device.*attn_implementation='sdpa'"):
+        runs.trainer(tmp_path, M.llama(attn_implementation="flex_attention", **size))
+    runs.trainer(tmp_path, M.llama(attn_implementation="sdpa", **size)).train()
