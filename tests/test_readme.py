@@ -31,6 +31,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 EXAMPLE, RECOMPUTE = blocks("README.md", "python")
 (RECIPE,) = blocks("README.md", "yaml")
+(OTHER_ADAPTER,) = blocks("hf_dp/recipe/README.md", "yaml")
 PEOPLE, PLAIN_LOOP = blocks("hf_dp/training/README.md", "python")
 (WITH_TRL,) = blocks("hf_dp/training/README.md", "diff")
 
@@ -105,6 +106,16 @@ def test_the_recipe_trains(gpt2, tmp_path, monkeypatch, capsys):
     assert Path("out/notes/adapter_model.safetensors").exists()
 
 
+def test_the_recipe_trains_with_another_adapter(gpt2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (line,) = [line for line in RECIPE.splitlines() if line.startswith("lora:")]
+    changed = RECIPE.replace(line, OTHER_ADAPTER).replace("max_length: 256", "max_length: 128")
+    Path("notes.yaml").write_text(changed.replace("openai-community/gpt2", str(gpt2)))
+    typer.main.get_command(cli.app)(["train", "notes.yaml"], standalone_mode=False)
+    assert json.loads(Path("out/notes/adapter_config.json").read_text())["peft_type"] == "VERA"
+
+
 def test_the_plain_loop_learns_within_its_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -166,7 +177,7 @@ def test_people_are_protected_with_these_settings():
 
 
 def test_no_page_has_code_that_no_test_runs():
-    run = [EXAMPLE, RECOMPUTE, RECIPE, PEOPLE, PLAIN_LOOP, WITH_TRL]
+    run = [EXAMPLE, RECOMPUTE, RECIPE, OTHER_ADAPTER, PEOPLE, PLAIN_LOOP, WITH_TRL]
     there = [found for page in PAGES for found in blocks(str(page.relative_to(ROOT)), r"\w+")]
     assert sorted(there) == sorted(run)
 

@@ -79,12 +79,12 @@ def _wanted(data: str, records: "datasets.Dataset", flags: Flags) -> "Wanted":
     Raises:
         ConfigError: no column holds text, or classes have no names.
     """
-    from hf_dp.recipe import Wanted, columns_in_words, guessed
+    from hf_dp.recipe import TASKS, Wanted, columns_in_words, guessed
 
     columns, guess = columns_in_words(records), guessed(records)
     print(f"{data}: {len(records):,} records of {columns}")
     task, templates, labels = _learnt(guess, flags, columns)
-    model = flags.model or _asked("Base model (a folder, or a name on the Hub)", MODEL)
+    model = flags.model or _asked("Base model (a folder, or a name on the Hub)", TASKS[task].base)
     epsilon = flags.epsilon if flags.epsilon is not None else _number("Privacy budget epsilon", 8.0)
     unit_column = flags.unit_column or _person(guess)
     units = len(records)
@@ -124,7 +124,7 @@ def _learnt(guess: "Guess", flags: Flags, columns: str) -> tuple[str, dict[str, 
                 "are not read off the records"
             )
         return "sequence_classification", {"text": flags.prompt or found["target"], "label": label}, labels
-    if guess.task == "preference" and not flags.target:
+    if guess.task != "causal_lm" and not flags.target:
         return guess.task, found, ()
     prompt, target = flags.prompt or "", flags.target
     if target is None:

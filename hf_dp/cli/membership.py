@@ -25,7 +25,7 @@ from hf_dp.errors import ConfigError
 from hf_dp.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.per_example import IGNORED
-from hf_dp.recipe import Recipe, task
+from hf_dp.recipe import TASKS, Recipe, task
 from hf_dp.tables import console, print_table
 
 NOT_COVERED = "These numbers were computed on the records themselves: no epsilon covers them."
@@ -90,8 +90,8 @@ def refuse_attack(recipe: Recipe, num_models: int = FEWEST_MODELS) -> None:
         wrong.append("with a unit_column a member is a group of records: leave it out")
     if recipe.privacy.debug_seed is not None:
         wrong.append("with a debug_seed all models draw the same noise: leave it out")
-    if recipe.model.task == "preference":
-        wrong.append("a pair of answers is not emptied, as a non-member's row is: take a recipe of another task")
+    if not TASKS[recipe.model.task].has_labels:
+        wrong.append(f"rows of the task {recipe.model.task} have no labels to empty: take a recipe of another task")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         wrong.append("each process would toss coins of its own: start one process")
     if wrong:

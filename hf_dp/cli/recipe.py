@@ -5,31 +5,27 @@ from typing import Annotated
 
 import typer
 
-START = {
-    "causal_lm": {"target": "{text}"},
-    "sequence_classification": {"text": "{text}", "label": "label"},
-    "preference": {"prompt": "{prompt}", "chosen": "{chosen}", "rejected": "{rejected}"},
-}
-
 
 def recipe(
-    task: Annotated[str, typer.Argument(help="causal_lm, sequence_classification or preference.")] = "causal_lm",
+    task: Annotated[
+        str, typer.Argument(help="Such as causal_lm, chat, preference; another name lists all.")
+    ] = "causal_lm",
     keys: Annotated[bool, typer.Option("--keys", help="List every key, with its default and meaning.")] = False,
 ) -> None:
     """Prints a commented recipe to start from; with --keys, every key that recipes may have."""
     from hf_dp.cli.libraries import quiet
     from hf_dp.config import nearest
     from hf_dp.errors import ConfigError
-    from hf_dp.recipe import Wanted, starting_recipe
+    from hf_dp.recipe import TASKS, Wanted, starting_recipe
 
-    if task not in START:
-        raise ConfigError(f"there is no task {task!r}{nearest(task, START)}; the tasks are {', '.join(START)}")
+    if task not in TASKS:
+        raise ConfigError(f"there is no task {task!r}{nearest(task, TASKS)}; the tasks are {', '.join(TASKS)}")
     if keys:
         quiet()
         _print_keys(task)
         return
-    labels = ("first class", "second class") if task == "sequence_classification" else ()
-    wanted = Wanted("openai-community/gpt2", "records.jsonl", task=task, templates=START[task], labels=labels)
+    about, labels = TASKS[task], ("first class", "second class") if TASKS[task].has_classes else ()
+    wanted = Wanted(about.base, "records.jsonl", task=task, templates=about.start, labels=labels)
     print(starting_recipe(wanted, Path("recipe.yaml")), end="")
 
 

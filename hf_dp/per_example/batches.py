@@ -18,6 +18,7 @@ Leaf: TypeAlias = Any  # a tensor, a number, a text, a list of texts, ...
 Batch: TypeAlias = dict[str, Leaf]  # a Leaf may be a mapping, tuple or list of further leaves
 Path: TypeAlias = tuple[str | int, ...]
 RIGHT, LEFT = "right", "left"
+BY_IDENTITY: Any = object.__eq__  # of types without an equality of their own
 
 
 class Untied(Exception):
@@ -265,7 +266,7 @@ def _equal(a: Leaf, b: Leaf, opaque: bool = False) -> bool:
     if isinstance(a, np.ndarray):
         alike = (a.dtype, a.shape) == (b.dtype, b.shape)
         return alike and (_equal(a.tolist(), b.tolist(), opaque) if a.dtype.hasobject else a.tobytes() == b.tobytes())
-    if type(a).__eq__ in (object.__eq__,):
+    if type(a).__eq__ is BY_IDENTITY:
         return opaque or a is b
     try:
         return bool(a == b) or bool(a != a and b != b)  # what is not a number is like itself

@@ -11,6 +11,7 @@ import datasets
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "source", "context", "article", "document")
 ANSWERS = ("completion", "response", "answer", "output", "target", "reply", "summary", "highlights")
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue")
 CLASSES = ("label", "labels", "class", "category", "intent", "sentiment", "topic")
 PERSON = re.compile(
     r"(user|author|patient|customer|client|person|speaker|employee|member|student|people|writer)s?[ _-]?"
@@ -45,9 +46,13 @@ def guessed(records: datasets.Dataset) -> Guess:
     texts = [name for name, feature in records.features.items() if _is_text(feature)]
     label = _named(records.column_names, CLASSES)
     person = next((name for name in records.column_names if PERSON.fullmatch(name)), None)
-    if {"chosen", "rejected"} <= {*texts} and "prompt" in texts:
-        keys = ("prompt", "chosen", "rejected")
-        return Guess("preference", {key: f"{{{key}}}" for key in keys}, label, person)
+    if {"chosen", "rejected"} <= {*texts}:
+        keys = [key for key in ("prompt", "chosen", "rejected") if key in texts]
+        kind = "preference" if "prompt" in keys else "reward"
+        return Guess(kind, {key: f"{{{key}}}" for key in keys}, label, person)
+    talk = _named(records.column_names, CONVERSATIONS)
+    if talk and talk not in texts:
+        return Guess("chat", {"messages": talk}, label, person)
     prompt, answer = _named(texts, PROMPTS), _named(texts, ANSWERS)
     if prompt and answer:
         return Guess("causal_lm", {"prompt": f"{{{prompt}}}\n", "target": f"{{{answer}}}"}, label, person)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hf_dp.config import PrivacyConfig
-from hf_dp.recipe.recipe import OF_THE_TRAINER, SECTIONS, DataSection, ModelSection, arguments_class, default_output
+from hf_dp.recipe.recipe import OF_THE_TRAINER, SECTIONS, DataSection, ModelSection, default_output
+from hf_dp.recipe.tasks import TASKS
 from hf_dp.training import REFUSED
 
 
@@ -27,7 +28,7 @@ def all_keys(task: str = "causal_lm") -> Iterator[Key]:
     """All keys, section by section, in the order of the classes that the sections fill.
 
     Args:
-        task: of `model.task`; preferences have further keys of `training`.
+        task: of `model.task`; those that trl trains have further keys of `training`.
 
     Raises:
         RecipeError: trl, whose keys they are, is not installed.
@@ -38,10 +39,15 @@ def all_keys(task: str = "causal_lm") -> Iterator[Key]:
         "model": ModelSection,
         "lora": LoraConfig,
         "data": DataSection,
-        "training": arguments_class(task),
+        "training": TASKS[task].arguments,
         "privacy": PrivacyConfig,
     }
     for section in SECTIONS:
+        if section == "peft":
+            yield Key(
+                "peft.type", None, "An adapter other than LoRA, as peft names it; its keys are those of its config."
+            )
+            continue
         yield from _of(section, classes[section])
         if section == "training":
             yield from (Key(f"training.{name}", "null", meaning) for name, meaning in OF_THE_TRAINER.items())

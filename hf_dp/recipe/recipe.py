@@ -14,19 +14,15 @@ from typing import Any, Literal, cast
 from hf_dp.config import PrivacyConfig, is_number, nearest
 from hf_dp.errors import ConfigError, RecipeError
 from hf_dp.recipe.settings import problems
+from hf_dp.recipe.tasks import TASKS, Task
 from hf_dp.recipe.template import Template
 from hf_dp.recipe.yaml_text import Section, nested
 
-SECTIONS = ("model", "lora", "data", "training", "privacy")
-# task -> what its data must say, and what they may say besides
-OF_A_TASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "causal_lm": (("target",), ("prompt", "split")),
-    "sequence_classification": (("text", "label"), ("labels",)),
-    "preference": (("prompt", "chosen", "rejected", "max_length"), ()),
-}
-TASKS = tuple(OF_A_TASK)
+SECTIONS = ("model", "lora", "peft", "data", "training", "privacy")
 DOCUMENT = "document"  # the unit of records that are split, if the recipe names no other
 DTYPES = ("auto", "float32", "bfloat16")
+BITS = ("4bit", "8bit")
+TEMPLATES, COLUMNS = ("prompt", "target", "text", "chosen", "rejected"), ("messages", "words", "label")  # of `data`
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 OF_THE_TRAINER = {  # keys of `training` that DPTrainer takes itself -> what they mean
     "micro_batch_tokens": "The most tokens of a micro-batch, padding included: memory and speed only.",
@@ -44,6 +40,13 @@ class ModelSection:
     task: str = field(default="causal_lm", metadata={"help": f"one of {', '.join(TASKS)}"})
     dtype: str = field(default="auto", metadata={"help": f"of the weights: one of {', '.join(DTYPES)}"})
     revision: str | None = field(default=None, metadata={"help": "a branch, tag or commit on the Hub"})
+    load_in: str | None = field(
+        default=None,
+        metadata={"help": f"the base's weights in few bits (QLoRA): {' or '.join(BITS)}; needs an adapter"},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "how attention is computed, such as sdpa or flash_attention_2"}
+    )
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class DataSection:
     """The records, and how a record becomes an example.
 
     `train` and `validation` are files (.jsonl, .json, .csv, .parquet) or names on the Hub; `name`, `revision` and the
-    splits are only for the Hub. A causal LM needs the templates `prompt` and `target`; a classifier needs the template
-    `text` and the column `label`; preferences need the templates `prompt`, `chosen` and `rejected`, and `max_length`.
+    splits are only for the Hub. What a task needs of the templates (`prompt`, `target`, `text`, `chosen`, `rejected`)
+    and columns (`messages`, `words`, `label`) stands in `tasks.TASKS`.
     """
 
     train: str = field(metadata={"help": "a file (.jsonl, .json, .csv, .parquet), or a data set's name on the Hub"})
@@ -64,11 +67,19 @@ class DataSection:
     prompt: str | None = field(
         default=None, metadata={"help": 'what stands before the target, such as "{title}: "; no loss is taken on it'}
     )
-    target: str | None = field(default=None, metadata={"help": 'causal_lm: what is learnt to write, such as "{text}"'})
-    chosen: str | None = field(default=None, metadata={"help": "preference: the better answer, a template"})
-    rejected: str | None = field(default=None, metadata={"help": "preference: the worse answer, a template"})
-    text: str | None = field(default=None, metadata={"help": "sequence_classification: what is read, a template"})
-    label: str | None = field(default=None, metadata={"help": "sequence_classification: the column of the class"})
+    target: str | None = field(default=None, metadata={"help": 'what is learnt to write, such as "{text}"'})
+    messages: str | None = field(
+        default=None, metadata={"help": "chat: the column of conversations, lists of {role, content}"}
+    )
+    chosen: str | None = field(default=None, metadata={"help": "preference, reward: the better answer, a template"})
+    rejected: str | None = field(default=None, metadata={"help": "preference, reward: the worse answer, a template"})
+    text: str | None = field(
+        default=None, metadata={"help": "sequence_classification, masked_lm: what is read, a template"}
+    )
+    words: str | None = field(default=None, metadata={"help": "token_classification: the column of lists of words"})
+    label: str | None = field(
+        default=None, metadata={"help": "the column of the class, or of lists of classes, one a word"}
+    )
     labels: list[str | int] | None = field(
         default=None, metadata={"help": "the classes' names, which are published; default: those in validation"}
     )
@@ -85,8 +96,8 @@ class DataSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `training` holds keywords of `TrainingArguments` (of trl's `DPOConfig` for preferences), always with
-    `output_dir`; `lora` those of peft's `LoraConfig`.
+    """One run. `training` holds keywords of `TrainingArguments` (of trl's own where trl trains the task), always with
+    `output_dir`; `lora` those of peft's `LoraConfig`, or `peft` those of another adapter, and its `type`.
     """
 
     name: str
@@ -95,6 +106,7 @@ class Recipe:
     training: Keywords
     privacy: PrivacyConfig
     lora: Keywords | None = None
+    peft: Keywords | None = None
     micro_batch_tokens: int | None = None
     class_weights: tuple[float, ...] | None = None
 
@@ -102,6 +114,15 @@ class Recipe:
     def output_dir(self) -> Path:
         """Where the model, its card and its ledger go."""
         return Path(self.training["output_dir"])
+
+    @property
+    def adapter(self) -> tuple[str, Keywords] | None:
+        """Its type, as peft names it, and its keywords; None where all weights are trained."""
+        if self.lora is not None:
+            return "LORA", self.lora
+        if self.peft is None:
+            return None
+        return str(self.peft["type"]).upper(), {k: v for k, v in self.peft.items() if k != "type"}
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -145,13 +166,13 @@ def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
                 wrong.append("privacy.contribution_bound: not for split records; privacy.records_per_unit is")
         wrong += [
             *_type_problems(given),
-            *_model_problems(given["model"]),
+            *_model_problems(given["model"], adapted=any(sections.get(s) is not None for s in ("lora", "peft"))),
             *_data_problems(given["data"], given["model"]),
         ]
         wrong += [*_training_problems(training), *_privacy_problems(given["privacy"])]
     if wrong:
         raise RecipeError("\n".join(f"  - {problem}" for problem in wrong))
-    lora = cast(Section | None, sections.get("lora"))
+    lora, other = (cast(Section | None, sections.get(name)) for name in ("lora", "peft"))
     micro_batch_tokens, weights = training.pop("micro_batch_tokens", None), training.pop("class_weights", None)
     return Recipe(
         name=name,
@@ -160,6 +181,7 @@ def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
         training=MappingProxyType(training),
         privacy=PrivacyConfig(**given["privacy"]),
         lora=None if lora is None else MappingProxyType(dict(lora)),
+        peft=None if other is None else MappingProxyType(dict(other)),
         micro_batch_tokens=micro_batch_tokens,
         class_weights=None if weights is None else tuple(weights),
     )
@@ -180,39 +202,47 @@ def is_folder(name: str) -> bool:
     return Path(name).is_dir() or not _HUB_NAME.fullmatch(name)
 
 
-def arguments_class(task: object) -> Any:
-    """The class whose keywords `training` holds.
-
-    Raises:
-        RecipeError: it is trl's, which is not installed.
-    """
-    from transformers import TrainingArguments
-
-    if task != "preference":
-        return TrainingArguments
-    try:
-        from hf_dp.training import DPDPOTrainer
-    except ImportError as error:
-        raise RecipeError(f"model.task: preference: {error}") from None
-    return DPDPOTrainer.config_class
-
-
 def _type_problems(given: Mapping[str, Section]) -> Iterator[str]:
     """Unknown names and wrong types in every section, from the classes that the sections fill."""
     from peft import LoraConfig
 
     yield from problems("model", given["model"], ModelSection)
     yield from problems("lora", given["lora"], LoraConfig)
+    yield from _adapter_problems(given)
     yield from problems("data", given["data"], DataSection)
     training = {k: v for k, v in given["training"].items() if (k, v) != ("resume_from_checkpoint", True)}
-    yield from problems("training", training, arguments_class(given["model"].get("task")), extra=OF_THE_TRAINER)
+    yield from problems("training", training, _task(given["model"]).arguments, extra=OF_THE_TRAINER)
     known = [name for name in given["privacy"] if name in PrivacyConfig.__dataclass_fields__]
     yield from problems("privacy", {k: v for k, v in given["privacy"].items() if k not in known}, PrivacyConfig)
 
 
-def _model_problems(model: Section) -> Iterator[str]:
-    for key, choices in (("task", TASKS), ("dtype", DTYPES)):
-        value = model.get(key, choices[0])
+def _adapter_problems(given: Mapping[str, Section]) -> Iterator[str]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if not given["peft"]:
+        return
+    if given["lora"]:
+        yield "peft: the section lora is given too; give one of them"
+    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    asked = str(given["peft"].get("type", "")).upper()
+    if asked in kinds:
+        yield from problems("peft", {k: v for k, v in given["peft"].items() if k != "type"}, kinds[asked])
+    elif not asked:
+        yield f"peft.type: missing; one of {', '.join(sorted(kinds))}"
+    else:
+        yield f"peft.type: there is no adapter {asked!r}{nearest(asked, kinds) or f'; one of {sorted(kinds)}'}"
+
+
+def _task(model: Section) -> Task:
+    """The task that is asked for; the first of all where there is none of this name, which is told elsewhere."""
+    return TASKS.get(str(model.get("task")), TASKS["causal_lm"])
+
+
+def _model_problems(model: Section, adapted: bool) -> Iterator[str]:
+    if model.get("load_in") is not None and not adapted:
+        yield "model.load_in: weights of few bits are not trained themselves; add the section lora"
+    for key, choices in (("task", tuple(TASKS)), ("dtype", DTYPES), ("load_in", BITS)):
+        value = model.get(key)
         if isinstance(value, str) and value not in choices:
             yield f"model.{key}: expected {' or '.join(choices)}, got {value!r}{nearest(value, choices)}"
     name = model.get("name")
@@ -222,16 +252,9 @@ def _model_problems(model: Section) -> Iterator[str]:
 
 
 def _data_problems(data: Section, model: Section) -> Iterator[str]:
-    task = model.get("task", TASKS[0])
-    if task in TASKS:
-        needed, more = OF_A_TASK[task]
-        others = (name for each in OF_A_TASK.values() for names in each for name in names)
-        foreign = [name for name in dict.fromkeys(others) if name not in (*needed, *more, "max_length")]
-        yield from (f"data.{key}: missing; the task {task} needs it" for key in needed if data.get(key) is None)
-        yield from (
-            f"data.{key}: not for the task {task}; drop it" for key in foreign if data.get(key, None) is not None
-        )
-    for key in ("prompt", "target", "chosen", "rejected", "text"):
+    if model.get("task", "causal_lm") in TASKS:
+        yield from _task_problems(data, str(model.get("task", "causal_lm")))
+    for key in TEMPLATES:
         try:
             if isinstance(data.get(key), str):
                 Template.parse(data[key])
@@ -249,6 +272,20 @@ def _data_problems(data: Section, model: Section) -> Iterator[str]:
     length = data.get("max_length")
     if isinstance(length, int) and length < 2:
         yield f"data.max_length: expected 2 tokens or more, got {length}"
+
+
+def _task_problems(data: Section, name: str) -> Iterator[str]:
+    task, given = TASKS[name], {key for key in data if data[key] is not None}
+    meant = min(task.needed, key=lambda group: len({*group} - given))
+    for key in meant:
+        if key not in given:
+            others = "".join(f", or {' and '.join(group)}" for group in task.needed if group is not meant)
+            yield f"data.{key}: missing; the task {name} needs it{others}"
+    of_tasks = {key for each in TASKS.values() for key in each.names}
+    for key in data:
+        if key in given & of_tasks - {*meant, *task.more, "max_length"}:
+            beside = f" beside {' and '.join(meant)}" if key in task.names else ""
+            yield f"data.{key}: not for the task {name}{beside}; drop it"
 
 
 def _training_problems(training: Section) -> Iterator[str]:

@@ -23,7 +23,7 @@ class Wanted:
         data: the file of the records, or a name on the Hub.
         num_records: N; None where it is not known.
         columns: the columns with what they hold, in words, or "".
-        task: a key of `recipe.OF_A_TASK`.
+        task: a key of `tasks.TASKS`.
         templates: keys of the section `data`, such as `target`, with their templates or columns.
         labels: the classes of a classifier; they are published.
         validation: as `data`, or None.

@@ -3,14 +3,16 @@ with it.
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import datasets
-import numpy as np
 import peft
 import torch
 import transformers
+from jinja2 import TemplateError
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
@@ -25,28 +27,26 @@ from transformers import (
 from hf_dp import accounting
 from hf_dp.config import AuditConfig
 from hf_dp.errors import HfDpError, RecipeError
-from hf_dp.per_example import losses
-from hf_dp.recipe import data_files, examples
-from hf_dp.recipe.recipe import DOCUMENT, Recipe, arguments_class, is_file, is_folder
+from hf_dp.recipe import answers, classes, data_files, examples, metrics, records
+from hf_dp.recipe.metrics import Logits, Metrics
+from hf_dp.recipe.recipe import DOCUMENT, DataSection, Recipe, is_file, is_folder
+from hf_dp.recipe.tasks import TASKS
 from hf_dp.sampling import groups_by
 from hf_dp.training import DPTrainer
 
-Metrics = dict[str, float]
-Logits = Tensor | tuple[Tensor, ...]  # a model may return more beside them
 T = TypeVar("T")
-_TASK_TYPE = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "preference": "CAUSAL_LM"}
 
 
 class Parts(NamedTuple):
     """What a Trainer is built from. `reduce` is its preprocess_logits_for_metrics, `metrics` its compute_metrics; trl's
-    trainer of preferences has a collator and metrics of its own.
+    trainers have collators and metrics of their own.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     train: datasets.Dataset
     validation: datasets.Dataset | None
-    collator: examples.PadRight | None
+    collator: Callable[[Any], dict[str, Tensor]] | None
     reduce: Callable[[Logits, Tensor], Tensor] | None
     metrics: Callable[[EvalPrediction], Metrics] | None
 
@@ -63,10 +63,10 @@ def prepare(recipe: Recipe) -> Parts:
     """
     train, validation = data_files.load(recipe.data, "train"), data_files.load(recipe.data, "validation")
     assert train is not None  # a recipe always names it
-    for which, records in (("train", train), ("validation", validation)):
-        if records is not None:
-            examples.check_columns(recipe.data, records, which)
-    args = training_arguments(recipe)
+    for which, found in (("train", train), ("validation", validation)):
+        if found is not None:
+            records.check_columns(recipe.data, found, which)
+    args, task = training_arguments(recipe), TASKS[recipe.model.task]
     column = recipe.privacy.unit_column
     is_document = column == DOCUMENT and recipe.data.split is not None and column not in train.column_names
     bound = recipe.privacy.contribution_bound
@@ -75,57 +75,82 @@ def prepare(recipe: Recipe) -> Parts:
     accounting.plan_mechanism(
         recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
     )
-    pairs, classes = recipe.model.task == "preference", None
-    if recipe.model.task == "sequence_classification":
-        classes = examples.label_names(recipe.data, train, validation)
+    names = classes.label_names(recipe.data, train, validation) if task.has_classes else None
     transformers.set_seed(args.seed)  # a fresh head and LoRA's A: public randomness
     tokenizer = _tokenizer(recipe)
-    model = _model(recipe, tokenizer, classes)
-    max_length = _max_length(recipe, tokenizer, model.config)
-
-    def make(records: datasets.Dataset, which: str) -> examples.Examples:
-        if pairs:
-            return examples.pairs(records, recipe.data, which)
-        if classes is None:
-            return examples.completions(records, recipe.data, tokenizer, max_length, which)
-        return examples.classified(records, recipe.data, tokenizer, (max_length, classes), which)
-
+    model = _model(recipe, tokenizer, names)
+    make = Maker(recipe.model.task, recipe.data, tokenizer, _max_length(recipe, tokenizer, model.config), names or ())
     train_rows = _with_units(make(train, "train"), range(len(train)) if is_document else train, column)
     held_out = None if validation is None else make(validation, "validation")
-    characters = held_out.num_characters if held_out else 0
     return Parts(
-        model=_with_lora(recipe, model),
+        model=_adapted(recipe, model),
         tokenizer=tokenizer,
         train=train_rows,
-        validation=(held_out.rows if pairs else _longest_first(held_out.rows)) if held_out else None,
-        **_of_the_task(tokenizer, pairs, classes, characters),
+        validation=(held_out.rows if task.of_trl else _longest_first(held_out.rows)) if held_out else None,
+        **_of_the_task(recipe.model.task, tokenizer, held_out.num_characters if held_out else 0),
     )
 
 
+class Maker(NamedTuple):
+    """Records -> rows, as a recipe's task has them."""
+
+    task: str
+    data: DataSection
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    classes: Sequence[str | int]
+
+    def __call__(self, found: datasets.Dataset, which: str) -> examples.Examples:
+        """Rows of train or validation records.
+
+        Raises:
+            RecipeError: templates, columns or labels that do not fit the records.
+        """
+        how = (found, self.data, self.tokenizer)
+        match self.task:
+            case "causal_lm":
+                return examples.completions(*how, self.max_length, which)
+            case "chat":
+                return answers.dialogues(*how, which)
+            case "preference":
+                return answers.pairs(found, self.data, which)
+            case "reward":
+                return answers.ranked(*how, self.max_length, which)
+            case "sequence_classification":
+                return classes.classified(*how, (self.max_length, self.classes), which)
+            case "token_classification":
+                return classes.tagged(*how, (self.max_length, self.classes), which)
+            case "seq2seq":
+                return examples.translations(*how, self.max_length, which)
+            case _:
+                return examples.whole_texts(*how, self.max_length, which)
+
+
 def _with_units(
-    made: examples.Examples, records: datasets.Dataset | Sequence[int], column: str | None
+    made: examples.Examples, owned: datasets.Dataset | Sequence[int], column: str | None
 ) -> datasets.Dataset:
     """The rows with the column of their units: that of the records, or the numbers of split records."""
     if column is None:
         return made.rows
     if column in made.rows.column_names:
         raise RecipeError(f"privacy.unit_column={column}: rows have a column of that name already; rename yours")
-    owners: list[Any] = list(records[column] if isinstance(records, datasets.Dataset) else records)
+    owners: list[Any] = list(owned[column] if isinstance(owned, datasets.Dataset) else owned)
     of_row = made.record_of_row or range(len(owners))
     return made.rows.add_column(column, [owners[record] for record in of_row])
 
 
-def _of_the_task(
-    tokenizer: PreTrainedTokenizerBase, pairs: bool, classes: Sequence[str | int] | None, characters: int
-) -> dict[str, Any]:
+def _of_the_task(task: str, tokenizer: PreTrainedTokenizerBase, num_characters: int) -> dict[str, Any]:
     """Collator and metrics, as `Parts` has them."""
-    if pairs:
-        return dict.fromkeys(("collator", "reduce", "metrics"))
-    return {
-        "collator": examples.PadRight(tokenizer.pad_token_id),
-        "reduce": _reduce_completions if classes is None else _reduce_classes,
-        "metrics": (lambda e: _completion_metrics(e, characters)) if classes is None else _class_metrics,
-    }
+    found: dict[str, Any] = dict.fromkeys(("collator", "reduce", "metrics"))
+    if TASKS[task].of_trl:
+        return found
+    if task == "masked_lm":
+        return found | {"collator": transformers.DataCollatorForLanguageModeling(tokenizer)}
+    found["collator"] = examples.PadRight(tokenizer.pad_token_id)
+    if TASKS[task].has_classes:
+        return found | {"reduce": metrics.reduce_classes, "metrics": metrics.class_metrics}
+    reduce = metrics.reduce_translations if task == "seq2seq" else metrics.reduce_completions
+    return found | {"reduce": reduce, "metrics": lambda e: metrics.completion_metrics(e, num_characters)}
 
 
 def trainer_keywords(recipe: Recipe, parts: Parts, output_dir: str | Path | None = None) -> dict[str, Any]:
@@ -159,7 +184,7 @@ def build(
     parts = parts or prepare(recipe)
     keywords = trainer_keywords(recipe, parts, output_dir)
     try:
-        trainer = _trainer_class(recipe)(
+        trainer = TASKS[recipe.model.task].trainer_class(
             **keywords,
             privacy=recipe.privacy,
             micro_batch_tokens=recipe.micro_batch_tokens,
@@ -173,16 +198,8 @@ def build(
         return trainer
     except HfDpError:
         raise
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TemplateError) as error:
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
-
-
-def _trainer_class(recipe: Recipe) -> Any:
-    if recipe.model.task != "preference":
-        return DPTrainer
-    from hf_dp.training import DPDPOTrainer
-
-    return DPDPOTrainer
 
 
 def _about(recipe: Recipe) -> dict[str, str]:
@@ -197,9 +214,19 @@ def _about(recipe: Recipe) -> dict[str, str]:
         "a record's rejected answer": data.rejected and f"`{data.rejected}`",
         "a record's text": data.text and f"`{data.text}`",
         "tokens of a record": data.max_length and f"at most {data.max_length:,}",
-        "adapter": recipe.lora and f"LoRA of rank {recipe.lora.get('r', 8)}",
+        "conversations": data.messages and f"the column `{data.messages}`",
+        "words": data.words and f"the column `{data.words}`",
+        "weights of the base": recipe.model.load_in and f"{recipe.model.load_in.removesuffix('bit')} bits",
+        "adapter": _adapter_in_words(recipe),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _adapter_in_words(recipe: Recipe) -> str:
+    if recipe.adapter is None:
+        return ""
+    kind, settings = recipe.adapter
+    return f"LoRA of rank {settings.get('r', 8)}" if kind == "LORA" else kind
 
 
 def _shown(source: str | None) -> str | None:
@@ -214,12 +241,12 @@ def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> 
     """
     # disable_tqdm is set because transformers hides its progress bar where logging is quiet.
     given = {"report_to": "none", "disable_tqdm": False, **recipe.training}
-    if recipe.model.task == "preference":  # trl's own defaults are for a GPU
+    if TASKS[recipe.model.task].of_trl:  # whose own defaults are for a GPU
         given = {"bf16": False, "gradient_checkpointing": False, "max_length": recipe.data.max_length, **given}
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
     try:
-        made: TrainingArguments = arguments_class(recipe.model.task)(**given)
+        made: TrainingArguments = TASKS[recipe.model.task].arguments(**given)
         return made
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
@@ -242,16 +269,17 @@ def evaluate(trainer: Trainer) -> Metrics:
 def tell_class_names(trainer: Any, recipe: Recipe) -> None:
     """Says where the names of a classifier's classes lie, beside its adapter, and how to load it."""
     path = recipe.output_dir / "classes.json"
-    if recipe.lora is not None and path.is_file():
-        classes = len(trainer.model.config.id2label)
-        print(f"Classes: {path}; load the adapter with AutoPeftModelForSequenceClassification and num_labels={classes}")
+    if recipe.adapter is not None and path.is_file():
+        loads, classes = TASKS[recipe.model.task].auto.replace("Auto", "AutoPeft"), len(trainer.model.config.id2label)
+        print(f"Classes: {path}; load the adapter with {loads} and num_labels={classes}")
 
 
 # ---- model and tokenizer -------------------------------------------------------------------------------------------
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    tokenizer = _loaded(recipe, transformers.AutoTokenizer.from_pretrained)
+    words = {"add_prefix_space": True} if recipe.model.task == "token_classification" else {}
+    tokenizer = _loaded(recipe, transformers.AutoTokenizer.from_pretrained, **words)
     tokenizer.padding_side = "right"  # padding on the left shifts absolute positions by other examples' lengths
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -261,16 +289,37 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str | int] | None) -> PreTrainedModel:
-    keywords: dict[str, object] = {"dtype": recipe.model.dtype}
-    auto: Any = transformers.AutoModelForCausalLM
+    section, task = recipe.model, TASKS[recipe.model.task]
+    keywords: dict[str, object] = {"dtype": section.dtype}
+    if section.attn_implementation is not None:
+        keywords["attn_implementation"] = section.attn_implementation
+    if section.load_in is not None:
+        keywords["quantization_config"] = _in_few_bits(section.load_in)
     if classes is not None:
-        auto = transformers.AutoModelForSequenceClassification
         names = {i: str(name) for i, name in enumerate(classes)}
         keywords |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
-    model = _loaded(recipe, auto.from_pretrained, **keywords)
+    elif task.auto == "AutoModelForSequenceClassification":
+        keywords["num_labels"] = 1  # a score
+    model = _loaded(recipe, getattr(transformers, task.auto).from_pretrained, **keywords)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _in_few_bits(load_in: str) -> transformers.BitsAndBytesConfig:
+    """As QLoRA has it (Dettmers et al. 2023): 4 bits of its own number format, computed in the GPU's precision.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError("model.load_in: it needs the package bitsandbytes: pip install 'hf_dp[quantised]'")
+    if load_in == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    precision = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision
+    )
 
 
 def _loaded(recipe: Recipe, load: Callable[..., T], **keywords: object) -> T:
@@ -288,14 +337,18 @@ def _loaded(recipe: Recipe, load: Callable[..., T], **keywords: object) -> T:
         raise RecipeError(f"model.name: cannot load {name!r}: {_first_line(error)} ({remedy})") from None
 
 
-def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
-    if recipe.lora is None:
+def _adapted(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
+    if recipe.adapter is None:
         return model
+    kind, settings = recipe.adapter
+    section, of_words = "lora" if recipe.lora is not None else "peft", recipe.model.task == "token_classification"
+    if of_words and settings.get("target_modules") == "all-linear" and "exclude_modules" not in settings:
+        settings = {**settings, "exclude_modules": ["classifier", "score"]}  # heads, which peft trains whole
     try:
-        config = peft.LoraConfig(**{"task_type": _TASK_TYPE[recipe.model.task], **recipe.lora})
-        return peft.get_peft_model(model, config)
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+        return peft.get_peft_model(model, config(**{"task_type": TASKS[recipe.model.task].adapter, **settings}))
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"lora: peft refuses these settings for this model: {_first_line(error)}") from None
+        raise RecipeError(f"{section}: peft refuses these settings for this model: {_first_line(error)}") from None
 
 
 def _max_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
@@ -319,29 +372,3 @@ def _longest_first(rows: datasets.Dataset) -> datasets.Dataset:
     """Rows of similar length together, so that evaluation pads little. Lack of memory shows in the first batch."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return rows.select(sorted(range(len(rows)), key=lambda i: -lengths[i]))
-
-
-# ---- metrics on the validation set ---------------------------------------------------------------------------------
-
-
-class _Outputs(NamedTuple):
-    logits: Tensor
-
-
-def _reduce_completions(logits: Logits, labels: Tensor) -> Tensor:
-    """[B, T, V], [B, T] -> the sum of an example's target losses in nats, [B]: all that the metric needs."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return losses.causal_lm(_Outputs(logits), labels) * (labels[:, 1:] != losses.IGNORED).sum(1)
-
-
-def _completion_metrics(evaluated: EvalPrediction, num_characters: int) -> Metrics:
-    return {"nats_per_character": float(np.asarray(evaluated.predictions).sum()) / max(1, num_characters)}
-
-
-def _reduce_classes(logits: Logits, labels: Tensor) -> Tensor:
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return torch.argmax(logits, -1)
-
-
-def _class_metrics(evaluated: EvalPrediction) -> Metrics:
-    return {"accuracy": float(np.mean(np.asarray(evaluated.predictions) == evaluated.label_ids))}

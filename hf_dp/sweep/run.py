@@ -57,7 +57,7 @@ def planned(asked: Asked) -> Plan:
         for combination in asked.combinations:
             trial = trials.as_trial(combination.recipe, found.target_of_one, Path(place))
             check_options(task.training_arguments(trial), public_eval=trial.privacy.public_eval)
-            shape = (trial.lora, trial.data, trial.training.get("optim"), trial.privacy.noise)
+            shape = (trial.lora, trial.peft, trial.data, trial.training.get("optim"), trial.privacy.noise)
             if shape not in built:  # what makes another model, or another way through it
                 built.append(shape)
                 task.build(trial)

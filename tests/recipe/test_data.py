@@ -10,7 +10,8 @@ import torch
 from hf_dp.errors import RecipeError
 from hf_dp.per_example import losses
 from hf_dp.recipe import data_files
-from hf_dp.recipe.examples import PadRight, classified, completions, label_names
+from hf_dp.recipe.classes import classified, label_names
+from hf_dp.recipe.examples import PadRight, completions
 from hf_dp.recipe.recipe import DataSection
 from hf_dp.recipe.template import Template
 from tests.support import recipes as R

@@ -12,6 +12,7 @@ from hf_dp.config import PrivacyConfig
 from hf_dp.errors import RecipeError
 from hf_dp.recipe.recipe import DataSection, ModelSection, read
 from hf_dp.recipe.settings import MEANT
+from hf_dp.recipe.tasks import TASKS
 from hf_dp.recipe.template import Template
 from hf_dp.recipe.yaml_text import nested, parse
 from tests.support import recipes as R
@@ -126,8 +127,7 @@ def test_a_budget_file_is_a_setting_of_privacy(tmp_path):
 def test_everything_wrong_is_named_at_once(tmp_path):
     wrong = {
         "model.nmae=x": "model.nmae: there is no such setting; did you mean 'name'?",
-        "model.task=causal": "model.task: expected causal_lm or sequence_classification or preference, got 'causal'; "
-        "did you mean 'causal_lm'?",
+        "model.task=causal": "model.task: expected " + " or ".join(TASKS) + ", got 'causal'; did you mean 'causal_lm'?",
         "lora.lora_aplha=4": "lora.lora_aplha: there is no such setting; did you mean 'lora_alpha'?",
         "lora.r=two": "lora.r: expected a whole number, got 'two'",
         "data.train=nowhere.jsonl": "data.train: the file nowhere.jsonl does not exist",
