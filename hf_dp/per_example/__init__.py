@@ -27,6 +27,7 @@ from hf_dp.per_example.capture import (
     per_example_factors,
     views,
 )
+from hf_dp.per_example.checksums import checksums
 from hf_dp.per_example.compiled import CompiledBlocks
 from hf_dp.per_example.cost import LAUNCHES, materialise_is_cheaper
 from hf_dp.per_example.gathering import let_go, trains_shards
@@ -74,6 +75,7 @@ __all__ = [
     "Untied",
     "as_rows",
     "as_units",
+    "checksums",
     "clipped_gradient_sum",
     "clipped_gradients",
     "decoder_inputs",

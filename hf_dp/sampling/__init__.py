@@ -16,6 +16,7 @@ from hf_dp.sampling.poisson import Draw, PoissonSampler
 from hf_dp.sampling.privacy_unit import Groups, groups_by
 from hf_dp.sampling.reading import INPUTS, DrawnRecords, Failure, Reader, Records, read_records
 from hf_dp.sampling.repeats import refuse_data_that_remember, refuse_what_remembers
+from hf_dp.sampling.seals import Seals, sealed_micro_batches
 
 __all__ = [
     "DRAW_NUMBER",
@@ -34,6 +35,7 @@ __all__ = [
     "PoissonSampler",
     "Reader",
     "Records",
+    "Seals",
     "feature_length",
     "groups_by",
     "logical_batches",
@@ -43,6 +45,7 @@ __all__ = [
     "read_records",
     "refuse_data_that_remember",
     "refuse_what_remembers",
+    "sealed_micro_batches",
     "taken_by_the_model",
     "tokens_of_a_pass",
 ]

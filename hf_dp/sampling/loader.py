@@ -11,6 +11,7 @@ from hf_dp.per_example import Record
 from hf_dp.sampling.microbatch import Container, LogicalBatchCollator
 from hf_dp.sampling.poisson import PoissonSampler
 from hf_dp.sampling.reading import DrawnRecords
+from hf_dp.sampling.seals import Sealing
 
 
 def logical_batches(
@@ -32,7 +33,7 @@ def logical_batches(
     loader: DataLoader[Container] = DataLoader(
         cast("Dataset[Record]", records),
         batch_sampler=sampler,
-        collate_fn=cut,
+        collate_fn=Sealing(cut),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

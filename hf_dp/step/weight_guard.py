@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_dp.errors import ConfigError, ReleaseError, UnsupportedOptionError
-from hf_dp.per_example import let_go, refuse_hooks
+from hf_dp.per_example import checksums, let_go, refuse_hooks
 from hf_dp.step.arithmetic import coarse_products
-from hf_dp.step.checksums import checksums
 
 
 class WeightGuard:

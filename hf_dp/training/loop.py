@@ -5,11 +5,10 @@ usual. What is done in the wrong order (a step without a release, two releases i
 an error before the weights change.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,10 +26,8 @@ from hf_dp.per_example import (
     Record,
     State,
     hooks_in,
-    leaves,
     per_example_factors,
     records_of_the_same_shape,
-    same,
     self_check,
 )
 from hf_dp.randomness import require_cryptography
@@ -44,6 +41,7 @@ from hf_dp.sampling import (
     LogicalBatchCollator,
     PoissonSampler,
     Records,
+    Seals,
     micro_batches,
     refuse_data_that_remember,
     taken_by_the_model,
@@ -71,7 +69,6 @@ from hf_dp.training.passes import (
 )
 from hf_dp.training.settled import refuse_other_passes
 
-Contents: TypeAlias = dict[tuple[str | int, ...], tuple[Tensor | None, Any]]  # of a micro-batch, see `_contents`
 BACKWARD, STEP = "loop.backward(draw)", "optimizer.step()"  # what a draw may wait for
 
 
@@ -138,7 +135,7 @@ class PrivateLoop:
         self._place = Place(Path(output_dir))
         self._run: PrivateRun | None = None
         self._draw: Draw[MicroBatch] | None = None
-        self._yielded: list[Contents] = []
+        self._yielded = Seals(())
         self._failure: str | None = None
         self.alone_because = ""
         self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
@@ -198,7 +195,7 @@ class PrivateLoop:
                 self._failure = container.get(FAILURE)
                 batches = [] if self._failure else list(micro_batches(container))
                 self._draw, self._waits = Draw(batches, container[DRAW_NUMBER]), True
-                self._yielded = [_contents(batch) for batch in batches]
+                self._yielded = Seals.of(batches, [batch.size for batch in batches])
                 yield self._draw
                 if waits_for := self._waits_for():
                     raise ReleaseError(f"draw {self._draw.number} is over without {waits_for}: each takes one, once")
@@ -293,41 +290,17 @@ class PrivateLoop:
         """The draw, after checking that its records could be collated and are all there."""
         if self._failure is not None:
             raise CaptureError(self._failure)
-        _refuse_other_examples(draw, self._yielded)
+        sizes = [batch.size if isinstance(batch, MicroBatch) else 0 for batch in draw]
+        self._yielded.refuse_others(
+            draw,
+            sizes,
+            "Change records in collate, which is given each by itself; backward brings micro-batches to the model's "
+            "device",
+        )
         return draw
 
     def _waits_for(self) -> str | None:
         return BACKWARD if self._waits else STEP if self._guard.waiting else None
-
-
-def _contents(batch: MicroBatch) -> Contents:
-    """What a micro-batch holds: its tensors with their versions, by path, and copies of everything else."""
-    found = leaves(batch)
-    return {
-        path: (leaf, leaf._version) if isinstance(leaf, Tensor) else (None, copy.deepcopy(leaf))
-        for path, leaf in found.items()
-    }
-
-
-def _are_as_yielded(batch: MicroBatch, yielded: Contents) -> bool:
-    now = leaves(batch)
-    return now.keys() == yielded.keys() and all(
-        now[path] is tensor and tensor._version == rest if tensor is not None else same(now[path], rest)
-        for path, (tensor, rest) in yielded.items()
-    )
-
-
-def _refuse_other_examples(batches: list[MicroBatch], yielded: list[Contents]) -> None:
-    if not (
-        len(batches) == len(yielded)
-        and all(isinstance(batch, MicroBatch) for batch in batches)
-        and all(map(_are_as_yielded, batches, yielded))
-    ):
-        raise CaptureError(
-            "expected the micro-batches that draws() yielded as they were, got others: clipping bounds an example, and "
-            "in a batch that is changed later, examples may meet. Change records in collate, which is given each by "
-            "itself; backward brings micro-batches to the model's device"
-        )
 
 
 def _wrong_setting(m: Mechanism) -> Iterator[str]:

@@ -24,7 +24,7 @@ from hf_dp.sampling import (
     PoissonSampler,
     Records,
     logical_batches,
-    micro_batches,
+    sealed_micro_batches,
     taken_by_the_model,
     tokens_of_a_pass,
 )
@@ -282,7 +282,7 @@ class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluat
         self._settle_again_if_changed()
         step = self.private_step
         add_canaries = lambda total: self._canaries.add_to(total, inputs, run.level.clip_norm)  # noqa: E731
-        released = step(run, lambda: micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
+        released = step(run, lambda: sealed_micro_batches(inputs), inputs[DRAW_NUMBER], beside=add_canaries)
         self._canaries.observe(released, run.level)
         if self._figures is not None:
             self._figures.add(released, run.level, step.sum.coordinates)

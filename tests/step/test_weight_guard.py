@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_dp.errors import ConfigError, ReleaseError, UnsupportedOptionError, UnsupportedParameterError
-from hf_dp.step.checksums import BLOCK, MANY, by_parts, by_product, checksums
+from hf_dp.per_example.checksums import BLOCK, MANY, by_parts, by_product, checksums
 from hf_dp.step.weight_guard import WeightGuard, refuse_foreign_parameters
 
 

@@ -122,7 +122,7 @@ def test_a_foreign_batch_size_is_an_error_that_is_charged(loop, model):
     draws = loop.draws(DATA)
     draw = next(draws)
     draw.append({name: values[:1] for name, values in draw[0].items()})  # one record a second time
-    with pytest.raises(CaptureError, match="micro-batches that draws"):
+    with pytest.raises(CaptureError, match="micro-batches of the draw as they were"):
         loop.backward(draw)
     assert charged(loop) == 1
     assert all(p.grad is None for p in model.parameters())

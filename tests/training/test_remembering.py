@@ -415,6 +415,48 @@ def test_another_privacy_needs_another_trainer(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.parametrize("how", ["in place", "through numpy", "another one", "fewer", "another size"])
+def test_a_draw_may_not_be_changed_on_its_way_to_a_step(how: str, tmp_path: Path) -> None:
+    class Changed(DPTrainer):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any) -> Tensor:
+            batch = inputs["micro_batches"][0]
+            ids = batch["input_ids"].values
+            if how == "in place":
+                ids[0] = ids[0].flip(0)
+            elif how == "through numpy":
+                ids.numpy()[:] = ids.numpy().max()
+            elif how == "another one":
+                inputs["micro_batches"][0] = {**batch, "input_ids": ids.flip(0)}
+            elif how == "fewer":
+                inputs["micro_batches"] = inputs["micro_batches"][1:]
+            else:
+                inputs["sizes"][0] -= 1
+            return super().training_step(model, inputs, *args)
+
+    base = runs.trainer(tmp_path)
+    settings = {"train_dataset": base.train_dataset, "data_collator": base.data_collator}
+    trainer = Changed(base.model, base.args, privacy=base.privacy, **settings)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(HfDpError, match="as they were collated"):
+        trainer.train()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_a_step_may_be_wrapped(tmp_path: Path) -> None:
+    class Counted(DPTrainer):
+        steps = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+    base = runs.trainer(tmp_path)
+    settings = {"train_dataset": base.train_dataset, "data_collator": base.data_collator}
+    trainer = Counted(base.model, base.args, privacy=base.privacy, **settings)
+    trainer.train()
+    assert trainer.steps == trainer.privacy_spent().num_steps > 0
+
+
 def test_bringing_a_batch_to_the_device_may_not_be_overridden(tmp_path: Path) -> None:
     class Scales(DPTrainer):
         def _prepare_inputs(self, inputs: Any) -> Any:
@@ -483,10 +525,15 @@ def test_an_array_of_a_draw_may_not_be_changed(loop: PrivateLoop) -> None:
         loop.backward(draw)
 
 
-def test_a_draw_may_not_be_changed_in_place(loop: PrivateLoop) -> None:
+@pytest.mark.parametrize("how", ["by an operation", "through numpy", "through .data"])
+def test_a_draw_may_not_be_changed_in_place(how: str, loop: PrivateLoop) -> None:
     draws = loop.draws(DATA)
     draw = next(draws)
-    draw[0]["0"] -= draw[0]["0"].mean(0)
+    x = draw[0]["0"] if how == "by an operation" else draw[0]["0"].data
+    if how == "through numpy":
+        x.numpy()[:] -= x.numpy().mean(0)
+    else:
+        x -= x.mean(0)
     with pytest.raises(HfDpError, match="as they were"):
         loop.backward(draw)
 
