@@ -1,11 +1,16 @@
 """An output folder -> the complete checkpoint in it from which training resumes."""
 
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from hf_dp import durable
 from hf_dp.errors import LedgerError
 
 CHECKPOINTS = "checkpoint-*"
 COMPLETE = "privacy_complete.json"  # the last file of a checkpoint: with it, the checkpoint is whole
+LEARNT = (".safetensors", ".bin", ".pt")  # files of weights, optimizer and scheduler
 
 
 def checkpoint_to_resume(folder: Path, asked: str | bool | None) -> Path | None:
@@ -22,11 +27,48 @@ def checkpoint_to_resume(folder: Path, asked: str | bool | None) -> Path | None:
             raise LedgerError(
                 f"{asked} is no complete checkpoint of a private training (it has no {COMPLETE}): choose another"
             )
-        return Path(asked)
+        return _as_it_was_saved(Path(asked))
     complete = sorted(folder.glob(f"{CHECKPOINTS}/{COMPLETE}"), key=lambda marker: step_of(marker.parent))
     if not complete:
         raise LedgerError(f"{folder} has no complete checkpoint to resume from: start anew in another output_dir")
-    return complete[-1].parent
+    return _as_it_was_saved(complete[-1].parent)
+
+
+def seal(checkpoint: Path, ledger_head: str) -> None:
+    """Writes the completion marker: which line of the ledger was the last, and the hash of each file of weights and
+    optimizer that lies in the folder.
+    """
+    files = {path.name: digest for path, digest in _digests(checkpoint)}
+    durable.replace(checkpoint / COMPLETE, json.dumps({"ledger_head": ledger_head, "files": files}).encode())
+
+
+def _as_it_was_saved(checkpoint: Path) -> Path:
+    """The checkpoint. Weights of another run hold what another ledger counts.
+
+    Raises:
+        LedgerError: a file of weights or optimizer is not the one that was sealed.
+    """
+    try:
+        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError, AttributeError):
+        raise LedgerError(f"{checkpoint / COMPLETE} cannot be read: resume from another checkpoint") from None
+    now = {path.name: digest for path, digest in _digests(checkpoint)}
+    if changed := sorted(name for name, digest in files.items() if now.get(name) != digest):
+        raise LedgerError(
+            f"{', '.join(changed)} in {checkpoint} is not what was saved there, and the ledger counts the steps of "
+            "what was: put it back, or resume from another checkpoint"
+        )
+    return checkpoint
+
+
+def _digests(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(folder.iterdir()):
+        if path.suffix in LEARNT and path.is_file():
+            digest = hashlib.blake2b()
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            yield path, digest.hexdigest()
 
 
 def step_of(checkpoint: Path) -> int:

@@ -1,6 +1,5 @@
 """One private run while it lasts, from `PrivateRun.open` to `close`: its charges, and the one exit of a step."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hf_dp import durable
 from hf_dp.errors import HfDpError, ReleaseError
-from hf_dp.ledger import COMPLETE, LedgerRecord
+from hf_dp.ledger import LedgerRecord, seal
 from hf_dp.ledger import budget as budgets
 from hf_dp.mechanism import Mechanism, Segment, StepSettings
 from hf_dp.randomness import STD
@@ -181,4 +179,4 @@ class PrivateRun:
         """On process 0: adds the ledger's copy and the completion marker to a checkpoint that Trainer has written."""
         if self._ledger is not None:
             self._ledger.copy_to(folder)
-            durable.replace(folder / COMPLETE, json.dumps({"ledger_head": self._ledger.head}).encode())
+            seal(folder, self._ledger.head)

@@ -1,6 +1,8 @@
 """A model, its optimizer and the released gradients -> an error wherever anything else changes the weights."""
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,9 @@ class WeightGuard:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        # what other hooks write is then seen as a change
+        hooks = cast("OrderedDict[int, object]", optimizer._optimizer_step_post_hooks)
+        hooks.move_to_end(self._hooks[1].id, last=False)
 
     def leave(self) -> None:
         """Stops watching, and takes the hooks off the optimizer."""

@@ -27,7 +27,9 @@ def deciders(callbacks: Iterable[Callback]) -> Iterator[str]:
     """Each callback, instance or class, that stops training and reads metrics, as transformers' early stopping does."""
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
-        if issubclass(kind, EarlyStoppingCallback) or (_names(kind) & STOPS and _names(kind) & READS):
+        names = _names(kind)
+        reads = any(name in READS or _is_a_score(name) for name in names)
+        if issubclass(kind, EarlyStoppingCallback) or (names & STOPS and reads):
             yield f"callback {kind.__name__}: {REMEDY}"
 
 
@@ -64,14 +66,20 @@ def _course(trainer: Trainer) -> dict[str, object]:
     }
 
 
+def _is_a_score(name: str) -> bool:
+    """Whether a text is the name of a number of an evaluation in Trainer's logs."""
+    return name.startswith("eval_") and name not in ("eval_dataset", "eval_dataloader", "eval_steps", "eval_strategy")
+
+
 def _names(kind: type) -> set[str]:
-    """All names in the code of the class's own methods, and in functions defined inside of them."""
+    """All names and texts in the code of the class's own methods, and in functions defined inside of them."""
     own = [k for k in kind.__mro__ if issubclass(k, TrainerCallback) and not k.__module__.startswith("transformers.")]
     codes = [value.__code__ for k in own for value in vars(k).values() if callable(value) and _has_code(value)]
     found: set[str] = set()
     while codes:
         code = codes.pop()
         found |= {*code.co_names, *code.co_varnames, *code.co_freevars}
+        found |= {constant for constant in code.co_consts if isinstance(constant, str)}
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return found
 

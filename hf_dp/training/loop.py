@@ -58,6 +58,7 @@ from hf_dp.step import (
     coarse_products,
     foreign_parameters,
 )
+from hf_dp.training import earlier
 from hf_dp.training.cards import write_card
 from hf_dp.training.passes import (
     COUPLED,
@@ -183,6 +184,7 @@ class PrivateLoop:
         collation = Collation(collate, made_up)
         self._examine = partial(self._check, collation, max_examples)
         self._examine()
+        earlier.refuse_again(self.model, self._place.folder, dataset, m)
         run = PrivateRun.open(m, self._place, Session(dataset, continues=self._run is not None))
         self._run = run
         try:
@@ -205,6 +207,7 @@ class PrivateLoop:
         finally:
             self._draw, self._waits = None, False
             run.close()
+            earlier.note(self.model, self._place.folder, run.spent(), m, dataset)
 
     def backward(self, draw: Draw[MicroBatch]) -> None:
         """Writes p.grad = (clipped sum + noise) / B for every trainable parameter. The step is charged first, on disk.

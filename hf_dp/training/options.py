@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer, TrainingArguments
 
 from hf_dp.errors import UnsupportedOptionError
@@ -298,6 +299,9 @@ def _listed(value: object) -> list[object]:
 
 def _wrong_others(others: dict[str, Any]) -> Iterator[str]:
     yield from unusable_data(others.get("train_dataset"), others.get("data_collator"))
+    _, schedule = others.get("optimizers") or (None, None)
+    if isinstance(schedule, ReduceLROnPlateau):
+        yield f"optimizers: {type(schedule).__name__} {REFUSED['lr_scheduler_type'][1]}"
     if others.get("model_init") is not None:
         yield (
             "model_init: it is for hyperparameter search, which spends privacy that nobody accounts for; give "

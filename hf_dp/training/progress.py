@@ -7,6 +7,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from hf_dp import accounting
 from hf_dp.tables import print_plan, say
+from hf_dp.training.earlier import EARLIER
 from hf_dp.training.fitted import left_alone, rate_in_force
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.trackers import PrivacyInTrackers
@@ -94,6 +95,11 @@ def _learning_rate(trainer: PrivateTrainer) -> tuple[str, str, str]:
     return "learning rate", f"{rate_in_force(trainer):g}", rule
 
 
+def _earlier(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:
+    before, _, adds = trainer.about.get(EARLIER, "").partition("; ")
+    return [(EARLIER, before, f"of the weights that this one starts from; {adds}")] if before else []
+
+
 def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:
     """What is trained, and in which passes: (name, value, rule)."""
     args, mechanism = trainer.args, trainer._planned()
@@ -108,6 +114,7 @@ def _rows_of_passes(trainer: PrivateTrainer) -> list[tuple[str, str, str]]:
     loss, why_alone = trainer.objective, trainer.alone_because
     return [
         ("loss of an example", loss.kind, loss.rule),
+        *_earlier(trainer),
         *([("examples of a pass", "1", f"slower, and exact: {why_alone}")] if why_alone else []),
         ("trainable parameters", f"{sum(parameters):,}", f"in {len(parameters)} tensors"),
         (

@@ -123,13 +123,7 @@ def refuse_other_passes(before: str, now: str) -> None:
 
 def plan_inputs(trainer: PrivateTrainer) -> dict[str, object]:
     """What the plan was made of, by the names that a user knows it by."""
-    args = trainer.args
-    return {
-        "train_dataset": trainer.train_dataset,
-        "privacy": trainer.privacy,
-        "args.num_train_epochs": args.num_train_epochs,
-        "args.max_steps": args.max_steps,
-    }
+    return {"train_dataset": trainer.train_dataset, "privacy": trainer.privacy}
 
 
 def _refuse_other_inputs(planned: dict[str, object], now: dict[str, object]) -> None:

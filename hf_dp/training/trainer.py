@@ -40,8 +40,8 @@ from hf_dp.step import (
     WeightGuard,
     refuse_foreign_parameters,
 )
+from hf_dp.training import earlier, shards
 from hf_dp.training import objective as objectives
-from hf_dp.training import shards
 from hf_dp.training.canaries import Canaries, begin_audit, refuse_audit
 from hf_dp.training.cards import audit_result, keeping_the_users_words, write_card
 from hf_dp.training.described import described, save_classes
@@ -256,6 +256,9 @@ class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluat
         self.self_check()
         folder = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
+        earlier.refuse_again(self.model, folder, self.train_dataset, self._planned())
+        if before := earlier.told(self.model, folder):
+            self.about[earlier.EARLIER] = before
         self._run = self._opened(folder, checkpoint)
         first = FirstCallback(lambda: cast(Settled, self._settled).note_model(self))
         self.callback_handler.callbacks.insert(0, first)
@@ -269,6 +272,7 @@ class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluat
             self.callback_handler.callbacks.remove(first)
             self._guard.leave()
             self._run.close()
+            earlier.note(self.model, folder, self._run.spent(), self._planned(), self.train_dataset)
             self.private_step.forget()
         self._canaries.weigh(weigh)
         self._run.settle()

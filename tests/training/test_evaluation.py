@@ -127,6 +127,18 @@ class LooksForItself(TrainerCallback):
         control.should_epoch_stop = self.judged()
 
 
+class NotesTheLog(TrainerCallback):
+    """Notes a score where it is logged, and stops later."""
+
+    score = 0.0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **k: Any) -> None:
+        self.score = logs.get("eval_loss", self.score)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **k: Any) -> None:
+        control.should_training_stop = self.score > 0
+
+
 class Clock(TrainerCallback):
     """Stops, but not by any metric."""
 
@@ -141,7 +153,7 @@ class Prints(TrainerCallback):
         print(sorted(metrics))
 
 
-DECIDERS = [EarlyStoppingCallback, Patience(2), Stops(), ReadsHistory, LooksForItself()]
+DECIDERS = [EarlyStoppingCallback, Patience(2), Stops(), ReadsHistory, LooksForItself(), NotesTheLog()]
 
 
 @pytest.mark.parametrize("callback", DECIDERS, ids=lambda given: getattr(given, "__name__", type(given).__name__))

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from hf_dp.errors import ConfigError, HfDpError, ReleaseError, UnsupportedParameterError
+from hf_dp.errors import ConfigError, HfDpError, ReleaseError, UnsupportedOptionError, UnsupportedParameterError
 from hf_dp.ledger.ledger import LEDGER_NAME
 from tests.support import models as M
 from tests.support import runs
@@ -208,3 +209,18 @@ def test_a_step_beyond_the_last_is_refused_and_not_charged(way: str, tmp_path: P
     assert len(outcome) == 1
     assert outcome[0].startswith("all 2 steps of this training are taken")
     assert trainer.privacy_spent().num_steps == 2
+
+
+def test_what_a_step_hook_writes_to_the_weights_is_found(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path, tiny(), PRIVATE, max_steps=2)
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.param_groups[0]["params"][0].data.add_(1))
+    with pytest.raises(ReleaseError, match="changed otherwise than by the optimizer's step"):
+        trainer.train()
+
+
+def test_a_schedule_that_follows_private_numbers_is_refused(tmp_path: Path) -> None:
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UnsupportedOptionError, match="ReduceLROnPlateau it follows private numbers"):
+        runs.trainer(tmp_path, model, PRIVATE, optimizers=(optimizer, ReduceLROnPlateau(optimizer)))

@@ -297,6 +297,27 @@ def test_a_ledger_put_back_with_all_its_copies_is_missed_by_what_else_names_it(
             trainer(out, steps=4).train(resume_from_checkpoint=str(out / checkpoint))
 
 
+@pytest.mark.parametrize("name", ["weights", "optimizer.pt"])
+@pytest.mark.parametrize("resumed", [True, "by name"])
+def test_weights_of_another_run_in_a_checkpoint_are_refused(
+    name: str, resumed: bool | str, out: Path, tmp_path: Path
+) -> None:
+    newest = max(out.glob("checkpoint-*"))
+    name = next(iter(newest.glob("*.safetensors"))).name if name == "weights" else name
+    (newest / name).write_bytes((newest / name).read_bytes()[:-1] + b"x")
+    before = (out / LEDGER_NAME).read_bytes()
+    with pytest.raises(LedgerError, match=f"{name} in .* is not what was saved there.*resume from another checkpoint"):
+        trainer(out, steps=4).train(resume_from_checkpoint=True if resumed is True else str(newest))
+    assert (out / LEDGER_NAME).read_bytes() == before
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(out: Path) -> None:
+    marker = max(out.glob("checkpoint-*")) / "privacy_complete.json"
+    told = json.loads(marker.read_text())
+    marker.write_text(json.dumps({"ledger_head": told["ledger_head"]}))
+    trainer(out, steps=4).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("spoilt", [None, "{", '{"ledger": 3}'])
 def test_a_new_training_where_a_model_lies_whose_ledger_is_lost_is_refused_and_the_card_stays(
     spoilt: str | None, out: Path

@@ -135,6 +135,7 @@ def test_sequence_to_sequence(build: Any, tmp_path: Path, tokenizer: Any) -> Non
     seen = {}
     plain = runs.arguments(tmp_path / "b", max_steps=2).to_dict()
     kept = {k: plain[k] for k in "output_dir use_cpu report_to disable_tqdm max_steps save_strategy optim".split()}
+    model = build()
     trainer = DPSeq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(**kept, predict_with_generate=True, generation_max_length=6),
