@@ -2,14 +2,13 @@
 
 from hf_dp.ledger import budget
 from hf_dp.ledger.budget_file import Budget
-from hf_dp.ledger.checkpoints import COMPLETE, checkpoint_to_resume, seal, step_of
+from hf_dp.ledger.checkpoints import checkpoint_to_resume, seal, step_of
 from hf_dp.ledger.fingerprints import KEY_NAME, fingerprint, key_of, under_key
 from hf_dp.ledger.format import ExecutedSegment, LedgerHeader, LedgerRecord
 from hf_dp.ledger.ledger import Ledger, has_steps, read_ledger, refuse_rollback
 from hf_dp.ledger.witness import LEDGER_NAME
 
 __all__ = [
-    "COMPLETE",
     "KEY_NAME",
     "LEDGER_NAME",
     "Budget",

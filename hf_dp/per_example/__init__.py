@@ -39,6 +39,7 @@ from hf_dp.per_example.one_at_a_time import each_alone, tied_members
 from hf_dp.per_example.outside import hooks_in, refuse_hooks
 from hf_dp.per_example.owned import UnitUnderWay, of_units
 from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, note_beside, prove, state_put_back, untouched
+from hf_dp.per_example.reads import Reads, has_changed, names_in, reads, reads_of_code, used_by
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
 from hf_dp.per_example.trace import Trace, trace_of
@@ -66,6 +67,7 @@ __all__ = [
     "PerExample",
     "Places",
     "Proof",
+    "Reads",
     "Record",
     "Report",
     "Row",
@@ -81,6 +83,7 @@ __all__ = [
     "decoder_inputs",
     "each_alone",
     "factors",
+    "has_changed",
     "hooks_in",
     "inventory_of_one",
     "is_coupled",
@@ -91,6 +94,7 @@ __all__ = [
     "longest_taken",
     "losses",
     "materialise_is_cheaper",
+    "names_in",
     "note_beside",
     "of_units",
     "pad_and_join",
@@ -100,6 +104,8 @@ __all__ = [
     "preferences",
     "prove",
     "public_sizes",
+    "reads",
+    "reads_of_code",
     "records_of_the_same_shape",
     "refuse_hooks",
     "same",
@@ -114,5 +120,6 @@ __all__ = [
     "trains_shards",
     "undisturbed",
     "untouched",
+    "used_by",
     "views",
 ]

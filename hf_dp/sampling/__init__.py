@@ -15,7 +15,7 @@ from hf_dp.sampling.own_generators import REMEDY, own_generators
 from hf_dp.sampling.poisson import Draw, PoissonSampler
 from hf_dp.sampling.privacy_unit import Groups, groups_by
 from hf_dp.sampling.reading import INPUTS, DrawnRecords, Failure, Reader, Records, read_records
-from hf_dp.sampling.repeats import refuse_data_that_remember, refuse_what_remembers
+from hf_dp.sampling.repeats import code_of, refuse_data_that_remember, refuse_what_remembers
 from hf_dp.sampling.seals import Seals, sealed_micro_batches
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Reader",
     "Records",
     "Seals",
+    "code_of",
     "feature_length",
     "groups_by",
     "logical_batches",

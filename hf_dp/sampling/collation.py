@@ -86,7 +86,12 @@ class Collation:
         self._collate = collate
         self._paddings: dict[Path, Padding] = {}
         # first of all, for what a collator does to records that it saw before is not what it does to new ones
-        refuse_what_remembers("the collator", partial(_if_taken, collate), several_lengths(made_up)[-REPEATED:])
+        refuse_what_remembers(
+            "the collator",
+            partial(_if_taken, collate),
+            several_lengths(made_up)[-REPEATED:],
+            holder=_unwrapped(collate),
+        )
         with fork_forward_rng():
             self.tried, alone, again, together = _tried(collate, made_up)
         self.apart = self._learn(alone, again, together)
@@ -319,10 +324,15 @@ def _padding(whole: Leaf, parts: list[Leaf], *, is_drawn: bool) -> Padding | Non
     return None
 
 
+def _unwrapped(collate: Collate) -> Collate:
+    """Without what Trainer puts around it, which leaves columns out."""
+    inside = type(collate).__name__ == "RemoveColumnsCollator"
+    return cast(Collate, cast(Any, collate).data_collator) if inside else collate
+
+
 def _is_known(collate: Collate) -> bool:
     """Whether this padding collator is known to make each row of one record alone; also inside Trainer's wrapper."""
-    if type(collate).__name__ == "RemoveColumnsCollator":
-        collate = cast(Any, collate).data_collator
+    collate = _unwrapped(collate)
     if collate is default_collate or collate is default_data_collator:
         return True
     shipped = type(collate).__module__.partition(".")[0] in SHIPPED_BY and type(collate).__name__ in KNOWN

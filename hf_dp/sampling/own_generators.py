@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_dp.per_example import used_by
+
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 DEPTH = 8  # how deep attributes of attributes are followed
 MEMBERS = 64  # how many members of a list or mapping are looked at
@@ -53,33 +55,13 @@ def _members(value: object) -> Iterator[tuple[str, object]]:
     elif isinstance(value, types.MethodType):
         yield from (("__self__", value.__self__), ("__func__", value.__func__))
     elif isinstance(value, types.FunctionType):
-        yield from _used_by(value)
+        yield from used_by(value, with_globals=not _is_a_librarys(value))
     else:
         yield from getattr(value, "__dict__", {}).items()
         for kind in type(value).__mro__:
             yield from ((slot, getattr(value, slot, None)) for slot in _listed(kind.__dict__.get("__slots__", ())))
             if not _is_a_librarys(kind):
                 yield from ((name, m) for name, m in kind.__dict__.items() if isinstance(m, types.FunctionType))
-
-
-def _used_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
-    """What a function closes over, its defaults, and the globals that its code names, unless a library defines it."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
-    yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
-    yield from (
-        ("default", value) for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    )
-    if not _is_a_librarys(function):
-        names = dict.fromkeys(_named(function.__code__))
-        yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
-
-
-def _named(code: types.CodeType) -> Iterator[str]:
-    """The names that a function uses, and those within it: comprehensions, lambdas and nested functions."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _named(constant)
 
 
 def _is_a_librarys(code: type | types.FunctionType) -> bool:

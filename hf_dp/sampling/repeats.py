@@ -8,12 +8,13 @@ before it. Then removing one record changes what all records after it give, and 
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch.utils.data import Subset
 
-from hf_dp.errors import ConfigError
-from hf_dp.per_example import same
+from hf_dp.errors import ConfigError, SelfCheckError
+from hf_dp.per_example import State, same
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling.own_generators import REMEDY as GENERATOR_REMEDY
 from hf_dp.sampling.own_generators import own_generators
@@ -22,9 +23,10 @@ from hf_dp.sampling.reading import Records, is_plain_table, read_records
 Given = TypeVar("Given")
 CALLS = 7  # one after another, with one thing; then one call more after those with all others
 REMEDY = (
-    "it keeps something from one call to the next, such as a counter, an iterator or a random generator of its own, so "
-    "what it makes of one record depends on which others were drawn before. Make it a function of its record alone; "
-    "random numbers come from torch's, numpy's or Python's global generator, which hf_dp runs under secret states"
+    "it keeps something from one call to the next, such as a counter, an iterator, a growing vocabulary or a random "
+    "generator of its own, so what it makes of one record depends on which others were drawn before. Make it a "
+    "function of its record alone; random numbers come from torch's, numpy's or Python's global generator, which hf_dp "
+    "runs under secret states"
 )
 
 
@@ -34,8 +36,10 @@ def refuse_what_remembers(
     things: Sequence[Given],
     devices: Iterable[torch.device | str] = (),
     alike: Callable[[Any, Any], bool] | None = None,
+    holder: object = None,
 ) -> None:
-    """Calls with each thing several times, under the same random states each time, and once more after all the others.
+    """Calls with each thing several times, under the same random states each time, and once more after all the others;
+    then, from the state that the code had before, with each thing alone and after the others.
 
     Args:
         what: is called, for the message.
@@ -43,10 +47,12 @@ def refuse_what_remembers(
         things: public ones, or such whose results the message does not tell.
         devices: whose generators it draws from besides the CPU's.
         alike: whether two results are the same; without it, everything that has an equality of its own is compared.
+        holder: the function, or object, whose code is called, if it is a user's.
 
     Raises:
         ConfigError: two results for one thing differ.
     """
+    memory = State.of(holder, what)
     alike, devices = alike or partial(same, opaque=True), list(devices)
 
     def once(thing: Given) -> Any:
@@ -61,6 +67,33 @@ def refuse_what_remembers(
         first.append(results[0])
     if not all(alike(result, once(thing)) for thing, result in zip(things, first, strict=True)):
         raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
+    if holder is not None:
+        _refuse_what_the_first_call_decides(what, once, things, alike, memory)
+
+
+def _refuse_what_the_first_call_decides(
+    what: str,
+    once: Callable[[Given], Any],
+    things: Sequence[Given],
+    alike: Callable[[Any, Any], bool],
+    memory: State,
+) -> None:
+    """As a vocabulary does that grows with the words it meets, or a mean that is taken of the first record."""
+    try:
+        alone = [_from_the_beginning(memory, once, [thing]) for thing in things]
+        for number, expected in enumerate(alone):
+            others = [*things[:number], *things[number + 1 :]]
+            if others and not alike(expected, _from_the_beginning(memory, once, [*others, things[number]])):
+                raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
+        memory.put_back()
+    except SelfCheckError as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def _from_the_beginning(memory: State, once: Callable[[Given], Any], things: Sequence[Given]) -> Any:
+    """What the last call gives."""
+    memory.put_back()
+    return [once(thing) for thing in things][-1]
 
 
 def refuse_data_that_remember(dataset: Records, collate: object) -> None:
@@ -73,8 +106,17 @@ def refuse_data_that_remember(dataset: Records, collate: object) -> None:
     if kept := own_generators(collate, "the collator") + own_generators(dataset, "the data set"):
         raise ConfigError(f"random generators of its own in {', '.join(kept)}: {GENERATOR_REMEDY}")
     if not is_plain_table(dataset):
-        indices = sorted({0, len(dataset) - 1})
-        refuse_what_remembers("the data set", lambda index: _read_if_possible(dataset, index), indices)
+        last = len(dataset) - 1
+        indices = sorted({0, last // 3, 2 * last // 3, last})
+        read = partial(_read_if_possible, dataset)
+        refuse_what_remembers("the data set", read, indices, holder=code_of(dataset))
+
+
+def code_of(dataset: Records) -> object:
+    """What of a data set is a user's: the transform of a table, or the data set itself."""
+    while isinstance(dataset, Subset) and type(dataset) is Subset:
+        dataset = cast(Records, dataset.dataset)
+    return getattr(dataset, "_format_kwargs", dataset)
 
 
 def _read_if_possible(dataset: Records, index: int) -> Any:

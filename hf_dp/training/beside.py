@@ -62,7 +62,7 @@ def refuse_comparing(model: nn.Module, losses: Losses, alone: Sequence[MicroBatc
             )
 
 
-def refuse_remembering(model: nn.Module, losses: Losses, alone: Sequence[MicroBatch]) -> None:
+def refuse_remembering(model: nn.Module, losses: Losses, alone: Sequence[MicroBatch], code: object = None) -> None:
     """Refuses a loss of an example that is another when it is computed again, with the model's state put back and under
     the same random states: it is a function of what was computed before, which one example a pass does not help.
 
@@ -70,9 +70,11 @@ def refuse_remembering(model: nn.Module, losses: Losses, alone: Sequence[MicroBa
         model: unwrapped; it is left as it was.
         losses: one loss an example.
         alone: made-up examples, each collated by itself.
+        code: what of the losses is a user's.
 
     Raises:
-        ConfigError: two losses of an example differ; on an accelerator, by more than rounding.
+        ConfigError: two losses of an example differ, on an accelerator by more than rounding; or the code leaves
+            something behind.
     """
     with undisturbed(model) as state:  # with gradients, for a loss may be made of some
 
@@ -84,7 +86,7 @@ def refuse_remembering(model: nn.Module, losses: Losses, alone: Sequence[MicroBa
         what = "the loss of an example, or the model that it calls,"
         exactly = {device.type for device in devices} == {"cpu"}
         alike = (lambda a, b: torch.equal(a.nan_to_num(), b.nan_to_num())) if exactly else partial(_close, model=model)
-        refuse_what_remembers(what, loss, alone[:RECORDS], devices, alike)
+        refuse_what_remembers(what, loss, alone[:RECORDS], devices, alike, code)
 
 
 def copies_of(one: MicroBatch) -> MicroBatch | None:

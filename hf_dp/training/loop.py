@@ -23,10 +23,13 @@ from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import (
     Batch,
     MicroBatch,
+    Reads,
     Record,
     State,
+    has_changed,
     hooks_in,
     per_example_factors,
+    reads_of_code,
     records_of_the_same_shape,
     self_check,
 )
@@ -42,6 +45,7 @@ from hf_dp.sampling import (
     PoissonSampler,
     Records,
     Seals,
+    code_of,
     micro_batches,
     refuse_data_that_remember,
     taken_by_the_model,
@@ -140,7 +144,9 @@ class PrivateLoop:
         self._failure: str | None = None
         self.alone_because = ""
         self._step = PrivateStep(model, mechanism, Passes(self._losses, self._device, self._on_device))
-        self._examine: Callable[[], None] = lambda: None
+        self._examine: Callable[[], Collation]
+        self._code: dict[str, object] = {}  # a user's, that is called in a step
+        self._read: Reads = {}
         self._examined = State(model)
         self._waits = False  # whether the draw under way still waits for `backward`
         self._guard = WeightGuard()
@@ -179,11 +185,8 @@ class PrivateLoop:
             raise ConfigError(
                 f"expected the {m.num_examples:,} records of the plan, got {len(dataset):,}: plan with N of these"
             )
-        refuse_data_that_remember(dataset, collate)
-        made_up = records_of_the_same_shape(dataset[0]) if check_records is None else check_records
-        collation = Collation(collate, made_up)
-        self._examine = partial(self._check, collation, max_examples)
-        self._examine()
+        self._examine = partial(self._checked_with, dataset, collate, max_examples, check_records)
+        collation = self._examine()
         earlier.refuse_again(self.model, self._place.folder, dataset, m)
         run = PrivateRun.open(m, self._place, Session(dataset, continues=self._run is not None))
         self._run = run
@@ -250,10 +253,24 @@ class PrivateLoop:
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._example_losses(model, tuple(batch.values()) if all(k.isdigit() for k in batch) else batch)
 
+    def _checked_with(
+        self, dataset: Records, collate: Collate, max_examples: int, check_records: list[Record] | None
+    ) -> Collation:
+        """How records are collated, after all that a step calls was examined."""
+        self._code = {"the loss": self._example_losses, "collate": collate, "the data set": code_of(dataset)}
+        refuse_data_that_remember(dataset, collate)
+        collation = Collation(
+            collate, records_of_the_same_shape(dataset[0]) if check_records is None else check_records
+        )
+        self._check(collation, max_examples)
+        return collation
+
     def _check(self, collation: Collation, max_examples: int) -> None:
         """Inventory, proof and self-check; decides whether each example has a pass of its own."""
         self.model.train()
-        subject = Subject(self.model, self._losses, collation, collation.tried, self._on_device)
+        subject = Subject(
+            self.model, self._losses, collation, collation.tried, self._on_device, code=self._example_losses
+        )
         with taken_by_the_model():
             rows, reason = examined(subject, "noise='discrete'" if self.mechanism.is_discrete else "")
             batches = subject.batches(collation.tried)
@@ -275,13 +292,17 @@ class PrivateLoop:
             collated_alone=collation.alone,
         )
         self._step, self.alone_because = PrivateStep(self.model, self.mechanism, passes), reason
-        self._examined = State(self.model)
+        self._examined, self._read = State(self.model), self._reads()
+
+    def _reads(self) -> Reads:
+        """What the user's code in a step reads besides its arguments."""
+        return reads_of_code(self._code, self.model)
 
     def _check_again_if_changed(self) -> None:
         """What was changed of the model since it was examined, but for its parameters' values, is examined anew."""
         self.model.train()
         self._examined.begin()
-        if self._examined.changes():
+        if self._examined.changes() or has_changed(self._read, self._reads()):
             before = self.alone_because
             self._examine()
             refuse_other_passes(before, self.alone_because)

@@ -26,9 +26,11 @@ from hf_dp.per_example import (
     Trace,
     inventory_of_one,
     is_coupled,
+    names_in,
     note_beside,
     per_example_factors,
     prove,
+    reads_of_code,
     take_inventory,
     trace_of,
     undisturbed,
@@ -40,7 +42,13 @@ from hf_dp.training.beside import refuse_comparing, refuse_remembering
 from hf_dp.training.host import PrivateTrainer
 from hf_dp.training.not_taken import first_line, refused_records
 from hf_dp.training.objective import ALONE, as_in_training, of_a_batch
+from hf_dp.training.overrides import owns
 
+# what seeds the generators that each example's numbers come from, or leaves PyTorch without being seen
+UNSEEN = frozenset(
+    "manual_seed set_rng_state fork_rng DisableTorchFunction DisableTorchFunctionSubclass _disable_current_modes "
+    "to_dlpack _to_dlpack".split()
+)
 COUPLED = (
     "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left "
     "padding with absolute positions, numbers drawn for the whole batch)"
@@ -48,8 +56,8 @@ COUPLED = (
 
 
 class Subject(NamedTuple):
-    """What is examined: a model in training mode, its losses, and public records with the way to bring them there; and
-    how many rows of a pass each example has.
+    """What is examined: a model in training mode, its losses, and public records with the way to bring them there; how
+    many rows of a pass each example has; and what of the losses is a user's code.
     """
 
     model: nn.Module
@@ -58,6 +66,7 @@ class Subject(NamedTuple):
     records: Sequence[Record]
     to_device: Callable[[Batch], Batch]
     unit_rows: int = 1
+    code: object = None
 
     def batches(self, records: Sequence[Record] | None = None) -> list[MicroBatch]:
         """The records, or the subject's own if none are given: together in one batch, then each alone.
@@ -93,8 +102,24 @@ def subject_of(trainer: PrivateTrainer) -> Subject:
     losses = lambda model, batch: trainer.example_losses(model, batch)  # noqa: E731
     made_up = trainer._made_up_records()
     return Subject(
-        trainer.model, losses, trainer._collation(), made_up, trainer._prepare_inputs, type(trainer).unit_rows
+        trainer.model,
+        losses,
+        trainer._collation(),
+        made_up,
+        trainer._prepare_inputs,
+        type(trainer).unit_rows,
+        users_losses(trainer),
     )
+
+
+def users_losses(trainer: PrivateTrainer) -> dict[str, object]:
+    """What of a trainer's losses is a user's code: an override of `example_losses`, and `compute_loss_func`."""
+    found: dict[str, object] = {}
+    if "example_losses" in vars(trainer) or owns(type(trainer), "example_losses"):
+        found["example_losses"] = trainer.example_losses
+    if trainer.compute_loss_func is not None:
+        found["compute_loss_func"] = trainer.compute_loss_func
+    return found
 
 
 def examined(
@@ -120,14 +145,22 @@ def examined(
     except Exception:
         refuse_comparing(subject.model, of_several or subject.example_losses, alone)
         raise
-    refuse_remembering(subject.model, subject.example_losses, alone)
+    refuse_remembering(subject.model, subject.example_losses, alone, subject.code)
     if reason:
         refuse_comparing(subject.model, of_several or subject.example_losses, alone)
     return rows, reason
 
 
+def _unseen(subject: Subject) -> str:
+    """What a user's code names that a proof cannot follow, in words; "" without any."""
+    code = {} if subject.code is None else {"the loss": subject.code}
+    if names := sorted(names_in(reads_of_code(code, subject.model)) & UNSEEN):
+        return f"the code of the model or its loss names {', '.join(names)}, which no proof can follow"
+    return ""
+
+
 def _examined(subject: Subject, whole: MicroBatch, alone: Sequence[MicroBatch], known: str) -> tuple[Inventory, str]:
-    one, reason = alone[0], known or subject.collation.apart or ""
+    one, reason = alone[0], known or subject.collation.apart or _unseen(subject)
     if reason:
         return _of_one(subject, one, reason), reason
     try:

@@ -3,17 +3,18 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from torch.nn.modules import module as torch_module
 from transformers import Trainer, TrainerCallback
 
 from hf_dp.errors import ConfigError, SelfCheckError
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import Inventory, Report, State
-from hf_dp.sampling import refuse_data_that_remember
+from hf_dp.per_example import Inventory, Reads, Report, State, has_changed, reads, reads_of_code
+from hf_dp.sampling import code_of, refuse_data_that_remember
 from hf_dp.step import Passes, PrivateStep
 from hf_dp.training import objective as objectives
 from hf_dp.training.host import Objective, PrivateTrainer
 from hf_dp.training.options import refuse_arguments
-from hf_dp.training.passes import inventory_and_reason
+from hf_dp.training.passes import inventory_and_reason, users_losses
 from hf_dp.training.planning import passes_for
 
 if TYPE_CHECKING:
@@ -22,11 +23,20 @@ else:
     _Host = object
 
 
+_GLOBAL_HOOKS = (  # of all modules
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
+
 class Settled:
     """What the findings about a trainer depend on, noted when this is made: model state, loss, records and options."""
 
     def __init__(self, trainer: PrivateTrainer) -> None:
         self._objects, self._settings, self._state = _objects(trainer), _settings(trainer), State(trainer.model)
+        self._read, self._of_data = reads_of(trainer), reads(code_of(trainer.train_dataset), "train_dataset")
 
     def note_model(self, trainer: PrivateTrainer) -> None:
         """Notes the model's state anew, after the host has prepared it, which sets hooks and wraps `forward`."""
@@ -38,7 +48,13 @@ class Settled:
         if stepped:
             self._state.begin()
         same_objects = all(a is b for a, b in zip(self._objects, _objects(trainer), strict=True))
-        return same_objects and self._settings == _settings(trainer) and not self._state.changes()
+        if not same_objects or self._settings != _settings(trainer) or has_changed(self._read, reads_of(trainer)):
+            return False
+        return not self._state.changes()
+
+    def data_hold(self, trainer: PrivateTrainer) -> bool:
+        """Whether what the data set's own code reads is as it was."""
+        return not has_changed(self._of_data, reads(code_of(trainer.train_dataset), "train_dataset"))
 
 
 class FirstCallback(TrainerCallback):
@@ -63,6 +79,7 @@ class SettledPasses(_Host):
     _inventory: Inventory
     _planned_for: dict[str, object]
     _settled: Settled | None
+    _learnt: Any
 
     if TYPE_CHECKING:
 
@@ -79,10 +96,11 @@ class SettledPasses(_Host):
         """
         trainer = cast(PrivateTrainer, self)
         _refuse_other_inputs(self._planned_for, plan_inputs(trainer))
-        if self._settled is not None and self._settled.holds(trainer):
+        if self._settled is not None and self._settled.holds(trainer) and self._settled.data_hold(trainer):
             return
         refuse_arguments(self.args, public_eval=trainer.privacy.public_eval)
         refuse_data_that_remember(trainer._columns_for_model()[0], self.data_collator)
+        self._learnt = None  # of the collator
         self.objective, self.alone_because = objectives.choose(trainer), ""
         self._inventory, self.alone_because = inventory_and_reason(trainer)
         self._factors_of = passes_for(self.model, self._inventory, self.args, alone_because=self.alone_because)
@@ -96,8 +114,10 @@ class SettledPasses(_Host):
             HfDpError: as at construction and at the start of a training; or each example needs a pass of its own now.
         """
         self.model.train()
-        trainer = cast(PrivateTrainer, self)
-        if not self.private_step.sharded and not cast(Settled, self._settled).holds(trainer, stepped=True):
+        trainer, settled = cast(PrivateTrainer, self), cast(Settled, self._settled)
+        if not settled.data_hold(trainer):
+            self._settled = None
+        if not self.private_step.sharded and (self._settled is None or not settled.holds(trainer, stepped=True)):
             before = self.alone_because
             self._settle()
             self.self_check()
@@ -139,11 +159,18 @@ def _refuse_other_inputs(planned: dict[str, object], now: dict[str, object]) -> 
         )
 
 
+def reads_of(trainer: PrivateTrainer) -> Reads:
+    """What the user's code in a trainer reads besides its arguments: losses, collator, and the model's own methods."""
+    code = users_losses(trainer) | {"data_collator": cast(Any, trainer).data_collator}
+    return reads_of_code(code, trainer.model)
+
+
 def _objects(trainer: PrivateTrainer) -> list[object]:
     names = "model data_collator train_dataset compute_loss_func class_weights _check_records".split()
     losses = [vars(trainer).get("example_losses"), vars(trainer).get("compute_loss"), type(trainer).example_losses]
-    return [*(getattr(trainer, name) for name in names), *losses]
+    forwards = [type(module).forward for module in trainer.model.modules()]
+    return [*(getattr(trainer, name) for name in names), *losses, *forwards]
 
 
 def _settings(trainer: PrivateTrainer) -> tuple[object, ...]:
-    return trainer.args.to_dict(), list(trainer.label_names)
+    return trainer.args.to_dict(), list(trainer.label_names), [len(hooks) for hooks in _GLOBAL_HOOKS]

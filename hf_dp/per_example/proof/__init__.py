@@ -1,9 +1,9 @@
 """Every operation of a pass is followed -> whether one example's loss can depend on another, and if so, why."""
 
 from hf_dp.per_example.proof.labels import SIZE, Memories
+from hf_dp.per_example.proof.operations import HOOKS
 from hf_dp.per_example.proof.prove import Proof, has_backward_in_python, prove
 from hf_dp.per_example.proof.state import State, is_sharded, note_beside, state_put_back, untouched
-from hf_dp.per_example.proof.tracker import HOOKS
 
 __all__ = [
     "HOOKS",

@@ -1,6 +1,7 @@
 """Everything that a model remembers, noted once; what a pass has changed of it, by name; and all of it put back.
 
     a module's own attributes, its registries of submodules, parameters, buffers and hooks
+    attributes of the user's own classes of modules, and the globals that their methods name
     lists, dicts, sets, arrays, objects and closures that these hold, modules outside of the registry too
     random generators among them, which no pass may advance
     the tensors among them: their memory, shape, type, values
@@ -30,9 +31,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
 from hf_dp.per_example.gathering import let_go
+from hf_dp.per_example.proof.bindings import (
+    attribute,
+    contents,
+    frame_of,
+    item,
+    set_array,
+    set_attribute,
+    set_contents,
+    set_item,
+    set_list,
+    set_set,
+    sorted_set,
+)
 from hf_dp.per_example.proof.calls import Value, bound, written
 from hf_dp.per_example.proof.kept import PLAIN, Empty, Kept, KeptMapping, KeptTensor, joined, local
 from hf_dp.per_example.proof.labels import address
+from hf_dp.per_example.reads import is_the_users, methods_of, named
 
 DEPTH = (
     3  # objects within objects that are no modules; a model's configuration, adapters' settings and caches are within
@@ -90,8 +105,17 @@ class State:
             self._module(module, name, hooks=False)
         for name, module in modules:
             self._hooks(module, name)
+        for kind in dict.fromkeys(type(module) for _, module in modules):
+            self._class(kind)
         for module in _BESIDE.get(model, ()):
             self._walk(module, f"{type(module).__name__}, a module beside the model", 0)
+
+    @classmethod
+    def of(cls, holder: Value, name: str) -> "State":
+        """What a function, or an object, remembers besides a model."""
+        state = cls(nn.Identity())
+        state._walk(holder, name, 0)
+        return state
 
     def keep(self, name: str, tensor: Tensor, copied: bool = True) -> None:
         """Notes one tensor more, under a name."""
@@ -161,6 +185,28 @@ class State:
             elif hooks or not key.endswith("_hooks"):
                 self._walk(value, inner, 0)
 
+    def _class(self, kind: type) -> None:
+        """What the instances of a user's class share."""
+        functions = methods_of(kind)
+        for own in (own for own in kind.__mro__ if functions and is_the_users(own.__module__)):
+            for key, value in list(vars(own).items()):
+                if not key.startswith("__") and _may_be_kept(value):
+                    self._binding(own, key, value, f"{own.__name__}.{key}")
+        for name, function in functions.items():
+            self._walk(function, name, 0)
+
+    def _globals(self, function: types.FunctionType) -> None:
+        """The globals that a user's function names."""
+        space = function.__globals__
+        for key in dict.fromkeys(named(function.__code__)) if is_the_users(function.__module__) else ():
+            if key in space and _may_be_kept(space[key]):
+                self._walk(space[key], key, 0)
+                self._keep(key, partial(item, space, key), partial(set_item, space, key))
+
+    def _binding(self, owner: type, key: str, value: Value, name: str) -> None:
+        self._walk(value, name, 0)
+        self._keep(name, partial(attribute, owner, key), partial(set_attribute, owner, key))
+
     def _hooks(self, module: nn.Module, name: str) -> None:
         """What hooks hold comes last, so that a tensor of the model has the name that it has there."""
         for key, value in vars(module).items():
@@ -175,16 +221,18 @@ class State:
             for key, element in value.items():
                 self._walk(element, joined(name, key), depth)
         elif isinstance(value, (list, deque)):
-            self._keep(name, partial(list, value), partial(_set_list, value))
+            self._keep(name, partial(list, value), partial(set_list, value))
             self._walk_all(value, name, depth)
         elif isinstance(value, set):
-            self._keep(name, partial(_sorted_set, value), partial(_set_set, value))
+            self._keep(name, partial(sorted_set, value), partial(set_set, value))
         elif isinstance(value, np.ndarray):
-            self._keep(name, lambda: [value.tobytes()], partial(_set_array, value, value.copy()))
+            self._keep(name, lambda: [value.tobytes()], partial(set_array, value, value.copy()))
         elif isinstance(value, tuple):
             self._walk_all(value, name, depth)
         elif isinstance(value, itertools.count):
             self._keep(name, lambda: [repr(value)], _cannot(name))
+        elif isinstance(value, types.GeneratorType):
+            self._keep(name, partial(frame_of, value), _cannot(name))
         elif isinstance(value, _GENERATORS):
             self._keep(name, lambda: [_state_of(value)], _cannot(name))
         elif isinstance(value, types.MethodType):
@@ -200,9 +248,11 @@ class State:
             self._walk(element, f"{name}[{number}]", depth)
 
     def _closure(self, function: types.FunctionType, name: str, depth: int) -> None:
+        self._globals(function)
+        self._walk_all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()], name, depth)
         for cell in function.__closure__ or ():
-            self._keep(name, partial(_contents, cell), partial(_set_contents, cell))
-            for value in _contents(cell):
+            self._keep(name, partial(contents, cell), partial(set_contents, cell))
+            for value in contents(cell):
                 self._walk(value, name, depth)
 
     def _object(self, value: Value, name: str, depth: int) -> None:
@@ -214,6 +264,8 @@ class State:
             self._containers.append(KeptMapping(name, own))
             for key, element in own.items():
                 self._walk(element, joined(name, key), depth)
+        if is_the_users(type(value).__module__):
+            self._class(type(value))
 
     def _keep(self, name: str, read: Callable[[], list[Value]], write: Callable[[list[Value]], None]) -> None:
         self._containers.append(Kept(name, read, write))
@@ -301,34 +353,9 @@ def _writes(operation: Value) -> bool:
     return bool(operation._schema.is_mutable)
 
 
-def _set_list(own: Value, held: list[Value]) -> None:
-    own.clear()
-    own.extend(held)
-
-
-def _sorted_set(own: set[Value]) -> list[Value]:
-    return sorted(own, key=id)
-
-
-def _set_set(own: set[Value], held: list[Value]) -> None:
-    own.clear()
-    own.update(held)
-
-
-def _set_array(own: Value, copy: Value, held: list[Value]) -> None:
-    own[...] = copy
-
-
-def _contents(cell: types.CellType) -> list[Value]:
-    try:
-        return [cell.cell_contents]
-    except ValueError:  # not filled yet
-        return []
-
-
-def _set_contents(cell: types.CellType, held: list[Value]) -> None:
-    for value in held:
-        cell.cell_contents = value
+def _may_be_kept(value: Value) -> bool:
+    """Whether a value is one that is set, or a container: not code, which stays as it is."""
+    return isinstance(value, PLAIN) or type(value) in (*_COLLECTIONS, tuple, Tensor, np.ndarray)
 
 
 def _state_of(generator: Value) -> bytes:

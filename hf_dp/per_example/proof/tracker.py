@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.per_example.proof import gathered
 from hf_dp.per_example.proof.calls import Call, Value, plain_name, tensors_in
+from hf_dp.per_example.proof.handlers import catching
 from hf_dp.per_example.proof.harmless import is_harmless, is_harmless_file
 from hf_dp.per_example.proof.labels import (
     EXAMPLES,
@@ -34,36 +35,21 @@ from hf_dp.per_example.proof.labels import (
     bits_of,
     distinct,
 )
+from hf_dp.per_example.proof.operations import (
+    CHANCE,
+    FROM_PYTHON,
+    HIDDEN_WRITES,
+    HOOKS,
+    INDEXING,
+    LEAVES,
+    NO_VALUES,
+    SIZED_BY_VALUES,
+)
 from hf_dp.per_example.proof.rules import RULES, rule_of
 from hf_dp.per_example.proof.state import is_sharded
 
-NO_VALUES = frozenset(  # operations whose answer is no tensor, and not made of a tensor's values
-    "_fused_sdp_choice sym_size sym_numel sym_stride sym_storage_offset sym_is_contiguous size stride dim numel "
-    "is_same_size "
-    "is_pinned is_contiguous is_strides_like_format is_non_overlapping_and_dense _has_same_storage_numel "
-    "result_type".split()
-)
-SIZED_BY_VALUES = frozenset(
-    "nonzero masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive "
-    "repeat_interleave bincount".split()
-)
-LEAVES = frozenset(
-    "tolist numpy __array__ data_ptr storage untyped_storage _typed_storage __dlpack__ __deepcopy__ "
-    "__reduce_ex__ __repr__".split()
-)
-FROM_PYTHON = frozenset("tensor as_tensor new_tensor asarray scalar_tensor".split())
-INDEXING = frozenset("__getitem__ __setitem__".split())
-HOOKS = ("register_hook", "register_post_accumulate_grad_hook")  # on the gradient of a tensor
-CHANCE = frozenset(
-    "native_dropout fused_dropout bernoulli uniform normal random exponential cauchy geometric log_normal rand "
-    "randn randint randperm rand_like randn_like randint_like multinomial poisson rrelu_with_noise".split()
-)
-HIDDEN_WRITES = {  # arguments that are written to though the schema does not say so
-    "native_batch_norm": ("running_mean", "running_var"),
-    "cudnn_batch_norm": ("running_mean", "running_var"),
-    "miopen_batch_norm": ("running_mean", "running_var"),
-}
 _OWN = str(Path(__file__).parent)
+_PROVE = str(Path(__file__).parent / "prove.py")
 _TORCH = str(Path(torch.__file__).parent)
 LONGEST = 12  # how many reasons of a kind are kept
 
@@ -155,6 +141,8 @@ class Tracker:
         call = Call(func, args, kwargs, out, self.book)
         self._note_what_nobody_made(call)
         inputs, present = call.inputs, int(call.everything)
+        if present & EXAMPLES and (function := catching(_PROVE)):
+            self.note(self.found, f"{function} catches an error of {call.name}, which may depend on any example,")
         if present and not call.results and call.name not in NO_VALUES and call.answers:
             self.read_into_python(call.name)
         self._note_sizes(call, present)
@@ -349,7 +337,7 @@ class _Leaving(TorchFunctionMode):
             return  # the tensor itself, or an operation that is followed
         if name in INDEXING:  # a list of numbers becomes a tensor, unseen
             arguments = [a for a in _listed(arguments[1:2]) if isinstance(a, list)]
-        arguments = arguments[1:] if name == "new_tensor" else arguments
+        arguments = arguments[1:] if name in ("new_tensor", "tensor_split") else arguments
         if any(bool(book.read(t).any()) for t in tensors_in(arguments)):
             self._tracker.read_into_python(name)
 

@@ -1,0 +1,215 @@
+"""Code that a user wrote -> what it reads besides its arguments: values that a later call may find changed.
+
+A loss with an annealed weight, a collator whose settings a callback changes, a data set that numbers words as it meets
+them: what such code does is no longer what it did when it was examined, or depends on what it was called with before.
+"""
+
+import functools
+import sys
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_dp.per_example.checksums import checksums
+
+Reads: TypeAlias = dict[str, Any]  # the way to a value -> the value, or what tells it from others
+PLAIN = (bool, int, float, complex, str, bytes)
+DEPTH = 6  # how deep attributes of attributes are followed
+MEMBERS = 64  # how many members of a container are looked at by themselves
+PLACE = " at ["  # stands before the number of a list's member
+COMPARED = 1 << 16  # the largest container or tensor of which all is compared
+TRUSTED = ("accelerate", "datasets", "hf_dp", "numpy", "peft", "tokenizers", "torch", "transformers", "trl")
+FOLLOWED = ("accelerate", "torch", "transformers")  # of whose objects what the code names is read
+
+
+def reads(holder: object, name: str) -> Reads:
+    """What a function, a method, or an object's methods read besides their arguments: closures, defaults, globals that
+    are no library's, the object's own attributes, and of a trainer or an optimizer what the code names of it.
+
+    Modules of a model are left out: `State` notes them.
+    """
+    found: Reads = {}
+    _walk(holder, name, DEPTH, frozenset(), set(), found)
+    return found
+
+
+def reads_of_code(code: Mapping[str, object], model: nn.Module) -> Reads:
+    """What code reads besides its arguments, together with the methods of a model's own classes.
+
+    Args:
+        code: name -> a function, or an object with methods.
+        model: whose modules are looked at.
+    """
+    of_model = {name: f for kind in {type(m) for m in model.modules()} for name, f in methods_of(kind).items()}
+    return {way: v for name, holder in {**code, **of_model}.items() for way, v in reads(holder, name).items()}
+
+
+def names_in(found: Reads) -> set[str]:
+    """All names in the code that was met."""
+    return {name for value in found.values() if isinstance(value, types.CodeType) for name in named(value)}
+
+
+def has_changed(before: Reads, after: Reads) -> bool:
+    """Whether something that was read is another now. What was added to a list, as to a log, is none of it."""
+    if any(after.get(name) != value for name, value in before.items()):
+        return True
+    return any(name not in before and PLACE not in name for name in after)
+
+
+def used_by(function: types.FunctionType, *, with_globals: bool) -> Iterator[tuple[str, object]]:
+    """What a function closes over, its defaults, and the globals that its code names."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
+    yield from (
+        ("default", value) for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    )
+    if with_globals:
+        names = dict.fromkeys(named(function.__code__))
+        yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
+
+
+def named(code: types.CodeType) -> Iterator[str]:
+    """The names that a function uses, and those within it: comprehensions, lambdas and nested functions."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from named(constant)
+
+
+@cache
+def is_the_users(module: str | None) -> bool:
+    """Whether a module is neither the standard library's nor an installed one."""
+    top = (module or "").partition(".")[0]
+    if top in TRUSTED or top in sys.stdlib_module_names - {"__main__"}:
+        return False
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return "site-packages" not in file and "dist-packages" not in file
+
+
+def methods_of(kind: type) -> dict[str, types.FunctionType]:
+    """The functions that the user's classes among a class and its bases define, by name."""
+    return {
+        f"{own.__name__}.{name}": value
+        for own in kind.__mro__
+        if is_the_users(own.__module__)
+        for name, value in vars(own).items()
+        if isinstance(value, types.FunctionType)
+    }
+
+
+def _walk(value: Any, name: str, depth: int, names: frozenset[str], seen: set[int], found: Reads) -> None:
+    if isinstance(value, PLAIN):
+        found[name] = "nan" if value != value else value
+        return
+    if value is None or not depth or isinstance(value, nn.Module):
+        return
+    visit = hash((id(value), names)) if _is_watched(value) else id(value)
+    if visit in seen:
+        return
+    seen.add(visit)
+    step = functools.partial(_walk, depth=depth - 1, names=names, seen=seen, found=found)
+    if isinstance(value, Tensor):
+        found[name] = _of_tensor(value)
+    elif isinstance(value, np.ndarray):
+        whole = value.size <= COMPARED and not value.dtype.hasobject
+        found[name] = value.shape, hash(value.tobytes()) if whole else id(value)
+    elif isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
+        _of_container(value, name, step, found)
+    elif isinstance(value, functools.partial):
+        step((value.func, value.args, value.keywords), name)
+    elif isinstance(value, types.MethodType):
+        further = frozenset(_through(value.__func__, type(value.__self__)))
+        step(value.__func__, name)
+        _walk(value.__self__, f"{name}.__self__", depth, names | further, seen, found)
+    elif isinstance(value, types.FunctionType):
+        found[f"{name}()"] = value.__code__
+        inside = names | frozenset(named(value.__code__))
+        for member, inner in used_by(value, with_globals=is_the_users(value.__module__)):
+            _walk(inner, f"{name}.{member}", depth - 1, inside, seen, found)
+    elif isinstance(value, (type, types.ModuleType)):
+        _of_namespace(value, name, step, names)
+    else:
+        _of_object(value, name, step, names)
+
+
+def _of_tensor(tensor: Tensor) -> object:
+    if tensor.numel() > COMPARED or tensor.layout is not torch.strided:
+        return tuple(tensor.shape), tensor._version, id(tensor)
+    return tuple(tensor.shape), checksums({"": tensor})[""]
+
+
+def _of_container(value: Any, name: str, step: Any, found: Reads) -> None:
+    if isinstance(value, (list, deque)):
+        for number, member in enumerate(list(value)[:MEMBERS]):
+            step(member, f"{name}{PLACE}{number}]")
+        return
+    found[f"len({name})"] = len(value)
+    members = list(value.items()) if isinstance(value, Mapping) else list(enumerate(list(value)[:COMPARED]))
+    if len(value) <= COMPARED and all(isinstance(member, PLAIN) for _, member in members):
+        found[name] = hash(frozenset(value)) if isinstance(value, (set, frozenset)) else hash(tuple(members))
+        return
+    for key, member in members[:MEMBERS]:
+        step(member, f"{name}[{key!r}]")
+
+
+def _of_namespace(value: Any, name: str, step: Any, names: frozenset[str]) -> None:
+    """Of a user's class its attributes that are no functions; of a user's module what the code names of it."""
+    is_class = isinstance(value, type)
+    if is_the_users(value.__module__ if is_class else value.__name__):
+        for key, member in list(vars(value).items()):
+            if not key.startswith("__") and (is_class or key in names) and not isinstance(member, types.FunctionType):
+                step(member, f"{name}.{key}")
+
+
+def _of_object(value: Any, name: str, step: Any, names: frozenset[str]) -> None:
+    kind = type(value)
+    own = getattr(value, "__dict__", {})
+    if _is_watched(value):
+        calls_a_method = any(callable(getattr(kind, n, None)) for n in names if not n.startswith("_"))
+        for key, member in list(own.items()):
+            is_plain = calls_a_method and isinstance(member, (*PLAIN, list)) and not _is_a_trainer(kind)
+            if key in names or is_plain:
+                step(member, f"{name}.{key}")
+        for key, function in methods_of(kind).items():
+            if key.rpartition(".")[2] in names:
+                step(types.MethodType(function, value), f"{name}.{key}")
+    elif is_the_users(kind.__module__):
+        for key, member in list(own.items()):
+            step(member, f"{name}.{key}")
+        for owner in kind.__mro__:
+            if is_the_users(owner.__module__):
+                for key, member in vars(owner).items():
+                    if isinstance(member, types.MemberDescriptorType):  # a slot
+                        step(getattr(value, key, None), f"{name}.{key}")
+                    elif not key.startswith("__") or isinstance(member, types.FunctionType):
+                        step(member, f"{name}.{key}")
+
+
+def _is_watched(value: Any) -> bool:
+    """Whether of an object only what code names of it is read: trainers, and the objects of their libraries."""
+    kind = type(value)
+    return _is_a_trainer(kind) or (kind.__module__ or "").partition(".")[0] in FOLLOWED
+
+
+def _is_a_trainer(kind: type) -> bool:
+    return any(own.__name__ in ("Trainer", "DPTrainerMixin") for own in kind.__mro__)
+
+
+def _through(function: Any, kind: type) -> set[str]:
+    """The names in a method, and in the methods of the user's that it names."""
+    methods = {key.rpartition(".")[2]: method for key, method in methods_of(kind).items()}
+    found: set[str] = set()
+    todo = [function]
+    while todo:
+        code = getattr(todo.pop(), "__code__", None)
+        if code is not None:
+            new = set(named(code)) - found
+            found |= new
+            todo += [methods[name] for name in new if name in methods]
+    return found
