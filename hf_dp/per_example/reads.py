@@ -22,7 +22,7 @@ Reads: TypeAlias = dict[str, Any]  # the way to a value -> the value, or what te
 PLAIN = (bool, int, float, complex, str, bytes)
 DEPTH = 6  # how deep attributes of attributes are followed
 MEMBERS = 64  # how many members of a container are looked at by themselves
-PLACE = " at ["  # stands before the number of a list's member
+LIST, PLACE = "list ", " at ["  # stand before the way to a list, which has its length, and before a member's number
 COMPARED = 1 << 16  # the largest container or tensor of which all is compared
 TRUSTED = ("accelerate", "datasets", "hf_dp", "numpy", "peft", "tokenizers", "torch", "transformers", "trl")
 FOLLOWED = ("accelerate", "torch", "transformers")  # of whose objects what the code names is read
@@ -57,9 +57,20 @@ def names_in(found: Reads) -> set[str]:
 
 def has_changed(before: Reads, after: Reads) -> bool:
     """Whether something that was read is another now. What was added to a list, as to a log, is none of it."""
-    if any(after.get(name) != value for name, value in before.items()):
+    if any(after.get(name) != value for name, value in before.items() if not name.startswith(LIST)):
         return True
-    return any(name not in before and PLACE not in name for name in after)
+    return any(name not in before and not name.startswith(LIST) and not _was_added(name, before) for name in after)
+
+
+def _was_added(name: str, before: Reads) -> bool:
+    """Whether the way leads through a member that a list did not have before."""
+    at = name.find(PLACE)
+    while at >= 0:
+        length = before.get(f"{LIST}{name[:at]}")
+        if length is not None and int(name[at + len(PLACE) : name.index("]", at)]) >= length:
+            return True
+        at = name.find(PLACE, at + 1)
+    return False
 
 
 def used_by(function: types.FunctionType, *, with_globals: bool) -> Iterator[tuple[str, object]]:
@@ -107,7 +118,7 @@ def _walk(value: Any, name: str, depth: int, names: frozenset[str], seen: set[in
     if isinstance(value, PLAIN):
         found[name] = "nan" if value != value else value
         return
-    if value is None or not depth or isinstance(value, nn.Module):
+    if value is None or not depth or isinstance(value, (nn.Module, nn.Parameter)):
         return
     visit = hash((id(value), names)) if _is_watched(value) else id(value)
     if visit in seen:
@@ -146,6 +157,7 @@ def _of_tensor(tensor: Tensor) -> object:
 
 def _of_container(value: Any, name: str, step: Any, found: Reads) -> None:
     if isinstance(value, (list, deque)):
+        found[f"{LIST}{name}"] = len(value)
         for number, member in enumerate(list(value)[:MEMBERS]):
             step(member, f"{name}{PLACE}{number}]")
         return
@@ -188,7 +200,7 @@ def _of_object(value: Any, name: str, step: Any, names: frozenset[str]) -> None:
                     if isinstance(member, types.MemberDescriptorType):  # a slot
                         step(getattr(value, key, None), f"{name}.{key}")
                     elif not key.startswith("__") or isinstance(member, types.FunctionType):
-                        step(member, f"{name}.{key}")
+                        step(member, f"{name}.{owner.__name__}.{key}")
 
 
 def _is_watched(value: Any) -> bool:

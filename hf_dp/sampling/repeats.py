@@ -7,6 +7,7 @@ before it. Then removing one record changes what all records after it give, and 
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -85,9 +86,11 @@ def _refuse_what_the_first_call_decides(
             others = [*things[:number], *things[number + 1 :]]
             if others and not alike(expected, _from_the_beginning(memory, once, [*others, things[number]])):
                 raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
-        memory.put_back()
     except SelfCheckError as error:
         raise ConfigError(f"{what}: {error}") from None
+    finally:
+        with suppress(SelfCheckError):
+            memory.put_back()
 
 
 def _from_the_beginning(memory: State, once: Callable[[Given], Any], things: Sequence[Given]) -> Any:

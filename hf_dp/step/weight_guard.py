@@ -1,5 +1,7 @@
 """A model, its optimizer and the released gradients -> an error wherever anything else changes the weights."""
 
+import sys
+import types
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import cast
@@ -32,6 +34,7 @@ class WeightGuard:
         self._weights: dict[str, int] = {}
         self._gradients: dict[nn.Parameter, int] = {}
         self._within = 0  # steps under way: an optimizer's step may call the step of its base class
+        self._outermost: types.FrameType | None = None  # of them
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -124,9 +127,10 @@ class WeightGuard:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        if self._within:
+        if self._within and _is_at_work(self._outermost):
             self._within += 1
             return
+        self._within = 0  # a step that ended in an exception is over
         if not self.waiting:
             raise ReleaseError("optimizer.step() without a release: each step takes one, once")
         if any(a is not None for a in (*args[1:], *kwargs.values())):
@@ -151,7 +155,7 @@ class WeightGuard:
                 "not those that were released: let no loss.backward(), callback or hook beside write to them"
             )
         self.check()
-        self._within = 1
+        self._within, self._outermost = 1, sys._getframe(1)
 
     def _after_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
@@ -159,8 +163,17 @@ class WeightGuard:
         assert self._model is not None
         self._within -= 1
         if not self._within:
+            self._outermost = None
             self.waiting, self._gradients = False, {}
             self._weights = checksums(_kept(self._model))
+
+
+def _is_at_work(frame: types.FrameType | None) -> bool:
+    """Whether a call is still under way."""
+    at: types.FrameType | None = sys._getframe(1)
+    while at is not None and at is not frame:
+        at = at.f_back
+    return at is not None
 
 
 def refuse_foreign_parameters(model: nn.Module, optimizer: object) -> None:
