@@ -40,13 +40,13 @@ def reads(holder: object, name: str) -> Reads:
 
 
 def reads_of_code(code: Mapping[str, object], model: nn.Module) -> Reads:
-    """What code reads besides its arguments, together with the methods of a model's own classes.
+    """What code reads besides its arguments, together with `forward` of a model's own classes and what that calls.
 
     Args:
         code: name -> a function, or an object with methods.
         model: whose modules are looked at.
     """
-    of_model = {name: f for kind in {type(m) for m in model.modules()} for name, f in methods_of(kind).items()}
+    of_model = {name: f for kind in {type(m) for m in model.modules()} for name, f in _called(kind).items()}
     return {way: v for name, holder in {**code, **of_model}.items() for way, v in reads(holder, name).items()}
 
 
@@ -147,6 +147,12 @@ def _walk(value: Any, name: str, depth: int, names: frozenset[str], seen: set[in
         _of_namespace(value, name, step, names)
     else:
         _of_object(value, name, step, names)
+
+
+def _called(kind: type) -> dict[str, types.FunctionType]:
+    """The methods of the user's that a pass through a module of this class may call."""
+    names = {"forward", "__call__", *_through(kind.__dict__.get("forward") or getattr(kind, "forward", None), kind)}
+    return {name: method for name, method in methods_of(kind).items() if name.rpartition(".")[2] in names}
 
 
 def _of_tensor(tensor: Tensor) -> object:
