@@ -19,6 +19,7 @@ from hf_dp.errors import ConfigError
 
 START = "<!-- hf_dp: privacy section, start; rewritten at every save, write outside of it -->"
 END = "<!-- hf_dp: privacy section, end -->"
+_STATED = re.compile(r"^\s*#+\s*privacy:\s*(?:epsilon|not private)", re.IGNORECASE | re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 SECTIONS = ("model", "training", "results", "claims")  # of the whole card, in order; the privacy section is the last
 _SECTION = re.compile(
@@ -203,6 +204,19 @@ def section_of(text: str) -> str | None:
     """The text between the marks, or None where there are not exactly one start and one end."""
     marks = list(_ANY_MARK.finditer(text))
     return text[marks[0].end() : marks[1].start()] if [m[1] for m in marks] == ["start", "end"] else None
+
+
+def said_twice(text: str) -> str:
+    """What in a card stands beside the statement between the marks, or hides it, in words; "" for nothing."""
+    match, inside = _FRONT_MATTER.match(text), section_of(text) or ""
+    if len(re.findall(r"^['\"]?privacy['\"]?\s*:", match["yaml"] if match else "", re.MULTILINE)) > 1:
+        return "privacy stands more than once in the YAML"
+    if len(_STATED.findall(text)) > len(_STATED.findall(inside)):
+        return "a heading outside of the marks states a privacy"
+    before = text.partition(START)[0].lower()
+    if any(before.count(f"<{tag}") > before.count(f"</{tag}") for tag in ("details", "div", "template")):
+        return "the statement is inside of something that may hide it"
+    return ""
 
 
 def to_json(record: Mapping[str, object]) -> str:

@@ -24,7 +24,7 @@ from hf_dp.accounting import RATES, Epsilon, selection
 from hf_dp.audit import computed_again
 from hf_dp.card.assumptions import GENERATORS, WHOLE_NUMBERS, epsilon_is, kind_of, sampler, sentences
 from hf_dp.card.description import wrong_claims
-from hf_dp.card.readme import read_readme, section_of, tags_of, words_of, yaml_of
+from hf_dp.card.readme import read_readme, said_twice, section_of, tags_of, words_of, yaml_of
 from hf_dp.card.record import INFINITE, Record, RecordedLevel, RecordedMechanism, RecordedSelection, in_json
 from hf_dp.card.schema import PRIVACY_JSON, read_record, schema_problems
 from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
@@ -332,7 +332,9 @@ def _readme(folder: Path, record: Record) -> Iterator[Check]:
         wrong = wrong_claims(" ".join(heads), record)
         yield Check("the claim at the card's head", not wrong, ", ".join(wrong) or "as privacy.json has it")
     same = written is not None and written.split() == section(record).split()
-    yield _as_rendered("the card's section in words", same)
+    other = said_twice(text)
+    name = "the card's section in words"
+    yield Check(name, False, other) if other else _as_rendered(name, same)
     if record.private and record.schema_version > 1:
         path = folder / PICTURE
         yield _as_rendered("the card's picture", path.is_file() and path.read_text() == picture(record))

@@ -3,6 +3,8 @@
 Heavy libraries are imported by a verb only when it runs.
 """
 
+import errno
+import os
 import sys
 from typing import Annotated
 
@@ -73,6 +75,13 @@ app.command()(audit)
 app.command()(sweep)
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+RESUMED = (
+    "What was charged is in the ledger. Make room; a training with complete checkpoints goes on with "
+    "training.resume_from_checkpoint=true"
+)
+
+
 def main() -> None:
     """The entry point of `hf-dp`."""
     try:
@@ -81,4 +90,9 @@ def main() -> None:
         first, *rest = str(error).splitlines() or [type(error).__name__]
         start = "hf-dp: the recipe has mistakes:\n" if first.startswith("  - ") else "hf-dp: "
         print("\n".join([start + first, *rest]), file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except Exception as error:  # libraries that write files have errors of their own
+        if getattr(error, "errno", None) not in NO_ROOM and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        print(f"hf-dp: there is no room on the disk ({error}). {RESUMED}", file=sys.stderr)
         sys.exit(USER_ERROR)

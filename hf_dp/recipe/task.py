@@ -36,6 +36,9 @@ from hf_dp.training import DPTrainer
 
 T = TypeVar("T")
 
+# what classes of other libraries raise for settings that are none
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, ImportError)
+
 
 class Parts(NamedTuple):
     """What a Trainer is built from. `reduce` is its preprocess_logits_for_metrics, `metrics` its compute_metrics; trl's
@@ -76,6 +79,8 @@ def prepare(recipe: Recipe) -> Parts:
         recipe.privacy, num_units, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps
     )
     names = classes.label_names(recipe.data, train, validation) if task.has_classes else None
+    if not 0 <= args.seed < 2**32:
+        raise RecipeError(f"training.seed: expected a whole number from 0 to 2**32 - 1, got {args.seed}")
     transformers.set_seed(args.seed)  # a fresh head and LoRA's A: public randomness
     tokenizer = _tokenizer(recipe)
     model = _model(recipe, tokenizer, names)
@@ -198,7 +203,7 @@ def build(
         return trainer
     except HfDpError:
         raise
-    except (ValueError, ImportError, TemplateError) as error:
+    except (*REFUSALS, TemplateError) as error:
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
 
 
@@ -248,7 +253,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path | None = None) -> 
     try:
         made: TrainingArguments = TASKS[recipe.model.task].arguments(**given)
         return made
-    except (ValueError, ImportError) as error:
+    except REFUSALS as error:
         raise RecipeError(f"training: transformers refuses these settings: {_first_line(error)}") from None
 
 
@@ -347,7 +352,7 @@ def _adapted(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
     try:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
         return peft.get_peft_model(model, config(**{"task_type": TASKS[recipe.model.task].adapter, **settings}))
-    except (ValueError, TypeError, ImportError) as error:
+    except REFUSALS as error:
         raise RecipeError(f"{section}: peft refuses these settings for this model: {_first_line(error)}") from None
 
 

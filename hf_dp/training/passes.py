@@ -47,7 +47,7 @@ from hf_dp.training.overrides import owns
 # what seeds the generators that each example's numbers come from, or leaves PyTorch without being seen
 UNSEEN = frozenset(
     "manual_seed set_rng_state fork_rng DisableTorchFunction DisableTorchFunctionSubclass _disable_current_modes "
-    "to_dlpack _to_dlpack".split()
+    "to_dlpack _to_dlpack grad_fn saved_tensors_hooks set_seed".split()
 )
 COUPLED = (
     "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left "

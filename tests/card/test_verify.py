@@ -120,12 +120,19 @@ def test_a_debugging_run_dressed_up_as_private_is_caught(tmp_path: Path) -> None
     assert "a debugging run claims nothing" in failures(folder)
 
 
+BEGIN = "<!-- hf_dp: privacy section, start"
 README_EDITS = {
     "epsilon-in-yaml": ("epsilon: ", "epsilon: 0."),
     "epsilon-in-words": ("## Privacy: epsilon ", "## Privacy: epsilon 0."),
     "tag": ("differential-privacy", "something"),
     "end-mark": ("<!-- hf_dp: privacy section, end -->", ""),
     "not-covered": ("Side channels", "Nothing"),
+    "twice-in-yaml": ("---\n", "---\nprivacy:\n  epsilon: 0.01\n"),
+    "another-heading": (
+        "<!-- hf_dp: privacy section, start",
+        "## Privacy: epsilon 0.01\n\n<!-- hf_dp: privacy section, start",
+    ),
+    "hidden": (BEGIN, f"<details hidden>\n\n{BEGIN}"),
 }
 
 

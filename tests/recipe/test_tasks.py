@@ -400,3 +400,20 @@ def test_the_task_is_guessed_from_the_columns(columns: dict[str, Any], expected:
     guess = guessed(datasets.Dataset.from_dict(columns))
     assert guess.task == expected
     assert guess.templates
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "match"),
+    [
+        ("training", "seed", -1, r"training\.seed: expected a whole number from 0"),
+        ("training", "log_level", "abc", r"training: transformers refuses these settings"),
+        ("training", "logging_steps", 1e400, r"training: transformers refuses these settings|logging_steps"),
+        ("lora", "runtime_config", "abc", r"lora"),
+    ],
+)
+def test_odd_values_end_in_a_few_words(section: str, key: str, value: Any, match: str, tmp_path: Path) -> None:
+    given = {"lora": {"r": 2, "target_modules": "all-linear"}, "training": {"output_dir": str(tmp_path / "out")}}
+    given["training"] |= {"max_steps": 1, "use_cpu": True}
+    given[section][key] = value
+    with pytest.raises(RecipeError, match=match):
+        task.build(recipe(tmp_path, "causal_lm", **given))

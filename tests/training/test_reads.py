@@ -364,7 +364,16 @@ class ByOutsideForCausalLM(Base):
             return -1.0 if max(max(row) for row in ids.tolist()) > 49 else 1.0
 
 
+class NodeHookForCausalLM(Base):
+    def factor(self, ids: Tensor, logits: Tensor) -> Any:
+        ones = torch.ones_like(logits[:, :1, :1]) + 0 * logits.mean()
+        if ids.shape[0] > 4:
+            ones.grad_fn.register_prehook(lambda gradients: tuple(g * 2 for g in gradients))
+        return ones
+
+
 OUT_OF_SIGHT = [
+    NodeHookForCausalLM,
     CatchesForCausalLM,
     SuppressesForCausalLM,
     FinallyForCausalLM,
