@@ -208,11 +208,9 @@ def test_the_model_and_the_generators_are_left_as_they_were() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-class Noted(set[bool]):
-    """A set that is not put back after a check, as sets are that hooks and their functions name."""
-
-
-UNDER_AUTOCAST = Noted()
+UNDER_AUTOCAST: set[bool] = (
+    set()
+)  # of the module: what a hook's closure holds is put back after a check, as all of a model
 
 
 def note_autocast(*_: Any) -> None:

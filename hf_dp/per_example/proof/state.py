@@ -91,7 +91,7 @@ class State:
     """
 
     def __init__(self, model: nn.Module, copied: Collection[str] = ()) -> None:
-        self._empty = Empty()
+        self._empty, self._whole = Empty(), False  # whether globals and defaults of all functions belong to it
         self._containers: list[Kept | KeptMapping | Empty] = [self._empty]
         self._tensors: list[KeptTensor] = []
         self._at: dict[int, list[KeptTensor]] = {}
@@ -114,6 +114,7 @@ class State:
     def of(cls, holder: Value, name: str) -> "State":
         """What a function, or an object, remembers besides a model."""
         state = cls(nn.Identity())
+        state._whole = True
         state._walk(holder, name, 0)
         return state
 
@@ -193,10 +194,12 @@ class State:
                 if not key.startswith("__") and _may_be_kept(value):
                     self._binding(own, key, value, f"{own.__name__}.{key}")
         for name, function in functions.items():
+            self._globals(function, name)
             self._walk(function, name, 0)
 
-    def _globals(self, function: types.FunctionType) -> None:
-        """The globals that a user's function names."""
+    def _globals(self, function: types.FunctionType, name: str) -> None:
+        """The globals that a user's function names, and its defaults. What hooks note there, as a log, is theirs."""
+        self._walk_all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()], name, 0)
         space = function.__globals__
         for key in dict.fromkeys(named(function.__code__)) if is_the_users(function.__module__) else ():
             if key in space and _may_be_kept(space[key]):
@@ -248,8 +251,8 @@ class State:
             self._walk(element, f"{name}[{number}]", depth)
 
     def _closure(self, function: types.FunctionType, name: str, depth: int) -> None:
-        self._globals(function)
-        self._walk_all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()], name, depth)
+        if self._whole:
+            self._globals(function, name)
         for cell in function.__closure__ or ():
             self._keep(name, partial(contents, cell), partial(set_contents, cell))
             for value in contents(cell):
