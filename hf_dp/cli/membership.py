@@ -91,7 +91,10 @@ def refuse_attack(recipe: Recipe, num_models: int = FEWEST_MODELS) -> None:
     if recipe.privacy.debug_seed is not None:
         wrong.append("with a debug_seed all models draw the same noise: leave it out")
     if not TASKS[recipe.model.task].has_labels:
-        wrong.append(f"rows of the task {recipe.model.task} have no labels to empty: take a recipe of another task")
+        wrong.append(
+            f"rows of the task {recipe.model.task} (pairs, conversations, texts to be masked) have no labels to empty, "
+            "as those of non-members are: take a recipe of another task"
+        )
     if os.environ.get("WORLD_SIZE", "1") != "1":
         wrong.append("each process would toss coins of its own: start one process")
     if wrong:

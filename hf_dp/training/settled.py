@@ -104,7 +104,8 @@ class SettledPasses(_Host):
         self.objective, self.alone_because = objectives.choose(trainer), ""
         self._inventory, self.alone_because = inventory_and_reason(trainer)
         self._factors_of = passes_for(self.model, self._inventory, self.args, alone_because=self.alone_because)
-        self.private_step = self.step_class(self.model, self._planned(), self._passes())
+        before, made = vars(self).get("private_step"), self.step_class(self.model, self._planned(), self._passes())
+        self.private_step = made.in_the_room_of(before)
         self._settled = Settled(trainer)
 
     def _settle_again_if_changed(self) -> None:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from hf_dp.accounting.epsilon import spent
 from hf_dp.errors import CaptureError, LedgerError
-from hf_dp.ledger import COMPLETE
+from hf_dp.ledger.checkpoints import COMPLETE
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from hf_dp.mechanism import Segment
 from hf_dp.sampling.microbatch import micro_batches

@@ -47,7 +47,7 @@ class Scarce(runs.DPTrainer):
 
     def __init__(self, **k: Any) -> None:
         super().__init__(**k)
-        self.private_step.trainer = self
+        ScarceStep.trainer = self  # of whichever step: what a loss reads is examined anew once it changes
 
     def begin(self) -> None:
         self.passes: list[torch.Size] = []

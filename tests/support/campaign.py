@@ -23,7 +23,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_dp.errors import HfDpError
-from hf_dp.ledger import COMPLETE
+from hf_dp.ledger.checkpoints import COMPLETE
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
 from tests.support import models as M
 from tests.support import runs
