@@ -113,7 +113,20 @@ def _table(records: list[dict[str, object]]) -> datasets.Dataset:
     mixed = [name for name, values in columns.items() if len({_kind(v) for v in values if v is not None}) > 1]
     for name in mixed:  # 5 and "five" in one column: a table has one type a column, so both become text
         columns[name] = [None if value is None else str(value) for value in columns[name]]
+    uneven = {name: rows for name, values in columns.items() if (rows := _uneven(values))}
+    if uneven:
+        places = "; ".join(f"{n} in records {', '.join(map(str, rows[:SHOWN]))}" for n, rows in uneven.items())
+        raise RecipeError(f"expected lists of texts alone, of numbers alone, or of lists alone, got others: {places}")
     return datasets.Dataset.from_dict(columns)
+
+
+def _uneven(values: Iterable[object]) -> list[int]:
+    """Which records, counted from 1, have lists whose members are not of the kind that the first member has."""
+    kinds = [
+        [_kind(member) for member in value if member is not None] if isinstance(value, list) else [] for value in values
+    ]
+    first = next((some[0] for some in kinds if some), None)
+    return [number for number, some in enumerate(kinds, start=1) if {*some} - {first}]
 
 
 def _kind(value: object) -> str:
