@@ -74,7 +74,10 @@ class PrivacyConfig:
     )
     unit_column: str | None = field(
         default=None,
-        metadata={"help": "Protect all records with the same value in this column as one: a person's, an author's."},
+        metadata={
+            "help": "Protect all records with the same value in this column as one: a person's, an author's; with "
+            "contribution_bound also lists of owners."
+        },
     )
     records_per_unit: int = field(
         default=1,
@@ -85,8 +88,9 @@ class PrivacyConfig:
     contribution_bound: int | None = field(
         default=None,
         metadata={
-            "help": "With unit_column, G: draw records, not groups; the first G of each are kept, each is clipped by "
-            "itself, and epsilon is that of the group."
+            "help": "With unit_column, G: draw records, not groups; the first G of each are kept (where the column has "
+            "lists, records of which nobody owns more than G), each is clipped by itself, and epsilon is that of the "
+            "group or owner."
         },
     )
     noise_schedule: str | None = field(

@@ -11,13 +11,16 @@ from hf_dp.schedule import Level
 
 UNIT = "record"  # one row of the training set
 PAIR = "pair of answers"  # one row of the training set, where it has two answers of which one is preferred
+SHARED = "record of several owners"  # one row of the training set, where a column has lists of owners
 GROUP = 'group of records with the same "{column}"'  # all rows with one value in a column, protected together
 BOUNDED = 'group of at most {bound:,} records with the same "{column}"'  # those of them that are kept
-_BOUND = re.compile(r'group of at most ([\d,]+) records with the same "')
+OWNED = 'group of at most {bound:,} records that name the same owner in "{column}"'  # of those kept, where several may
+_BOUND = re.compile(r'group of at most ([\d,]+) records (with the same|that name the same owner in) "')
 METRIC_NOISE = 10.0  # k: a released metric has k times the noise, over its own sensitivity, that the gradient has
 METRICS = ("loss", "batch_size")  # may be released with the gradient, as further coordinates of one vector
 DISCRETE = "discrete"  # the kind of noise that consists of whole numbers (see `randomness/grid.py`)
 RELATION = "zero-out"  # neighbours differ in one record, replaced by one that contributes nothing; N is public
+FIXED_OWNERS = "zero-out, where who owns which record is fixed and not protected"  # as `sampling/owners.py` says
 
 
 class Segment(NamedTuple):
@@ -240,17 +243,31 @@ def release_norm(loss_bound: float | None) -> float:
 
 def unit_of(column: str | None, row: str = UNIT, contribution_bound: int | None = None) -> str:
     """What is protected as one, as card and ledger name it: a `row` of the training set, or all records with one value
-    in `column`; of these at most `contribution_bound` that are kept, if there is one.
+    in `column`; of these at most `contribution_bound` that are kept, if there is one. Where rows are `SHARED`, the
+    value is one of those in a record's list of owners.
     """
     if column is None:
         return row
-    return (GROUP if contribution_bound is None else BOUNDED).format(column=column, bound=contribution_bound)
+    if contribution_bound is None:
+        return GROUP.format(column=column)
+    return (OWNED if row == SHARED else BOUNDED).format(column=column, bound=contribution_bound)
 
 
 def bound_in(unit: str) -> int | None:
     """The contribution bound that a unit's name states; None where units are drawn."""
     found = _BOUND.match(unit)
     return None if found is None else int(found[1].replace(",", ""))
+
+
+def is_owned(unit: str) -> bool:
+    """Whether a unit's name is that of an owner of records that may have others too."""
+    found = _BOUND.match(unit)
+    return found is not None and found[2] != "with the same"
+
+
+def relation_of(unit: str) -> str:
+    """When two data sets are neighbours, where this is the unit."""
+    return FIXED_OWNERS if is_owned(unit) else RELATION
 
 
 def taken_of_a_group(records_per_unit: int) -> str:

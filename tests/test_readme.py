@@ -32,7 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
 EXAMPLE, RECOMPUTE = blocks("README.md", "python")
 (RECIPE,) = blocks("README.md", "yaml")
 (OTHER_ADAPTER,) = blocks("hf_dp/recipe/README.md", "yaml")
-PEOPLE, PLAIN_LOOP = blocks("hf_dp/training/README.md", "python")
+PEOPLE, OWNERS, PLAIN_LOOP = blocks("hf_dp/training/README.md", "python")
 (WITH_TRL,) = blocks("hf_dp/training/README.md", "diff")
 
 
@@ -174,10 +174,12 @@ def test_a_script_of_trl_becomes_private_by_the_class_and_privacy(gpt2, tmp_path
 def test_people_are_protected_with_these_settings():
     config = eval(PEOPLE, {"PrivacyConfig": PrivacyConfig})
     assert (config.unit_column, config.records_per_unit) == ("author", 8)
+    config = eval(OWNERS, {"PrivacyConfig": PrivacyConfig})
+    assert (config.unit_column, config.contribution_bound) == ("users", 4)
 
 
 def test_no_page_has_code_that_no_test_runs():
-    run = [EXAMPLE, RECOMPUTE, RECIPE, OTHER_ADAPTER, PEOPLE, PLAIN_LOOP, WITH_TRL]
+    run = [EXAMPLE, RECOMPUTE, RECIPE, OTHER_ADAPTER, PEOPLE, OWNERS, PLAIN_LOOP, WITH_TRL]
     there = [found for page in PAGES for found in blocks(str(page.relative_to(ROOT)), r"\w+")]
     assert sorted(there) == sorted(run)
 

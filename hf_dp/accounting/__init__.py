@@ -15,7 +15,7 @@ from hf_dp.accounting.epsilon import (
 from hf_dp.accounting.plan import affordable_steps, claimed, epoch_length, plan_mechanism
 from hf_dp.accounting.selection import Selection, random_number
 from hf_dp.accounting.tradeoffs import PAIRS, RATES, Tradeoff, tradeoff, tradeoff_below
-from hf_dp.accounting.units import ways_to_draw
+from hf_dp.accounting.units import ways_to_draw, ways_to_keep
 
 __all__ = [
     "PAIRS",
@@ -42,4 +42,5 @@ __all__ = [
     "tradeoff",
     "tradeoff_below",
     "ways_to_draw",
+    "ways_to_keep",
 ]

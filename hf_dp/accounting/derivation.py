@@ -8,7 +8,7 @@ from hf_dp.accounting.calibration import round_up
 from hf_dp.accounting.epsilon import spent
 from hf_dp.accounting.plan import epoch_length
 from hf_dp.config import BY_RULE, LEFT_ALONE, PrivacyConfig
-from hf_dp.mechanism import METRIC_NOISE, Mechanism, taken_of_a_group
+from hf_dp.mechanism import METRIC_NOISE, Mechanism, is_owned, taken_of_a_group
 from hf_dp.randomness import STD, integer_sensitivity
 
 
@@ -69,6 +69,11 @@ def derivation(
 def _unit_row(m: Mechanism) -> tuple[str, str, str]:
     if m.contribution_bound is not None:
         rule = "given; records are drawn, of each group its first G; N counts these; epsilon is a group's"
+        if is_owned(m.unit):
+            rule = (
+                "given; records are drawn, of each owner G at most, chosen by who owns which alone; N counts these; "
+                "epsilon is an owner's"
+            )
         return "records a unit, G", f"{m.contribution_bound:,}", rule
     return (
         "records a unit, k",

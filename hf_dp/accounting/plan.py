@@ -16,6 +16,7 @@ from hf_dp.mechanism import (
     Segment,
     default_delta,
     first_steps,
+    relation_of,
     release_norm,
     steps_per_epoch,
     unit_of,
@@ -35,7 +36,7 @@ def plan_mechanism(
             that are kept.
         num_train_epochs: passes over the data: T = ceil(epochs x round(N / B)), with B's mean over a schedule's levels.
         max_steps: T, where it is positive; `num_train_epochs` is then ignored, as `Trainer` does.
-        row: what a row of the training set is.
+        row: what a row of the training set is; `mechanism.SHARED` where the `unit_column` has lists of owners.
 
     Raises:
         ConfigError: an invalid N, number of epochs or of steps, B > N, or delta >= 1 / N. Names everything wrong at
@@ -46,6 +47,7 @@ def plan_mechanism(
     if wrong:
         raise ConfigError("Cannot plan this run: " + "; ".join(wrong) + ".")
     per_epoch = epoch_length(privacy, num_examples)
+    unit = unit_of(privacy.unit_column, row, privacy.contribution_bound)
     unscaled = Mechanism(
         num_examples=int(num_examples),
         expected_batch_size=int(privacy.expected_batch_size),
@@ -55,7 +57,8 @@ def plan_mechanism(
         delta=default_delta(num_examples) if privacy.target_delta is None else float(privacy.target_delta),
         target_epsilon=None if privacy.target_epsilon is None else float(privacy.target_epsilon),
         loss_bound=None if privacy.log_loss_up_to is None else float(privacy.log_loss_up_to),
-        unit=unit_of(privacy.unit_column, row, privacy.contribution_bound),
+        unit=unit,
+        relation=relation_of(unit),
         debug=privacy.debug_seed is not None,
         noise=privacy.noise,
         records_per_unit=privacy.records_per_unit,

@@ -7,9 +7,11 @@ group at most G (Charles et al. 2024, "Fine-Tuning Large Language Models with Us
 sigma C / R. A step takes as many records in all ways, and there are as many steps. So the noise on the mean, in units
 of C, is what differs. Where the gradients of a group's records agree, it tells which way serves better; where they
 don't, their mean is shorter than each, a smaller C does for groups, and drawing groups is better than it seems.
+
+Where records have several owners, no owner can be drawn by themselves, and what is left to choose is G.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -51,18 +53,50 @@ def ways_to_draw(m: Mechanism, sizes: Sequence[int]) -> list[Way]:
     taken = float(np.minimum(of_each, m.records_per_unit).mean())
     records = m.expected_batch_size * (1.0 if m.contribution_bound else taken)
     asked = {m.contribution_bound or m.records_per_unit, *MOST_OF_EACH}
-    ways = []
+    drawn = []
     for most in sorted(most for most in asked if most <= of_each.max()):
         kept = np.minimum(of_each, most)
         groups = records / float(kept.mean())
-        drawn = [(f"records_per_unit={most}", groups, groups / len(of_each), 1, int(of_each.sum()))]
+        drawn.append(_Drawn(f"records_per_unit={most}", groups, len(of_each), 1, int(of_each.sum())))
         if most > 1:
-            drawn.append((f"contribution_bound={most}", records, records / int(kept.sum()), most, int(kept.sum())))
-        for setting, batch, rate, bound, used in drawn:
-            with suppress(AccountingError):
-                if rate <= 1:
-                    sigma = _sigma(m, rate, bound)
-                    ways.append(Way(setting, batch, used, sigma, sigma / batch))
+            number = int(kept.sum())
+            drawn.append(_Drawn(f"contribution_bound={most}", records, number, most, number))
+    return _ways(m, drawn)
+
+
+def ways_to_keep(m: Mechanism, kept: Callable[[int], int]) -> list[Way]:
+    """As `ways_to_draw`, where records have several owners. A G that keeps no more records than a smaller one is left
+    out.
+
+    Args:
+        m: a private plan for owners, with a target epsilon and a contribution bound.
+        kept: G -> how many records are kept.
+    """
+    drawn: list[_Drawn] = []
+    for most in sorted({m.contribution_bound or 1, *MOST_OF_EACH}):
+        number = kept(most)
+        if not drawn or number > drawn[-1].used:
+            drawn.append(_Drawn(f"contribution_bound={most}", m.expected_batch_size, number, most, number))
+    return _ways(m, drawn)
+
+
+class _Drawn(NamedTuple):
+    """What may be drawn: the setting, B, N, G, and how many records are ever used."""
+
+    setting: str
+    batch: float
+    units: int
+    bound: int
+    used: int
+
+
+def _ways(m: Mechanism, drawn: Iterable[_Drawn]) -> list[Way]:
+    ways = []
+    for d in drawn:
+        with suppress(AccountingError):
+            if d.batch <= d.units:
+                sigma = _sigma(m, d.batch / d.units, d.bound)
+                ways.append(Way(d.setting, d.batch, d.used, sigma, sigma / d.batch))
     return sorted(ways, key=lambda way: way.noise)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from hf_dp.card.words import counted, units
-from hf_dp.mechanism import DISCRETE, PAIR, UNIT, bound_in, generator_of, taken_of_a_group
+from hf_dp.mechanism import DISCRETE, PAIR, UNIT, bound_in, generator_of, is_owned, taken_of_a_group
 
 GAUSSIAN = {
     "name": "Poisson-subsampled Gaussian (DP-SGD)",
@@ -40,7 +40,14 @@ ASSUMPTIONS = (
     "The number of training {counted} is public.",
     "The choice of records and the noise come from a generator ({generator}) keyed with secret randomness of the "
     "operating system, which is never stored.",
-    "One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",
+)
+ONE_PERSON = ("One person, one {kind}: whoever is in several {units} is protected less, the more {units} the less.",)
+OF_OWNERS = (
+    "Who owns which record stays the same when an owner's records are emptied. Which records were trained on follows "
+    "from the lists of owners, in the records' order, and never from what a record says, and so is the same with an "
+    "owner's records as without.",
+    "One person, one name in the lists of owners: whoever has several names is protected less, and so is whoever a "
+    "record is about that does not name them.",
 )
 INDEPENDENCE = (
     "What comes of an example in a pass depends on no other example. Where several shared a pass, its operations were "
@@ -63,6 +70,10 @@ SCORES = (
 )
 SAMPLER = "Poisson: each record by itself, afresh in each step"
 GROUP_SAMPLER = "Poisson: each group by itself, afresh in each step; {taken}"
+OWNED_SAMPLER = (
+    "Poisson: each record by itself, afresh in each step; of an owner {bound:,} records at most, chosen by who owns "
+    "which alone"
+)
 BOUNDED_SAMPLER = "Poisson: each record by itself, afresh in each step; of a group its first {bound:,} records at most"
 COVERED = (
     "The model's weights, all checkpoints of this training together, and the optimizer's state in them: they were "
@@ -81,6 +92,10 @@ GENERATORS = {
     "chacha20": "the cipher ChaCha20 keyed with 128 bits of the operating system's entropy, never stored",
 }
 GENERATOR_NAMES = {"philox": "Philox4x64, which is no cipher", "chacha20": "the cipher ChaCha20"}
+OWNERSHIP = (
+    "Who owns which record, how many, and together with whom: what an owner's records say is protected, not that they "
+    "are theirs."
+)
 PUBLIC_EVAL = (
     "Evaluation data: whoever trained the model declared them public; numbers and choices made with them are not "
     "covered."
@@ -114,7 +129,7 @@ def sampler(unit: str, records_per_unit: int) -> str:
     """How records are sampled, in words."""
     bound = bound_in(unit)
     if bound is not None:
-        return BOUNDED_SAMPLER.format(bound=bound)
+        return (OWNED_SAMPLER if is_owned(unit) else BOUNDED_SAMPLER).format(bound=bound)
     return SAMPLER if unit in (UNIT, PAIR) else GROUP_SAMPLER.format(taken=taken_of_a_group(records_per_unit))
 
 
@@ -127,16 +142,18 @@ def sentences(
     named = ", then ".join(GENERATOR_NAMES[name] for name in sorted({*map(generator_of, noises)}, reverse=True))
     named_unit = {"units": units(unit), "kind": units(unit).removesuffix("s"), "counted": counted(unit)}
     arithmetic = ON_THE_GRID if {*noises} == {DISCRETE} else (IDEALIZED,)
+    whose = OF_OWNERS if is_owned(unit) else ONE_PERSON
     return Sentences(
         assumptions=(
             *arithmetic,
-            *(text.format(generator=named, **named_unit) for text in ASSUMPTIONS),
+            *(text.format(generator=named, **named_unit) for text in (*ASSUMPTIONS, *whose)),
             *(INDEPENDENCE if version >= INDEPENDENCE_SINCE else ()),
             *([RUN_AS_DRAWN] if selected else []),
         ),
         covered=COVERED,
         not_covered=(
             PUBLIC_EVAL if public_eval else PRIVATE_EVAL,
+            *([OWNERSHIP] if is_owned(unit) else []),
             *([OTHER_RUNS, SCORES] if selected else []),
             *NOT_COVERED,
         ),

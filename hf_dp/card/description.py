@@ -12,6 +12,7 @@ from hf_dp.card.readme import tags_of
 from hf_dp.card.record import Record
 from hf_dp.card.usage import Model, usage
 from hf_dp.card.words import counted, ended_early, in_turn, rounded_up, settings, steps_claimed, units
+from hf_dp.mechanism import is_owned
 
 PREFIX = "base_model:"  # of the Hub's tags about the base
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -165,9 +166,12 @@ def _promise(record: Record) -> str:
         return f"**NOT PRIVATE: {record.reason}.** Treat this model like its training data."
     n, plural = record.mechanism.num_examples, units(record.unit)
     of = f"{n:,}" if counted(record.unit) == plural else f"{n:,} {counted(record.unit)}"
+    single = f"one of its training {plural}"
+    if is_owned(record.unit):
+        of, single = f"{n:,} {plural}", f"owner of its training {plural} by what these say"
     return (
         f"**Trained with differential privacy: {claim(record)}, one {record.unit} of {of}.** What the model tells "
-        f"about any single one of its training {plural} is limited; what that means, and how to check it, stands under "
+        f"about any single {single} is limited; what that means, and how to check it, stands under "
         '"Privacy" below.'
     )
 

@@ -31,7 +31,7 @@ from hf_dp.card.words import PICTURE, picture, released, section, yaml_block
 from hf_dp.card.writing import TAGS, Bounds, bounds_of_selection, further_bounds
 from hf_dp.errors import AccountingError, AuditError, ConfigError, LedgerError
 from hf_dp.ledger import LEDGER_NAME, ExecutedSegment, LedgerRecord, read_ledger
-from hf_dp.mechanism import DISCRETE, RELATION, Segment, bound_in, generator_of, release_norm, united
+from hf_dp.mechanism import DISCRETE, Segment, bound_in, generator_of, relation_of, release_norm, united
 
 ROUNDING = 1e-6  # relative; another version of the accountant may round the other way
 LOOSER = 1e-2  # a stated epsilon may be looser than ours by this part: another accountant version's upper bound
@@ -70,7 +70,7 @@ def _settings(record: Record) -> Iterator[Check]:
     yield Check("delta is below 1 / N", 0 < delta < 1 / n, f"delta = {delta:g}, 1 / N = {1 / n:g}")
     wrong = [s for s in segments if not _is_rate(s, n)]
     yield Check("q = B / N in every segment", not wrong, f"{len(wrong)} of {len(segments)} segments differ")
-    yield _equal("the neighbouring relation is the one accounted for", record.relation, RELATION)
+    yield _equal("the neighbouring relation is the one accounted for", record.relation, relation_of(record.unit))
     if record.schema_version > 2:
         begun = bool(record.plans) == bool(segments) and all(record.plans)
         number = len(record.plans)

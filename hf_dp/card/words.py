@@ -9,7 +9,7 @@ from string import Template
 from hf_dp.audit import AuditRecord, power
 from hf_dp.card.record import Record, RecordedSelection, TradeoffCurve, in_json
 from hf_dp.ledger import ExecutedSegment
-from hf_dp.mechanism import DISCRETE, METRIC_NOISE, PAIR, UNIT, bound_in, taken_of_a_group
+from hf_dp.mechanism import DISCRETE, METRIC_NOISE, PAIR, UNIT, bound_in, is_owned, taken_of_a_group
 from hf_dp.pictures import tradeoff_svg
 
 PICTURE = "privacy_tradeoff.svg"
@@ -196,8 +196,8 @@ def picture(record: Record) -> str:
 
 
 def units(unit: str) -> str:
-    """The plural of a unit, in short."""
-    return {UNIT: "records", PAIR: "pairs"}.get(unit, "groups")
+    """The plural of a unit, in short; records, where each may be of several units."""
+    return {UNIT: "records", PAIR: "pairs"}.get(UNIT if is_owned(unit) else unit, "groups")
 
 
 def counted(unit: str) -> str:

@@ -79,7 +79,8 @@ def _wanted(data: str, records: "datasets.Dataset", flags: Flags) -> "Wanted":
     Raises:
         ConfigError: no column holds text, or classes have no names.
     """
-    from hf_dp.recipe import TASKS, Wanted, columns_in_words, guessed
+    from hf_dp.recipe import OF_EACH, TASKS, Wanted, columns_in_words, guessed
+    from hf_dp.sampling import groups_by, owners_in
 
     columns, guess = columns_in_words(records), guessed(records)
     print(f"{data}: {len(records):,} records of {columns}")
@@ -87,9 +88,11 @@ def _wanted(data: str, records: "datasets.Dataset", flags: Flags) -> "Wanted":
     model = flags.model or _asked("Base model (a folder, or a name on the Hub)", TASKS[task].base)
     epsilon = flags.epsilon if flags.epsilon is not None else _number("Privacy budget epsilon", 8.0)
     unit_column = flags.unit_column or _person(guess)
-    units = len(records)
-    if unit_column in records.column_names:
-        units = len(set(records[unit_column]))
+    units, bound = len(records), None
+    if unit_column is not None and unit_column in records.column_names:
+        bound = OF_EACH if owners_in(records, unit_column).in_lists else None
+        groups = groups_by(records, unit_column, bound=bound)
+        units = groups.num_groups if groups else units
     return Wanted(
         model=model,
         data=data,
@@ -100,6 +103,7 @@ def _wanted(data: str, records: "datasets.Dataset", flags: Flags) -> "Wanted":
         labels=labels,
         epsilon=epsilon,
         unit_column=unit_column,
+        contribution_bound=bound,
         person=guess.person,
         max_length=min(LENGTH, _positions(model)),
     )

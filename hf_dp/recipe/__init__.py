@@ -1,7 +1,7 @@
 """A YAML recipe goes in; its data, model, trainer and cost come out."""
 
 from hf_dp.recipe import data_files, gpu_cost, model_shapes, run_cost, task
-from hf_dp.recipe.columns import Guess, guessed, warnings
+from hf_dp.recipe.columns import OF_EACH, Guess, guessed, warnings
 from hf_dp.recipe.examples import Example, PadRight, completions
 from hf_dp.recipe.keys import all_keys
 from hf_dp.recipe.recipe import FILE_KINDS, DataSection, Recipe, from_mapping, is_file, read
@@ -14,6 +14,7 @@ from hf_dp.recipe.yaml_text import nested, parse
 
 __all__ = [
     "FILE_KINDS",
+    "OF_EACH",
     "TASKS",
     "DataSection",
     "Example",

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import datasets
 
+from hf_dp.sampling import owners_in
+
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "source", "context", "article", "document")
 ANSWERS = ("completion", "response", "answer", "output", "target", "reply", "summary", "highlights")
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue")
@@ -19,6 +21,7 @@ PERSON = re.compile(
     re.IGNORECASE,
 )
 LOOKED_AT = 200  # records whose lengths are looked at
+OF_EACH = 4  # records of an owner that are kept at most, where a recipe has to begin somewhere
 FEWEST_WORDS = 5  # of a text that is looked for again: many people write the same few words
 WORD = re.compile(r"[^\W\d_]+")
 
@@ -66,12 +69,12 @@ def warnings(records: datasets.Dataset, unit_column: str | None) -> list[str]:
     """
     found, person = [], guessed(records).person
     if unit_column is None and person is not None:
-        repeated = len(records) - len(set(map(str, records[person])))
+        repeated, bounded = _repeated(records[person])
         if repeated:
             found.append(
                 f"{person} looks like a person's name or number, and {repeated:,} of {len(records):,} records have one "
                 "that stood before, but each record is protected by itself: whoever is in many is protected less. To "
-                f"protect all of a person's as one: privacy.unit_column={person}"
+                f"protect all of a person's as one: privacy.unit_column={person}{bounded}"
             )
     alike = near_duplicates(records, unit_column)
     if alike:
@@ -92,10 +95,15 @@ def near_duplicates(records: datasets.Dataset, unit_column: str | None) -> int:
     """How many records have the same words, in the same order, as a record of another unit.
 
     Case, numbers, punctuation and spaces do not count, nor do records of fewer than `FEWEST_WORDS` words. All columns
-    of text are read, but for `unit_column`.
+    of text are read, but for `unit_column`. Where records have several owners, their unit is all of these.
+
+    Raises:
+        ConfigError: the column does not say whose each record is.
     """
     texts = [name for name, kind in records.features.items() if _is_text(kind) and name not in (unit_column, "")]
-    owners = records[unit_column] if unit_column in records.column_names else range(len(records))
+    owners: Sequence[object] = range(len(records))
+    if unit_column is not None and unit_column in records.column_names:
+        owners = owners_in(records, unit_column).sets()
     of_words: dict[bytes, list[object]] = {}  # a hash of the words -> the unit of each record that has them
     columns = [records[name] for name in texts]
     for owner, *values in zip(owners, *columns, strict=True):
@@ -103,6 +111,20 @@ def near_duplicates(records: datasets.Dataset, unit_column: str | None) -> int:
         if len(words) >= FEWEST_WORDS:
             of_words.setdefault(hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest(), []).append(owner)
     return sum(len(found) for found in of_words.values() if len(set(found)) > 1)
+
+
+def _repeated(values: Sequence[object]) -> tuple[int, str]:
+    """How many records have a value, or in their list one, that stood in a record before; and the setting that lists
+    need besides their column.
+    """
+    seen: set[str] = set()
+    repeated = 0
+    for value in values:
+        names = set(map(str, value if isinstance(value, list) else [value]))
+        repeated += not seen.isdisjoint(names)
+        seen |= names
+    in_lists = any(isinstance(value, list) for value in values)
+    return repeated, f" privacy.contribution_bound={OF_EACH}" if in_lists else ""
 
 
 def _named(names: Sequence[str], wanted: Sequence[str]) -> str | None:

@@ -29,6 +29,7 @@ class Wanted:
         validation: as `data`, or None.
         epsilon: the budget.
         unit_column: protect all records with the same value there as one; None for each record by itself.
+        contribution_bound: with lists of owners in that column, how many records of each are kept at most; else None.
         person: a column that looks like a person's name or number, told in a comment; None if there is none.
         max_length: the most tokens of a record.
     """
@@ -43,6 +44,7 @@ class Wanted:
     validation: str | None = None
     epsilon: float = 8.0
     unit_column: str | None = None
+    contribution_bound: int | None = None
     person: str | None = None
     max_length: int = 256
 
@@ -111,7 +113,11 @@ def _privacy(wanted: Wanted) -> Iterator[str]:
         "expected_batch_size", str(batch_for(wanted.num_records)), "the logical batch; larger, less noise in all"
     )
     yield "  # clip_norm: 0.1                   # no record moves a step's sum by more; from a rule unless given"
-    if wanted.unit_column:
+    if wanted.unit_column and wanted.contribution_bound:
+        yield _line("unit_column", _scalar(wanted.unit_column), "lists of owners; all records of each are protected")
+        bound = "records of an owner that are kept at most; who owns which is not protected"
+        yield _line("contribution_bound", str(wanted.contribution_bound), bound)
+    elif wanted.unit_column:
         yield _line("unit_column", _scalar(wanted.unit_column), "all records with the same value are protected as one")
     else:
         yield (

@@ -12,8 +12,9 @@ from hf_dp.sampling.microbatch import (
     tokens_of_a_pass,
 )
 from hf_dp.sampling.own_generators import REMEDY, own_generators
+from hf_dp.sampling.owners import Owners
 from hf_dp.sampling.poisson import Draw, PoissonSampler
-from hf_dp.sampling.privacy_unit import Groups, groups_by
+from hf_dp.sampling.privacy_unit import Groups, groups_by, owners_in
 from hf_dp.sampling.reading import INPUTS, DrawnRecords, Failure, Reader, Records, read_records
 from hf_dp.sampling.repeats import code_of, refuse_data_that_remember, refuse_what_remembers
 from hf_dp.sampling.seals import Seals, sealed_micro_batches
@@ -32,6 +33,7 @@ __all__ = [
     "Groups",
     "LogicalBatchCollator",
     "OfUnits",
+    "Owners",
     "PoissonSampler",
     "Reader",
     "Records",
@@ -43,6 +45,7 @@ __all__ = [
     "micro_batches",
     "of_lengths",
     "own_generators",
+    "owners_in",
     "read_records",
     "refuse_data_that_remember",
     "refuse_what_remembers",

@@ -19,10 +19,10 @@ which these are depends on that group alone. Each kept record is then drawn by i
 to C. N counts kept records, and is public: neighbours differ in the kept records of one group, which are empty in one
 of the two. Without the group the law is P; given that a set J of its kept records would be drawn, it is P moved by a
 vector of norm |J| C at most. |J| is Bin(G, q) or, for a group with fewer records, stochastically smaller. So a step is
-dominated by the mixture of Gaussians of `accounting/mixtures.py`, in both directions, and T steps by T of them.
+dominated by the mixture of Gaussians of `accounting/mixtures.py`, in both directions, and T steps by T of them. The
+same holds where a record has several owners, if who owns which record is the same in both (`sampling/owners.py`).
 """
 
-from collections.abc import Hashable
 from typing import NamedTuple
 
 import datasets
@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_dp.errors import ConfigError
+from hf_dp.sampling.owners import Owners, owners_of
 
 
 class Groups(NamedTuple):
@@ -39,11 +40,13 @@ class Groups(NamedTuple):
         records: indices into the data set, [number of records].
         starts: [N + 1].
         most: k, of how many records of a drawn group at most the mean gradient is taken.
+        shared: whether a record may have several owners; each that is kept is then a group of its own.
     """
 
     records: NDArray[np.int64]
     starts: NDArray[np.int64]
     most: int = 1
+    shared: bool = False
 
     @property
     def num_groups(self) -> int:
@@ -83,20 +86,45 @@ class Groups(NamedTuple):
 def groups_by(dataset: object, column: str | None, most: int = 1, bound: int | None = None) -> Groups | None:
     """Groups the records by their value in `column`; None if there is no column or no data set.
 
-    Groups are numbered in the order of their first records.
+    Groups are numbered in the order of their first records. Texts are compared in Unicode's normal form C.
 
     Args:
         dataset: the records.
         column: whose value tells whose record it is.
         most: k, of how many records of a drawn group at most the mean gradient is taken.
-        bound: G. Then the first G records of each value are kept, and each is drawn by itself: a group of its own.
+        bound: G. Then the first G records of each value are kept, and each is drawn by itself: a group of its own. A
+            value may then be a list of owners, and what is kept is as `Owners.kept` says.
 
     Raises:
-        ConfigError: the data set is no `datasets.Dataset` or has no such column, or a record's value is missing or is
-            not hashable.
+        ConfigError: as `owners_in`; or there are lists and no `bound`.
     """
     if dataset is None or column is None:
         return None
+    owners = owners_in(dataset, column)
+    if owners.in_lists and bound is None:
+        raise ConfigError(
+            f"unit_column={column!r}: expected one name or number a record, got lists of owners. Who owns a record "
+            "with others cannot be drawn by themselves, so have records drawn, of each owner G at most: set "
+            "contribution_bound=G, and leave records_per_unit out. Or give the same value to all records that share a "
+            "person, directly or through others, as threads or teams do"
+        )
+    if owners.in_lists and bound is not None:
+        kept = owners.kept(bound)
+        return Groups(kept, np.arange(len(kept) + 1), shared=True)
+    group = owners.of_pairs
+    records, starts = np.argsort(group, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(group))])
+    if bound is None:
+        return Groups(records, starts, most)
+    kept = records[np.arange(len(records)) - starts[group[records]] < bound]
+    return Groups(kept, np.arange(len(kept) + 1))
+
+
+def owners_in(dataset: object, column: str) -> Owners:
+    """Who owns which of these records, by `column`, whatever the data set's transforms.
+
+    Raises:
+        ConfigError: the data set is no `datasets.Dataset` or has no such column, or as `owners_of`.
+    """
     if not isinstance(dataset, datasets.Dataset):
         raise ConfigError(
             f"unit_column={column!r} needs a datasets.Dataset, whose column can be read (got a "
@@ -107,24 +135,4 @@ def groups_by(dataset: object, column: str | None, most: int = 1, bound: int | N
             f"unit_column={column!r}: the training set has no such column (it has {', '.join(dataset.column_names)}); "
             "name the one that tells whose record it is"
         )
-    values = dataset.with_format(None)[column][:]
-    missing = [i for i, value in enumerate(values) if value is None or value != value]
-    if missing:
-        raise ConfigError(
-            f"unit_column={column!r}: {len(missing):,} records have no value there; fill it in, or leave these records "
-            "out"
-        )
-    if not all(isinstance(value, Hashable) for value in values):
-        raise ConfigError(
-            f"unit_column={column!r}: expected one number or text a record, got lists or mappings. A record of several "
-            "people needs one value that protects them all: give the same to all records that share a person, directly "
-            "or through others, as threads or teams do; or leave such records out"
-        )
-    numbers: dict[Hashable, int] = {}
-    group = np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
-    sizes = np.bincount(group, minlength=len(numbers))
-    records, starts = np.argsort(group, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])
-    if bound is None:
-        return Groups(records, starts, most)
-    kept = records[np.arange(len(records)) - starts[group[records]] < bound]
-    return Groups(kept, np.arange(len(kept) + 1))
+    return owners_of(dataset.with_format(None)[column][:], column)

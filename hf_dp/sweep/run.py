@@ -46,7 +46,7 @@ def planned(asked: Asked) -> Plan:
     if base.privacy.contribution_bound is not None:
         raise ConfigError(
             "a sweep accounts by Rényi divergences, which are not known of drawing several records of a unit: leave "
-            "privacy.contribution_bound out"
+            "privacy.contribution_bound out (records of several owners, which need it, cannot be swept)"
         )
     groups = groups_by(records, base.privacy.unit_column)
     found = plan_sweep(

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from hf_dp import accounting
 from hf_dp.config import PrivacyConfig
 from hf_dp.errors import ConfigError, UnsupportedOptionError
-from hf_dp.mechanism import Mechanism
+from hf_dp.mechanism import SHARED, Mechanism
 from hf_dp.per_example import CompiledBlocks, Inventory, Pass, per_example_factors
 from hf_dp.randomness import require_cryptography
 from hf_dp.sampling import Groups, groups_by
@@ -40,6 +40,7 @@ def plan_training(
         require_cryptography()
     units = num_canaries + (len(dataset) if groups is None else groups.num_groups)
     epochs, steps = args.num_train_epochs, args.max_steps
+    row = SHARED if groups is not None and groups.shared else row
     return accounting.plan_mechanism(privacy, units, num_train_epochs=epochs, max_steps=steps, row=row)
 
 

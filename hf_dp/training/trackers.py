@@ -108,6 +108,7 @@ def settings(m: Mechanism) -> Settings:
         "num_examples": m.num_examples,
         "num_steps": m.num_steps,
         "unit": m.unit,
+        "relation": m.relation,
         "records_per_unit": m.records_per_unit,
         "contribution_bound": m.contribution_bound,
         "noise": m.noise,

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_dp import PrivacyConfig
-from hf_dp.accounting import plan_mechanism, spent, ways_to_draw
+from hf_dp.accounting import plan_mechanism, spent, ways_to_draw, ways_to_keep
 from hf_dp.mechanism import Mechanism, Segment
 
 SIZES = [*[1] * 300, *[2] * 100, *[5] * 100]
@@ -44,3 +44,16 @@ def test_ways_that_would_draw_more_than_there_are_are_left_out() -> None:
     """At 300 groups of 2 records a step, one record of each of 500 groups cannot be as many."""
     settings = [w.setting for w in ways_to_draw(planned(records_per_unit=2, expected_batch_size=300), [2] * 500)]
     assert sorted(settings) == ["contribution_bound=2", "records_per_unit=2"]
+
+
+def test_of_records_with_several_owners_only_the_bound_is_to_be_chosen() -> None:
+    """Each way has the plan's epsilon; a G that keeps no more than a smaller one is no way."""
+    kept = {1: 300, 3: 500, 4: 600, 16: 600}
+    ways = ways_to_keep(planned(contribution_bound=3), kept.__getitem__)
+    assert {way.setting: way.kept for way in ways} == {f"contribution_bound={g}": kept[g] for g in (1, 3, 4)}
+    assert [way.noise for way in ways] == sorted(way.noise for way in ways)
+    for way in ways:
+        bound = int(way.setting.split("=")[1])
+        segment = Segment(40 / way.kept, way.sigma, 30, "gaussian", bound)
+        assert 7.8 < spent([segment], 1e-4).epsilon <= 8
+        assert way.noise == way.sigma / 40

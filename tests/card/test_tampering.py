@@ -20,13 +20,13 @@ import pytest
 from hf_dp.accounting.selection import Selection
 from hf_dp.audit.report import Counts, audit_record
 from hf_dp.card import writing as card
-from hf_dp.card.assumptions import GAUSSIAN
+from hf_dp.card.assumptions import GAUSSIAN, sampler, sentences
 from hf_dp.card.record import Record
 from hf_dp.card.schema import SCHEMA, SCHEMA_VERSION
 from hf_dp.card.verification import verify
 from hf_dp.ledger.format import GENESIS, HASH_FIELD, encode
 from hf_dp.ledger.ledger import LEDGER_NAME, read_ledger
-from hf_dp.mechanism import Segment
+from hf_dp.mechanism import Segment, unit_of
 from tests.support.folders import failures, model_folder
 from tests.support.marks import quick
 
@@ -186,6 +186,35 @@ def test_a_forged_selection_is_caught(tmp_path: Path) -> None:
     for name, changed_record in forged.items():
         card.write_card(whole, Record.of(changed_record))
         assert failures(whole), name
+
+
+OWNED = {"unit", "relation", "sampler", "contribution_bound", "assumptions", "not_covered"}
+
+
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_changed_field_of_a_run_on_records_of_several_owners_is_caught(part: int, tmp_path: Path) -> None:
+    """What says that their owners are fixed and not protected; and all other fields."""
+    whole = model_folder(tmp_path / "sound", sigma=2.0, owned=3)
+    assert failures(whole) == ""
+    record = json.loads((whole / card.PRIVACY_JSON).read_text())
+    places = [at for at in leaves(record) if bool(OWNED & {*at}) == (part == 0)]
+    assert {name for at in places for name in at if name in OWNED} == (OWNED if part == 0 else set())
+    assert_changes_are_caught(whole, places, tmp_path)
+
+
+def test_a_run_that_would_protect_owners_by_name_alone_is_caught(tmp_path: Path) -> None:
+    """Record and card in other words, all of them right for groups of records: the ledger says otherwise."""
+    whole, other = (model_folder(tmp_path / name, sigma=2.0, owned=bound) for name, bound in (("a", 3), ("b", None)))
+    record, plain = (json.loads((folder / card.PRIVACY_JSON).read_text()) for folder in (whole, other))
+    unit = unit_of("users", contribution_bound=3)
+    words = {name: plain[name] for name in ("relation", "not_covered")} | {"unit": unit}
+    words["assumptions"] = list(sentences(True, ["gaussian"], unit, version=SCHEMA_VERSION).assumptions)
+    words["mechanism"] = record["mechanism"] | {"sampler": sampler(unit, 1)}
+    card.write_card(whole, Record.of(record | words))
+    assert failures(whole).startswith("N, unit, relation, delta")
+    assert ";" not in failures(whole).partition("delta: found")[0]
+    (whole / LEDGER_NAME).unlink()
+    assert failures(whole) == ""  # as said above: a folder in which everything was forged
 
 
 @pytest.mark.parametrize("field", RECORD)

@@ -126,6 +126,25 @@ def test_check_says_which_way_of_drawing_peoples_records_has_the_least_noise(hf_
         assert setting in out
 
 
+def test_check_of_records_with_several_owners_says_what_each_bound_keeps(hf_dp, tmp_path):
+    recipe = R.write(tmp_path)
+    users = [["ann", "bob"], ["ann"], ["bob", "cid"], ["cid"]] * 10
+    lines = [{**note, "users": names} for note, names in zip(R.notes(40), users, strict=True)]
+    R.write_lines(tmp_path / "train.jsonl", lines)
+    asked = ["privacy.unit_column=users", "privacy.expected_batch_size=2", "privacy.target_delta=0.01"]
+    status, _, err = hf_dp("check", recipe, *asked, "training.max_steps=2")
+    assert status == 2
+    assert "set contribution_bound=G, and leave records_per_unit out" in " ".join(err.split())
+    status, out, err = hf_dp("check", recipe, *asked, "privacy.contribution_bound=4", "training.max_steps=2")
+    assert status == 0, err
+    words = " ".join(out.split())
+    assert "who owns which record is fixed and not protected" in words
+    assert "records_per_unit" not in words
+    for bound in (1, 4, 16):
+        assert f"contribution_bound={bound}" in words
+    assert not {"ann", "bob", "cid"} & {*words.split()}
+
+
 def test_check_takes_split_documents(hf_dp, tmp_path):
     """Each is a unit of its own, which no column of the data names."""
     status, out, err = hf_dp("check", R.write(tmp_path), "data.split=chunks", "data.max_length=16")

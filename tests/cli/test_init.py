@@ -67,6 +67,17 @@ def test_what_is_found_in_the_columns_stands_in_the_recipe(hf_dp, notes):
     assert "the pub" not in Path("notes.yaml").read_text()  # nothing that stands in a record
 
 
+def test_lists_of_owners_get_a_bound(hf_dp, notes):
+    users = [["ann", "bob"], ["ann"], ["bob"]] * 10
+    lines = [json.dumps({"users": names, "note": "the pub is red"}) for names in users]
+    Path("chats.jsonl").write_text("\n".join(lines))
+    status, _, err = hf_dp("init", "chats.jsonl", "--model", "base", "--unit-column", "users")
+    assert status == 0, err
+    made = read("chats.yaml")
+    assert (made.privacy.unit_column, made.privacy.contribution_bound) == ("users", 4)
+    assert "(8 records)" in Path("chats.yaml").read_text()  # of which nobody owns more than 4
+
+
 def test_it_asks_a_person_at_a_terminal(hf_dp, notes, monkeypatch):
     answered(monkeypatch, "notes.csv", "{note}.", r"{customer}\n", "base", "2", "y")
     status, _, err = hf_dp("init")

@@ -40,3 +40,15 @@ def test_a_column_of_persons_is_warned_of_while_the_record_is_the_unit(column: s
     (alike,) = warnings(found, column)
     assert f"another {column}'s" in alike
     assert warnings(rows(OTHER, "and quite another text of some words", **{column: [1, 2]}), None) == []
+
+
+def test_lists_of_persons_are_warned_of_and_their_records_compared() -> None:
+    """Words that two records share are in both their owners' where the lists are the same."""
+    users = [["a", "b"], ["b", "a"], ["c"]]
+    person, alike = warnings(rows(*SAME, OTHER, users=users), None)
+    assert "users looks like a person's name or number, and 1 of 3 records" in person
+    assert "privacy.unit_column=users privacy.contribution_bound=4" in person
+    assert "2 of 3 records have the words of another record's" in alike
+    assert warnings(rows(*SAME, OTHER, users=users), "users") == []
+    assert near_duplicates(rows(*SAME, OTHER, users=[["a", "b"], ["b"], ["c"]]), "users") == 2
+    assert near_duplicates(rows(*SAME, author=["Ann\u00e9", "Anne\u0301"]), "author") == 0

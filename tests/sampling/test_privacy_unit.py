@@ -60,8 +60,8 @@ def test_numbers_are_groups_too_and_transforms_do_not_matter() -> None:
     ("authors", "column", "message"),
     [
         (AUTHORS, "writer", "no such column .it has input_ids, attention_mask, labels, author"),
-        (["a", None, "b", None], "author", "2 records have no value"),
-        ([1.0, float("nan")], "author", "1 records have no value"),
+        (["a", None, "b", None], "author", r"2 records \(rows 1, 3, counted from 0\) have no value"),
+        ([1.0, float("nan")], "author", r"1 record \(row 1, counted from 0\) has no value"),
         ([["a"], ["b"]], "author", "got lists.*to all records that share a person"),
     ],
 )

@@ -7,7 +7,8 @@ from hf_dp.audit.report import Counts
 from hf_dp.card import writing as card
 from hf_dp.card.verification import verify
 from hf_dp.ledger.ledger import LEDGER_NAME, Ledger, LedgerHeader
-from hf_dp.mechanism import Mechanism
+from hf_dp.mechanism import SHARED, UNIT, Mechanism, relation_of, unit_of
+from hf_dp.step.opening import begin_segment
 
 N, STEPS, DELTA = 1000, 12, 1e-4
 
@@ -23,8 +24,12 @@ def model_folder(
     noise: str = "gaussian",
     audit: Counts | None = None,
     selection: Selection | None = None,
+    owned: int | None = None,
 ) -> Path:
-    """What a run leaves: ledger, privacy.json and card, by the code that a run uses."""
+    """What a run leaves: ledger, privacy.json and card, by the code that a run uses; `owned` is the contribution bound
+    of a run on records with lists of owners.
+    """
+    unit = UNIT if owned is None else unit_of("users", SHARED, owned)
     mechanism = Mechanism(
         num_examples=N,
         expected_batch_size=50,
@@ -36,11 +41,14 @@ def model_folder(
         debug=debug,
         loss_bound=loss_bound,
         noise=noise,
+        unit=unit,
+        relation=relation_of(unit),
+        contribution_bound=owned,
     )
     folder.mkdir(parents=True, exist_ok=True)
     header = LedgerHeader(N, mechanism.unit, mechanism.relation, DELTA, None, debug)
     with Ledger.open(folder / LEDGER_NAME, header) as ledger:
-        ledger.begin(mechanism.sample_rate, mechanism.joint_noise_multiplier, 0.1, 50, noise, loss_bound)
+        begin_segment(ledger, mechanism.at(0))
         ledger.plan(mechanism.segments())
         for _ in range(steps):
             ledger.charge()
