@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from hf_dp.sampling import groups_by
 from hf_dp.step import sharding
 from tests.support import models as M
 from tests.support import runs
@@ -40,6 +41,8 @@ BASES = {"llama": M.llama, "gpt2": M.gpt2}
 FULL = {"full": M.llama, "tied": M.gpt2}  # all weights are trained
 FOUR_BITS = "four bits"  # a base of bitsandbytes' 4 bits
 PEOPLE = "people"  # a Llama of which persons with 1 to 8 records are the units
+KEPT = "kept"  # of whom 2 records each are kept, and drawn by themselves
+OWNERS = "owners"  # where a record has one to three of them
 
 
 CONFIG_FILE = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "sharded.yaml"
@@ -62,6 +65,8 @@ DIAGONAL = [
     Way("llama", "tokens", "non-reentrant", "launched"),
     Way("full", "4", "plain", ""),
     Way("full", "tokens", "non-reentrant", "launched"),
+    Way(KEPT, "4", "plain", ""),
+    Way(OWNERS, "4", "plain", ""),
 ]
 BESIDE = [  # the matrix
     Way("tied", "4", "plain", ""),
@@ -139,6 +144,15 @@ def update(way: Way, folder: Path) -> Tensor:
     if way.base == PEOPLE:
         own = {"unit_column": "person", "records_per_unit": 3, "expected_batch_size": 5}
         rows = rows.add_column("person", [number * number // 60 for number in range(len(rows))])
+    if way.base in (KEPT, OWNERS):
+        owners: list[Any] = [number * number // 60 for number in range(len(rows))]
+        if way.base == OWNERS:
+            owners = [[owner, *range(number % 3)] for number, owner in enumerate(owners)]
+        rows = rows.add_column("owners", owners)
+        groups = groups_by(rows, "owners", bound=2)
+        assert groups is not None
+        assert 4 < groups.num_groups < len(rows)
+        own = {"unit_column": "owners", "contribution_bound": 2, "expected_batch_size": groups.num_groups // 2}
     with launched(more=more) if way.sharded in ("launched", "replicas") else nullcontext():
         model = adapter_on(way.base, folder, sharded=way.sharded)
         trainer = runs.trainer(
