@@ -4,12 +4,15 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_dp.demo.base import small_llama, train_tokenizer
 from hf_dp.demo.records import Halves, write_records
+
+Row = dict[str, Any]
 
 
 def data_folder() -> Path:
@@ -33,6 +36,25 @@ def first_lines(source: Path, count: int, path: Path, longest: int = 1 << 30) ->
     random.Random(0).shuffle(lines)
     path.write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
     return path
+
+
+def rendered(path: Path, **templates: str) -> list[dict[str, str]]:
+    """The records of a file, each with the columns of `templates`, filled in by `str.format`."""
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [{name: template.format(**r) for name, template in templates.items()} for r in records]
+
+
+def halves(records: list[Row], column: str) -> tuple[list[Row], list[Row]]:
+    """Split by their values in a column, at random: no value is in both halves."""
+    values = sorted({r[column] for r in records})
+    random.Random(0).shuffle(values)
+    first = set(values[: len(values) // 2])
+    return [r for r in records if r[column] in first], [r for r in records if r[column] not in first]
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Writes a JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def made_up(folder: Path, *, num_heldout: int) -> Halves:

@@ -1,5 +1,5 @@
-"""What benchmarks and studies share: ratios with their intervals, peak memory in a process of its own, pictures, and
-what runs came to."""
+"""What benchmarks and studies share: ratios with their intervals, peak memory in a process of its own, pictures, hf-dp
+in a process of its own, and what runs came to."""
 
 import json
 import math
@@ -75,6 +75,24 @@ def save(figure: Any, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def run_hf_dp(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `hf-dp ARGUMENTS` in a process of its own."""
+    command = [sys.executable, "-m", "hf_dp", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def verified(folder: Path) -> bool:
+    """Runs `hf-dp verify` on a folder, and prints what it ends with, and whether the card states the unit."""
+    done = run_hf_dp("verify", str(folder))
+    unit = json.loads((folder / "privacy.json").read_text(encoding="utf-8"))["unit"]
+    stated = unit in (folder / "README.md").read_text(encoding="utf-8")
+    said = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
+    print(
+        f"{folder.name}: the card {'states' if stated else 'does not state'} the unit, a {unit}. hf-dp verify: {said}"
+    )
+    return done.returncode == 0 and stated
 
 
 class Results:

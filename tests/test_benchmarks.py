@@ -47,14 +47,15 @@ def utility(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_utility_runs_and_goes_on_where_it_stopped(
     utility: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = "training.learning_rate=0.5"
-    argv = ["bench_utility", str(tmp_path), "--quick", "--threads", "1", "--only-with", "--with", given]
+    given, people = "training.learning_rate=0.5", "privacy.unit_column=topic privacy.expected_batch_size=1"
+    argv = ["bench_utility", str(tmp_path), "--quick", "--threads", "1", "--only-with", "--with", given, people]
     monkeypatch.setattr(sys, "argv", argv)
     utility["main"]()
     first = capsys.readouterr().out.splitlines()
     log = (tmp_path / "runs.jsonl").read_text()
     runs = {run["way"]: run for run in map(json.loads, log.splitlines())}
-    assert list(runs) == ["no fine-tuning", "plain", given]
+    assert list(runs) == ["no fine-tuning", "plain", given, people]
+    assert [runs[way]["used"]["num_examples"] for way in (given, people)] == [400, 3]
     assert runs[given]["used"]["learning_rate"] == 0.5
     assert runs["plain"]["value"] != runs["no fine-tuning"]["value"] != runs[given]["value"]
     utility["main"]()

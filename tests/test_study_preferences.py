@@ -30,7 +30,7 @@ def records(facts: int, texts: int) -> list[dict[str, Any]]:
 
 
 def test_no_facts_are_in_both_halves_and_no_record_is_in_two_pairs(study: dict[str, Any]) -> None:
-    public, private = study["halves"](records(40, 5))
+    public, private = study["halves"](records(40, 5), "facts")
     assert not {r["facts"] for r in public} & {r["facts"] for r in private}
     assert len(public) + len(private) == 200
     pairs = study["training_pairs"](private)
