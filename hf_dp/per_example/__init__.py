@@ -39,7 +39,7 @@ from hf_dp.per_example.one_at_a_time import each_alone, tied_members
 from hf_dp.per_example.outside import hooks_in, refuse_hooks
 from hf_dp.per_example.owned import UnitUnderWay, of_units
 from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, note_beside, prove, state_put_back, untouched
-from hf_dp.per_example.reads import Reads, has_changed, names_in, reads, reads_of_code, used_by
+from hf_dp.per_example.reads import Reads, has_changed, names_in, reads_of_code, used_by
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
 from hf_dp.per_example.trace import Trace, trace_of
@@ -104,7 +104,6 @@ __all__ = [
     "preferences",
     "prove",
     "public_sizes",
-    "reads",
     "reads_of_code",
     "records_of_the_same_shape",
     "refuse_hooks",

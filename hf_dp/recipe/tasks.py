@@ -1,7 +1,7 @@
 """What a recipe can train -> for each task, what its data must say, and which classes load and train its model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hf_dp.errors import RecipeError
@@ -30,10 +30,11 @@ class Task:
     more: tuple[str, ...] = ()
     trainer: str = "DPTrainer"
     has_classes: bool = False
-    names: frozenset[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", frozenset([*(n for group in self.needed for n in group), *self.more]))
+    @property
+    def names(self) -> frozenset[str]:
+        """All keys of the section `data` that it may have."""
+        return frozenset([*(name for group in self.needed for name in group), *self.more])
 
     @property
     def of_trl(self) -> bool:
@@ -52,7 +53,9 @@ class Task:
         Raises:
             RecipeError: it is trl's, which is not installed.
         """
-        return self.trainer_class.config_class if self.of_trl else _arguments()
+        from transformers import TrainingArguments
+
+        return self.trainer_class.config_class if self.of_trl else TrainingArguments
 
     @property
     def trainer_class(self) -> Any:
@@ -67,12 +70,6 @@ class Task:
             return getattr(training, self.trainer)
         except ImportError as error:
             raise RecipeError(f"model.task: {error}") from None
-
-
-def _arguments() -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments
 
 
 DECODER, ENCODER = "openai-community/gpt2", "distilbert/distilbert-base-uncased"

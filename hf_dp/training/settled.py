@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_dp.errors import ConfigError, SelfCheckError
 from hf_dp.mechanism import Mechanism
-from hf_dp.per_example import Inventory, Reads, Report, State, has_changed, reads, reads_of_code
+from hf_dp.per_example import Inventory, Reads, Report, State, has_changed, reads_of_code
 from hf_dp.sampling import code_of, refuse_data_that_remember
 from hf_dp.step import Passes, PrivateStep
 from hf_dp.training import objective as objectives
@@ -36,7 +36,7 @@ class Settled:
 
     def __init__(self, trainer: PrivateTrainer) -> None:
         self._objects, self._settings, self._state = _objects(trainer), _settings(trainer), State(trainer.model)
-        self._read, self._of_data = reads_of(trainer), reads(code_of(trainer.train_dataset), "train_dataset")
+        self._read = reads_of(trainer)
 
     def note_model(self, trainer: PrivateTrainer) -> None:
         """Notes the model's state anew, after the host has prepared it, which sets hooks and wraps `forward`."""
@@ -51,10 +51,6 @@ class Settled:
         if not same_objects or self._settings != _settings(trainer) or has_changed(self._read, reads_of(trainer)):
             return False
         return not self._state.changes()
-
-    def data_hold(self, trainer: PrivateTrainer) -> bool:
-        """Whether what the data set's own code reads is as it was."""
-        return not has_changed(self._of_data, reads(code_of(trainer.train_dataset), "train_dataset"))
 
 
 class FirstCallback(TrainerCallback):
@@ -96,7 +92,7 @@ class SettledPasses(_Host):
         """
         trainer = cast(PrivateTrainer, self)
         _refuse_other_inputs(self._planned_for, plan_inputs(trainer))
-        if self._settled is not None and self._settled.holds(trainer) and self._settled.data_hold(trainer):
+        if self._settled is not None and self._settled.holds(trainer):
             return
         refuse_arguments(self.args, public_eval=trainer.privacy.public_eval)
         refuse_data_that_remember(trainer._columns_for_model()[0], self.data_collator)
@@ -115,10 +111,8 @@ class SettledPasses(_Host):
             HfDpError: as at construction and at the start of a training; or each example needs a pass of its own now.
         """
         self.model.train()
-        trainer, settled = cast(PrivateTrainer, self), cast(Settled, self._settled)
-        if not settled.data_hold(trainer):
-            self._settled = None
-        if not self.private_step.sharded and (self._settled is None or not settled.holds(trainer, stepped=True)):
+        trainer = cast(PrivateTrainer, self)
+        if not self.private_step.sharded and not cast(Settled, self._settled).holds(trainer, stepped=True):
             before = self.alone_because
             self._settle()
             self.self_check()
@@ -161,9 +155,11 @@ def _refuse_other_inputs(planned: dict[str, object], now: dict[str, object]) -> 
 
 
 def reads_of(trainer: PrivateTrainer) -> Reads:
-    """What the user's code in a trainer reads besides its arguments: losses, collator, and the model's own methods."""
-    code = users_losses(trainer) | {"data_collator": cast(Any, trainer).data_collator}
-    return reads_of_code(code, trainer.model)
+    """What the user's code in a trainer reads besides its arguments: losses, collator, data set, and the model's own
+    methods.
+    """
+    data = {"data_collator": cast(Any, trainer).data_collator, "train_dataset": code_of(trainer.train_dataset)}
+    return reads_of_code(users_losses(trainer) | data, trainer.model)
 
 
 def _objects(trainer: PrivateTrainer) -> list[object]:
