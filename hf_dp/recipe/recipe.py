@@ -166,6 +166,7 @@ def from_mapping(sections: Mapping[str, object], *, name: str) -> Recipe:
                 wrong.append("privacy.contribution_bound: not for split records; privacy.records_per_unit is")
         wrong += [
             *_type_problems(given),
+            *_adapter_problems(*(cast(Section | None, sections.get(name)) for name in ("lora", "peft"))),
             *_model_problems(given["model"], adapted=any(sections.get(s) is not None for s in ("lora", "peft"))),
             *_data_problems(given["data"], given["model"]),
         ]
@@ -208,7 +209,6 @@ def _type_problems(given: Mapping[str, Section]) -> Iterator[str]:
 
     yield from problems("model", given["model"], ModelSection)
     yield from problems("lora", given["lora"], LoraConfig)
-    yield from _adapter_problems(given)
     yield from problems("data", given["data"], DataSection)
     training = {k: v for k, v in given["training"].items() if (k, v) != ("resume_from_checkpoint", True)}
     yield from problems("training", training, _task(given["model"]).arguments, extra=OF_THE_TRAINER)
@@ -216,17 +216,17 @@ def _type_problems(given: Mapping[str, Section]) -> Iterator[str]:
     yield from problems("privacy", {k: v for k, v in given["privacy"].items() if k not in known}, PrivacyConfig)
 
 
-def _adapter_problems(given: Mapping[str, Section]) -> Iterator[str]:
+def _adapter_problems(lora: Section | None, other: Section | None) -> Iterator[str]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if not given["peft"]:
+    if other is None:
         return
-    if given["lora"]:
+    if lora is not None:
         yield "peft: the section lora is given too; give one of them"
     kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    asked = str(given["peft"].get("type", "")).upper()
+    asked = str(other.get("type", "")).upper()
     if asked in kinds:
-        yield from problems("peft", {k: v for k, v in given["peft"].items() if k != "type"}, kinds[asked])
+        yield from problems("peft", {k: v for k, v in other.items() if k != "type"}, kinds[asked])
     elif not asked:
         yield f"peft.type: missing; one of {', '.join(sorted(kinds))}"
     else:

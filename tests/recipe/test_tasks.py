@@ -243,6 +243,7 @@ def test_an_adapter_of_another_kind_trains(kind: str, tmp_path: Path) -> None:
     [
         ({"type": "LOHAA"}, r"peft\.type: there is no adapter 'LOHAA'; did you mean 'LOHA'\?"),
         ({"r": 2}, r"peft\.type: missing; one of"),
+        ({}, r"peft\.type: missing; one of"),
         ({"type": "LOHA", "rank": 2}, r"peft\.rank: there is no such setting"),
     ],
 )
@@ -254,6 +255,8 @@ def test_adapters_that_there_are_not_are_named(peft: dict[str, Any], match: str,
 def test_two_adapters_are_one_too_many(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="peft: the section lora is given too"):
         recipe(tmp_path, "causal_lm", peft={"type": "LOHA"})
+    with pytest.raises(RecipeError, match="peft: the section lora is given too"):
+        recipe(tmp_path, "causal_lm", lora={}, peft={"type": "LOHA"})
 
 
 def test_a_base_of_four_bits_trains(tmp_path: Path) -> None:
