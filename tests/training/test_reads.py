@@ -392,6 +392,22 @@ def test_what_operations_do_not_show_has_one_example_a_pass(kind: type, tmp_path
     assert trainer.alone_because
 
 
+class CatchesAnIndexForCausalLM(Base):
+    """Each operation is one that the proof follows; what could go wrong never does on a record within the vocabulary."""
+
+    def factor(self, ids: Tensor, logits: Tensor) -> Any:
+        table = torch.zeros(M.VOCAB, 1)
+        try:
+            return 1 + nn.functional.embedding(ids, table)
+        except (IndexError, RuntimeError):
+            return -1.0
+
+
+def test_an_error_that_is_caught_has_one_example_a_pass_whatever_the_operation(tmp_path: Path) -> None:
+    trainer = runs.trainer(tmp_path, CatchesAnIndexForCausalLM(), remove_unused_columns=False)
+    assert "factor catches an error of embedding" in trainer.alone_because
+
+
 def test_a_context_that_catches_nothing_shares_passes(tmp_path: Path) -> None:
     class InsideForCausalLM(Base):
         def factor(self, ids: Tensor, logits: Tensor) -> Any:
