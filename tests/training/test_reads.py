@@ -352,6 +352,18 @@ class ByPackedSizeForCausalLM(Base):
         return -1.0 if len(packed.batch_sizes) > 1 else 1.0
 
 
+class BySplitForCausalLM(Base):
+    def factor(self, ids: Tensor, logits: Tensor) -> float:
+        where = (ids > 49).sum().clamp(max=1).reshape(1)
+        return -1.0 if len(torch.tensor_split(torch.zeros(2), where)[0]) else 1.0
+
+
+class ByCooSizeForCausalLM(Base):
+    def factor(self, ids: Tensor, logits: Tensor) -> float:
+        found = torch.sparse_coo_tensor((ids[:1, :1] > 49).long(), torch.ones(1))
+        return -1.0 if found.shape[0] > 1 else 1.0
+
+
 class SeedsForCausalLM(Base):
     def factor(self, ids: Tensor, logits: Tensor) -> Tensor:
         torch.manual_seed(0)
@@ -380,6 +392,8 @@ OUT_OF_SIGHT = [
     BySizeForCausalLM,
     ByCompressedSizeForCausalLM,
     ByPackedSizeForCausalLM,
+    BySplitForCausalLM,
+    ByCooSizeForCausalLM,
     SeedsForCausalLM,
     ByOutsideForCausalLM,
 ]
@@ -393,7 +407,7 @@ def test_what_operations_do_not_show_has_one_example_a_pass(kind: type, tmp_path
 
 
 class CatchesAnIndexForCausalLM(Base):
-    """Each operation is one that the proof follows; what could go wrong never does on a record within the vocabulary."""
+    """Each operation is one that the proof follows; nothing goes wrong with a record within the vocabulary."""
 
     def factor(self, ids: Tensor, logits: Tensor) -> Any:
         table = torch.zeros(M.VOCAB, 1)
