@@ -19,6 +19,7 @@ from hf_dp.step import PrivacySpent
 
 EARLIER = "earlier private training"  # a row of plan and card
 ADDS = "it adds to this one for whoever is in both"
+UNKNOWN = "not known: the adapter is not a new one, and nothing in it says what was spent"
 
 
 class Trained(NamedTuple):
@@ -56,7 +57,7 @@ def refuse_again(model: nn.Module, folder: Path, dataset: Any, mechanism: Mechan
 
 
 def told(model: nn.Module, folder: Path) -> str:
-    """What an earlier private training of these weights spent, in words; "" where none is known of."""
+    """What an earlier private training of these weights spent, in words; "" where there is no sign of one."""
     found = [
         f"epsilon {before.spent.epsilon:.4g} at delta {before.spent.delta:.2g} for a {before.unit}"
         for before in _in_this_process(model, folder)
@@ -64,6 +65,8 @@ def told(model: nn.Module, folder: Path) -> str:
     stated = _stated(model, folder)
     if stated is not None:
         found.append(f"epsilon {stated.epsilon:.4g} at delta {stated.delta:.2g} for a {stated.unit}")
+    if _adapter_was_trained(model) and not any(module in _TRAINED for module in model.modules()):
+        found.append(UNKNOWN)
     return f"{' and '.join(dict.fromkeys(found))}; {ADDS}" if found else ""
 
 
@@ -91,6 +94,21 @@ def _is_the_same(before: Any, now: Any) -> bool:
         return True
     marks = [getattr(dataset, "_fingerprint", None) for dataset in (before, now)]
     return marks[0] is not None and marks[0] == marks[1]
+
+
+def _adapter_was_trained(model: nn.Module) -> bool:
+    """Whether a LoRA adapter was loaded: its B, which is zero in a new one unless its config says otherwise, is not.
+
+    Neither peft nor its files say where an adapter came from, so the record in that folder cannot be read.
+    """
+    begin_at_zero = {
+        name
+        for name, config in (getattr(model, "peft_config", None) or {}).items()
+        if getattr(config, "init_lora_weights", False) in (True, "gaussian")
+    }
+    layers = [getattr(module, "lora_B", None) for module in model.modules()]
+    found = [layer[name] for layer in layers if isinstance(layer, nn.ModuleDict) for name in layer.keys() & begin_at_zero]
+    return any(bool(parameter.any()) for module in found for parameter in module.parameters())
 
 
 def _stated(model: nn.Module, folder: Path) -> Record | None:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_from_disk
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_dp import ConfigError, PrivateLoop
-from hf_dp.training.earlier import EARLIER
+from hf_dp.training.earlier import EARLIER, UNKNOWN
 from tests.support import models as M
 from tests.support import runs
 from tests.training.test_loop import DATA, losses, mechanism
@@ -74,6 +75,20 @@ def test_a_private_base_on_the_disk_is_told(tmp_path: Path) -> None:
     assert second.about[EARLIER].startswith(f"epsilon {base.privacy_spent().epsilon:.4g} at delta")
     fresh = trained(tmp_path / "c", model=M.llama())
     assert EARLIER not in fresh.about
+
+
+def test_an_adapter_that_was_loaded_is_told(tmp_path: Path) -> None:
+    first = trained(tmp_path / "a", model=M.with_lora(M.llama))
+    first.save_model()
+    model = PeftModel.from_pretrained(M.llama(), tmp_path / "a", is_trainable=True)
+    second = runs.trainer(tmp_path / "b", model=model, privacy=PRIVATE)
+    second.train()
+    second.save_model()
+    assert f"{UNKNOWN}; it adds to this one" in (tmp_path / "b" / "README.md").read_text()
+    for init in (True, "gaussian", "pissa"):
+        adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights=init)
+        fresh = trained(tmp_path / str(init), model=get_peft_model(M.llama(), adapter))
+        assert EARLIER not in fresh.about
 
 
 def test_a_loop_on_weights_that_hold_a_training_on_the_same_records_is_refused(tmp_path: Path) -> None:
