@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dp.per_example.checksums import checksums
+from hf_dp.per_example.libraries import Functions
 
 Reads: TypeAlias = dict[str, Any]  # the way to a value -> the value, or what tells it from others
 PLAIN = (bool, int, float, complex, str, bytes)
@@ -40,14 +41,16 @@ def reads(holder: object, name: str) -> Reads:
 
 
 def reads_of_code(code: Mapping[str, object], model: nn.Module) -> Reads:
-    """What code reads besides its arguments, together with `forward` of a model's own classes and what that calls.
+    """What code reads besides its arguments, together with `forward` of a model's own classes and what that calls, and
+    the functions of libraries that a pass finds by name.
 
     Args:
         code: name -> a function, or an object with methods.
         model: whose modules are looked at.
     """
     of_model = {name: f for kind in {type(m) for m in model.modules()} for name, f in _called(kind).items()}
-    return {way: v for name, holder in {**code, **of_model}.items() for way, v in reads(holder, name).items()}
+    found = {way: v for name, holder in {**code, **of_model}.items() for way, v in reads(holder, name).items()}
+    return {**found, "functions of libraries": Functions(model)}
 
 
 def names_in(found: Reads) -> set[str]:

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import TrainerCallback
+from transformers.models.llama import modeling_llama
 
 from hf_dp import ConfigError, DPTrainer, PrivateLoop, SelfCheckError
 from hf_dp.errors import HfDpError
+from hf_dp.per_example.libraries import Functions
 from hf_dp.per_example.reads import has_changed, reads
 from tests.support import models as M
 from tests.support import runs
@@ -18,6 +21,7 @@ from tests.training.test_loop import DATA, losses, mechanism
 
 SWITCH = {"on": False}
 NUMBER = 1
+PRIVATE = {"noise_multiplier": 1.0, "target_delta": 1e-5}
 
 
 class Acts(TrainerCallback):
@@ -161,6 +165,23 @@ def test_another_transform_of_the_same_table_is_read_again(tmp_path: Path) -> No
     rows.set_transform(counted)
     with pytest.raises(ConfigError, match="the data set gives something else"):
         trainer.train()
+
+
+@pytest.mark.parametrize("place, name", [(functional, "silu"), (modeling_llama, "rotate_half"), (nn.Linear, "forward")])
+def test_a_library_function_that_a_callback_replaces_is_found(place: Any, name: str, tmp_path: Path) -> None:
+    before = getattr(place, name)
+
+    def mixing(*args: Any, **k: Any) -> Tensor:
+        out = before(*args, **k)
+        return out - 0.1 * out.mean(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        act = Acts(lambda trainer: patch.setattr(place, name, mixing))
+        trainer = runs.trainer(tmp_path, model=M.llama(), privacy=PRIVATE, max_steps=3, callbacks=[act])
+        with pytest.raises(SelfCheckError, match="changed during training"):
+            trainer.train()
+    assert trainer.privacy_spent().num_steps == 1
+    assert Functions(trainer.model) == Functions(trainer.model)
 
 
 def test_a_log_that_grows_is_no_change(tmp_path: Path) -> None:
