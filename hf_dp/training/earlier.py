@@ -107,7 +107,9 @@ def _adapter_was_trained(model: nn.Module) -> bool:
         if getattr(config, "init_lora_weights", False) in (True, "gaussian")
     }
     layers = [getattr(module, "lora_B", None) for module in model.modules()]
-    found = [layer[name] for layer in layers if isinstance(layer, nn.ModuleDict) for name in layer.keys() & begin_at_zero]
+    found = [
+        layer[name] for layer in layers if isinstance(layer, nn.ModuleDict) for name in layer.keys() & begin_at_zero
+    ]
     return any(bool(parameter.any()) for module in found for parameter in module.parameters())
 
 

@@ -112,7 +112,7 @@ class SettledPasses(_Host):
         """
         self.model.train()
         trainer = cast(PrivateTrainer, self)
-        if not self.private_step.sharded and not cast(Settled, self._settled).holds(trainer, stepped=True):
+        if not cast(Settled, self._settled).holds(trainer, stepped=True):
             before = self.alone_because
             self._settle()
             self.self_check()
