@@ -55,6 +55,7 @@ DEPTH = (
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _COLLECTIONS = {dict, OrderedDict, list, deque, set}
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+_SHARDINGS_OWN = "__composable_api_state_key"  # begins the attribute in which PyTorch keeps what sharding has under way
 _NOTHING_WITHIN = {*PLAIN, types.ModuleType, types.BuiltinFunctionType}
 
 
@@ -178,7 +179,7 @@ class State:
         self._containers.append(KeptMapping(name, own))
         for key, value in own.items():
             kind = type(value)
-            if kind in _NOTHING_WITHIN:
+            if kind in _NOTHING_WITHIN or key.startswith(_SHARDINGS_OWN):
                 continue
             inner = name if key in _REGISTRIES else joined(name, key)
             if kind in _COLLECTIONS and not value:
