@@ -233,6 +233,86 @@ def test_rows_credited_to_another_example_are_found_though_each_loss_is_its_own(
     assert "rows that are not the examples' own" in proof_of(model).reasons[0]
 
 
+# What a step changes: a pass is followed with the weights of one moment.
+
+
+class Steered(nn.Module):
+    """Passes its input on as long as a trained number is zero."""
+
+    def __init__(self, steers: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.number, self.steers = nn.Parameter(torch.zeros(())), steers
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.steers(h + self.number, self.number.detach())
+
+
+def grown(number: Tensor) -> Tensor:
+    return (number.abs() > 0).long()
+
+
+def others_row(h: Tensor, number: Tensor) -> Tensor:
+    return h + h[(torch.arange(len(h)) - grown(number)) % len(h)]
+
+
+def others_row_by_take(h: Tensor, number: Tensor) -> Tensor:
+    return h + h.index_select(0, torch.cat([torch.arange(1, len(h)), grown(number)[None]]))
+
+
+def others_row_by_gather(h: Tensor, number: Tensor) -> Tensor:
+    rows = (torch.arange(len(h)).add_(grown(number)) % len(h)).view(-1, 1, 1).expand_as(h)
+    return h + h.gather(0, rows)
+
+
+def added_to_another(h: Tensor, number: Tensor) -> Tensor:
+    return h.index_add(0, (torch.arange(len(h)) + grown(number)) % len(h), h)
+
+
+def read_by_python(h: Tensor, number: Tensor) -> Tensor:
+    return h - h.mean(0) if number.item() else h
+
+
+def read_as_a_list(h: Tensor, number: Tensor) -> Tensor:
+    return h - h.mean(0) if any((number + torch.zeros(2)).tolist()) else h
+
+
+def read_from_the_state(h: Tensor, number: Tensor) -> Tensor:
+    return h - h.mean(0) if (torch.stack([number, h.detach().flatten()[0]])[:1] != 0).any() else h
+
+
+def sized_by_them(h: Tensor, number: Tensor) -> Tensor:
+    return h - h.mean(0) if len(number.reshape(1).nonzero()) else h
+
+
+STEERS = [others_row, others_row_by_take, others_row_by_gather, added_to_another]
+STEERS += [read_by_python, read_as_a_list, read_from_the_state, sized_by_them]
+
+
+def steered(steers: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    model = tiny()
+    model.model.norm = nn.Sequential(model.model.norm, Steered(steers))
+    return model
+
+
+@pytest.mark.parametrize("steers", STEERS)
+def test_what_trained_weights_decide_leaves_a_pass_unproved(steers: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """While the number is zero, each of them passes on what it is given, or an example's own row."""
+    assert not proof_of(steered(steers)).independent
+
+
+def test_trained_weights_may_choose_among_an_examples_own() -> None:
+    among_positions: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda h, number: h + h[:, (torch.arange(h.shape[1]) + grown(number)) % h.shape[1]],
+        lambda h, number: h + h.index_select(2, (torch.arange(h.shape[2]) + grown(number)) % h.shape[2]),
+        lambda h, number: torch.where(number > 0, h, -h),
+    ]
+    for steers in among_positions:
+        assert proof_of(steered(steers)).reasons == ()
+    frozen = steered(read_by_python)
+    frozen.model.norm[1].number.requires_grad_(False)
+    assert proof_of(frozen).independent
+
+
 # What a pass keeps.
 
 

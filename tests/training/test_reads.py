@@ -167,7 +167,9 @@ def test_another_transform_of_the_same_table_is_read_again(tmp_path: Path) -> No
         trainer.train()
 
 
-@pytest.mark.parametrize("place, name", [(functional, "silu"), (modeling_llama, "rotate_half"), (nn.Linear, "forward")])
+@pytest.mark.parametrize(
+    ("place", "name"), [(functional, "silu"), (modeling_llama, "rotate_half"), (nn.Linear, "forward")]
+)
 def test_a_library_function_that_a_callback_replaces_is_found(place: Any, name: str, tmp_path: Path) -> None:
     before = getattr(place, name)
 

@@ -6,6 +6,7 @@ objects, so views share them as they share numbers, and an operation in place is
 memory. Memory without bytes is the same for all examples: weights, buffers, constants.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,11 @@ def address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def key(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor; of one that is no array of numbers, the tensor."""
+    return address(tensor) if tensor.layout is torch.strided else id(tensor)
+
+
 class Memories:
     """Pieces of memory. None of them is kept alive, but no other gets the address of one meanwhile."""
 
@@ -92,10 +98,19 @@ class Memories:
 
 
 class Book:
-    """The bytes of all memory that depends on anything."""
+    """The bytes of all memory that depends on anything.
 
-    def __init__(self) -> None:
+    Attributes:
+        of_weights: keys of memory that holds trained weights, or what was made of them: a step may change it.
+    """
+
+    def __init__(self, of_weights: Iterable[int] = ()) -> None:
+        self.of_weights = set(of_weights)
         self._shadows: dict[int, _Shadow] = {}
+
+    def follows_weights(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether a step may change what any of these holds."""
+        return any(key(tensor) in self.of_weights for tensor in tensors)
 
     def read(self, tensor: Tensor) -> Labels:
         """The bytes of a tensor, of its shape."""

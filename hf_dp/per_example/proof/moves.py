@@ -1,7 +1,8 @@
 """Rules of operations that move numbers about or add them up at given places: indexing, gathering, scattering, joining.
 
 Where the places are the same for all examples, the very operation is done on the bytes. Where an example's own numbers
-say the place, whatever might have been taken from, or put to, counts.
+say the place, or trained weights, which may say another after a step, whatever might have been taken from, or put to,
+counts.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hf_dp.per_example.proof import flow
 from hf_dp.per_example.proof.calls import Call, Value, as_tensor, tensors_in
-from hf_dp.per_example.proof.labels import EXAMPLES, UNWRITTEN, Labels
+from hf_dp.per_example.proof.labels import UNWRITTEN, Labels
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ def gather(call: Call) -> Labels:
     """out[i] = x[index[i]] along one dimension."""
     labels, index = call.labels("self"), call.labels("index")
     places: Tensor = call.arguments["index"]
-    if _same_for_all(index) and labels.ndim:
+    if _is_fixed(call, places) and labels.ndim:
         taken = torch.gather(as_tensor(labels), call.arguments["dim"], places.cpu())
         return np.asarray(_array(taken) | index)
     if not labels.ndim or not index.ndim:
@@ -52,7 +53,7 @@ def index_select(call: Call) -> Labels:
     dim = call.arguments["dim"] % labels.ndim
     shape = [1] * labels.ndim
     shape[dim] = -1
-    if _same_for_all(index):
+    if _is_fixed(call, call.arguments["index"]):
         return np.asarray(np.take(labels, call.arguments["index"].cpu().numpy(), axis=dim) | index.reshape(shape))
     return np.asarray(flow.over(labels, dim, True) | index.reshape(shape))
 
@@ -65,7 +66,7 @@ def embedding(call: Call) -> Labels:
 def index(call: Call) -> Labels:
     """x[i, :, j]: dimensions whose index is the same for all are indexed so; of the others, everything counts."""
     labels, where = call.labels("self"), call.arguments["indices"]
-    if any(_is_mask(i) and not _same_for_all(call.read(i)) for i in where):
+    if any(_is_mask(i) and not _is_fixed(call, i) for i in where):
         return np.full(call.results[0].shape, call.everything | UNWRITTEN, dtype=np.uint8)
     open_dims, fixed = _open(call, where)
     taken = _array(aten.index.Tensor(as_tensor(flow.along(labels, open_dims) if open_dims else labels), fixed))
@@ -75,7 +76,7 @@ def index(call: Call) -> Labels:
 def index_put(call: Call) -> Labels:
     """x[i, :, j] = values, or += values."""
     labels, where = call.labels("self"), call.arguments["indices"]
-    if any(_is_mask(i) and not _same_for_all(call.read(i)) for i in where):
+    if any(_is_mask(i) and not _is_fixed(call, i) for i in where):
         return _masked_put(call, labels, where)
     open_dims, fixed = _open(call, where)
     ndim = _array(aten.index.Tensor(torch.zeros(labels.shape, dtype=torch.uint8), fixed)).ndim
@@ -109,7 +110,7 @@ def scatter(call: Call) -> Labels:
     dim = call.arguments["dim"] % labels.ndim
     given = source if source.ndim == 0 else source[tuple(slice(0, n) for n in index.shape)]
     given = np.asarray(np.broadcast_to(given, index.shape) | index)
-    if _same_for_all(index):
+    if _is_fixed(call, call.arguments["index"]):
         places = call.arguments["index"].cpu()
         put = _by_bit(lambda s, v: s.scatter_add(dim, places, v), np.zeros_like(labels), given)
         return np.asarray(labels | put)
@@ -128,7 +129,7 @@ def index_add(call: Call) -> Labels:
     dim = call.arguments["dim"] % labels.ndim
     shape = [1] * labels.ndim
     shape[dim] = -1
-    if not _same_for_all(index):
+    if not _is_fixed(call, call.arguments["index"]):
         given = np.asarray(source | index.reshape(shape)) if source.ndim else source | flow.over(index, None)
         return np.asarray(labels | (flow.over(given, dim, True) if np.ndim(given) else given))
     places = call.arguments["index"].cpu()
@@ -149,14 +150,14 @@ def _by_bit(function: Callable[[Tensor, Tensor], Tensor], start: Labels, values:
 
 
 def _open(call: Call, where: Value) -> tuple[list[int], list[Tensor | None]]:
-    """The dimensions whose index depends on examples, and the indices with zeros in the place of those."""
+    """The dimensions whose index is not fixed, and the indices with zeros in the place of those."""
     open_dims: list[int] = []
     fixed: list[Tensor | None] = []
     dim = 0
     for i in where:
         if i is None:
             fixed.append(None)
-        elif _same_for_all(call.read(i)):
+        elif _is_fixed(call, i):
             fixed.append(i.cpu())
         else:
             open_dims.append(dim)
@@ -180,8 +181,9 @@ def _is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
-def _same_for_all(index: Labels) -> bool:
-    return not (index & (EXAMPLES | UNWRITTEN)).any()
+def _is_fixed(call: Call, index: Tensor) -> bool:
+    """Whether places are the same for all examples, and before and after a step."""
+    return not call.book.of_examples(index) and not call.book.follows_weights([index])
 
 
 def _array(tensor: Tensor) -> Labels:

@@ -34,6 +34,7 @@ from hf_dp.per_example.proof.labels import (
     address,
     bits_of,
     distinct,
+    key,
 )
 from hf_dp.per_example.proof.operations import (
     CHANCE,
@@ -72,14 +73,14 @@ class Tracker:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.book = Book()
+        self._trained = {address(p) for p in model.parameters() if p.requires_grad}
+        self.book = Book(self._trained)
         self.mixes: dict[str, None] = {}
         self.found: dict[str, None] = {}
         self.written: dict[str, None] = {}
         self.gradients_mended = self.in_backward = self.crossed = self.dropped_are_own = self.paused = False
         self.names = {id(module): name for name, module in model.named_modules()}
         self._kept = {address(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-        self._trained = {address(p) for p in model.parameters() if p.requires_grad}
         self.function = ""
         self._sharded = is_sharded(model)
         self._born = Memories()
@@ -114,7 +115,8 @@ class Tracker:
             yield
 
     def _note_trained(self, whole: Tensor) -> None:
-        self._trained.add(_key(whole))
+        self._trained.add(key(whole))
+        self.book.of_weights.add(key(whole))
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
@@ -130,11 +132,15 @@ class Tracker:
         if len(into) < LONGEST:
             into[f"{what} in {self._place()}"] = None
 
-    def read_into_python(self, what: str) -> None:
-        """Notes that Python reads a value that depends on examples, unless the read is known to be harmless."""
-        file, function = _reader()
-        if not is_harmless(file, function):
-            self.note(self.found, f"a value that depends on examples or on their padded length is read ({what})")
+    def read_into_python(self, what: str, tensors: Iterable[Tensor]) -> None:
+        """Notes that Python reads a value that depends on examples, or on weights that are trained, unless the read is
+        known to be harmless.
+        """
+        tensors = list(tensors)
+        of_examples = any(bool(self.book.read(tensor).any()) for tensor in tensors)
+        if (of_examples or self.book.follows_weights(tensors)) and not is_harmless(*_reader()):
+            on = "examples or on their padded length" if of_examples else "weights that each step changes"
+            self.note(self.found, f"a value that depends on {on} is read ({what})")
 
     def after(self, func: Value, args: tuple[Value, ...], kwargs: dict[str, Value], out: Value) -> None:
         """Follows one operation that has been done."""
@@ -143,9 +149,9 @@ class Tracker:
         inputs, present = call.inputs, int(call.everything)
         if present & EXAMPLES and (function := catching(_PROVE)):
             self.note(self.found, f"{function} catches an error of {call.name}, which may depend on any example,")
-        if present and not call.results and call.name not in NO_VALUES and call.answers:
-            self.read_into_python(call.name)
-        self._note_sizes(call, present)
+        if not call.results and call.name not in NO_VALUES and call.answers:
+            self.read_into_python(call.name, inputs)
+        self._note_sizes(call)
         self._note_chance(call)
         self._note_writes(call)
         self._meet(call, inputs, present)
@@ -165,11 +171,13 @@ class Tracker:
             elif tensor not in self._from_before and address(tensor) not in self._kept:
                 self.note(self.found, f"{call.name} takes a tensor that no operation of the pass made,")
 
-    def _note_sizes(self, call: Call, present: int) -> None:
+    def _note_sizes(self, call: Call) -> None:
         masks = (i for i in tensors_in(call.arguments.get("indices")) if i.dtype in (torch.bool, torch.uint8))
-        masked = call.name == "index" and any(self.book.of_examples(i) for i in masks)
-        if masked or (call.name in SIZED_BY_VALUES and present & EXAMPLES):
+        deciding = list(masks) if call.name == "index" else call.inputs if call.name in SIZED_BY_VALUES else []
+        if any(self.book.of_examples(tensor) for tensor in deciding):
             self.note(self.found, f"the size of a result depends on examples ({call.name})")
+        elif self.book.follows_weights(deciding):
+            self.note(self.found, f"the size of a result depends on weights that each step changes ({call.name})")
 
     def is_each_examples_own(self, tensor: Tensor) -> bool:
         """Whether a tensor has a row an example, or holds numbers of examples alone, in whatever layout."""
@@ -194,11 +202,16 @@ class Tracker:
 
     def _meet(self, call: Call, inputs: list[Tensor], present: int) -> None:
         """Where trained values meet the examples, rows must lead with the examples, each in its own place."""
-        self._trained.difference_update(self._fresh(call))
-        if self.in_backward or not any(_key(t) in self._trained for t in inputs):
+        follows = self.book.follows_weights(inputs)
+        for known in (self._trained, self.book.of_weights):
+            known.difference_update(self._fresh(call))
+        if self.in_backward or not follows:
+            return
+        self.book.of_weights.update(key(r) for r in [*call.results, *call.written()])
+        if not any(key(t) in self._trained for t in inputs):
             return
         if not present & (EXAMPLES | UNWRITTEN):
-            self._trained.update(_key(r) for r in call.results)
+            self._trained.update(key(r) for r in call.results)
             return
         for tensor in inputs:
             labels = call.read(tensor)
@@ -209,7 +222,7 @@ class Tracker:
     def _results(self, call: Call, inputs: list[Tensor], present: int) -> None:
         writes = bool(call.written())
         new_memory = self._fresh(call)
-        fresh = [_key(r) in new_memory for r in call.results]
+        fresh = [key(r) in new_memory for r in call.results]
         for result, new in zip(call.results, fresh, strict=True):
             if new:
                 self._born.add(result)
@@ -227,11 +240,11 @@ class Tracker:
 
     def _fresh(self, call: Call) -> set[int]:
         """The memory that the operation made."""
-        return {_key(r) for r in call.results} - {_key(t) for t in tensors_in(list(call.arguments.values()))}
+        return {key(r) for r in call.results} - {key(t) for t in tensors_in(list(call.arguments.values()))}
 
     def _lift(self, call: Call) -> None:
         for tensor in call.results:  # a constant that Python made within the pass
-            if _key(tensor) not in self._kept:
+            if key(tensor) not in self._kept:
                 known = self.function in FROM_PYTHON | INDEXING  # what they are given has been looked at
                 self._born.add(tensor)
                 self.book.write(
@@ -332,14 +345,12 @@ class _Leaving(TorchFunctionMode):
         return out
 
     def _look(self, name: str, arguments: list[Value]) -> None:
-        book = self._tracker.book
         if name in ("as_tensor", "asarray") and isinstance(arguments[0], Tensor):
             return  # the tensor itself, or an operation that is followed
         if name in INDEXING:  # a list of numbers becomes a tensor, unseen
             arguments = [a for a in _listed(arguments[1:2]) if isinstance(a, list)]
         arguments = arguments[1:] if name in ("new_tensor", "tensor_split") else arguments
-        if any(bool(book.read(t).any()) for t in tensors_in(arguments)):
-            self._tracker.read_into_python(name)
+        self._tracker.read_into_python(name, tensors_in(arguments))
 
     def _watch(self, tensor: Tensor, name: str) -> None:
         if not tensor.requires_grad or tensor.layout is not torch.strided:
@@ -373,9 +384,6 @@ def _listed(arguments: list[Value]) -> list[Value]:
     """The argument that indexes, and what stands in it if it is a tuple."""
     return [part for a in arguments for part in (a if isinstance(a, tuple) else (a,))]
 
-
-def _key(tensor: Tensor) -> int:
-    return address(tensor) if tensor.layout is torch.strided else id(tensor)
 
 
 def _reader() -> tuple[str, str]:
