@@ -38,7 +38,7 @@ def seal(checkpoint: Path, ledger_head: str) -> None:
     """Writes the completion marker: which line of the ledger was the last, and the hash of each file of weights and
     optimizer that lies in the folder.
     """
-    files = {path.name: digest for path, digest in _digests(checkpoint)}
+    files = dict(_digests(checkpoint))
     durable.replace(checkpoint / COMPLETE, json.dumps({"ledger_head": ledger_head, "files": files}).encode())
 
 
@@ -52,7 +52,7 @@ def _as_it_was_saved(checkpoint: Path) -> Path:
         files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")).get("files", {})
     except (OSError, ValueError, AttributeError):
         raise LedgerError(f"{checkpoint / COMPLETE} cannot be read: resume from another checkpoint") from None
-    now = {path.name: digest for path, digest in _digests(checkpoint)}
+    now = dict(_digests(checkpoint))
     if changed := sorted(name for name, digest in files.items() if now.get(name) != digest):
         raise LedgerError(
             f"{', '.join(changed)} in {checkpoint} is not what was saved there, and the ledger counts the steps of "
@@ -61,14 +61,15 @@ def _as_it_was_saved(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _digests(folder: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(folder.iterdir()):
+def _digests(folder: Path) -> Iterator[tuple[str, str]]:
+    """The path of each such file within the folder, an adapter of a name of its own in one beneath, and its hash."""
+    for path in sorted(folder.rglob("*")):
         if path.suffix in LEARNT and path.is_file():
             digest = hashlib.blake2b()
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-            yield path, digest.hexdigest()
+            yield path.relative_to(folder).as_posix(), digest.hexdigest()
 
 
 def step_of(checkpoint: Path) -> int:

@@ -38,7 +38,17 @@ from hf_dp.per_example.losses import IGNORED, public_sizes
 from hf_dp.per_example.one_at_a_time import each_alone, tied_members
 from hf_dp.per_example.outside import hooks_in, refuse_hooks
 from hf_dp.per_example.owned import UnitUnderWay, of_units
-from hf_dp.per_example.proof import SIZE, Proof, State, is_sharded, note_beside, prove, state_put_back, untouched
+from hf_dp.per_example.proof import (
+    SIZE,
+    Proof,
+    State,
+    is_sharded,
+    note_beside,
+    note_losses,
+    prove,
+    state_put_back,
+    untouched,
+)
 from hf_dp.per_example.reads import Reads, has_changed, names_in, reads_of_code, used_by
 from hf_dp.per_example.self_check import Report, is_coupled, precision, self_check, undisturbed
 from hf_dp.per_example.synthetic import LENGTHS, MANY, longest_taken, records_of_the_same_shape, synthetic_records
@@ -96,6 +106,7 @@ __all__ = [
     "materialise_is_cheaper",
     "names_in",
     "note_beside",
+    "note_losses",
     "of_units",
     "pad_and_join",
     "per_example_factors",

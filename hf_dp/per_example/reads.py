@@ -5,12 +5,17 @@ them: what such code does is no longer what it did when it was examined, or depe
 """
 
 import functools
+import os
+import pickle
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, TypeAlias
+from weakref import ref
 
 import numpy as np
 import torch
@@ -77,7 +82,8 @@ def _was_added(name: str, before: Reads) -> bool:
 
 
 def used_by(function: types.FunctionType, *, with_globals: bool) -> Iterator[tuple[str, object]]:
-    """What a function closes over, its defaults, and the globals that its code names."""
+    """What a function closes over, its defaults, its own attributes, and the globals that its code names."""
+    yield from vars(function).items()
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
     yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
     yield from (
@@ -107,14 +113,41 @@ def is_the_users(module: str | None) -> bool:
 
 
 def methods_of(kind: type) -> dict[str, types.FunctionType]:
-    """The functions that the user's classes among a class and its bases define, by name."""
+    """The functions that the user's classes among a class and its bases define, by name: properties and static methods
+    too.
+    """
     return {
-        f"{own.__name__}.{name}": value
+        f"{own.__name__}.{'' if number == 0 else f'({number})'}{name}": function
         for own in kind.__mro__
         if is_the_users(own.__module__)
-        for name, value in vars(own).items()
-        if isinstance(value, types.FunctionType)
+        for name, value in list(vars(own).items())
+        for number, function in enumerate(functions_in(value))
     }
+
+
+def functions_in(value: Any) -> list[types.FunctionType]:
+    """The functions that Python calls for a value: a function, a method of any kind, a property, one with a cache."""
+    found: list[Any]
+    if isinstance(value, property):
+        found = [value.fget, value.fset, value.fdel]
+    elif isinstance(value, functools.cached_property):
+        found = [value.func]
+    elif isinstance(value, (staticmethod, classmethod, functools._lru_cache_wrapper)):
+        found = functions_in(value.__wrapped__)
+    else:
+        found = [value]
+    return [function for function in found if isinstance(function, types.FunctionType)]
+
+
+def behind(value: Any) -> Any:
+    """What a reference, a context's variable, a partial function or a thread's own values stand for; else the value."""
+    if isinstance(value, ref):
+        return value()
+    if isinstance(value, ContextVar):
+        return value.get(None)
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    return value.__dict__ if isinstance(value, threading.local) else value
 
 
 def _walk(value: Any, name: str, depth: int, names: frozenset[str], seen: set[int], found: Reads) -> None:
@@ -130,13 +163,16 @@ def _walk(value: Any, name: str, depth: int, names: frozenset[str], seen: set[in
     step = functools.partial(_walk, depth=depth - 1, names=names, seen=seen, found=found)
     if isinstance(value, Tensor):
         found[name] = _of_tensor(value)
-    elif isinstance(value, np.ndarray):
-        whole = value.size <= COMPARED and not value.dtype.hasobject
-        found[name] = value.shape, hash(value.tobytes()) if whole else id(value)
+    elif isinstance(value, np.ndarray) or hasattr(type(value), "__array__"):  # a column, a table
+        found[name] = _of_array(np.asarray(value))
     elif isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
         _of_container(value, name, step, found)
-    elif isinstance(value, functools.partial):
-        step((value.func, value.args, value.keywords), name)
+    elif behind(value) is not value:
+        step(behind(value), name)
+    elif isinstance(
+        value, (property, staticmethod, classmethod, functools.cached_property, functools._lru_cache_wrapper)
+    ):
+        step(functions_in(value), name)
     elif isinstance(value, types.MethodType):
         further = frozenset(_through(value.__func__, type(value.__self__)))
         step(value.__func__, name)
@@ -147,7 +183,7 @@ def _walk(value: Any, name: str, depth: int, names: frozenset[str], seen: set[in
         for member, inner in used_by(value, with_globals=is_the_users(value.__module__)):
             _walk(inner, f"{name}.{member}", depth - 1, inside, seen, found)
     elif isinstance(value, (type, types.ModuleType)):
-        _of_namespace(value, name, step, names)
+        _of_namespace(value, name, step, names, found)
     else:
         _of_object(value, name, step, names)
 
@@ -162,6 +198,12 @@ def _of_tensor(tensor: Tensor) -> object:
     if tensor.numel() > COMPARED or tensor.layout is not torch.strided:
         return tuple(tensor.shape), tensor._version, id(tensor)
     return tuple(tensor.shape), checksums({"": tensor})[""]
+
+
+def _of_array(array: np.ndarray) -> object:
+    if array.size > COMPARED:
+        return array.shape, id(array) if array.base is None else id(array.base)
+    return array.shape, hash(pickle.dumps(array.tolist()) if array.dtype.hasobject else array.tobytes())
 
 
 def _of_container(value: Any, name: str, step: Any, found: Reads) -> None:
@@ -179,12 +221,20 @@ def _of_container(value: Any, name: str, step: Any, found: Reads) -> None:
         step(member, f"{name}[{key!r}]")
 
 
-def _of_namespace(value: Any, name: str, step: Any, names: frozenset[str]) -> None:
-    """Of a user's class its attributes that are no functions; of a user's module what the code names of it."""
+def _of_namespace(value: Any, name: str, step: Any, names: frozenset[str], found: Reads) -> None:
+    """Of a user's class its attributes that are no functions; of a user's module what the code names of it; the
+    environment, where code names it.
+    """
+    if value is os and names & {"environ", "getenv"}:
+        found[f"{name}.environ"] = hash(frozenset(os.environ.items()))
     is_class = isinstance(value, type)
     if is_the_users(value.__module__ if is_class else value.__name__):
         for key, member in list(vars(value).items()):
-            if not key.startswith("__") and (is_class or key in names) and not isinstance(member, types.FunctionType):
+            if (
+                key in names
+                if not is_class
+                else not key.startswith("__") and not isinstance(member, types.FunctionType)
+            ):
                 step(member, f"{name}.{key}")
 
 
@@ -194,7 +244,7 @@ def _of_object(value: Any, name: str, step: Any, names: frozenset[str]) -> None:
     if _is_watched(value):
         calls_a_method = any(callable(getattr(kind, n, None)) for n in names if not n.startswith("_"))
         for key, member in list(own.items()):
-            is_plain = calls_a_method and isinstance(member, (*PLAIN, list)) and not _is_a_trainer(kind)
+            is_plain = calls_a_method and isinstance(member, (*PLAIN, list)) and not is_a_trainer(kind)
             if key in names or is_plain:
                 step(member, f"{name}.{key}")
         for key, function in methods_of(kind).items():
@@ -215,10 +265,11 @@ def _of_object(value: Any, name: str, step: Any, names: frozenset[str]) -> None:
 def _is_watched(value: Any) -> bool:
     """Whether of an object only what code names of it is read: trainers, and the objects of their libraries."""
     kind = type(value)
-    return _is_a_trainer(kind) or (kind.__module__ or "").partition(".")[0] in FOLLOWED
+    return is_a_trainer(kind) or (kind.__module__ or "").partition(".")[0] in FOLLOWED
 
 
-def _is_a_trainer(kind: type) -> bool:
+def is_a_trainer(kind: type) -> bool:
+    """Whether a class is a Trainer, or made for one."""
     return any(own.__name__ in ("Trainer", "DPTrainerMixin") for own in kind.__mro__)
 
 

@@ -13,12 +13,14 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 from transformers import default_data_collator
 
 from hf_dp.errors import CaptureError, ConfigError, HfDpError
@@ -333,10 +335,20 @@ def _unwrapped(collate: Collate) -> Collate:
 def _is_known(collate: Collate) -> bool:
     """Whether this padding collator is known to make each row of one record alone; also inside Trainer's wrapper."""
     collate = _unwrapped(collate)
-    if collate is default_collate or collate is default_data_collator:
+    if collate is default_collate:  # a user may have put functions of their own in its table
+        return all(getattr(f, "__module__", "") == default_collate.__module__ for f in default_collate_fn_map.values())
+    if collate is default_data_collator:
         return True
-    shipped = type(collate).__module__.partition(".")[0] in SHIPPED_BY and type(collate).__name__ in KNOWN
-    return shipped and not vars(collate).get("mlm", False)
+    shipped = _is_as_shipped(collate) and type(collate).__name__ in KNOWN
+    tokenizer = vars(collate).get("tokenizer") if shipped else None
+    return shipped and not vars(collate).get("mlm", False) and (tokenizer is None or _is_as_shipped(tokenizer))
+
+
+def _is_as_shipped(part: object) -> bool:
+    """Whether a collator or tokenizer is of a class of these libraries, with nothing of its own in a method's place."""
+    kind = type(part)
+    own = [name for name in getattr(part, "__dict__", {}) if isinstance(getattr(kind, name, None), FunctionType)]
+    return kind.__module__.partition(".")[0] in SHIPPED_BY and not own
 
 
 def _if_padded(records: list[Record]) -> list[Record]:

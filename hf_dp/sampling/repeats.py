@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from hf_dp.errors import ConfigError, SelfCheckError
 from hf_dp.per_example import State, same
 from hf_dp.randomness import fork_forward_rng
+from hf_dp.sampling.copies import in_a_copy
 from hf_dp.sampling.own_generators import REMEDY as GENERATOR_REMEDY
 from hf_dp.sampling.own_generators import own_generators
 from hf_dp.sampling.reading import Records, is_plain_table, read_records
@@ -39,8 +40,9 @@ def refuse_what_remembers(
     alike: Callable[[Any, Any], bool] | None = None,
     holder: object = None,
 ) -> None:
-    """Calls with each thing several times, under the same random states each time, and once more after all the others;
-    then, from the state that the code had before, with each thing alone and after the others.
+    """Calls with all things in two orders, each in a copy of the process; then with each thing several times, under the
+    same random states each time, and once more after all the others; then, from the state that the code had before,
+    with each thing alone and after the others.
 
     Args:
         what: is called, for the message.
@@ -60,6 +62,8 @@ def refuse_what_remembers(
         with fork_forward_rng(devices, seed=0):
             return copy.deepcopy(call(thing))
 
+    if holder is not None and all(torch.device(device).type == "cpu" for device in devices):
+        _refuse_other_orders(what, once, things, alike)
     first = []
     for thing in things:
         results = [once(thing) for _ in range(CALLS)]
@@ -70,6 +74,22 @@ def refuse_what_remembers(
         raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
     if holder is not None:
         _refuse_what_the_first_call_decides(what, once, things, alike, memory)
+
+
+def _refuse_other_orders(
+    what: str, once: Callable[[Given], Any], things: Sequence[Given], alike: Callable[[Any, Any], bool]
+) -> None:
+    """Wherever the code keeps what it keeps: a copy of the process begins with all of it as it is."""
+    forward, backward = in_a_copy(once, things), in_a_copy(once, things[::-1])
+    if forward is None or backward is None:
+        return
+    if files := sorted({*forward.files, *backward.files}):
+        raise ConfigError(
+            f"{what} reads and writes {', '.join(files)}, so what it makes of one record may depend on which others "
+            "came before: fill the file before training, and open it for reading alone"
+        )
+    if not all(alike(a, b) for a, b in zip(forward.results, backward.results[::-1], strict=True)):
+        raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
 
 
 def _refuse_what_the_first_call_decides(

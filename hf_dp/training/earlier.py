@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from hf_dp.card import PRIVACY_JSON, Record, read_record
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import Mechanism
+from hf_dp.per_example import checksums
 from hf_dp.step import PrivacySpent
+from hf_dp.step.coordinates import local
 
 EARLIER = "earlier private training"  # a row of plan and card
 ADDS = "it adds to this one for whoever is in both"
@@ -23,22 +26,65 @@ UNKNOWN = "not known: the adapter is not a new one, and nothing in it says what 
 
 
 class Trained(NamedTuple):
-    """A training in this process: its output folder, what it spent, of which unit, and on which records."""
+    """A training in this process: its output folder, what it spent, of which unit, on which records, and the checksums
+    of the weights that it left, of those that it changed.
+    """
 
     folder: Path
     spent: PrivacySpent
     unit: str
     dataset: Callable[[], Any]
+    weights: frozenset[int]
 
 
-_TRAINED: "WeakKeyDictionary[nn.Module, Trained]" = WeakKeyDictionary()
+class Beneath(NamedTuple):
+    """What an adapter was trained on, and the weight's first values: merging the adapter changes them."""
+
+    trained: Trained
+    first: bytes
 
 
-def note(model: nn.Module, folder: Path, spent: PrivacySpent, mechanism: Mechanism, dataset: Any) -> None:
-    """Remembers that these weights were trained, as long as the model lives. Without a step nothing is noted."""
-    if spent.num_steps:
-        for module in _owners(model):
-            _TRAINED[module] = Trained(folder.resolve(), spent, mechanism.unit, _held_weakly(dataset))
+SAMPLE = 4096  # how many of a weight's values are looked at
+_TRAINED: list[Trained] = []
+_OF_MODULE: "WeakKeyDictionary[nn.Module, Trained]" = WeakKeyDictionary()
+_BENEATH: "WeakKeyDictionary[nn.Module, Beneath]" = WeakKeyDictionary()
+
+
+def weights_of(model: nn.Module) -> dict[str, int]:
+    """The checksums of what is trained, to be given to `note` after the training."""
+    return checksums({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def note(
+    model: nn.Module,
+    before: dict[str, int],
+    folder: Path,
+    spent: PrivacySpent,
+    mechanism: Mechanism,
+    dataset: Any,
+) -> None:
+    """Remembers that these weights were trained: the modules while they live, the weights' values, wherever they are
+    copied, saved, loaded or merged. Without a step nothing is noted.
+
+    Args:
+        model: after the training.
+        before: its `weights_of` when the training began.
+        folder: of the output.
+        spent: in all.
+        mechanism: whose unit is told.
+        dataset: that was trained on.
+    """
+    if not spent.num_steps:
+        return
+    left = frozenset(value for name, value in weights_of(model).items() if before.get(name) != value)
+    trained = Trained(folder.resolve(), spent, mechanism.unit, _held_weakly(dataset), left)
+    _TRAINED.append(trained)
+    for module in _owners(model):
+        _OF_MODULE[module] = trained
+    for layer in model.modules():
+        base = getattr(layer, "base_layer", None)  # beneath an adapter
+        if isinstance(base, nn.Module):
+            _BENEATH[base] = Beneath(trained, _first_values(base))
 
 
 def refuse_again(model: nn.Module, folder: Path, dataset: Any, mechanism: Mechanism) -> None:
@@ -65,7 +111,7 @@ def told(model: nn.Module, folder: Path) -> str:
     stated = _stated(model, folder)
     if stated is not None:
         found.append(f"epsilon {stated.epsilon:.4g} at delta {stated.delta:.2g} for a {stated.unit}")
-    if _adapter_was_trained(model) and not any(module in _TRAINED for module in model.modules()):
+    if _adapter_was_trained(model) and not _in_this_process(model):
         found.append(UNKNOWN)
     return f"{' and '.join(dict.fromkeys(found))}; {ADDS}" if found else ""
 
@@ -83,9 +129,24 @@ def _owners(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _in_this_process(model: nn.Module, folder: Path) -> list[Trained]:
-    found = [_TRAINED[module] for module in model.modules() if module in _TRAINED]
-    return list({before.folder: before for before in found if before.folder != folder.resolve()}.values())
+def _in_this_process(model: nn.Module, folder: Path | None = None) -> list[Trained]:
+    """The trainings that the weights hold, but for those of `folder`."""
+    found = [_OF_MODULE[module] for module in model.modules() if module in _OF_MODULE]
+    beneath = [(module, _BENEATH[module]) for module in model.modules() if module in _BENEATH]
+    found += [before.trained for module, before in beneath if before.first != _first_values(module)]
+    values = set(weights_of(model).values())
+    found += [before for before in _TRAINED if before.weights & values]
+    return list(
+        {before.folder: before for before in found if folder is None or before.folder != folder.resolve()}.values()
+    )
+
+
+def _first_values(module: nn.Module) -> bytes:
+    with torch.no_grad():
+        parts = [
+            local(p).flatten()[:SAMPLE].cpu().contiguous() for p in module.parameters(recurse=False) if not p.is_meta
+        ]
+    return b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts if part.numel())
 
 
 def _is_the_same(before: Any, now: Any) -> bool:

@@ -188,6 +188,7 @@ class PrivateLoop:
         self._examine = partial(self._checked_with, dataset, collate, max_examples, check_records)
         collation = self._examine()
         earlier.refuse_again(self.model, self._place.folder, dataset, m)
+        begun = earlier.weights_of(self.model)
         run = PrivateRun.open(m, self._place, Session(dataset, continues=self._run is not None))
         self._run = run
         try:
@@ -210,7 +211,7 @@ class PrivateLoop:
         finally:
             self._draw, self._waits = None, False
             run.close()
-            earlier.note(self.model, self._place.folder, run.spent(), m, dataset)
+            earlier.note(self.model, begun, self._place.folder, run.spent(), m, dataset)
 
     def backward(self, draw: Draw[MicroBatch]) -> None:
         """Writes p.grad = (clipped sum + noise) / B for every trainable parameter. The step is charged first, on disk.

@@ -324,17 +324,23 @@ def _refuse_settings(trainer: PrivateTrainer, chosen: Objective) -> None:
         )
     if chosen.kind in (YOURS, SPELT_OUT) and trainer.class_weights is not None:
         raise ConfigError("class_weights are not for a loss of another kind: multiply its losses by them there")
+    classes = getattr(getattr(trainer._base_model(), "config", None), "num_labels", None)
+    if trainer.class_weights is not None and classes not in (None, len(trainer.class_weights)):
+        raise ConfigError(
+            f"class_weights: expected {classes} numbers, one for each of the model's classes (config.num_labels), got "
+            f"{len(trainer.class_weights)}"
+        )
 
 
 def class_weights(given: Sequence[float] | None) -> Tensor | None:
     """The weights of classes as a tensor.
 
     Raises:
-        ConfigError: not a list of finite numbers, 0 or more.
+        ConfigError: not a list of finite numbers, 0 or more, or all of them 0.
     """
     if given is None:
         return None
     numbers = list(given)
-    if not numbers or not all(is_number(w) and w >= 0 for w in numbers):
-        raise ConfigError(f"class_weights must be finite numbers, 0 or more, one a class (got {given!r})")
+    if not any(numbers) or not all(is_number(w) and w >= 0 for w in numbers):
+        raise ConfigError(f"class_weights must be finite numbers, 0 or more, one a class, not all 0 (got {given!r})")
     return torch.tensor(numbers, dtype=torch.float32)

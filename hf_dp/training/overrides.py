@@ -7,6 +7,10 @@ from transformers import Trainer
 from hf_dp.errors import ConfigError, UnsupportedOptionError
 
 _DRAWS = "batches must be Poisson draws of train_dataset, which no other sampler or loader makes"
+_MEET = (
+    "micro-batches are brought to the device as Trainer does it, and in it records would meet; drop it, and change a "
+    "record in data_collator, which is given each by itself"
+)
 # method of Trainer -> why it is not called, and what to do instead
 NEVER_CALLED = {
     "compute_loss": (
@@ -18,10 +22,8 @@ NEVER_CALLED = {
     "_get_dataloader": f"{_DRAWS}; drop it, or override get_eval_dataloader, which serves evaluation alone",
     "_get_train_sampler": f"{_DRAWS}; drop it, and choose records in train_dataset",
     "get_batch_samples": f"{_DRAWS}; drop it",
-    "_prepare_inputs": (
-        "micro-batches are brought to the device as Trainer does it, and in it records would meet; drop it, and change "
-        "a record in data_collator, which is given each by itself"
-    ),
+    "_prepare_inputs": _MEET,
+    "_prepare_input": _MEET,
     "training_step": "a private step clips, sums and releases by itself; drop it, or move what it does into a callback",
 }
 ANSWERS = "its loss is of pairs, whose answers lie in several rows of a batch; clipping bounds the two as one in"

@@ -28,6 +28,7 @@ from hf_dp.per_example import (
     is_coupled,
     names_in,
     note_beside,
+    note_losses,
     per_example_factors,
     prove,
     reads_of_code,
@@ -44,10 +45,16 @@ from hf_dp.training.not_taken import first_line, refused_records
 from hf_dp.training.objective import ALONE, as_in_training, of_a_batch
 from hf_dp.training.overrides import owns
 
-# what seeds the generators that each example's numbers come from, or leaves PyTorch without being seen
+# what seeds the generators that each example's numbers come from, leaves PyTorch without being seen, or asks a clock or
+# the disk, whose answer may be another in a later pass
 UNSEEN = frozenset(
     "manual_seed set_rng_state fork_rng DisableTorchFunction DisableTorchFunctionSubclass _disable_current_modes "
-    "to_dlpack _to_dlpack grad_fn saved_tensors_hooks set_seed".split()
+    "to_dlpack _to_dlpack grad_fn saved_tensors_hooks set_seed "
+    "time monotonic perf_counter process_time exists is_file getmtime stat open isEnabledFor getLogger".split()
+)
+NOTHING_TRAINED = (
+    "no parameter of the model requires gradients, so nothing would be trained: load an adapter with "
+    "PeftModel.from_pretrained(..., is_trainable=True), make a new one without inference_mode, or set requires_grad"
 )
 COUPLED = (
     "on made-up records an example's gradient in a batch is another than alone (padding that no mask hides, left "
@@ -67,6 +74,12 @@ class Subject(NamedTuple):
     to_device: Callable[[Batch], Batch]
     unit_rows: int = 1
     code: object = None
+
+    def losses_code(self) -> dict[str, object]:
+        """`code` by name; {} where none is a user's."""
+        if isinstance(self.code, dict):
+            return self.code
+        return {} if self.code is None else {"the loss": self.code}
 
     def batches(self, records: Sequence[Record] | None = None) -> list[MicroBatch]:
         """The records, or the subject's own if none are given: together in one batch, then each alone.
@@ -135,9 +148,12 @@ def examined(
 
     Raises:
         UnsupportedParameterError, CaptureError: what one example a pass can't help either.
-        ConfigError: nor a loss that compares examples, or that remembers the examples before.
+        ConfigError: nor a loss that compares examples, or that remembers the examples before; or nothing is trained.
     """
+    if not any(p.requires_grad for p in subject.model.parameters()):
+        raise ConfigError(NOTHING_TRAINED)
     whole, *alone = subject.batches()
+    note_losses(subject.model, {})  # what they keep is not put back here, so that it can be seen
     with undisturbed(subject.model):
         note_beside(subject.model, lambda: subject.example_losses(subject.model, alone[0]))
     try:
@@ -148,13 +164,13 @@ def examined(
     refuse_remembering(subject.model, subject.example_losses, alone, subject.code)
     if reason:
         refuse_comparing(subject.model, of_several or subject.example_losses, alone)
+    note_losses(subject.model, subject.losses_code())
     return rows, reason
 
 
 def _unseen(subject: Subject) -> str:
     """What a user's code names that a proof cannot follow, in words; "" without any."""
-    code = {} if subject.code is None else {"the loss": subject.code}
-    if names := sorted(names_in(reads_of_code(code, subject.model)) & UNSEEN):
+    if names := sorted(names_in(reads_of_code(subject.losses_code(), subject.model)) & UNSEEN):
         return f"the code of the model or its loss names {', '.join(names)}, which no proof can follow"
     return ""
 

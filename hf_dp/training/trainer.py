@@ -259,6 +259,7 @@ class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluat
         earlier.refuse_again(self.model, folder, self.train_dataset, self._planned())
         if before := earlier.told(self.model, folder):
             self.about[earlier.EARLIER] = before
+        begun = earlier.weights_of(self.model)
         self._run = self._opened(folder, checkpoint)
         first = FirstCallback(lambda: cast(Settled, self._settled).note_model(self))
         self.callback_handler.callbacks.insert(0, first)
@@ -272,7 +273,7 @@ class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluat
             self.callback_handler.callbacks.remove(first)
             self._guard.leave()
             self._run.close()
-            earlier.note(self.model, folder, self._run.spent(), self._planned(), self.train_dataset)
+            earlier.note(self.model, begun, folder, self._run.spent(), self._planned(), self.train_dataset)
             self.private_step.forget()
         self._canaries.weigh(weigh)
         self._run.settle()

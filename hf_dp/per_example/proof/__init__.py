@@ -3,7 +3,7 @@
 from hf_dp.per_example.proof.labels import SIZE, Memories
 from hf_dp.per_example.proof.operations import HOOKS
 from hf_dp.per_example.proof.prove import Proof, has_backward_in_python, prove
-from hf_dp.per_example.proof.state import State, is_sharded, note_beside, state_put_back, untouched
+from hf_dp.per_example.proof.state import State, is_sharded, note_beside, note_losses, state_put_back, untouched
 
 __all__ = [
     "HOOKS",
@@ -14,6 +14,7 @@ __all__ = [
     "has_backward_in_python",
     "is_sharded",
     "note_beside",
+    "note_losses",
     "prove",
     "state_put_back",
     "untouched",

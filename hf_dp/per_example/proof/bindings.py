@@ -1,6 +1,10 @@
 """Where a value is held: a class, a namespace, a list, a set, an array, a cell -> what it holds, and that put back."""
 
+import os
 import types
+from contextvars import ContextVar
+
+from torch import nn
 
 from hf_dp.per_example.proof.calls import Value
 
@@ -45,6 +49,50 @@ def set_set(own: set[Value], held: list[Value]) -> None:
 def set_array(own: Value, copy: Value, held: list[Value]) -> None:
     """Writes what was copied."""
     own[...] = copy
+
+
+def set_bytes(own: Value, copy: Value, held: list[Value]) -> None:
+    """Writes what was copied, over what may be longer or shorter now."""
+    own[:] = copy
+
+
+def slots_of(kind: type) -> list[str]:
+    """The names of the attributes for which a class has slots."""
+    return [
+        key
+        for owner in kind.__mro__
+        for key, member in vars(owner).items()
+        if isinstance(member, types.MemberDescriptorType) and not key.startswith("__")
+    ]
+
+
+def slot(owner: Value, key: str) -> list[Value]:
+    """What an object has there; [] where nothing."""
+    return [getattr(owner, key)] if hasattr(owner, key) else []
+
+
+def set_slot(owner: Value, key: str, held: list[Value]) -> None:
+    """Gives an object what it had there."""
+    if held:
+        object.__setattr__(owner, key, held[0])
+    elif hasattr(owner, key):
+        object.__delattr__(owner, key)
+
+
+def set_gradient(parameter: nn.Parameter, held: list[Value]) -> None:
+    """Gives a parameter the gradient that it had."""
+    parameter.grad = held[0]
+
+
+def set_variable(variable: ContextVar[Value], held: list[Value]) -> None:
+    """Gives a context's variable what it had."""
+    variable.set(held[0])
+
+
+def set_environment(held: dict[str, str]) -> None:
+    """Gives the process the variables that it had."""
+    os.environ.clear()
+    os.environ.update(held)
 
 
 def contents(cell: types.CellType) -> list[Value]:

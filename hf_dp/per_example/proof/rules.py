@@ -23,7 +23,7 @@ def rule_of(call: Call) -> Rule | None:
         return RULES[call.name]
     if not call.inputs:
         return born
-    if torch.Tag.pointwise in call.func.tags:
+    if torch.Tag.pointwise in call.func.tags and call.func.namespace in ("aten", "prims"):  # others' tags may err
         return pointwise
     return attention if call.name.startswith("_scaled_dot_product") else None
 
@@ -179,10 +179,13 @@ def group_norm(call: Call) -> Sequence[Labels]:
 
 
 def batch_norm(call: Call) -> Sequence[Labels]:
-    """In training over all but the channels; with kept statistics number by number."""
+    """In training over all but the channels; with kept statistics number by number. Statistics and weights of a channel
+    count wherever they may be used.
+    """
     labels = call.labels("input")
     train = call.arguments.get("training", call.arguments.get("train", not call.name.endswith("no_training")))
     together = flow.along(labels, [d for d in range(labels.ndim) if d != 1]) if train else labels
+    together = np.asarray(together | flow.union(flow.over(call.read(t), None) for t in call.inputs[1:]))
     everything = call.everything if train else np.uint8(0)
     return [together, *(np.full(tuple(r.shape), everything) for r in call.results[1:])]
 
@@ -247,6 +250,15 @@ def among(call: Call) -> Labels:
     return np.asarray((elements | call.labels("element")) | flow.over(tests | call.labels("test_element"), None))
 
 
+def each_against(name: str) -> Rule:
+    """bucketize, prelu: each number, and all of an argument that has a dimension of its own."""
+
+    def rule(call: Call) -> Labels:
+        return np.asarray(call.labels("self") | flow.over(call.labels(name), None))
+
+    return rule
+
+
 def mixed(call: Call) -> Sequence[Labels]:
     """Every result depends on every input."""
     return [np.full(tuple(r.shape), call.everything, dtype=np.uint8) for r in call.results]
@@ -263,7 +275,7 @@ RULES: dict[str, Rule] = {
         "fused_dropout threshold_backward gelu_backward silu_backward tanh_backward sigmoid_backward "
         "native_dropout_backward hardtanh_backward leaky_relu_backward elu_backward softplus_backward "
         "hardswish_backward hardsigmoid_backward floor_divide log_sigmoid_forward log_sigmoid_backward polar complex "
-        "bucketize rrelu_with_noise prelu _prelu_kernel poisson",
+        "rrelu_with_noise _prelu_kernel poisson",
     ),
     **_named(
         born, "zeros_like ones_like full_like rand_like randn_like randint_like new_zeros new_ones new_full lift_fresh"
@@ -299,6 +311,8 @@ RULES: dict[str, Rule] = {
         mixed, "masked_scatter histc bincount repeat_interleave nonzero masked_select unique_consecutive _unique2"
     ),
     "isin": among,
+    "bucketize": each_against("boundaries"),
+    "prelu": each_against("weight"),
     "gather": moves.gather,
     "index_select": moves.index_select,
     "embedding": moves.embedding,

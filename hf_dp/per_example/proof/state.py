@@ -1,8 +1,10 @@
 """Everything that a model remembers, noted once; what a pass has changed of it, by name; and all of it put back.
 
     a module's own attributes, its registries of submodules, parameters, buffers and hooks
-    attributes of the user's own classes of modules, and the globals that their methods name
+    attributes of the user's own classes of modules, and the globals that their methods name, and what those name
     lists, dicts, sets, arrays, objects and closures that these hold, modules outside of the registry too
+    gradients of parameters that are not trained, and the environment
+    what a user's losses name, close over and keep, and of a trainer the values and containers that they name
     random generators among them, which no pass may advance
     the tensors among them: their memory, shape, type, values
 
@@ -12,12 +14,15 @@ the operations of the pass are followed, so that it is copied just before the fi
 """
 
 import itertools
+import os
 import pickle
 import random
 import types
+from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from weakref import WeakKeyDictionary
 
@@ -38,20 +43,26 @@ from hf_dp.per_example.proof.bindings import (
     item,
     set_array,
     set_attribute,
+    set_bytes,
     set_contents,
+    set_environment,
+    set_gradient,
     set_item,
     set_list,
     set_set,
+    set_slot,
+    set_variable,
+    slot,
+    slots_of,
     sorted_set,
 )
 from hf_dp.per_example.proof.calls import Value, bound, written
 from hf_dp.per_example.proof.kept import PLAIN, Empty, Kept, KeptMapping, KeptTensor, joined, local
 from hf_dp.per_example.proof.labels import address
-from hf_dp.per_example.reads import is_the_users, methods_of, named
+from hf_dp.per_example.reads import behind, functions_in, is_a_trainer, is_the_users, methods_of, named
 
-DEPTH = (
-    3  # objects within objects that are no modules; a model's configuration, adapters' settings and caches are within
-)
+DEPTH = 8  # objects within objects that are no modules; adapters' settings and caches are within 3
+DEPTH_BESIDE = 3  # of what is no model: data sets may hold anything
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _COLLECTIONS = {dict, OrderedDict, list, deque, set}
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
@@ -60,6 +71,7 @@ _NOTHING_WITHIN = {*PLAIN, types.ModuleType, types.BuiltinFunctionType}
 
 
 _BESIDE: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+_LOSSES: WeakKeyDictionary[nn.Module, dict[str, object]] = WeakKeyDictionary()
 
 
 def note_beside(model: nn.Module, run: Callable[[], object]) -> None:
@@ -83,8 +95,14 @@ def note_beside(model: nn.Module, run: Callable[[], object]) -> None:
     _BESIDE[model] = [module for module in called if module not in own]
 
 
+def note_losses(model: nn.Module, code: Mapping[str, object]) -> None:
+    """From here on, what this code remembers, a user's losses of the model, is noted and put back with the model's."""
+    _LOSSES[model] = dict(code)
+
+
 class State:
-    """A model's memory as it stands when this is made, and that of modules that its passes call (see `note_beside`).
+    """A model's memory as it stands when this is made, that of modules that its passes call (see `note_beside`), and
+    that of its losses (see `note_losses`).
 
     Args:
         model: unwrapped, with its own parameters in place (outside of any pass).
@@ -98,7 +116,7 @@ class State:
         self._at: dict[int, list[KeptTensor]] = {}
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._in_shards = {address(local(p)) for p in model.parameters() if isinstance(p, DTensor)}
-        self._copied = frozenset(copied)
+        self._copied, self._depth = frozenset(copied), DEPTH
         self._seen: dict[int, Value] = {}
         modules = list(model.named_modules())
         self._seen.update((id(module), module) for _, module in modules)
@@ -110,14 +128,29 @@ class State:
             self._class(kind)
         for module in _BESIDE.get(model, ()):
             self._walk(module, f"{type(module).__name__}, a module beside the model", 0)
+        for name, holder in _LOSSES.get(model, {}).items():
+            self._user_code(holder, name)
+        self._keep("os.environ", lambda: [tuple(os.environ.items())], lambda held: set_environment(dict(held[0])))
 
     @classmethod
     def of(cls, holder: Value, name: str) -> "State":
         """What a function, or an object, remembers besides a model."""
         state = cls(nn.Identity())
-        state._whole = True
-        state._walk(holder, name, 0)
+        state._depth = DEPTH_BESIDE
+        state._user_code(holder, name)
         return state
+
+    def _user_code(self, holder: Value, name: str) -> None:
+        self._whole = True
+        owner = getattr(holder, "__self__", None)
+        if isinstance(holder, dict):
+            for key, member in holder.items():
+                self._user_code(member, key)
+        elif isinstance(holder, types.MethodType) and is_a_trainer(type(owner)):
+            self._class(type(owner))
+            self._names(vars(owner), list(dict.fromkeys(named(holder.__code__))), f"{name}.")
+        else:
+            self._walk(holder, name, 0)
 
     def keep(self, name: str, tensor: Tensor, copied: bool = True) -> None:
         """Notes one tensor more, under a name."""
@@ -165,13 +198,16 @@ class State:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
+            if isinstance(value, nn.Parameter) and not value.requires_grad:
+                self._keep(joined(name, "grad"), lambda: [value.grad], partial(set_gradient, value))
+                self._walk(value.grad, joined(name, "grad"), depth)
             sharded = not isinstance(value, nn.Parameter) and address(local(value)) in self._in_shards
             if value.layout is torch.strided and not sharded:  # sharding's own look at a parameter, which is noted so
                 copied = not isinstance(value, nn.Parameter) or name in self._copied
                 self.keep(name, value, copied)
         elif isinstance(value, nn.Module):
             self._module(value, name)
-        elif depth < DEPTH:
+        elif depth < self._depth:
             self._container(value, name, depth + 1)
 
     def _module(self, module: nn.Module, name: str, hooks: bool = True) -> None:
@@ -189,23 +225,45 @@ class State:
 
     def _class(self, kind: type) -> None:
         """What the instances of a user's class share."""
+        if id(kind) in self._seen:
+            return
+        self._seen[id(kind)] = kind
         functions = methods_of(kind)
         for own in (own for own in kind.__mro__ if functions and is_the_users(own.__module__)):
             for key, value in list(vars(own).items()):
                 if not key.startswith("__") and _may_be_kept(value):
                     self._binding(own, key, value, f"{own.__name__}.{key}")
         for name, function in functions.items():
-            self._globals(function, name)
-            self._walk(function, name, 0)
+            self._code(function, name)
 
-    def _globals(self, function: types.FunctionType, name: str) -> None:
-        """The globals that a user's function names, and its defaults. What hooks note there, as a log, is theirs."""
+    def _code(self, function: types.FunctionType, name: str) -> None:
+        """What a user's function names and closes over, its defaults, and its own attributes. What hooks note in such
+        places, as a log, is theirs.
+        """
+        if id(function.__code__) in self._seen:
+            return
+        self._seen[id(function.__code__)] = function.__code__
         self._walk_all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()], name, 0)
-        space = function.__globals__
-        for key in dict.fromkeys(named(function.__code__)) if is_the_users(function.__module__) else ():
-            if key in space and _may_be_kept(space[key]):
-                self._walk(space[key], key, 0)
-                self._keep(key, partial(item, space, key), partial(set_item, space, key))
+        self._container(vars(function), name, 0)
+        self._walk(function, name, 0)
+        if is_the_users(function.__module__):
+            names = list(dict.fromkeys(named(function.__code__)))
+            self._names(function.__globals__, names)
+
+    def _names(self, space: dict[str, Value], names: list[str], of: str = "") -> None:
+        """What code finds in a namespace: values, containers, users' objects, and what further code of theirs finds."""
+        for key in (key for key in names if key in space):
+            value = behind(space[key])
+            for function in functions_in(value):
+                self._code(function, key)
+            if isinstance(value, types.ModuleType) and is_the_users(value.__name__) and id(value) not in self._seen:
+                self._seen[id(value)] = value
+                self._names(vars(value), names)
+            elif isinstance(value, type):
+                self._class(value)
+            elif _may_be_kept(value) or is_the_users(type(value).__module__):
+                self._walk(value, f"{of}{key}", 0)
+                self._keep(f"{of}{key}", partial(item, space, key), partial(set_item, space, key))
 
     def _binding(self, owner: type, key: str, value: Value, name: str) -> None:
         self._walk(value, name, 0)
@@ -218,7 +276,11 @@ class State:
                 self._walk(value, joined(name, key), 0)
 
     def _container(self, value: Value, name: str, depth: int) -> None:
-        if type(value) in _COLLECTIONS and not value:
+        if behind(value) is not value:
+            if isinstance(value, ContextVar):
+                self._keep(name, lambda: [value.get(None)], partial(set_variable, value))
+            self._walk(behind(value), name, depth)
+        elif type(value) in _COLLECTIONS and not value:
             self._empty.append((name, value))
         elif isinstance(value, dict):
             self._containers.append(KeptMapping(name, value))
@@ -231,6 +293,8 @@ class State:
             self._keep(name, partial(sorted_set, value), partial(set_set, value))
         elif isinstance(value, np.ndarray):
             self._keep(name, lambda: [value.tobytes()], partial(set_array, value, value.copy()))
+        elif isinstance(value, (bytearray, array)):
+            self._keep(name, lambda: [bytes(value)], partial(set_bytes, value, value[:]))
         elif isinstance(value, tuple):
             self._walk_all(value, name, depth)
         elif isinstance(value, itertools.count):
@@ -253,17 +317,17 @@ class State:
 
     def _closure(self, function: types.FunctionType, name: str, depth: int) -> None:
         if self._whole:
-            self._globals(function, name)
+            self._code(function, name)
         for cell in function.__closure__ or ():
             self._keep(name, partial(contents, cell), partial(set_contents, cell))
             for value in contents(cell):
                 self._walk(value, name, depth)
 
     def _object(self, value: Value, name: str, depth: int) -> None:
-        try:
-            own = vars(value)
-        except TypeError:  # without attributes of its own
-            return
+        for key in slots_of(type(value)):
+            self._keep(joined(name, key), partial(slot, value, key), partial(set_slot, value, key))
+            self._walk_all(slot(value, key), joined(name, key), depth)
+        own = getattr(value, "__dict__", None)
         if isinstance(own, dict):
             self._containers.append(KeptMapping(name, own))
             for key, element in own.items():
@@ -359,7 +423,7 @@ def _writes(operation: Value) -> bool:
 
 def _may_be_kept(value: Value) -> bool:
     """Whether a value is one that is set, or a container: not code, which stays as it is."""
-    return isinstance(value, PLAIN) or type(value) in (*_COLLECTIONS, tuple, Tensor, np.ndarray)
+    return isinstance(value, PLAIN) or type(value) in (*_COLLECTIONS, tuple, Tensor, np.ndarray, bytearray, array)
 
 
 def _state_of(generator: Value) -> bytes:

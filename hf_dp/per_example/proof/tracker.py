@@ -385,7 +385,6 @@ def _listed(arguments: list[Value]) -> list[Value]:
     return [part for a in arguments for part in (a if isinstance(a, tuple) else (a,))]
 
 
-
 def _reader() -> tuple[str, str]:
     """File and function of the innermost frame that is neither in PyTorch nor in this package."""
     frame = sys._getframe(1)

@@ -1,0 +1,96 @@
+"""Calls made in a copy of this process -> what they give when nothing has been called before.
+
+Code that remembers may do so anywhere: in a cache, a database, a tokenizer, a library written in Rust. To see whether
+what it gives for one thing depends on which others came before, it is called in two orders, each in a copy of the
+process as it is now, whose memory ends with it: as PyTorch's DataLoader does it for its workers, by a fork.
+"""
+
+import os
+import pickle
+import select
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+Given = TypeVar("Given")
+PATIENCE = 60.0  # seconds for an answer; whoever is slower is not looked at in this way
+
+
+class Answers(NamedTuple):
+    """What the calls gave, in their order, and the files that they both read and wrote."""
+
+    results: list[Any]
+    files: list[str]
+
+
+def in_a_copy(call: Callable[[Given], Any], things: Sequence[Given]) -> Answers | None:
+    """What `call` gives for each thing, one after another, in a copy of this process.
+
+    Args:
+        call: computes on CPUs, and what it returns can be pickled.
+        things: in the order of the calls.
+
+    Returns:
+        None where there is no copy, or no answer: another system than Linux, an error, a result that cannot be pickled,
+        more than a minute.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    ours, theirs = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the copy does not have
+        child = os.fork()
+    if child == 0:
+        try:
+            os.close(ours)
+            _answer(theirs, call, things)
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    try:
+        return _received(ours)
+    finally:
+        os.close(ours)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _answer(pipe: int, call: Callable[[Given], Any], things: Sequence[Given]) -> None:
+    """In the copy: calls, and writes the answers to the pipe. Nothing is shown, and no pool of threads is used."""
+    silence = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(silence, stream)
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    read, written = set[str](), set[str]()
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+            path, flags = os.path.abspath(os.fsdecode(arguments[0])), arguments[2]
+            if flags & os.O_ACCMODE != os.O_WRONLY:
+                read.add(path)
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                written.add(path)
+
+    sys.addaudithook(look)
+    results = [call(thing) for thing in things]
+    answers = pickle.dumps((results, sorted((read & written) - {os.devnull})))
+    with os.fdopen(pipe, "wb") as out:
+        out.write(answers)
+
+
+def _received(pipe: int) -> Answers | None:
+    until, parts = time.monotonic() + PATIENCE, list[bytes]()
+    while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+        part = os.read(pipe, 1 << 20)
+        if not part:
+            return Answers(*pickle.loads(b"".join(parts))) if parts else None
+        parts.append(part)
+    return None
