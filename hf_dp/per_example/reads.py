@@ -12,6 +12,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, TypeAlias
@@ -144,7 +145,9 @@ def behind(value: Any) -> Any:
     if isinstance(value, ref):
         return value()
     if isinstance(value, ContextVar):
-        return value.get(None)
+        with suppress(LookupError):
+            return value.get()
+        return None
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
     return value.__dict__ if isinstance(value, threading.local) else value

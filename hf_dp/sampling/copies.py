@@ -64,26 +64,38 @@ def in_a_copy(call: Callable[[Given], Any], things: Sequence[Given]) -> Answers 
 
 def _answer(pipe: int, call: Callable[[Given], Any], things: Sequence[Given]) -> None:
     """In the copy: calls, and writes the answers to the pipe. Nothing is shown, and no pool of threads is used."""
-    silence = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(silence, stream)
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    read, written = set[str](), set[str]()
+    with open(os.devnull, "r+", encoding="utf-8") as silence:
+        for stream in (0, 1, 2):
+            os.dup2(silence.fileno(), stream)
+        sys.stdout = sys.stderr = silence
+        torch.set_num_threads(1)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        opened = _Opened()
+        sys.addaudithook(opened.look)
+        results = [call(thing) for thing in things]
+        answers = pickle.dumps((results, opened.both()))
+        with os.fdopen(pipe, "wb") as out:
+            out.write(answers)
 
-    def look(event: str, arguments: tuple[Any, ...]) -> None:
+
+class _Opened:
+    """The files that are opened, for reading and for writing."""
+
+    def __init__(self) -> None:
+        self.read, self.written = set[str](), set[str]()
+
+    def look(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """As Python calls it for whatever is opened."""
         if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-            path, flags = os.path.abspath(os.fsdecode(arguments[0])), arguments[2]
-            if flags & os.O_ACCMODE != os.O_WRONLY:
-                read.add(path)
-            if flags & os.O_ACCMODE != os.O_RDONLY:
-                written.add(path)
+            path, access = os.path.abspath(os.fsdecode(arguments[0])), arguments[2] & os.O_ACCMODE
+            if access != os.O_WRONLY:
+                self.read.add(path)
+            if access != os.O_RDONLY:
+                self.written.add(path)
 
-    sys.addaudithook(look)
-    results = [call(thing) for thing in things]
-    answers = pickle.dumps((results, sorted((read & written) - {os.devnull})))
-    with os.fdopen(pipe, "wb") as out:
-        out.write(answers)
+    def both(self) -> list[str]:
+        """Those opened for both."""
+        return sorted((self.read & self.written) - {os.devnull})
 
 
 def _received(pipe: int) -> Answers | None:

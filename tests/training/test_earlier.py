@@ -1,5 +1,7 @@
 """Weights that were trained privately before: the same records are refused, others are told in plan and card."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_dp import ConfigError, PrivateLoop
+from hf_dp.training import earlier
 from hf_dp.training.earlier import EARLIER, UNKNOWN
 from tests.support import models as M
 from tests.support import runs
@@ -70,16 +73,53 @@ def test_a_private_base_on_the_disk_is_told(tmp_path: Path) -> None:
     base = trained(tmp_path / "base", model=M.llama())
     base.save_model()
     model = M.llama().from_pretrained(tmp_path / "base")
-    second = runs.trainer(tmp_path / "b", model=model, privacy=PRIVATE)
+    privacy = {**PRIVATE, "expected_batch_size": 23}
+    second = runs.trainer(
+        tmp_path / "b", model=model, privacy=privacy, train_dataset=runs.text_rows().select(range(23))
+    )
     second.train()
     assert second.about[EARLIER].startswith(f"epsilon {base.privacy_spent().epsilon:.4g} at delta")
     fresh = trained(tmp_path / "c", model=M.llama())
     assert EARLIER not in fresh.about
 
 
-def test_an_adapter_that_was_loaded_is_told(tmp_path: Path) -> None:
+def merged(first: Any) -> nn.Module:
+    return get_peft_model(first.model.merge_and_unload(), LoraConfig(target_modules=["q_proj"]))
+
+
+def with_its_state(first: Any) -> nn.Module:
+    model = M.with_lora(M.llama)
+    model.load_state_dict(first.model.state_dict())
+    return model
+
+
+def loaded(first: Any) -> nn.Module:
+    first.save_model()
+    model: nn.Module = PeftModel.from_pretrained(M.llama(), first.args.output_dir, is_trainable=True)
+    return model
+
+
+@pytest.mark.parametrize("again", [merged, with_its_state, loaded, lambda first: copy.deepcopy(first.model)])
+def test_the_same_weights_are_known_wherever_they_come_from(again: Callable[[Any], nn.Module], tmp_path: Path) -> None:
+    rows = runs.text_rows()
+    first = trained(tmp_path / "a", model=M.with_lora(M.llama), train_dataset=rows, learning_rate=0.1)
+    second = runs.trainer(tmp_path / "b", model=again(first), privacy=PRIVATE, train_dataset=rows)
+    with pytest.raises(ConfigError, match="trained on these records before"):
+        second.train()
+    trained(tmp_path / "c", model=M.with_lora(M.llama), train_dataset=rows)
+
+
+def test_another_adapter_on_the_base_as_it_was_is_new(tmp_path: Path) -> None:
+    rows = runs.text_rows()
+    first = trained(tmp_path / "a", model=M.with_lora(M.llama), train_dataset=rows, learning_rate=0.1)
+    model = get_peft_model(first.model.unload(), LoraConfig(target_modules=["q_proj"]))
+    assert EARLIER not in trained(tmp_path / "b", model=model, train_dataset=rows).about
+
+
+def test_an_adapter_that_was_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = trained(tmp_path / "a", model=M.with_lora(M.llama))
     first.save_model()
+    monkeypatch.setattr(earlier, "_TRAINED", [])  # as in another process
     model = PeftModel.from_pretrained(M.llama(), tmp_path / "a", is_trainable=True)
     second = runs.trainer(tmp_path / "b", model=model, privacy=PRIVATE)
     second.train()

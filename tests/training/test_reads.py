@@ -1,6 +1,9 @@
 """What user code reads besides its arguments: where that changes it is examined anew, or one example has a pass."""
 
-from collections.abc import Callable
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +349,115 @@ class SuppressesForCausalLM(Base):
         return -1.0
 
 
+class Failing(Base):
+    """Fails within something that keeps the error to itself, if any example has a large token."""
+
+    def factor(self, ids: Tensor, logits: Tensor) -> float:
+        return 1.0 if self.goes_well(lambda: torch.linalg.cholesky(torch.diag_embed(50.0 - ids.double()))) else -1.0
+
+    def goes_well(self, work: Callable[[], Any]) -> bool:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def ignoring() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:
+        return
+
+
+class InAContextForCausalLM(Failing):
+    def goes_well(self, work: Callable[[], Any]) -> bool:
+        with torch.no_grad(), ignoring():
+            return bool(len(work()))
+        return False
+
+
+class Quiet:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> bool:
+        return True
+
+
+class InAQuietOneForCausalLM(Failing):
+    def goes_well(self, work: Callable[[], Any]) -> bool:
+        with Quiet():
+            return bool(len(work()))
+        return False
+
+
+class InAStackForCausalLM(Failing):
+    def goes_well(self, work: Callable[[], Any]) -> bool:
+        with contextlib.ExitStack() as stack:
+            stack.push(lambda *error: True)
+            return bool(len(work()))
+        return False
+
+
+class UnderAnotherNameForCausalLM(Failing):
+    def goes_well(self, work: Callable[[], Any]) -> bool:
+        without = contextlib.suppress
+        with without(Exception):
+            return bool(len(work()))
+        return False
+
+
+class InATaskForCausalLM(Failing):
+    def goes_well(self, work: Callable[[], Any]) -> bool:
+        async def task() -> Any:
+            return work()
+
+        async def all_of_them() -> Any:
+            return await asyncio.gather(task(), return_exceptions=True)
+
+        return isinstance(asyncio.new_event_loop().run_until_complete(all_of_them())[0], Tensor)
+
+
+class InTurn:
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __getitem__(self, place: int) -> Tensor:
+        if place:
+            raise IndexError
+        return nn.functional.embedding((self.ids > 49).long() * 5, torch.zeros(3, 2))
+
+
+class InAnIterationForCausalLM(Base):
+    def factor(self, ids: Tensor, logits: Tensor) -> float:
+        return float(len(list(InTurn(ids))))
+
+
+@torch.library.custom_op("hf_dp_tests::by_the_largest", mutates_args=(), tags=(torch.Tag.pointwise,))
+def by_the_largest(x: Tensor) -> Tensor:
+    return torch.where(x.max() > 49, -torch.ones_like(x), torch.ones_like(x))
+
+
+class WronglyTaggedForCausalLM(Base):
+    def factor(self, ids: Tensor, logits: Tensor) -> Tensor:
+        return by_the_largest(ids.double()).to(logits.dtype)[:, :, None]
+
+
+class ByBoundariesForCausalLM(Base):
+    def factor(self, ids: Tensor, logits: Tensor) -> Tensor:
+        large = (ids > 49).any(1).to(logits.dtype)
+        return 1.0 - torch.bucketize(torch.full_like(large, 0.5), large).view(-1, 1, 1)
+
+
+class ByStatisticsForCausalLM(Base):
+    def factor(self, ids: Tensor, logits: Tensor) -> Tensor:
+        mean = (ids > 49).any().to(logits.dtype).expand(logits.shape[1])
+        ones = torch.ones_like(logits[:, :, :1])
+        return nn.functional.batch_norm(ones, mean.contiguous(), torch.ones_like(mean), training=False)
+
+
+class ByAClockForCausalLM(Base):
+    def factor(self, ids: Tensor, logits: Tensor) -> float:
+        return 1.0 if time.time() else -1.0
+
+
 class FinallyForCausalLM(Base):
     def factor(self, ids: Tensor, logits: Tensor) -> float:
         sign = -1.0
@@ -411,6 +523,16 @@ OUT_OF_SIGHT = [
     NodeHookForCausalLM,
     CatchesForCausalLM,
     SuppressesForCausalLM,
+    InAContextForCausalLM,
+    InAQuietOneForCausalLM,
+    InAStackForCausalLM,
+    UnderAnotherNameForCausalLM,
+    InATaskForCausalLM,
+    InAnIterationForCausalLM,
+    WronglyTaggedForCausalLM,
+    ByBoundariesForCausalLM,
+    ByStatisticsForCausalLM,
+    ByAClockForCausalLM,
     FinallyForCausalLM,
     BySizeForCausalLM,
     ByCompressedSizeForCausalLM,
@@ -448,7 +570,8 @@ def test_an_error_that_is_caught_has_one_example_a_pass_whatever_the_operation(t
 def test_a_context_that_catches_nothing_shares_passes(tmp_path: Path) -> None:
     class InsideForCausalLM(Base):
         def factor(self, ids: Tensor, logits: Tensor) -> Any:
-            with torch.no_grad():
+            inner = contextlib.nullcontext()
+            with torch.no_grad(), torch.autocast("cpu", enabled=False), inner:
                 return torch.ones_like(logits[:, :1, :1])
 
     try:

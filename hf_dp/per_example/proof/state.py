@@ -278,7 +278,7 @@ class State:
     def _container(self, value: Value, name: str, depth: int) -> None:
         if behind(value) is not value:
             if isinstance(value, ContextVar):
-                self._keep(name, lambda: [value.get(None)], partial(set_variable, value))
+                self._keep(name, lambda: [behind(value)], partial(set_variable, value))
             self._walk(behind(value), name, depth)
         elif type(value) in _COLLECTIONS and not value:
             self._empty.append((name, value))
