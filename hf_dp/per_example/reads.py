@@ -166,7 +166,7 @@ def _walk(value: Any, name: str, depth: int, names: frozenset[str], seen: set[in
     step = functools.partial(_walk, depth=depth - 1, names=names, seen=seen, found=found)
     if isinstance(value, Tensor):
         found[name] = _of_tensor(value)
-    elif isinstance(value, np.ndarray) or hasattr(type(value), "__array__"):  # a column, a table
+    elif isinstance(value, np.ndarray) or getattr(type(value), "__array__", None) is not None:  # a column, a table
         found[name] = _of_array(np.asarray(value))
     elif isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
         _of_container(value, name, step, found)

@@ -13,15 +13,11 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
-from torch.utils.data._utils.collate import default_collate_fn_map
-from transformers import default_data_collator
 
 from hf_dp.errors import CaptureError, ConfigError, HfDpError
 from hf_dp.per_example import (
@@ -44,15 +40,11 @@ from hf_dp.per_example import (
 )
 from hf_dp.randomness import fork_forward_rng
 from hf_dp.sampling.compact import unpacked
+from hf_dp.sampling.known_collators import is_known, unwrapped
 from hf_dp.sampling.reading import INPUTS
 from hf_dp.sampling.repeats import refuse_what_remembers
 
 Collate: TypeAlias = Callable[[list[Record]], Any]  # what it returns is made a mapping by `as_mapping`
-KNOWN = (
-    "DataCollatorWithPadding DataCollatorForLanguageModeling DataCollatorForSeq2Seq DataCollatorForTokenClassification "
-    "DefaultDataCollator"
-).split()
-SHIPPED_BY = ("transformers", "trl")
 WHY_ROWS = (
     "clipping bounds what one record adds, so it must be one row. Cut the records before training (datasets.map), let "
     "PrivacyConfig(unit_column=...) name the record that each piece came from, and have the collator make one row of "
@@ -78,6 +70,7 @@ class Collation:
     Attributes:
         apart: why each record has a pass of its own; None where records share one.
         tried: the records on which the collator was tried.
+        pads: whether these have several lengths; else the collator takes no others together.
 
     Raises:
         ConfigError: the collator fails on the made-up records, does not make one row of each of them, or keeps
@@ -92,12 +85,13 @@ class Collation:
             "the collator",
             partial(_if_taken, collate),
             several_lengths(made_up)[-REPEATED:],
-            holder=_unwrapped(collate),
+            holder=unwrapped(collate),
         )
         with fork_forward_rng():
             self.tried, alone, again, together = _tried(collate, made_up)
         self.apart = self._learn(alone, again, together)
-        self._takes_several = self.apart is None and _is_known(collate)
+        self._takes_several = self.apart is None and is_known(collate)
+        self.pads = len({_sizes(record) for record in self.tried}) > 1
 
     def __call__(self, records: list[Record]) -> list[MicroBatch]:
         """One micro-batch of these records, or one micro-batch for each of them.
@@ -108,7 +102,8 @@ class Collation:
         Raises:
             CaptureError: the collator does not make one row of each record. The message tells nothing of the record.
         """
-        if self._takes_several and len(records) > 1 and _alike(records):
+        together = self._takes_several and (self.pads or not _if_padded(records))
+        if together and len(records) > 1 and _alike(records):
             batch = as_mapping(self._collate([unpacked(record) for record in records]))
             if not is_tied(batch, len(records)):
                 raise CaptureError(f"the collator did not make one row of each record: {WHY_ROWS}")
@@ -177,10 +172,14 @@ class Collation:
         try:
             made = leaves(stacked(alone, self._paddings))
         except Untied:
-            return "what the collator makes of one record does not stack"
+            return f"what the collator makes of one record does not stack{self._remedy()}"
         if any(not same(made.get(path), leaf) for path, leaf in whole.items() if path not in drawn):
-            return "the collator makes something else of several records than of each alone"
+            return f"the collator makes something else of several records than of each alone{self._remedy()}"
         return None
+
+    def _remedy(self) -> str:
+        given = getattr(unwrapped(self._collate), "model", None) is not None
+        return "; leave out its model=, for the model shifts its labels by itself" if given else ""
 
 
 class OfUnits:
@@ -259,18 +258,23 @@ def _if_taken(collate: Collate, record: Record) -> Batch | None:
 
 
 def _tried(collate: Collate, made_up: Sequence[Record]) -> tuple[list[Record], list[Batch], list[Batch], Batch]:
-    """Tries the collator on the made-up records; with shorter copies among them if it takes these, else without.
+    """Tries the collator on the made-up records: with shorter copies among them if it takes these, else without; and
+    all of one length, if it takes no others together.
 
     Returns:
         The records that have tokens; each collated alone; each collated alone once more; all of them collated together,
         {} if the collator does not take several.
     """
-    for records in (several_lengths(made_up), list(made_up)):
-        last = len(records) == len(made_up)
+    lengths = [_length(record) for record in made_up]
+    ways = [several_lengths(made_up), list(made_up)]
+    if len(set(lengths)) > 1:
+        ways.append([_resized(record, length, lengths[0]) for record, length in zip(made_up, lengths, strict=True)])
+    found: list[tuple[list[Record], list[Batch], list[Batch], Batch]] = []
+    for records in ways:
         try:
             alone, again = ([as_mapping(collate([copy.deepcopy(r)])) for r in records] for _ in range(2))
         except Exception as error:
-            if not last:
+            if len(records) > len(made_up) or found:
                 continue
             if isinstance(error, HfDpError):
                 raise ConfigError(str(error)) from error
@@ -284,10 +288,9 @@ def _tried(collate: Collate, made_up: Sequence[Record]) -> tuple[list[Record], l
         records, alone, again = ([those[i] for i in kept] for those in (records, alone, again))
         try:
             return records, alone, again, as_mapping(collate(copy.deepcopy(records)))
-        except Exception:  # the shorter ones don't go with the others; or it takes one record at a time
-            if last:
-                return records, alone, again, {}
-    raise AssertionError("the records as they are come last")
+        except Exception:  # shorter ones don't go with the others: it doesn't pad; or it takes one record at a time
+            found.append((records, alone, again, {}))
+    return found[1 - len(ways)]  # the records as they are
 
 
 def _said(error: Exception) -> str:
@@ -324,31 +327,6 @@ def _padding(whole: Leaf, parts: list[Leaf], *, is_drawn: bool) -> Padding | Non
             if is_drawn or same(pad_and_join(parts, padding), whole):
                 return padding
     return None
-
-
-def _unwrapped(collate: Collate) -> Collate:
-    """Without what Trainer puts around it, which leaves columns out."""
-    inside = type(collate).__name__ == "RemoveColumnsCollator"
-    return cast(Collate, cast(Any, collate).data_collator) if inside else collate
-
-
-def _is_known(collate: Collate) -> bool:
-    """Whether this padding collator is known to make each row of one record alone; also inside Trainer's wrapper."""
-    collate = _unwrapped(collate)
-    if collate is default_collate:  # a user may have put functions of their own in its table
-        return all(getattr(f, "__module__", "") == default_collate.__module__ for f in default_collate_fn_map.values())
-    if collate is default_data_collator:
-        return True
-    shipped = _is_as_shipped(collate) and type(collate).__name__ in KNOWN
-    tokenizer = vars(collate).get("tokenizer") if shipped else None
-    return shipped and not vars(collate).get("mlm", False) and (tokenizer is None or _is_as_shipped(tokenizer))
-
-
-def _is_as_shipped(part: object) -> bool:
-    """Whether a collator or tokenizer is of a class of these libraries, with nothing of its own in a method's place."""
-    kind = type(part)
-    own = [name for name in getattr(part, "__dict__", {}) if isinstance(getattr(kind, name, None), FunctionType)]
-    return kind.__module__.partition(".")[0] in SHIPPED_BY and not own
 
 
 def _if_padded(records: list[Record]) -> list[Record]:

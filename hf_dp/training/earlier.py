@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_dp.card import PRIVACY_JSON, Record, read_record
 from hf_dp.errors import ConfigError
 from hf_dp.mechanism import Mechanism
 from hf_dp.per_example import checksums
 from hf_dp.step import PrivacySpent
-from hf_dp.step.coordinates import local
 
 EARLIER = "earlier private training"  # a row of plan and card
 ADDS = "it adds to this one for whoever is in both"
@@ -144,7 +144,9 @@ def _in_this_process(model: nn.Module, folder: Path | None = None) -> list[Train
 def _first_values(module: nn.Module) -> bytes:
     with torch.no_grad():
         parts = [
-            local(p).flatten()[:SAMPLE].cpu().contiguous() for p in module.parameters(recurse=False) if not p.is_meta
+            p.detach().flatten()[:SAMPLE].cpu().contiguous()
+            for p in module.parameters(recurse=False)
+            if not p.is_meta and not isinstance(p, DTensor)
         ]
     return b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts if part.numel())
 

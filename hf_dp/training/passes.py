@@ -113,12 +113,12 @@ def inventory_and_reason(trainer: PrivateTrainer) -> tuple[Inventory, str]:
 def subject_of(trainer: PrivateTrainer) -> Subject:
     """A trainer's model, losses, collator and made-up records."""
     losses = lambda model, batch: trainer.example_losses(model, batch)  # noqa: E731
-    made_up = trainer._made_up_records()
+    collation = trainer._collation()
     return Subject(
         trainer.model,
         losses,
-        trainer._collation(),
-        made_up,
+        collation,
+        trainer._made_up_records() if collation.pads else collation.tried,
         trainer._prepare_inputs,
         type(trainer).unit_rows,
         users_losses(trainer),

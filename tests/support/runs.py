@@ -82,7 +82,7 @@ def trainer(folder: Path, model: Any = None, privacy: dict[str, Any] | None = No
 OF_THE_TRAINER = (
     "train_dataset data_collator eval_dataset compute_metrics callbacks compute_loss_func micro_batch_tokens "
     "check_records "
-    "processing_class optimizers model_init"
+    "processing_class optimizers model_init class_weights"
 ).split()
 
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from hf_dp.per_example.proof.calls import Value
 
+_NOTHING = object()
+
 
 def attribute(owner: type, key: str) -> list[Value]:
     """What a class has under this name."""
@@ -68,14 +70,15 @@ def slots_of(kind: type) -> list[str]:
 
 def slot(owner: Value, key: str) -> list[Value]:
     """What an object has there; [] where nothing."""
-    return [getattr(owner, key)] if hasattr(owner, key) else []
+    value = getattr(owner, key, _NOTHING)
+    return [] if value is _NOTHING else [value]
 
 
 def set_slot(owner: Value, key: str, held: list[Value]) -> None:
     """Gives an object what it had there."""
     if held:
         object.__setattr__(owner, key, held[0])
-    elif hasattr(owner, key):
+    elif slot(owner, key):
         object.__delattr__(owner, key)
 
 

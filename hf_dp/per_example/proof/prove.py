@@ -46,7 +46,8 @@ from hf_dp.per_example.losses import spelt_out
 from hf_dp.per_example.proof import experts
 from hf_dp.per_example.proof.calls import Value, tensors_in
 from hf_dp.per_example.proof.labels import PASSES, SIZE
-from hf_dp.per_example.proof.state import State, is_sharded, untouched
+from hf_dp.per_example.proof.put_back import is_sharded, untouched
+from hf_dp.per_example.proof.state import State
 from hf_dp.per_example.proof.tracker import Tracker
 
 _PACKAGES = Path(torch.__file__).parents[1]

@@ -20,22 +20,18 @@ import random
 import types
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dp.errors import SelfCheckError
-from hf_dp.per_example.gathering import let_go
 from hf_dp.per_example.proof.bindings import (
     attribute,
     contents,
@@ -56,7 +52,7 @@ from hf_dp.per_example.proof.bindings import (
     slots_of,
     sorted_set,
 )
-from hf_dp.per_example.proof.calls import Value, bound, written
+from hf_dp.per_example.proof.calls import Value
 from hf_dp.per_example.proof.kept import PLAIN, Empty, Kept, KeptMapping, KeptTensor, joined, local
 from hf_dp.per_example.proof.labels import address
 from hf_dp.per_example.reads import behind, functions_in, is_a_trainer, is_the_users, methods_of, named
@@ -337,88 +333,6 @@ class State:
 
     def _keep(self, name: str, read: Callable[[], list[Value]], write: Callable[[list[Value]], None]) -> None:
         self._containers.append(Kept(name, read, write))
-
-
-@contextmanager
-def state_put_back(model: nn.Module, state: State | None = None) -> Iterator[State]:
-    """The model as it was, after whatever the pass within did to it, an exception included.
-
-    Args:
-        model: unwrapped.
-        state: its memory noted before, where many passes follow one another; noted now without.
-
-    Raises:
-        SelfCheckError: the pass wrote to a parameter that is not among those copied.
-    """
-    noted = State(model) if state is None else state
-    noted.begin()
-    try:
-        yield noted
-    finally:
-        noted.put_back()
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[State]:
-    """As `state_put_back`, whatever the pass writes to: a parameter is copied just before. Compiled functions run as
-    they are written.
-    """
-    if is_sharded(model):
-        with _tensors_put_back(model) as state:
-            yield state
-        return
-    state = State(model)
-    try:
-        with torch.compiler.set_stance("force_eager"), _CopyBeforeWrite(state):
-            yield state
-    finally:
-        state.put_back()
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether several processes hold a part of each weight."""
-    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
-        isinstance(p, DTensor) for p in model.parameters()
-    )
-
-
-@contextmanager
-def _tensors_put_back(model: nn.Module) -> Iterator[State]:
-    """Trainable parameters and buffers alone: sharding sets itself up in the first pass, which must stay."""
-    let_go(model)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    state = State(nn.Identity())
-    for name, tensor in (*trained, *model.named_buffers()):
-        state.keep(name, tensor)
-    try:
-        yield state
-    finally:
-        let_go(model)
-        state.put_back()
-
-
-class _CopyBeforeWrite(TorchDispatchMode):
-    """Tells a state which memory the operation to come writes to."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__()
-        self._state = state
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # within, nothing is compiled; asking again for each operation took longer than the operation
-
-    def __torch_dispatch__(self, func: Value, types: Value, args: Value = (), kwargs: Value = None) -> Value:
-        if _writes(func):
-            with torch._C.DisableTorchFunction():
-                for tensor in written(func, bound(func, args, kwargs or {})):
-                    self._state.copy(tensor)
-        return func(*args, **(kwargs or {}))
-
-
-@cache
-def _writes(operation: Value) -> bool:
-    return bool(operation._schema.is_mutable)
 
 
 def _may_be_kept(value: Value) -> bool:

@@ -46,8 +46,8 @@ from hf_dp.per_example.proof.operations import (
     NO_VALUES,
     SIZED_BY_VALUES,
 )
+from hf_dp.per_example.proof.put_back import is_sharded
 from hf_dp.per_example.proof.rules import RULES, rule_of
-from hf_dp.per_example.proof.state import is_sharded
 
 _OWN = str(Path(__file__).parent)
 _PROVE = str(Path(__file__).parent / "prove.py")
