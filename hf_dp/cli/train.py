@@ -1,5 +1,6 @@
 """A recipe -> a private model with its card in the output folder: the whole run."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +42,11 @@ def _run(asked: "Recipe") -> None:
         )
     trainer = task.build(asked, callbacks=[MetricsFile()])
     before = task.evaluate(trainer)
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        _print_interrupted(trainer, asked)
+        raise
     trainer.save_model()
     after = task.evaluate(trainer)
     trainer.write_card()  # again, with the results
@@ -50,6 +55,22 @@ def _run(asked: "Recipe") -> None:
             print_metrics(before, after)
         _print_end(trainer, asked)
         task.tell_class_names(trainer, asked)
+
+
+def _print_interrupted(trainer: "DPTrainer", asked: "Recipe") -> None:
+    """Prints what is charged, and how to go on."""
+    from hf_dp.ledger import has_checkpoint
+
+    steps = trainer.privacy_spent().num_steps
+    if not trainer.is_world_process_zero() or not steps:
+        return
+    how = (
+        "resume with training.resume_from_checkpoint=true"
+        if has_checkpoint(asked.output_dir)
+        else "there is no checkpoint to resume from (training.save_strategy=steps writes some): start anew in another "
+        "folder, and what was spent here adds to it"
+    )
+    print(f"\nInterrupted: {steps:,} steps are charged in {asked.output_dir}; {how}.", file=sys.stderr)
 
 
 def _print_end(trainer: "DPTrainer", asked: "Recipe") -> None:

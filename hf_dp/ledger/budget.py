@@ -209,8 +209,12 @@ def _too_much(path: Path, budget: Budget, others: Sequence[Segment], asked: Sequ
         f"There is room for {fits:,} such steps of the {_steps(asked):,}: lower num_train_epochs or max_steps to them, "
         "or raise the noise"
         if fits
-        else "There is room for no such step: raise the noise, or wait until a run that is under way ends"
+        else "There is room for no such step: raise the noise"
     )
+    if alone > total:
+        remedy += f", or plan the run for the budget's delta (privacy.target_delta={delta:g})"
+    elif not fits:
+        remedy += ", or wait until a run that is under way ends"
     open_runs = sum(not run.ended for run in budget.runs)
     return (
         f"the budget {path} does not hold this run. Of epsilon {total:g} at delta {delta:g}, {before:.4g} is spent or "

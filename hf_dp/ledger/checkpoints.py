@@ -34,6 +34,11 @@ def checkpoint_to_resume(folder: Path, asked: str | bool | None) -> Path | None:
     return _as_it_was_saved(complete[-1].parent)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether an output folder has a complete checkpoint."""
+    return any(folder.glob(f"{CHECKPOINTS}/{COMPLETE}"))
+
+
 def seal(checkpoint: Path, ledger_head: str) -> None:
     """Writes the completion marker: which line of the ledger was the last, and the hash of each file of weights and
     optimizer that lies in the folder.

@@ -140,7 +140,10 @@ def _is_list(feature: Any) -> bool:
 
 
 def _numbers(values: Sequence[Any], feature: Any, names: Sequence[str | int], which: str) -> list[int]:
-    number = {name: i for i, name in enumerate(names)}
+    number: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    by_text = {str(name): i for i, name in enumerate(names)}
+    if len(by_text) == len(names):  # a table of text has "0" for 0
+        number |= {v: by_text[str(v)] for v in set(values) - number.keys() if str(v) in by_text}
     if isinstance(feature, datasets.ClassLabel):  # such columns hold numbers of the schema's own names
         values = [None if v is None or v < 0 else feature.names[v] for v in values]
     unknown = sorted({repr(v) for v in values if v not in number})

@@ -83,12 +83,12 @@ def prepare(recipe: Recipe) -> Parts:
         raise RecipeError(f"training.seed: expected a whole number from 0 to 2**32 - 1, got {args.seed}")
     transformers.set_seed(args.seed)  # a fresh head and LoRA's A: public randomness
     tokenizer = _tokenizer(recipe)
-    model = _model(recipe, tokenizer, names)
+    model, fresh = _model(recipe, tokenizer, names)
     make = Maker(recipe.model.task, recipe.data, tokenizer, _max_length(recipe, tokenizer, model.config), names or ())
     train_rows = _with_units(make(train, "train"), range(len(train)) if is_document else train, column)
     held_out = None if validation is None else make(validation, "validation")
     return Parts(
-        model=_adapted(recipe, model),
+        model=_adapted(recipe, model, fresh),
         tokenizer=tokenizer,
         train=train_rows,
         validation=(held_out.rows if task.of_trl else _longest_first(held_out.rows)) if held_out else None,
@@ -199,7 +199,7 @@ def build(
         )
         trainer.about |= _about(recipe)
         if "learning_rate" in recipe.training:  # given, even if it equals the default
-            trainer.args.learning_rate, trainer.rate_by_rule = keywords["args"].learning_rate, ""
+            trainer.args.learning_rate, trainer.rate_by_rule = keywords["args"].learning_rate, "given"
         return trainer
     except HfDpError:
         raise
@@ -293,7 +293,10 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str | int] | None) -> PreTrainedModel:
+def _model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str | int] | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its modules whose weights are not in the files, and so are random."""
     section, task = recipe.model, TASKS[recipe.model.task]
     keywords: dict[str, object] = {"dtype": section.dtype}
     if section.attn_implementation is not None:
@@ -305,10 +308,11 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, classes: Sequence
         keywords |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
     elif task.auto == "AutoModelForSequenceClassification":
         keywords["num_labels"] = 1  # a score
-    model = _loaded(recipe, getattr(transformers, task.auto).from_pretrained, **keywords)
+    load = getattr(transformers, task.auto).from_pretrained
+    model, found = _loaded(recipe, load, output_loading_info=True, **keywords)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return model, sorted({key.rpartition(".")[0] for key in found["missing_keys"]})
 
 
 def _in_few_bits(load_in: str) -> transformers.BitsAndBytesConfig:
@@ -342,16 +346,22 @@ def _loaded(recipe: Recipe, load: Callable[..., T], **keywords: object) -> T:
         raise RecipeError(f"model.name: cannot load {name!r}: {_first_line(error)} ({remedy})") from None
 
 
-def _adapted(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
+def _adapted(recipe: Recipe, model: PreTrainedModel, fresh: Sequence[str]) -> nn.Module:
+    """The model with the recipe's adapter. What is random is trained and saved whole: no file of the base has it."""
     if recipe.adapter is None:
         return model
     kind, settings = recipe.adapter
-    section, of_words = "lora" if recipe.lora is not None else "peft", recipe.model.task == "token_classification"
-    if of_words and settings.get("target_modules") == "all-linear" and "exclude_modules" not in settings:
-        settings = {**settings, "exclude_modules": ["classifier", "score"]}  # heads, which peft trains whole
+    section, task = "lora" if recipe.lora is not None else "peft", TASKS[recipe.model.task]
+    heads = ("classifier", "score") if task.adapter in ("SEQ_CLS", "TOKEN_CLS") else ()  # which peft trains whole
     try:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
-        return peft.get_peft_model(model, config(**{"task_type": TASKS[recipe.model.task].adapter, **settings}))
+        others = [name for name in fresh if name.rpartition(".")[2] not in heads]
+        if others and "modules_to_save" in config.__dataclass_fields__:
+            settings = {**settings, "modules_to_save": [*(settings.get("modules_to_save") or []), *others]}
+        whole = [*heads, *others]
+        if whole and settings.get("target_modules") == "all-linear" and "exclude_modules" not in settings:
+            settings = {**settings, "exclude_modules": whole}
+        return peft.get_peft_model(model, config(**{"task_type": task.adapter, **settings}))
     except REFUSALS as error:
         raise RecipeError(f"{section}: peft refuses these settings for this model: {_first_line(error)}") from None
 

@@ -62,7 +62,7 @@ def refuse_what_remembers(
         with fork_forward_rng(devices, seed=0):
             return copy.deepcopy(call(thing))
 
-    if holder is not None and all(torch.device(device).type == "cpu" for device in devices):
+    if holder is not None and _can_be_copied(devices):
         _refuse_other_orders(what, once, things, alike)
     first = []
     for thing in things:
@@ -74,6 +74,14 @@ def refuse_what_remembers(
         raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
     if holder is not None:
         _refuse_what_the_first_call_decides(what, once, things, alike, memory)
+
+
+def _can_be_copied(devices: Sequence[torch.device | str]) -> bool:
+    """Whether a copy of the process can make the calls: it has no accelerator, and other processes do not know it, so a
+    model whose processes wait for each other would wait for ever.
+    """
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return not devices or (alone and all(torch.device(device).type == "cpu" for device in devices))
 
 
 def _refuse_other_orders(

@@ -156,8 +156,9 @@ class _Opening:
         if allowed == 0:
             spent = spending.total()
             raise ConfigError(
-                f"the budget is spent: epsilon {spent.epsilon:.4g} after {spent.num_steps} steps, target "
-                f"{mechanism.target_epsilon}; raise target_epsilon, or start anew in another output_dir"
+                f"this training is over, and its model needs no more steps: the budget is spent: epsilon "
+                f"{spent.epsilon:.4g} after {spent.num_steps} steps, target {mechanism.target_epsilon}; to train "
+                "further, raise target_epsilon, or start anew in another output_dir"
             )
         if self.place.budget_file is not None:
             most = min(allowed, max(1, mechanism.num_steps - self.first_step))

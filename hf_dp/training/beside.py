@@ -86,7 +86,7 @@ def refuse_remembering(model: nn.Module, losses: Losses, alone: Sequence[MicroBa
         what = "the loss of an example, or the model that it calls,"
         exactly = {device.type for device in devices} == {"cpu"}
         alike = (lambda a, b: torch.equal(a.nan_to_num(), b.nan_to_num())) if exactly else partial(_close, model=model)
-        refuse_what_remembers(what, loss, alone[:RECORDS], devices, alike, code)
+        refuse_what_remembers(what, loss, alone[:RECORDS], devices, alike, code or None)
 
 
 def copies_of(one: MicroBatch) -> MicroBatch | None:

@@ -13,7 +13,7 @@ SHOWN = {"loss": "Training Loss", "learning_rate": "Learning Rate", "signal_to_n
 
 
 class EpsilonTable(NotebookTrainingTracker):
-    """The table beneath the progress bar: a line has the epsilon spent so far, and what was logged."""
+    """The table beneath the progress bar: a line has the epsilon that is claimed, and what was logged."""
 
     epsilon = ""
 

@@ -158,7 +158,8 @@ def _taken(inputs: Batch, names: Sequence[str]) -> Leaf:
     if not found:
         raise ConfigError(
             f"the collated batch has no `labels` (it has {', '.join(sorted(inputs))}): name the target column "
-            f"`labels`, name the columns in TrainingArguments(label_names=[...]), or {REMEDY}"
+            "`labels` (for a causal language model: data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+            f"), name the columns in TrainingArguments(label_names=[...]), or {REMEDY}"
         )
     return found
 

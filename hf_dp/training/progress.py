@@ -18,7 +18,7 @@ QUIET = ("warning", "error", "critical")  # values of TrainingArguments.log_leve
 
 
 class EpsilonProgress(ProgressCallback):
-    """Trainer's progress bar, with the epsilon spent so far behind it."""
+    """Trainer's progress bar, with the epsilon that is claimed behind it."""
 
     def on_log(
         self,
@@ -88,7 +88,7 @@ def print_plan_of(trainer: PrivateTrainer, title: str) -> None:
 def _learning_rate(trainer: PrivateTrainer) -> tuple[str, str, str]:
     args, schedule = trainer.args, trainer.args.lr_scheduler_type
     rule = f"{trainer.rate_by_rule or 'given'}; schedule: {getattr(schedule, 'value', schedule)}"
-    if trainer.optimizer is None and left_alone(args, "learning_rate"):
+    if not trainer.rate_by_rule and left_alone(args, "learning_rate") and rate_in_force(trainer) == args.learning_rate:
         kind = type(args).__name__
         rule = f"{kind}' default" if kind.endswith("s") else f"{kind}'s default"
         rule += ", for training without noise; with noise, 10 to 100 times as much is usual"

@@ -84,7 +84,8 @@ class DPTrainerMixin(SettledPasses, GuardedWeights, ShardedStates, MarkedEvaluat
         about: public things about the run for the card's table of settings, by name, such as
             `trainer.about["training data"] = "Clinic notes, 2024"`.
         alone_because: why each example has a pass of its own; "" if a pass may hold several.
-        rate_by_rule: where the learning rate is from, if the user left it alone (see `fitted`); "" if it is theirs.
+        rate_by_rule: where the learning rate is from, if the user left it alone (see `fitted`); "" or "given" if it
+            is theirs.
         unit_rows: a class attribute, k: the collator makes k rows of each record, which are clipped as one example. The
             batches that `example_losses` is given then lead with the examples, [B, k, ...].
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import TrainerCallback
 
+from hf_dp.training import MetricsFile
 from tests.support import recipes as R
 
 
@@ -259,3 +261,21 @@ def test_unknown_verbs_and_missing_arguments(hf_dp):
     status, out, _ = hf_dp("--help")
     assert status == 0
     assert all(verb in out for verb in ("train", "check", "plan"))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_ctrl_c_says_what_is_charged_and_how_to_go_on(hf_dp, tmp_path, monkeypatch, saved):
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetricsFile, "on_step_begin", interrupt)
+    settings = ["training.max_steps=4", *(["training.save_strategy=steps", "training.save_steps=1"] if saved else [])]
+    status, _, err = hf_dp("train", R.write(tmp_path), *settings)
+    assert status == 130
+    assert f"Interrupted: 2 steps are charged in {tmp_path / 'out'}" in err
+    assert ("resume with training.resume_from_checkpoint=true" in err) == saved
+    assert ("there is no checkpoint to resume from" in err) != saved
+    if saved:
+        monkeypatch.setattr(MetricsFile, "on_step_begin", TrainerCallback.on_step_begin)
+        assert hf_dp("train", tmp_path / "toy.yaml", *settings, "training.resume_from_checkpoint=true")[0] == 0

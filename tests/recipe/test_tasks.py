@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 import transformers as tf
+from peft import PeftModel
 
 from hf_dp import ConfigError
 from hf_dp.errors import RecipeError
@@ -119,6 +120,30 @@ def test_each_task_trains_is_evaluated_and_verifies(name: str, tmp_path: Path) -
     record = json.loads((tmp_path / "out" / "privacy.json").read_text())
     assert record["num_steps"] == 2
     assert record["unit"] == ("pair of answers" if TASKS[name].trainer[2] in "DR" else "record")
+
+
+@pytest.mark.parametrize("kind", ["bert without pooler", "distilbert"])
+def test_what_no_file_of_the_base_has_is_trained_and_saved(kind: str, tmp_path: Path) -> None:
+    """A pooler, or what stands before the head: random, and of no use to whoever loads the adapter otherwise."""
+    asked = recipe(tmp_path, "sequence_classification")
+    if kind == "distilbert":
+        config = tf.DistilBertConfig(vocab_size=len(R.WORDS), dim=16, n_layers=1, n_heads=2, hidden_dim=24)
+        tf.DistilBertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    trainer = task.build(asked)
+    trainer.train()
+    trainer.save_model()
+    merged = trainer.model.merge_and_unload().eval()
+    loaded = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    loaded = PeftModel.from_pretrained(loaded, tmp_path / "out").eval()
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.allclose(loaded(ids).logits, merged(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("given", "written"), [([0, 1], "01"), (["0", "1"], [0, 1])])
+def test_numbers_and_their_texts_are_one_class(given: list[Any], written: Any, tmp_path: Path) -> None:
+    records = [{**RECORD, "mood": written[i % 2]} for i in range(12)]
+    made = task.prepare(recipe(tmp_path, "sequence_classification", records, labels=given))
+    assert made.train["labels"] == [i % 2 for i in range(12)]
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -75,6 +75,18 @@ def test_what_the_user_gave_is_never_touched(case: str, tmp_path: Path) -> None:
     assert trainer.mechanism.clip_norm == (BY_RULE if case == "a rate" else 1.0)
 
 
+@pytest.mark.parametrize(("given", "said"), [({}, "TrainingArguments' default"), ({"learning_rate": 1e-4}, "given")])
+def test_the_plan_says_whose_the_learning_rate_is(
+    given: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of full fine-tuning, for which there is no rule."""
+    arguments = runs.arguments(tmp_path, max_steps=1, log_level="info", **given)
+    arguments.learning_rate = given.get("learning_rate", TrainingArguments.learning_rate)
+    DPTrainer(M.llama(), arguments, runs.collate, runs.text_rows(), privacy=PrivacyConfig(**PRIVATE)).train()
+    line = next(line for line in capsys.readouterr().out.splitlines() if "learning rate" in line)
+    assert said in line
+
+
 def test_a_given_clip_norm_of_1_is_told_from_none(tmp_path: Path) -> None:
     parser = HfArgumentParser((TrainingArguments, PrivacyConfig))
     given = f"--output_dir {tmp_path} --use_cpu --target_epsilon 3".split()

@@ -59,7 +59,7 @@ def set_bytes(own: Value, copy: Value, held: list[Value]) -> None:
 
 
 def slots_of(kind: type) -> list[str]:
-    """The names of the attributes for which a class has slots."""
+    """The names of the attributes for which a class, written in Python, has slots."""
     return [
         key
         for owner in kind.__mro__

@@ -58,11 +58,11 @@ from hf_dp.per_example.proof.labels import address
 from hf_dp.per_example.reads import behind, functions_in, is_a_trainer, is_the_users, methods_of, named
 
 DEPTH = 8  # objects within objects that are no modules; adapters' settings and caches are within 3
-DEPTH_BESIDE = 3  # of what is no model: data sets may hold anything
+DEPTH_BESIDE = 3  # of what is no model: data sets and hooks may hold anything
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _COLLECTIONS = {dict, OrderedDict, list, deque, set}
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-_SHARDINGS_OWN = "__composable_api_state_key"  # begins the attribute in which PyTorch keeps what sharding has under way
+_OF_SHARDING = "torch.distributed"  # begins the names of modules whose objects are what sharding has under way
 _NOTHING_WITHIN = {*PLAIN, types.ModuleType, types.BuiltinFunctionType}
 
 
@@ -193,6 +193,8 @@ class State:
         if type(value) in _NOTHING_WITHIN or isinstance(value, (*PLAIN, type)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
+        if not isinstance(value, (Tensor, nn.Module)) and type(value).__module__.startswith(_OF_SHARDING):
+            return
         if isinstance(value, Tensor):
             if isinstance(value, nn.Parameter) and not value.requires_grad:
                 self._keep(joined(name, "grad"), lambda: [value.grad], partial(set_gradient, value))
@@ -211,7 +213,7 @@ class State:
         self._containers.append(KeptMapping(name, own))
         for key, value in own.items():
             kind = type(value)
-            if kind in _NOTHING_WITHIN or key.startswith(_SHARDINGS_OWN):
+            if kind in _NOTHING_WITHIN:
                 continue
             inner = name if key in _REGISTRIES else joined(name, key)
             if kind in _COLLECTIONS and not value:
@@ -269,7 +271,7 @@ class State:
         """What hooks hold comes last, so that a tensor of the model has the name that it has there."""
         for key, value in vars(module).items():
             if key.endswith("_hooks") and value:
-                self._walk(value, joined(name, key), 0)
+                self._walk(value, joined(name, key), DEPTH - DEPTH_BESIDE)
 
     def _container(self, value: Value, name: str, depth: int) -> None:
         if behind(value) is not value:
@@ -320,7 +322,7 @@ class State:
                 self._walk(value, name, depth)
 
     def _object(self, value: Value, name: str, depth: int) -> None:
-        for key in slots_of(type(value)):
+        for key in slots_of(type(value)) if is_the_users(type(value).__module__) else ():
             self._keep(joined(name, key), partial(slot, value, key), partial(set_slot, value, key))
             self._walk_all(slot(value, key), joined(name, key), depth)
         own = getattr(value, "__dict__", None)
