@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from hf_dp.accounting.selection import Selection
 from hf_dp.card import Described
@@ -205,6 +206,30 @@ def test_one_line_of_ones_own_keeps_a_whole_template(line, folder, record):
     assert "Model Card for Model ID" in after
     assert "## How to use it" not in after
     assert failures(folder) == ""
+
+
+@pytest.mark.parametrize("name", ["SFT", "Reward"])
+def test_trls_template_gives_way_to_the_whole_card(name, tmp_path):
+    """Also where it knows no base and cites the paper of its method."""
+    template = "rm_model_card.md" if name == "Reward" else "lm_model_card.md"
+    known = {
+        "base_model": None,
+        "model_name": "mine",
+        "hub_model_id": None,
+        "dataset_name": "texts",
+        "trainer_name": name,
+        "trainer_citation": "@article{x,\n  year = {2020}\n}",
+        "paper_title": "On texts",
+        "paper_id": "2305.1",
+        "wandb_url": "https://wandb.example/run",
+        **dict.fromkeys([f"{of}_version" for of in "trl transformers pytorch datasets tokenizers".split()], "1.2"),
+    }
+    path = files("trl").joinpath("templates", template)
+    text = ModelCard.from_template(ModelCardData(library_name="peft"), template_path=str(path), **known).text
+    assert "On texts" in text
+    assert untouched(text)
+    for line in ("It purrs.", "- **License:** mit", "## Uses"):
+        assert not untouched(f"{text}\n{line}\n")
 
 
 def test_a_lost_card_is_made_again_and_what_the_training_knew_stays_with_the_card(folder, record):
