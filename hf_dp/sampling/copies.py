@@ -14,12 +14,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Given = TypeVar("Given")
-PATIENCE = 60.0  # seconds for an answer; whoever is slower is not looked at in this way
+PATIENCE = 20.0  # seconds for an answer; whoever is slower is not looked at in this way
 
 
 class Answers(NamedTuple):
@@ -38,7 +39,7 @@ def in_a_copy(call: Callable[[Given], Any], things: Sequence[Given]) -> Answers 
 
     Returns:
         None where there is no copy, or no answer: another system than Linux, an error, a result that cannot be pickled,
-        more than a minute.
+        more than `PATIENCE` seconds.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -57,9 +58,9 @@ def in_a_copy(call: Callable[[Given], Any], things: Sequence[Given]) -> Answers 
         return _received(ours)
     finally:
         os.close(ours)
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, ChildProcessError):  # somebody else may wait for all children
             os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+            os.waitpid(child, 0)
 
 
 def _answer(pipe: int, call: Callable[[Given], Any], things: Sequence[Given]) -> None:
@@ -79,28 +80,56 @@ def _answer(pipe: int, call: Callable[[Given], Any], things: Sequence[Given]) ->
 
 
 class _Opened:
-    """The files that are opened, for reading and for writing."""
+    """The files that the calls read and write: opened for it, moved into place, or open for both before and changed."""
 
     def __init__(self) -> None:
         self.read, self.written = set[str](), set[str]()
+        self._before = {path: _state_of(path) for path in _open_for_both()}
 
     def look(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """As Python calls it for whatever is opened."""
+        """As Python calls it for whatever is opened or moved."""
         if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
             path, access = os.path.abspath(os.fsdecode(arguments[0])), arguments[2] & os.O_ACCMODE
             if access != os.O_WRONLY:
                 self.read.add(path)
             if access != os.O_RDONLY:
                 self.written.add(path)
+        elif event == "os.rename":
+            self.written.add(os.path.abspath(os.fsdecode(arguments[1])))
+        elif event == "sqlite3.connect" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+            path = os.path.abspath(os.fsdecode(arguments[0]))
+            self._before.setdefault(path, _state_of(path))
 
     def both(self) -> list[str]:
-        """Those opened for both."""
-        return sorted((self.read & self.written) - {os.devnull})
+        """Those that were read and written."""
+        changed = {path for path, before in self._before.items() if _state_of(path) != before}
+        return sorted(((self.read & self.written) | changed) - {os.devnull})
+
+
+def _open_for_both() -> list[str]:
+    """The files that the process has open for reading and writing."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            path = os.readlink(f"/proc/self/fd/{number}")
+            flags = Path(f"/proc/self/fdinfo/{number}").read_text(encoding="ascii").partition("flags:")[2].split()[0]
+            if os.path.isfile(path) and int(flags, 8) & os.O_ACCMODE == os.O_RDWR:
+                found.append(path)
+    return found
+
+
+def _state_of(path: str) -> object:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _received(pipe: int) -> Answers | None:
-    until, parts = time.monotonic() + PATIENCE, list[bytes]()
-    while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+    until, parts, ready = time.monotonic() + PATIENCE, list[bytes](), select.poll()
+    ready.register(pipe, select.POLLIN)
+    while ready.poll(1000 * max(0.0, until - time.monotonic())):
         part = os.read(pipe, 1 << 20)
         if not part:
             return Answers(*pickle.loads(b"".join(parts))) if parts else None

@@ -6,6 +6,7 @@ before it. Then removing one record changes what all records after it give, and 
 """
 
 import copy
+import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,12 +18,13 @@ from torch.utils.data import Subset
 from hf_dp.errors import ConfigError, SelfCheckError
 from hf_dp.per_example import State, same
 from hf_dp.randomness import fork_forward_rng
-from hf_dp.sampling.copies import in_a_copy
+from hf_dp.sampling.copies import Answers, in_a_copy
 from hf_dp.sampling.own_generators import REMEDY as GENERATOR_REMEDY
 from hf_dp.sampling.own_generators import own_generators
 from hf_dp.sampling.reading import Records, is_plain_table, read_records
 
 Given = TypeVar("Given")
+RECORDS = 4  # of a data set, that are read
 CALLS = 7  # one after another, with one thing; then one call more after those with all others
 REMEDY = (
     "it keeps something from one call to the next, such as a counter, an iterator, a growing vocabulary or a random "
@@ -40,7 +42,7 @@ def refuse_what_remembers(
     alike: Callable[[Any, Any], bool] | None = None,
     holder: object = None,
 ) -> None:
-    """Calls with all things in two orders, each in a copy of the process; then with each thing several times, under the
+    """Calls with all things in two orders, the first in a copy of the process; with each thing several times, under the
     same random states each time, and once more after all the others; then, from the state that the code had before,
     with each thing alone and after the others.
 
@@ -62,18 +64,21 @@ def refuse_what_remembers(
         with fork_forward_rng(devices, seed=0):
             return copy.deepcopy(call(thing))
 
-    if holder is not None and _can_be_copied(devices):
-        _refuse_other_orders(what, once, things, alike)
-    first = []
-    for thing in things:
+    copied = in_a_copy(once, things) if holder is not None and _can_be_copied(devices) else None
+    first: list[Any] = []
+    for thing in reversed(things):
         results = [once(thing) for _ in range(CALLS)]
         if not all(alike(results[0], other) for other in results[1:]):
             raise ConfigError(f"{what} gives something else each time for the same record: {REMEDY}")
-        first.append(results[0])
+        first.insert(0, results[0])
+    if copied is not None:
+        _refuse_another_order(what, copied, first, alike)
     if not all(alike(result, once(thing)) for thing, result in zip(things, first, strict=True)):
         raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
-    if holder is not None:
+    if copied is None and holder is not None:
         _refuse_what_the_first_call_decides(what, once, things, alike, memory)
+    with suppress(SelfCheckError):
+        memory.put_back()
 
 
 def _can_be_copied(devices: Sequence[torch.device | str]) -> bool:
@@ -84,19 +89,14 @@ def _can_be_copied(devices: Sequence[torch.device | str]) -> bool:
     return not devices or (alone and all(torch.device(device).type == "cpu" for device in devices))
 
 
-def _refuse_other_orders(
-    what: str, once: Callable[[Given], Any], things: Sequence[Given], alike: Callable[[Any, Any], bool]
-) -> None:
+def _refuse_another_order(what: str, copied: Answers, backward: list[Any], alike: Callable[[Any, Any], bool]) -> None:
     """Wherever the code keeps what it keeps: a copy of the process begins with all of it as it is."""
-    forward, backward = in_a_copy(once, things), in_a_copy(once, things[::-1])
-    if forward is None or backward is None:
-        return
-    if files := sorted({*forward.files, *backward.files}):
+    if copied.files:
         raise ConfigError(
-            f"{what} reads and writes {', '.join(files)}, so what it makes of one record may depend on which others "
-            "came before: fill the file before training, and open it for reading alone"
+            f"{what} reads and writes {', '.join(copied.files)}, so what it makes of one record may depend on which "
+            "others came before: fill the file before training, and open it for reading alone"
         )
-    if not all(alike(a, b) for a, b in zip(forward.results, backward.results[::-1], strict=True)):
+    if not all(alike(a, b) for a, b in zip(copied.results, backward, strict=True)):
         raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
 
 
@@ -137,8 +137,8 @@ def refuse_data_that_remember(dataset: Records, collate: object) -> None:
     if kept := own_generators(collate, "the collator") + own_generators(dataset, "the data set"):
         raise ConfigError(f"random generators of its own in {', '.join(kept)}: {GENERATOR_REMEDY}")
     if not is_plain_table(dataset):
-        last = len(dataset) - 1
-        indices = sorted({0, last // 3, 2 * last // 3, last})
+        # others each time: what was kept of some outside of the process, such as in a file, would look as it should
+        indices = random.SystemRandom().sample(range(len(dataset)), min(RECORDS, len(dataset)))
         read = partial(_read_if_possible, dataset)
         refuse_what_remembers("the data set", read, indices, holder=code_of(dataset))
 

@@ -22,7 +22,7 @@ from hf_dp.step import PrivacySpent
 
 EARLIER = "earlier private training"  # a row of plan and card
 ADDS = "it adds to this one for whoever is in both"
-UNKNOWN = "not known: the adapter is not a new one, and nothing in it says what was spent"
+UNKNOWN = "not known, but the adapter is no new one"
 
 
 class Trained(NamedTuple):

@@ -326,10 +326,11 @@ def _refuse_settings(trainer: PrivateTrainer, chosen: Objective) -> None:
     if chosen.kind in (YOURS, SPELT_OUT) and trainer.class_weights is not None:
         raise ConfigError("class_weights are not for a loss of another kind: multiply its losses by them there")
     classes = getattr(getattr(trainer._base_model(), "config", None), "num_labels", None)
-    if trainer.class_weights is not None and classes not in (None, len(trainer.class_weights)):
+    weights = trainer.class_weights if "Classification" in chosen.kind else None
+    if weights is not None and classes not in (None, len(weights)):
         raise ConfigError(
             f"class_weights: expected {classes} numbers, one for each of the model's classes (config.num_labels), got "
-            f"{len(trainer.class_weights)}"
+            f"{len(weights)}"
         )
 
 

@@ -1,6 +1,9 @@
 """Calls in a copy of the process: their answers come back, and nothing else does."""
 
+import contextlib
 import os
+import signal
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,3 +60,47 @@ def test_no_answer_is_none(call: Any) -> None:
 def test_who_takes_too_long_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "PATIENCE", 0.2)
     assert in_a_copy(lambda thing: sys.stdin.read() or __import__("time").sleep(60), [1]) is None
+
+
+def of_a_database(path: Path) -> Any:
+    database = sqlite3.connect(path)
+    database.execute("create table words (word text)")
+    database.commit()
+
+    def count(word: str) -> int:
+        database.execute("insert into words values (?)", (word,))
+        database.commit()
+        return int(database.execute("select count(*) from words").fetchone()[0])
+
+    return count
+
+
+def of_a_file_moved_into_place(path: Path) -> Any:
+    path.write_text("0")
+
+    def count(word: str) -> int:
+        number = int(path.read_text()) + 1
+        path.with_suffix(".new").write_text(str(number))
+        path.with_suffix(".new").replace(path)
+        return number
+
+    return count
+
+
+@pytest.mark.parametrize("make", [of_a_database, of_a_file_moved_into_place])
+def test_what_is_kept_on_the_disk_is_named(make: Any, tmp_path: Path) -> None:
+    found = in_a_copy(make(tmp_path / "kept"), ["a", "b"])
+    assert found is not None
+    assert found.files == [str(tmp_path / "kept")]
+
+
+def test_many_open_files_and_children_that_others_wait_for_are_no_matter(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with contextlib.ExitStack() as stack:
+        for i in range(1100):
+            with contextlib.suppress(OSError):  # a limit of the system's
+                stack.enter_context((tmp_path / str(i)).open("w"))
+        try:
+            assert in_a_copy(str, [1, 2]) == (["1", "2"], [])
+        finally:
+            signal.signal(signal.SIGCHLD, before)

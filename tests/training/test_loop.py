@@ -196,8 +196,9 @@ def test_a_record_that_is_not_finite_and_an_empty_draw_are_steps_like_any_other(
     features = DATA.tensors[0].clone()
     features[7] = float("nan")
     data = TensorDataset(features, DATA.tensors[1])
+    begun = copy.deepcopy(model)  # weights that were trained on these records are one training's alone
     for folder, batch in (("all", 60), ("few", 1)):
-        model = copy.deepcopy(model)  # the same weights on the same records are one training's alone
+        model = copy.deepcopy(begun)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loop = PrivateLoop(model, optimizer, losses, mechanism(12, expected_batch_size=batch), tmp_path / folder)
         sizes = []

@@ -2,8 +2,8 @@
 
 Whether an operation fails may depend on the values of any example: a matrix that is not positive definite, an index out
 of range. Where such an error is caught, the pass goes on in another way for all examples, and no operation shows it.
-What catches is a `try`, a `with` of anything but PyTorch's own and `nullcontext`, asyncio, which keeps a task's error
-as its result, and Python itself where it goes through an object by its `__getitem__`.
+What catches is a `try`, a `with` of anything but PyTorch's or peft's own and `nullcontext`, asyncio, which keeps a
+task's error as its result, and Python itself where it goes through an object by its `__getitem__`.
 """
 
 import dis
@@ -101,7 +101,7 @@ def _begins(instruction: dis.Instruction) -> tuple[int | None, ...]:
 
 
 def _lets_through(frame: types.FrameType, manager: tuple[str, ...]) -> bool:
-    """Whether a manager is PyTorch's own, or `nullcontext`: none of these keeps an error from whoever comes next."""
+    """Whether a manager is PyTorch's or peft's own, or `nullcontext`: none keeps an error from whoever comes next."""
     if not manager:
         return False
     value = {**frame.f_builtins, **frame.f_globals, **frame.f_locals}.get(manager[0])
@@ -112,4 +112,4 @@ def _lets_through(frame: types.FrameType, manager: tuple[str, ...]) -> bool:
             else vars(value).get(name)
         )
     module = getattr(value if isinstance(value, (type, types.FunctionType)) else type(value), "__module__", "") or ""
-    return value is nullcontext or isinstance(value, nullcontext) or module.partition(".")[0] == "torch"
+    return value is nullcontext or isinstance(value, nullcontext) or module.partition(".")[0] in ("torch", "peft")
