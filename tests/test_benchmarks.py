@@ -77,6 +77,13 @@ def test_shares_are_of_the_gain_of_plains_best_rate(utility: dict[str, Any]) -> 
     assert found["plain, rate 0.01", None][1] == pytest.approx([0.75, 1, 1])
 
 
+def test_no_fine_tuning_has_none_of_the_gain_where_lower_is_better(utility: dict[str, Any]) -> None:
+    runs = (("no fine-tuning", 2.0, None), ("plain", 1.5, 0.1))
+    done = [{"measure": "nats_per_character", "way": w, "value": v, "rate": r, "epsilon": None} for w, v, r in runs]
+    found = utility["shares"](done)
+    assert utility["spread"](found["no fine-tuning", None][1], ".0%") == "0%"
+
+
 @pytest.mark.slow
 def test_overhead() -> None:
     printed = run("bench_overhead", "--quick")
