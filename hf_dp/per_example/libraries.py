@@ -34,7 +34,9 @@ class Functions:
     def __init__(self, model: nn.Module) -> None:
         self._settings = [read() for read in SETTINGS]
         self._noted = {
-            id(place): {name: value for name, value in held.items() if callable(value)}
+            id(place): {
+                name: value for name, value in held.items() if callable(value) and not isinstance(value, nn.Module)
+            }
             for place, held in _places(model)
         }
 

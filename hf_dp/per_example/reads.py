@@ -113,6 +113,11 @@ def is_the_users(module: str | None) -> bool:
     return "site-packages" not in file and "dist-packages" not in file
 
 
+def holds_values(kind: type) -> bool:
+    """Whether a class of Python's own is made to hold a program's values: a namespace, a flag, a queue."""
+    return kind.__module__ in ("types", "argparse", "collections", "threading", "queue", "configparser")
+
+
 def methods_of(kind: type) -> dict[str, types.FunctionType]:
     """The functions that the user's classes among a class and its bases define, by name: properties and static methods
     too.
@@ -253,7 +258,7 @@ def _of_object(value: Any, name: str, step: Any, names: frozenset[str]) -> None:
         for key, function in methods_of(kind).items():
             if key.rpartition(".")[2] in names:
                 step(types.MethodType(function, value), f"{name}.{key}")
-    elif is_the_users(kind.__module__):
+    elif is_the_users(kind.__module__) or holds_values(kind):
         for key, member in list(own.items()):
             step(member, f"{name}.{key}")
         for owner in kind.__mro__:

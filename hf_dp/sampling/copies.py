@@ -46,7 +46,12 @@ def in_a_copy(call: Callable[[Given], Any], things: Sequence[Given]) -> Answers 
     ours, theirs = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the copy does not have
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError:  # no room for another process
+            os.close(ours)
+            os.close(theirs)
+            return None
     if child == 0:
         try:
             os.close(ours)

@@ -24,7 +24,7 @@ from hf_dp.sampling.own_generators import own_generators
 from hf_dp.sampling.reading import Records, is_plain_table, read_records
 
 Given = TypeVar("Given")
-RECORDS = 4  # of a data set, that are read
+RECORDS = 8  # of a data set, that are read
 CALLS = 7  # one after another, with one thing; then one call more after those with all others
 REMEDY = (
     "it keeps something from one call to the next, such as a counter, an iterator, a growing vocabulary or a random "
@@ -64,21 +64,23 @@ def refuse_what_remembers(
         with fork_forward_rng(devices, seed=0):
             return copy.deepcopy(call(thing))
 
-    copied = in_a_copy(once, things) if holder is not None and _can_be_copied(devices) else None
-    first: list[Any] = []
-    for thing in reversed(things):
-        results = [once(thing) for _ in range(CALLS)]
-        if not all(alike(results[0], other) for other in results[1:]):
-            raise ConfigError(f"{what} gives something else each time for the same record: {REMEDY}")
-        first.insert(0, results[0])
-    if copied is not None:
-        _refuse_another_order(what, copied, first, alike)
-    if not all(alike(result, once(thing)) for thing, result in zip(things, first, strict=True)):
-        raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
-    if copied is None and holder is not None:
-        _refuse_what_the_first_call_decides(what, once, things, alike, memory)
-    with suppress(SelfCheckError):
-        memory.put_back()
+    try:
+        copied = in_a_copy(once, things) if holder is not None and _can_be_copied(devices) else None
+        first: list[Any] = []
+        for thing in reversed(things):
+            results = [once(thing) for _ in range(CALLS)]
+            if not all(alike(results[0], other) for other in results[1:]):
+                raise ConfigError(f"{what} gives something else each time for the same record: {REMEDY}")
+            first.insert(0, results[0])
+        if copied is not None:
+            _refuse_another_order(what, copied, first, alike)
+        if not all(alike(result, once(thing)) for thing, result in zip(things, first, strict=True)):
+            raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
+        if copied is None and holder is not None:
+            _refuse_what_the_first_call_decides(what, once, things, alike, memory)
+    finally:
+        with suppress(SelfCheckError):
+            memory.put_back()
 
 
 def _can_be_copied(devices: Sequence[torch.device | str]) -> bool:
@@ -116,9 +118,6 @@ def _refuse_what_the_first_call_decides(
                 raise ConfigError(f"{what} gives something else for a record after others: {REMEDY}")
     except SelfCheckError as error:
         raise ConfigError(f"{what}: {error}") from None
-    finally:
-        with suppress(SelfCheckError):
-            memory.put_back()
 
 
 def _from_the_beginning(memory: State, once: Callable[[Given], Any], things: Sequence[Given]) -> Any:

@@ -1,6 +1,8 @@
 """Wherever code keeps something, it is put back, or what keeps it is refused, or a change of it is found."""
 
+import argparse
 import array
+import collections
 import contextvars
 import functools
 import json
@@ -53,6 +55,7 @@ class Counter:
 
 
 GLOBAL = Counter()
+NAMESPACE, EVENTS = argparse.Namespace(calls=0), collections.Counter[str]()
 
 
 class Slotted:
@@ -96,6 +99,14 @@ class Numbered(nn.Module):
     def by_property(self) -> int:
         self.store[0] += 1
         return self.store[0]
+
+    def by_namespace(self) -> int:
+        NAMESPACE.calls += 1
+        return int(NAMESPACE.calls)
+
+    def by_counter(self) -> int:
+        EVENTS["pass"] += 1
+        return EVENTS["pass"]
 
     def by_function(self) -> int:
         return of_itself()
@@ -155,6 +166,8 @@ WAYS = [name.removeprefix("by_") for name in vars(Numbered) if name.startswith("
 def fresh() -> Any:
     def begin() -> None:
         COUNTS[0] = memories.CALLS[0] = GLOBAL.calls = LOCAL.calls = of_itself.calls = 0
+        NAMESPACE.calls = 0
+        EVENTS.clear()
         os.environ.pop("HF_DP_TEST_CALLS", None)
         VARIABLE.get().clear()
 
@@ -316,7 +329,7 @@ class Reading(nn.Module):
         ways: list[Callable[[], Any]] = [
             lambda: self.on or self.stands() or self.of_the_class() or is_on() or memories.is_on(),
             lambda: of_itself.calls or LOCAL.calls or ON.get() or TABLE["on"][0],
-            lambda: os.environ.get("HF_DP_TEST_CALLS") or REFERENCE().calls,
+            lambda: NAMESPACE.calls or os.environ.get("HF_DP_TEST_CALLS") or REFERENCE().calls,
         ]
         return ways[way]()
 
@@ -334,6 +347,7 @@ CHANGES: list[Callable[[], Any]] = [
     lambda: TABLE.__setitem__("on", [True]),
     lambda: os.environ.update(HF_DP_TEST_CALLS="1"),
     lambda: setattr(HELD, "calls", 1),
+    lambda: setattr(NAMESPACE, "calls", 1),
     change_a_setting,
 ]
 

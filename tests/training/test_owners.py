@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from hf_dp import ConfigError, DPTrainer, LedgerError, RecipeError
 from hf_dp.accounting.epsilon import spent
@@ -175,7 +176,10 @@ def test_whatever_names_the_unit_says_what_is_assumed_of_owners(folder: Path) ->
 
 
 def test_plan_and_trackers_say_it_too(private: DPTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = runs.trainer(tmp_path, None, RUN, train_dataset=chats())
+    adapter = get_peft_model(
+        M.llama(), LoraConfig(r=4, target_modules="all-linear")
+    )  # a new one, of which little is said
+    trainer = runs.trainer(tmp_path, adapter, RUN, train_dataset=chats())
     m = trainer.mechanism
     assert m is not None
     trainer.train()

@@ -112,4 +112,4 @@ def _lets_through(frame: types.FrameType, manager: tuple[str, ...]) -> bool:
             else vars(value).get(name)
         )
     module = getattr(value if isinstance(value, (type, types.FunctionType)) else type(value), "__module__", "") or ""
-    return value is nullcontext or isinstance(value, nullcontext) or module.partition(".")[0] in ("torch", "peft")
+    return value is nullcontext or type(value) is nullcontext or module.partition(".")[0] in ("torch", "peft")

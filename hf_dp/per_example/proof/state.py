@@ -55,9 +55,10 @@ from hf_dp.per_example.proof.bindings import (
 from hf_dp.per_example.proof.calls import Value
 from hf_dp.per_example.proof.kept import PLAIN, Empty, Kept, KeptMapping, KeptTensor, joined, local
 from hf_dp.per_example.proof.labels import address
-from hf_dp.per_example.reads import behind, functions_in, is_a_trainer, is_the_users, methods_of, named
+from hf_dp.per_example.reads import behind, functions_in, holds_values, is_a_trainer, is_the_users, methods_of, named
 
 DEPTH = 8  # objects within objects that are no modules; adapters' settings and caches are within 3
+LARGEST = 1 << 26  # bytes of an array that is copied
 DEPTH_BESIDE = 3  # of what is no model: data sets and hooks may hold anything
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _COLLECTIONS = {dict, OrderedDict, list, deque, set}
@@ -259,7 +260,7 @@ class State:
                 self._names(vars(value), names)
             elif isinstance(value, type):
                 self._class(value)
-            elif _may_be_kept(value) or is_the_users(type(value).__module__):
+            elif _may_be_kept(value) or is_the_users(type(value).__module__) or holds_values(type(value)):
                 self._walk(value, f"{of}{key}", 0)
                 self._keep(f"{of}{key}", partial(item, space, key), partial(set_item, space, key))
 
@@ -289,6 +290,8 @@ class State:
             self._walk_all(value, name, depth)
         elif isinstance(value, set):
             self._keep(name, partial(sorted_set, value), partial(set_set, value))
+        elif isinstance(value, np.ndarray) and (isinstance(value, np.memmap) or value.nbytes > LARGEST):
+            return  # on a disk, or too large to be copied
         elif isinstance(value, np.ndarray):
             self._keep(name, lambda: [value.tobytes()], partial(set_array, value, value.copy()))
         elif isinstance(value, (bytearray, array)):
@@ -339,7 +342,7 @@ class State:
 
 def _may_be_kept(value: Value) -> bool:
     """Whether a value is one that is set, or a container: not code, which stays as it is."""
-    return isinstance(value, PLAIN) or type(value) in (*_COLLECTIONS, tuple, Tensor, np.ndarray, bytearray, array)
+    return isinstance(value, (*PLAIN, *_COLLECTIONS, tuple, Tensor, np.ndarray, bytearray, array))
 
 
 def _state_of(generator: Value) -> bytes:
