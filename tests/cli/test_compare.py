@@ -37,7 +37,10 @@ def test_secrets_that_the_plain_model_knows_by_heart_and_the_private_one_hardly(
     assert "No power" not in out
     assert "no epsilon covers them" in out
     assert "{" not in out
-    told = [line for line in out.splitlines() if not line.startswith("The signal drowns")]  # by chance, in one line
+    lines = (
+        out.splitlines()
+    )  # what comes before depends on chance: a warning that the signal drowns, as wide as it gets
+    told = lines[next(i for i, line in enumerate(lines) if line.startswith("With privacy and without")) :]
     assert max(map(len, told)) <= 105
     assert not (tmp_path / "never-made").exists()
     status, _, err = hf_dp("compare", tmp_path / "toy.yaml", "--output", tmp_path / "both")
