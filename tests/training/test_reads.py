@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -615,3 +616,13 @@ def test_tensors_and_arrays_are_read_by_their_values() -> None:
     before = reads(function, "f")
     weights.numpy()[3] = 2
     assert has_changed(before, reads(function, "f"))
+
+
+@pytest.mark.parametrize("given", [{"bf16": True}, {"gradient_checkpointing": True}, {}])
+def test_nothing_is_examined_again_in_an_ordinary_training(given: dict[str, Any], tmp_path: Path) -> None:
+    """What accelerate wraps around the model has things under way that each pass changes."""
+    trainer = runs.trainer(tmp_path, privacy=PRIVATE, max_steps=3, **given)
+    with mock.patch.object(type(trainer), "self_check", autospec=True, side_effect=type(trainer).self_check) as checked:
+        trainer.train()
+    assert trainer.privacy_spent().num_steps == 3
+    assert checked.call_count == 1

@@ -63,7 +63,7 @@ DEPTH_BESIDE = 3  # of what is no model: data sets and hooks may hold anything
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _COLLECTIONS = {dict, OrderedDict, list, deque, set}
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-_OF_SHARDING = "torch.distributed"  # begins the names of modules whose objects are what sharding has under way
+_UNDER_WAY = ("torch.distributed", "torch.amp", "torch.autograd")  # whose objects are what a pass itself has under way
 _NOTHING_WITHIN = {*PLAIN, types.ModuleType, types.BuiltinFunctionType}
 
 
@@ -194,7 +194,7 @@ class State:
         if type(value) in _NOTHING_WITHIN or isinstance(value, (*PLAIN, type)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if not isinstance(value, (Tensor, nn.Module)) and type(value).__module__.startswith(_OF_SHARDING):
+        if not isinstance(value, (Tensor, nn.Module)) and type(value).__module__.startswith(_UNDER_WAY):
             return
         if isinstance(value, Tensor):
             if isinstance(value, nn.Parameter) and not value.requires_grad:
