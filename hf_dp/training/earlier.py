@@ -93,7 +93,7 @@ def refuse_again(model: nn.Module, folder: Path, dataset: Any, mechanism: Mechan
     Raises:
         ConfigError: the ledger there would not count the steps that the weights hold already.
     """
-    for before in _in_this_process(model, folder):
+    for before in _elsewhere(_in_this_process(model), folder):
         if mechanism.is_private and _is_the_same(before.dataset(), dataset):
             raise ConfigError(
                 f"these weights were trained on these records before, in {before.folder} ({before.spent.num_steps:,} "
@@ -104,14 +104,15 @@ def refuse_again(model: nn.Module, folder: Path, dataset: Any, mechanism: Mechan
 
 def told(model: nn.Module, folder: Path) -> str:
     """What an earlier private training of these weights spent, in words; "" where there is no sign of one."""
+    known = _in_this_process(model)
     found = [
         f"epsilon {before.spent.epsilon:.4g} at delta {before.spent.delta:.2g} for a {before.unit}"
-        for before in _in_this_process(model, folder)
+        for before in _elsewhere(known, folder)
     ]
     stated = _stated(model, folder)
     if stated is not None:
         found.append(f"epsilon {stated.epsilon:.4g} at delta {stated.delta:.2g} for a {stated.unit}")
-    if _adapter_was_trained(model) and not _in_this_process(model):
+    if not known and _adapter_was_trained(model):
         found.append(UNKNOWN)
     return f"{' and '.join(dict.fromkeys(found))}; {ADDS}" if found else ""
 
@@ -129,16 +130,18 @@ def _owners(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _in_this_process(model: nn.Module, folder: Path | None = None) -> list[Trained]:
-    """The trainings that the weights hold, but for those of `folder`."""
+def _in_this_process(model: nn.Module) -> list[Trained]:
+    """The trainings that the weights hold. It reads all that is trained once."""
     found = [_OF_MODULE[module] for module in model.modules() if module in _OF_MODULE]
     beneath = [(module, _BENEATH[module]) for module in model.modules() if module in _BENEATH]
     found += [before.trained for module, before in beneath if before.first != _first_values(module)]
     values = set(weights_of(model).values())
     found += [before for before in _TRAINED if before.weights & values]
-    return list(
-        {before.folder: before for before in found if folder is None or before.folder != folder.resolve()}.values()
-    )
+    return list({before.folder: before for before in found}.values())
+
+
+def _elsewhere(trainings: list[Trained], folder: Path) -> list[Trained]:
+    return [before for before in trainings if before.folder != folder.resolve()]
 
 
 def _first_values(module: nn.Module) -> bytes:
