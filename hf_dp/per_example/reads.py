@@ -236,14 +236,12 @@ def _of_namespace(value: Any, name: str, step: Any, names: frozenset[str], found
     if value is os and names & {"environ", "getenv"}:
         found[f"{name}.environ"] = hash(frozenset(os.environ.items()))
     is_class = isinstance(value, type)
-    if is_the_users(value.__module__ if is_class else value.__name__):
-        for key, member in list(vars(value).items()):
-            if (
-                key in names
-                if not is_class
-                else not key.startswith("__") and not isinstance(member, types.FunctionType)
-            ):
-                step(member, f"{name}.{key}")
+    if not is_the_users(value.__module__ if is_class else value.__name__):
+        return
+    for key, member in list(vars(value).items()):
+        is_code = key.startswith("__") or isinstance(member, types.FunctionType)
+        if (not is_code) if is_class else (key in names):
+            step(member, f"{name}.{key}")
 
 
 def _of_object(value: Any, name: str, step: Any, names: frozenset[str]) -> None:
